@@ -1,0 +1,40 @@
+# Every target sets up what it needs first (bootstrap.sh): Debian packages, .venv, the extensions.
+
+PYTHON := .venv/bin/python
+FUZZ_SECONDS := $(if $(filter command line environment,$(origin SECONDS)),$(SECONDS),60)
+CC ?= cc
+C_STRICT := -std=gnu11 -fsyntax-only -O2 -Wall -Wextra -Werror -Wshadow -Wpointer-arith -Wstrict-prototypes \
+	-Wmissing-prototypes -Wwrite-strings -Wvla -Icsrc
+
+.DEFAULT_GOAL := help
+.PHONY: help build fio test check lint fuzz clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+build: ## Set up .venv and build the extensions
+	@./bootstrap.sh
+
+fio: build ## Serve a temporary file as a block device, load it and verify every byte
+	@$(PYTHON) -m vdusefast.bench fio bench/jobs/default.fio
+
+test: build ## Run every test, with a minute of fuzzing
+	@$(PYTHON) -m pytest tests
+
+check: lint ## The fast inner loop: lint, then the tests that take no time
+	@$(PYTHON) -m pytest tests -q -m "not slow"
+
+lint: build ## ruff, mypy --strict and the C compiler's opinion of csrc
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check --quiet . || { echo "make lint: the files below want 'ruff format':"; \
+		$(PYTHON) -m ruff format --check .; exit 1; }
+	@$(PYTHON) -m mypy --strict vdusefast
+	@for file in csrc/*.c csrc/*.h; do $(CC) $(C_STRICT) -x c $$file || exit 1; done
+
+fuzz: build ## Fuzz the parsing code: make fuzz SECONDS=600
+	@tests/fuzz/run.sh $(FUZZ_SECONDS)
+
+clean: ## Remove what was built; .venv stays
+	@rm -rf build dist *.egg-info vdusefast/*.so tests/fuzz/build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -f .venv/.vdusefast-build
+	@find vdusefast tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# Make everything that building and testing needs: Debian packages where this user may install them, .venv, and the
+# extensions, in place. Quick when nothing changed. PYTHON=... chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")"
+export PATH="$PATH:/usr/sbin:/sbin"
+
+venv=.venv
+deps_stamp=$venv/.vdusefast-deps
+build_stamp=$venv/.vdusefast-build
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$@" >&2; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+python_ok() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+header() { have cc && printf '#include <%s>\n' "$1" | cc -E -x c - >/dev/null 2>&1; }
+
+# Only one set-up of a tree at a time; the lock lies on this file and ends with the process.
+if have flock; then
+    exec 9<"$0"
+    flock 9
+fi
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11; do
+        if have "$candidate" && python_ok "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+}
+
+if [ -x $venv/bin/python ] && python_ok $venv/bin/python; then
+    python=$venv/bin/python
+else
+    python=$(find_python)
+fi
+
+# What is missing, as Debian calls it and in words.
+packages=()
+words=()
+need() { packages+=($1); words+=("$2"); }
+
+clang_major() {
+    if have clang; then
+        clang -dumpversion | cut -d. -f1
+    else
+        apt-cache depends clang 2>/dev/null | sed -n 's/.*Depends: clang-\([0-9]*\).*/\1/p' | head -n 1
+    fi
+}
+
+list_missing() {
+    packages=() words=()
+    have cc && header stdio.h || need "gcc libc6-dev" "a C compiler (cc) with the C library's headers"
+    have make || need make "make"
+    header liburing.h || need liburing-dev "liburing's header (liburing.h)"
+    have fio || need fio "fio"
+    have losetup || need mount "losetup"
+    local runtime="" major
+    have clang && runtime=$(clang -print-file-name="libclang_rt.fuzzer-$(uname -m).a")
+    have clang || need clang "clang, for the fuzz build"
+    # clang prints a bare name for a file that it does not have; older ones keep it in their resource directory.
+    if [ ! -e "$runtime" ] && ! ls "$(clang -print-resource-dir 2>/dev/null)"/lib/*/libclang_rt.fuzzer* >/dev/null 2>&1; then
+        major=$(clang_major)
+        need "libclang-rt-${major:-14}-dev" "clang's sanitizer and fuzzer runtime"
+    fi
+    if [ -z "$python" ]; then
+        need "python3 python3-dev python3-venv" "Python 3.11 or newer with its headers"
+    else
+        [ $python = $venv/bin/python ] || "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            need python3-venv "Python's venv and ensurepip modules"
+        "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null ||
+            need python3-dev "Python's headers (Python.h) for $python"
+    fi
+}
+
+install_missing() {
+    local root=()
+    local line="apt-get install --yes --no-install-recommends ${packages[*]}"
+    if ! have apt-get; then
+        fail "this needs, and there is no apt-get here to get it:" "${words[@]/#/  - }" "install these, then try again"
+    fi
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! have sudo || ! sudo -n true 2>/dev/null; then
+            fail "these are missing:" "${words[@]/#/  - }" "type this, then try again:" \
+                "  sudo apt-get update && sudo $line"
+        fi
+        root=(sudo -n)
+    fi
+    root+=(env DEBIAN_FRONTEND=noninteractive)
+    say "installing ${packages[*]}"
+    # A fresh machine has no package lists, an old one has lists of packages that are gone.
+    if ! compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null || ! "${root[@]}" $line >/dev/null 2>&1; then
+        "${root[@]}" apt-get update >/dev/null || fail "apt-get update failed; is the network there?"
+        list_missing
+        line="apt-get install --yes --no-install-recommends ${packages[*]}"
+        "${root[@]}" $line >/dev/null || fail "this failed: $line"
+    fi
+}
+
+list_missing
+if [ ${#packages[@]} -gt 0 ]; then
+    install_missing
+    hash -r
+    [ -n "$python" ] || python=$(find_python)
+    [ -n "$python" ] || fail "Python 3.11 or newer is needed; $(python3 --version 2>&1) is what there is. Set PYTHON=..."
+    list_missing
+    [ ${#packages[@]} -eq 0 ] || fail "still missing after the installation:" "${words[@]/#/  - }"
+fi
+
+if [ "$python" != $venv/bin/python ]; then
+    say "making $venv with $("$python" --version)"
+    "$python" -m venv --clear $venv
+    python=$venv/bin/python
+fi
+
+# The dependencies, when what asks for them has changed.
+key=$({ "$python" -VV; pwd; cat pyproject.toml; } | sha256sum | cut -d' ' -f1)
+if [ ! -e $deps_stamp ] || [ "$(cat $deps_stamp)" != "$key" ]; then
+    say "installing Python packages into $venv"
+    "$python" - >$venv/.build-requires <<'PY'
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["build-system"]["requires"], sep="\n")
+PY
+    "$python" -m pip install --quiet --disable-pip-version-check --upgrade -r $venv/.build-requires ||
+        fail "pip could not install the build tools; is the network there?"
+    # An editable installation builds in place as well. The stamp has the time before it, so that an edit made
+    # meanwhile counts as newer.
+    touch $build_stamp.new
+    "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test]' ||
+        fail "pip could not install vdusefast with its dependencies; the lines above say why"
+    mv $build_stamp.new $build_stamp
+    echo "$key" >$deps_stamp
+fi
+
+# The extensions, when a source is newer or one of them is gone.
+changed() {
+    local pyx
+    [ -e $build_stamp ] || return 0
+    for pyx in vdusefast/*.pyx; do
+        compgen -G "${pyx%.pyx}.*.so" >/dev/null || return 0
+    done
+    [ -n "$(find setup.py csrc vdusefast \( -name '*.[ch]' -o -name '*.pyx' -o -name '*.pxd' -o -path csrc -o -name setup.py \) \
+        -newer $build_stamp -print -quit)" ]
+}
+if changed; then
+    say "building the extensions"
+    touch $build_stamp.new
+    if ! "$python" setup.py --quiet build_ext --inplace >$venv/build.log 2>&1; then
+        cat $venv/build.log >&2
+        fail "the build failed; the compiler's lines are above"
+    fi
+    mv $build_stamp.new $build_stamp
+fi

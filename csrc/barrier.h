@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Every access to memory that a driver shares, and every ordering between such accesses. No other file names an atomic
+ * or a fence.
+ *
+ * Reads of shared memory happen once, into a local; the local is checked and used. In a build with VF_FUZZ each read
+ * first calls vf_fuzz_shared_read(), which may change the memory, as a hostile driver would between two reads.
+ *
+ * The barriers of a split ring, each named where it stands in vring_split.h and driver_split.h:
+ *
+ *   A  the device loads avail->idx with acquire    pairs with the driver's release store of avail->idx:
+ *      entries and descriptors below the index are complete when it is seen.
+ *   B  the device stores used->idx with release    pairs with the driver's acquire load of used->idx:
+ *      data, status and used elements are complete when it is seen.
+ *   C  the device enables notifications (avail_event or used->flags), full fence, looks at avail->idx again;
+ *      the driver publishes avail->idx, full fence, looks at avail_event or used->flags. One of the two sees the
+ *      other's store, so a request is either found by the second look or announced by a kick.
+ *   D  the device publishes used->idx, full fence, looks at used_event or avail->flags; the driver arms the
+ *      interrupt, full fence, looks at used->idx again. The mirror image of C.
+ */
+#ifndef VF_BARRIER_H
+#define VF_BARRIER_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rings are little-endian; this host is not");
+
+#ifdef VF_FUZZ
+void vf_fuzz_shared_read(const volatile void *address, size_t len_bytes);
+#define VF_SHARED_READ(p, n) vf_fuzz_shared_read((p), (n))
+#else
+#define VF_SHARED_READ(p, n) ((void)0)
+#endif
+
+#define vf_likely(x) __builtin_expect(!!(x), 1)
+#define vf_unlikely(x) __builtin_expect(!!(x), 0)
+
+static inline uint16_t vf_load_acquire_u16(const uint16_t *p)
+{
+	VF_SHARED_READ(p, sizeof(*p));
+	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+static inline void vf_store_release_u16(uint16_t *p, uint16_t v)
+{
+	__atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+
+static inline uint16_t vf_load_relaxed_u16(const uint16_t *p)
+{
+	VF_SHARED_READ(p, sizeof(*p));
+	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+/* A look whose value is only ever a hint: nothing depends on it but speed. */
+static inline uint16_t vf_peek_u16(const uint16_t *p)
+{
+	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static inline uint32_t vf_load_relaxed_u32(const uint32_t *p)
+{
+	VF_SHARED_READ(p, sizeof(*p));
+	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static inline uint64_t vf_load_relaxed_u64(const uint64_t *p)
+{
+	VF_SHARED_READ(p, sizeof(*p));
+	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static inline void vf_store_relaxed_u16(uint16_t *p, uint16_t v)
+{
+	__atomic_store_n(p, v, __ATOMIC_RELAXED);
+}
+
+static inline void vf_store_relaxed_u32(uint32_t *p, uint32_t v)
+{
+	__atomic_store_n(p, v, __ATOMIC_RELAXED);
+}
+
+static inline void vf_store_relaxed_u64(uint64_t *p, uint64_t v)
+{
+	__atomic_store_n(p, v, __ATOMIC_RELAXED);
+}
+
+static inline void vf_store_relaxed_u8(uint8_t *p, uint8_t v)
+{
+	__atomic_store_n(p, v, __ATOMIC_RELAXED);
+}
+
+/* Orders earlier stores before later loads, which acquire and release do not. */
+static inline void vf_fence_full(void)
+{
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+/* Keeps the compiler from moving memory accesses across; for memory shared with this process's own successors. */
+static inline void vf_fence_compiler(void)
+{
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
+
+/* Copy out of shared memory once: the compiler can neither repeat nor defer the reads behind the asm. */
+static inline void vf_copy_from_shared(void *to, const void *from, size_t len_bytes)
+{
+	VF_SHARED_READ(from, len_bytes);
+	memcpy(to, from, len_bytes);
+	__asm__ __volatile__("" : : "r"(to) : "memory");
+}
+
+static inline void vf_copy_to_shared(void *to, const void *from, size_t len_bytes)
+{
+	memcpy(to, from, len_bytes);
+	__asm__ __volatile__("" : : : "memory");
+}
+
+static inline void vf_cpu_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ __volatile__("isb" : : : "memory");
+#else
+	__asm__ __volatile__("" : : : "memory");
+#endif
+}
+
+#endif

@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * An engine: how a worker reaches its store. One file each; the loop knows only this table.
+ *
+ * A request given to submit() belongs to the engine until submit() has returned 1 or reap() has handed it out; then
+ * its result is 0 or -errno. An engine never blocks in submit() for longer than its store does, and holds as many
+ * requests as the queue has slots.
+ */
+#ifndef VF_ENGINE_H
+#define VF_ENGINE_H
+
+#include "store.h"
+
+struct vf_engine;
+
+struct vf_engine_ops {
+	const char *name;
+	/* 0 or -errno; on an error nothing is held. */
+	int (*open)(struct vf_engine *engine, uint32_t slot_count);
+	/* 1: finished. 0: in flight. */
+	int (*submit)(struct vf_engine *engine, struct vf_req *req);
+	/* Start everything submitted since the last call. NULL where submit() does. */
+	void (*flush)(struct vf_engine *engine);
+	/* Fill done with at most max finished requests; the count. NULL where submit() always finishes. */
+	uint32_t (*reap)(struct vf_engine *engine, struct vf_req **done, uint32_t max);
+	/* Block until one is finished, or a signal. NULL as reap. */
+	void (*wait)(struct vf_engine *engine);
+	void (*close)(struct vf_engine *engine);
+	/* How many completions may wait for each other before the driver is shown them: few when each takes long. */
+	uint32_t publish_batch;
+};
+
+struct vf_engine {
+	const struct vf_engine_ops *ops;
+	struct vf_store store;
+	uint32_t inflight_count;
+	int poll_fd; /* readable when reap() has something; -1 = never */
+	void *state; /* the engine's own; owned */
+};
+
+extern const struct vf_engine_ops vf_engine_sync;
+extern const struct vf_engine_ops vf_engine_uring;
+extern const struct vf_engine_ops vf_engine_memory;
+extern const struct vf_engine_ops vf_engine_null;
+
+/* Open the store and the engine. 0 or -errno; on an error nothing is held. */
+int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, const struct vf_store *store,
+		   uint32_t slot_count);
+
+/* Close both. Nothing is in flight. */
+void vf_engine_close(struct vf_engine *engine);
+
+#endif

@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Engines that finish a request within submit(): sync (preadv, pwritev), memory (a mapping) and null (nothing moves).
+ */
+#include "engine.h"
+
+#include <errno.h>
+
+int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, const struct vf_store *store,
+		   uint32_t slot_count)
+{
+	int err;
+
+	*engine = (struct vf_engine){ .store = *store, .poll_fd = -1 };
+	err = vf_store_open(&engine->store);
+	if (err)
+		return err;
+	err = ops->open ? ops->open(engine, slot_count) : 0;
+	if (err) {
+		vf_store_close(&engine->store);
+		return err;
+	}
+	engine->ops = ops;
+	return 0;
+}
+
+void vf_engine_close(struct vf_engine *engine)
+{
+	if (!engine->ops)
+		return;
+	if (engine->ops->close)
+		engine->ops->close(engine);
+	vf_store_close(&engine->store);
+	engine->ops = NULL;
+}
+
+static int vf_sync_submit(struct vf_engine *engine, struct vf_req *req)
+{
+	req->result = vf_store_do(&engine->store, req);
+	return 1;
+}
+
+static int vf_null_submit(struct vf_engine *engine, struct vf_req *req)
+{
+	(void)engine;
+	req->result = 0;
+	return 1;
+}
+
+const struct vf_engine_ops vf_engine_sync = {
+	.name = "sync",
+	.submit = vf_sync_submit,
+	.publish_batch = 4,
+};
+
+const struct vf_engine_ops vf_engine_memory = {
+	.name = "memory",
+	.submit = vf_sync_submit,
+	.publish_batch = 8,
+};
+
+const struct vf_engine_ops vf_engine_null = {
+	.name = "null",
+	.submit = vf_null_submit,
+	.publish_batch = 16,
+};

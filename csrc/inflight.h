@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The in-flight log: which heads a queue has taken and not yet given back, and in which order. It lies in the shared
+ * pages, behind the histograms of its queue, so that it outlives the worker that writes it.
+ */
+#ifndef VF_INFLIGHT_H
+#define VF_INFLIGHT_H
+
+#include <stdint.h>
+
+#define VF_INFLIGHT_VERSION 1u
+
+struct vf_inflight_header {
+	uint32_t version;
+	uint32_t entry_count; /* = queue size */
+	uint32_t last_avail_idx; /* where the device stood at its last publication */
+	uint32_t last_used_idx;
+	uint64_t next_order;
+	uint32_t reserved[10];
+};
+
+/* One a head. order is 0 when the head is not in flight, else its place in the sequence of heads taken. */
+struct vf_inflight_entry {
+	uint64_t order;
+};
+
+#endif

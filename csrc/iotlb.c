@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "iotlb.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define VF_PAGE_BYTES 4096u
+
+void vf_iotlb_init(struct vf_iotlb *tlb, struct vf_port *port)
+{
+	tlb->none = (struct vf_iotlb_region){ .start = 1, .last = 0 };
+	tlb->last_hit = &tlb->none;
+	tlb->region_count = 0;
+	tlb->miss_count = 0;
+	tlb->port = port;
+}
+
+/* The first region whose last is at or above iova; region_count when there is none. */
+static uint32_t vf_iotlb_lower_bound(const struct vf_iotlb *tlb, uint64_t iova)
+{
+	uint32_t lo = 0, hi = tlb->region_count;
+
+	while (lo < hi) {
+		uint32_t mid = lo + (hi - lo) / 2u;
+		if (tlb->region[mid].last < iova)
+			lo = mid + 1u;
+		else
+			hi = mid;
+	}
+	return lo;
+}
+
+static int vf_iotlb_insert(struct vf_iotlb *tlb, const struct vf_iotlb_region *region)
+{
+	if (region->start > region->last)
+		return -EINVAL;
+	if (tlb->region_count == VF_IOTLB_CAPACITY)
+		return -ENOSPC;
+	uint32_t at = vf_iotlb_lower_bound(tlb, region->start);
+	if (at < tlb->region_count && tlb->region[at].start <= region->last)
+		return -EEXIST;
+	for (uint32_t i = tlb->region_count; i > at; i--)
+		tlb->region[i] = tlb->region[i - 1u];
+	tlb->region[at] = *region;
+	tlb->region_count++;
+	tlb->last_hit = &tlb->none; /* entries have moved */
+	return 0;
+}
+
+int vf_iotlb_add(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, void *address)
+{
+	struct vf_iotlb_region region = {
+		.start = start,
+		.last = last,
+		.base = (uintptr_t)address - (uintptr_t)start,
+		.perm = perm,
+	};
+	return vf_iotlb_insert(tlb, &region);
+}
+
+static int vf_prot_of_perm(uint32_t perm)
+{
+	/* A write-only region is mapped readable too: x86 and arm64 cannot do less; the table refuses reads of it. */
+	return (perm & VF_PERM_WO) ? PROT_READ | PROT_WRITE : PROT_READ;
+}
+
+int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes)
+{
+	uint64_t slack = offset_bytes % VF_PAGE_BYTES; /* mmap wants a page-aligned offset */
+	uint64_t len = last - start;
+	int err;
+
+	if (start > last || (perm & VF_PERM_RW) == 0)
+		return -EINVAL;
+	if (len > SIZE_MAX - slack - 1u || offset_bytes - slack > INT64_MAX)
+		return -EOVERFLOW;
+	size_t map_bytes = (size_t)(len + 1u + slack);
+	void *map = mmap(NULL, map_bytes, vf_prot_of_perm(perm), MAP_SHARED, fd, (off_t)(offset_bytes - slack));
+	if (map == MAP_FAILED && errno == EACCES && (perm & VF_PERM_WO))
+		map = mmap(NULL, map_bytes, PROT_WRITE, MAP_SHARED, fd, (off_t)(offset_bytes - slack));
+	if (map == MAP_FAILED)
+		return -errno;
+
+	struct vf_iotlb_region region = {
+		.start = start,
+		.last = last,
+		.base = (uintptr_t)map + (uintptr_t)slack - (uintptr_t)start,
+		.perm = perm,
+		.map = map,
+		.map_bytes = map_bytes,
+	};
+	err = vf_iotlb_insert(tlb, &region);
+	if (err)
+		munmap(map, map_bytes);
+	return err;
+}
+
+uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last)
+{
+	uint32_t kept = 0, count = tlb->region_count;
+
+	for (uint32_t i = 0; i < count; i++) {
+		struct vf_iotlb_region *r = &tlb->region[i];
+		if (r->last < start || r->start > last)
+			tlb->region[kept++] = *r;
+		else if (r->map)
+			munmap(r->map, r->map_bytes);
+	}
+	tlb->region_count = kept;
+	tlb->last_hit = &tlb->none;
+	return count - kept;
+}
+
+struct vf_iotlb_region *vf_iotlb_find(struct vf_iotlb *tlb, uint64_t iova)
+{
+	uint32_t at = vf_iotlb_lower_bound(tlb, iova);
+	if (at < tlb->region_count && tlb->region[at].start <= iova)
+		return &tlb->region[at];
+	if (!tlb->port)
+		return NULL;
+
+	struct vf_vduse_iotlb_entry entry;
+	int fd = tlb->port->iotlb_get_fd(tlb->port, iova, iova, &entry);
+	if (fd < 0)
+		return NULL;
+	tlb->miss_count++;
+	int err = -EINVAL;
+	if (entry.start <= iova && iova <= entry.last)
+		err = vf_iotlb_map(tlb, entry.start, entry.last, entry.perm, fd, entry.offset);
+	close(fd);
+	if (err)
+		return NULL;
+	at = vf_iotlb_lower_bound(tlb, iova);
+	return &tlb->region[at];
+}
+
+int vf_iotlb_holds(const struct vf_iotlb *tlb, uintptr_t address)
+{
+	for (uint32_t i = 0; i < tlb->region_count; i++) {
+		const struct vf_iotlb_region *r = &tlb->region[i];
+		if (r->map && address >= (uintptr_t)r->map && address - (uintptr_t)r->map < r->map_bytes)
+			return 1;
+	}
+	return 0;
+}
+
+int vf_iotlb_copy_from(struct vf_iotlb *tlb, uint64_t iova, void *to, size_t len)
+{
+	uint8_t *out = to;
+
+	if (len && iova > UINT64_MAX - (len - 1u))
+		return -EFAULT;
+	while (len) {
+		uint32_t run, want = len > UINT32_MAX ? UINT32_MAX : (uint32_t)len;
+		void *va = vf_iotlb_translate(tlb, iova, want, VF_PERM_RO, &run);
+		if (!va)
+			return -EFAULT;
+		vf_copy_from_shared(out, va, run);
+		out += run;
+		iova += run;
+		len -= run;
+	}
+	return 0;
+}

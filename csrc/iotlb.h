@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The IOTLB: a sorted table of fixed capacity, IOVA range -> mapped address. Ranges are inclusive, [start, last], so
+ * that a region may end at 2^64-1. A lookup looks at the last hit first, then searches; a miss is fetched through the
+ * port and mapped. Mapping a region touches no page of it: in a bounce region only pages named by live descriptors may
+ * be touched.
+ */
+#ifndef VF_IOTLB_H
+#define VF_IOTLB_H
+
+#include <errno.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "barrier.h"
+#include "port.h"
+
+#define VF_IOTLB_CAPACITY 1024u
+
+#define VF_PERM_RO 1u
+#define VF_PERM_WO 2u
+#define VF_PERM_RW 3u
+
+struct vf_iotlb_region {
+	uint64_t start;
+	uint64_t last;
+	uintptr_t base; /* address of IOVA 0 of this region, modulo 2^64: va = base + iova */
+	uint32_t perm;
+	uint32_t reserved;
+	void *map; /* page-aligned mapping and its length, for munmap */
+	size_t map_bytes;
+};
+
+struct vf_iotlb {
+	struct vf_iotlb_region *last_hit; /* never NULL: points at `none` when there is none */
+	uint32_t region_count;
+	uint64_t miss_count;
+	struct vf_port *port; /* borrowed */
+	struct vf_iotlb_region none; /* start > last: matches nothing */
+	struct vf_iotlb_region region[VF_IOTLB_CAPACITY];
+};
+
+void vf_iotlb_init(struct vf_iotlb *tlb, struct vf_port *port);
+
+/* Map fd at [start, last] with perm; consumes nothing: the caller still owns fd. 0 or -errno (-EEXIST on overlap,
+ * -ENOSPC when the table is full, -EINVAL when the range is empty or wraps). */
+int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes);
+
+/* Enter memory of this process that somebody else keeps mapped (tests and fuzzing). 0 or -errno as vf_iotlb_map. */
+int vf_iotlb_add(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, void *address);
+
+/* Drop and unmap every region that overlaps [start, last]. The count dropped. */
+uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last);
+
+/* The region that holds iova: from the table, else fetched through the port. NULL when there is none. */
+struct vf_iotlb_region *vf_iotlb_find(struct vf_iotlb *tlb, uint64_t iova);
+
+/* Whether an address of this process lies in a mapping of the table; async-signal-safe. */
+int vf_iotlb_holds(const struct vf_iotlb *tlb, uintptr_t address);
+
+/*
+ * Translate the start of [iova, iova + len): the address, and in *run how many bytes follow it in the same region, at
+ * most len. NULL when the address is outside the table or lacks a permission of perm. len is not 0, and the caller has
+ * checked that iova + len does not wrap.
+ */
+static inline void *vf_iotlb_translate(struct vf_iotlb *tlb, uint64_t iova, uint32_t len, uint32_t perm, uint32_t *run)
+{
+	struct vf_iotlb_region *r = tlb->last_hit;
+
+	if (vf_unlikely(iova < r->start || iova > r->last)) {
+		r = vf_iotlb_find(tlb, iova);
+		if (!r)
+			return NULL;
+		tlb->last_hit = r;
+	}
+	if (vf_unlikely((r->perm & perm) != perm))
+		return NULL;
+	uint64_t rest = r->last - iova; /* one less than the bytes left; cannot wrap: iova <= last */
+	*run = rest >= len - 1u ? len : (uint32_t)(rest + 1u);
+	return (void *)(r->base + (uintptr_t)iova);
+}
+
+/* Copy len bytes at iova into private memory, across regions. 0 or -EFAULT. */
+int vf_iotlb_copy_from(struct vf_iotlb *tlb, uint64_t iova, void *to, size_t len);
+
+#endif

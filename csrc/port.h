@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The worker's door to its transport: fetch a region of the IOTLB, send an interrupt. One file per transport fills it
+ * in (port_loopback.c; /dev/vduse will be the next).
+ */
+#ifndef VF_PORT_H
+#define VF_PORT_H
+
+#include <stdint.h>
+
+/* struct vduse_iotlb_entry of linux/vduse.h. */
+struct vf_vduse_iotlb_entry {
+	uint64_t offset;
+	uint64_t start;
+	uint64_t last;
+	uint8_t perm;
+	uint8_t reserved[7];
+};
+
+_Static_assert(sizeof(struct vf_vduse_iotlb_entry) == 32, "linux/vduse.h");
+
+struct vf_port {
+	/* The first region that overlaps [start, last] into *entry; returns a descriptor, which the caller closes, or -errno. */
+	int (*iotlb_get_fd)(struct vf_port *port, uint64_t start, uint64_t last, struct vf_vduse_iotlb_entry *entry);
+	/* 0 or -errno. */
+	int (*inject_irq)(struct vf_port *port);
+	int fd; /* borrowed */
+	int irq_fd; /* borrowed */
+	uint32_t vq_index;
+};
+
+void vf_port_loopback_init(struct vf_port *port, int fd, int irq_fd, uint32_t vq_index);
+
+/* A port without a transport: every region is entered by hand, interrupts go to irq_fd if it is not negative. */
+void vf_port_none_init(struct vf_port *port, int irq_fd);
+
+#endif

@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "queue.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#define VF_PAGE_BYTES 4096u
+
+static struct vf_queue *vf_guarded; /* for the signal handler, which gets no argument of ours */
+static volatile int vf_stop;
+static int vf_stop_wake_fd = -1;
+
+static uint32_t vf_round_up(uint32_t value, uint32_t to)
+{
+	return (value + to - 1u) / to * to;
+}
+
+struct vf_shm_layout vf_shm_layout(uint32_t queue_size)
+{
+	struct vf_shm_layout layout;
+
+	layout.counters_offset = (uint32_t)(sizeof(struct vf_shm_ctl) + sizeof(struct vf_shm_status));
+	layout.hist_offset = vf_round_up(layout.counters_offset + (uint32_t)sizeof(struct vf_counters), 64u);
+	layout.inflight_offset = vf_round_up(layout.hist_offset + (uint32_t)sizeof(struct vf_hist), 64u);
+	layout.stride_bytes = vf_round_up(layout.inflight_offset + (uint32_t)sizeof(struct vf_inflight_header) +
+						  queue_size * (uint32_t)sizeof(struct vf_inflight_entry),
+					  VF_PAGE_BYTES);
+	return layout;
+}
+
+static void vf_queue_set_shm(struct vf_queue *q, uint8_t *block)
+{
+	struct vf_shm_layout layout = vf_shm_layout(q->queue_size_max);
+
+	q->ctl = (struct vf_shm_ctl *)block;
+	q->shm_status = (struct vf_shm_status *)(block + sizeof(struct vf_shm_ctl));
+	q->counters = (struct vf_counters *)(block + layout.counters_offset);
+	q->hist = (struct vf_hist *)(block + layout.hist_offset);
+	q->inflight = (struct vf_inflight_header *)(block + layout.inflight_offset);
+	q->inflight_log = (struct vf_inflight_entry *)(q->inflight + 1);
+	q->inflight->version = VF_INFLIGHT_VERSION;
+	q->inflight->entry_count = q->queue_size_max;
+}
+
+/* 0 or -ENOMEM; what has been allocated is freed by vf_queue_destroy(). */
+static int vf_queue_alloc(struct vf_queue *q)
+{
+	uint32_t chain_max = q->device.seg_max + 2u;
+	struct iovec *iovs;
+	struct vf_blk_range *ranges;
+
+	q->slot_count = q->queue_size_max < VF_SLOT_MAX ? q->queue_size_max : VF_SLOT_MAX;
+	/* Twice what we ask drivers to keep to, for segments that straddle regions and headers in pieces. */
+	q->iov_max = 2u * q->device.seg_max + 8u < VF_IOV_MAX ? 2u * q->device.seg_max + 8u : VF_IOV_MAX;
+	q->chain.segment_max = q->queue_size_max > chain_max ? q->queue_size_max : chain_max;
+	q->chain.segments = calloc(q->chain.segment_max, sizeof(*q->chain.segments));
+	q->reqs = calloc(q->slot_count, sizeof(*q->reqs));
+	q->free_slots = calloc(q->slot_count, sizeof(*q->free_slots));
+	q->unpublished = calloc(q->slot_count, sizeof(struct vf_req *));
+	if (!q->chain.segments || !q->reqs || !q->free_slots || !q->unpublished)
+		return -ENOMEM;
+	/* The arrays of slot 0 are the first of one block each. */
+	iovs = calloc((size_t)q->slot_count * q->iov_max, sizeof(*iovs));
+	q->reqs[0].iov_base = iovs;
+	ranges = calloc((size_t)q->slot_count * VF_RANGE_MAX, sizeof(*ranges));
+	q->reqs[0].ranges = ranges;
+	if (!iovs || !ranges)
+		return -ENOMEM;
+	for (uint32_t i = 0; i < q->slot_count; i++) {
+		q->reqs[i].slot = (uint16_t)i;
+		q->reqs[i].iov_base = iovs + (size_t)i * q->iov_max;
+		q->reqs[i].ranges = ranges + (size_t)i * VF_RANGE_MAX;
+		q->free_slots[i] = (uint16_t)(q->slot_count - 1u - i);
+	}
+	q->free_count = q->slot_count;
+	return 0;
+}
+
+struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t queue_size_max, void *shm_block)
+{
+	struct vf_queue *q;
+
+	if (queue_size_max < 2u || queue_size_max > VF_QUEUE_SIZE_MAX || device->seg_max > VF_SEG_MAX_LIMIT ||
+	    device->discard_max_seg > VF_RANGE_MAX || device->write_zeroes_max_seg > VF_RANGE_MAX ||
+	    device->block_sectors == 0) {
+		errno = EINVAL;
+		return NULL;
+	}
+	q = calloc(1, sizeof(*q));
+	if (!q)
+		return NULL;
+	q->device = *device;
+	q->queue_size_max = queue_size_max;
+	vf_iotlb_init(&q->tlb, &q->port);
+	vf_port_none_init(&q->port, -1);
+	vf_queue_set_shm(q, shm_block);
+	q->ctl_seen = vf_load_relaxed_u32(&q->ctl->ctl_seq);
+	q->faults_seen = q->counters->memory_faults;
+	if (vf_queue_alloc(q)) {
+		vf_queue_destroy(q);
+		errno = ENOMEM;
+		return NULL;
+	}
+	return q;
+}
+
+void vf_queue_destroy(struct vf_queue *q)
+{
+	if (!q)
+		return;
+	if (vf_guarded == q)
+		vf_guarded = NULL;
+	vf_engine_close(&q->engine);
+	vf_iotlb_drop(&q->tlb, 0, UINT64_MAX);
+	if (q->reqs) {
+		free(q->reqs[0].iov_base);
+		free(q->reqs[0].ranges);
+	}
+	free(q->unpublished);
+	free(q->free_slots);
+	free(q->reqs);
+	free(q->chain.segments);
+	free(q);
+}
+
+/* Async-signal-safe: a table walk, mmap(2), a counter of our own. */
+static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
+{
+	uintptr_t page = (uintptr_t)info->si_addr & ~(uintptr_t)(VF_PAGE_BYTES - 1u);
+
+	(void)context;
+	if (vf_guarded && vf_iotlb_holds(&vf_guarded->tlb, page) &&
+	    mmap((void *)page, VF_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+		 0) != MAP_FAILED) {
+		vf_guarded->counters->memory_faults++;
+		return;
+	}
+	signal(signo, SIG_DFL); /* not the driver's doing: the access faults again and ends the process */
+}
+
+int vf_queue_guard(struct vf_queue *q)
+{
+	struct sigaction action = { .sa_sigaction = vf_on_sigbus, .sa_flags = SA_SIGINFO | SA_RESTART };
+
+	vf_guarded = q;
+	return sigaction(SIGBUS, &action, NULL) ? -errno : 0;
+}
+
+static void vf_on_stop(int signo)
+{
+	uint64_t one = 1;
+	int saved = errno;
+
+	(void)signo;
+	vf_stop = 1;
+	if (write(vf_stop_wake_fd, &one, sizeof(one)) < 0)
+		vf_stop = 1; /* the counter is full: the worker is awake already */
+	errno = saved;
+}
+
+int vf_stop_install(int wake_fd)
+{
+	struct sigaction action = { .sa_handler = vf_on_stop, .sa_flags = SA_RESTART };
+
+	vf_stop_wake_fd = wake_fd;
+	if (sigaction(SIGTERM, &action, NULL) || sigaction(SIGINT, &action, NULL))
+		return -errno;
+	return 0;
+}
+
+const volatile int *vf_stop_flag(void)
+{
+	return &vf_stop;
+}
+
+int vf_die_with_parent(int parent_pid)
+{
+	if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
+		return -errno;
+	return getppid() == parent_pid ? 0 : -ESRCH;
+}
+
+uint64_t vf_now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}

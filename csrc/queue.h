@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Everything a worker holds for its virtqueue. All memory is allocated by vf_queue_create(); serving allocates nothing.
+ */
+#ifndef VF_QUEUE_H
+#define VF_QUEUE_H
+
+#include "counters.h"
+#include "engine.h"
+#include "inflight.h"
+#include "iotlb.h"
+#include "request.h"
+#include "vring_format.h"
+
+#define VF_SLOT_MAX 1024u /* requests in flight at once; more wait in the ring */
+#define VF_BATCH_MAX 64u /* requests of one round */
+#define VF_SEG_MAX_LIMIT 1022u /* with header and status a chain of 1024 */
+
+/* What the device is; set once. Sectors are of 512 bytes. */
+struct vf_blk_device {
+	uint64_t capacity_sectors;
+	uint32_t block_sectors; /* smallest unit of a transfer */
+	uint32_t seg_max;
+	uint32_t discard_max_sectors; /* 0 = no discard */
+	uint32_t discard_max_seg;
+	uint32_t write_zeroes_max_sectors; /* 0 = no write zeroes */
+	uint32_t write_zeroes_max_seg;
+	uint8_t read_only;
+	uint8_t discard; /* acked by the driver, at the last start */
+	uint8_t write_zeroes;
+	char serial[VF_BLK_ID_BYTES]; /* padded with zeroes */
+};
+
+struct vf_queue {
+	struct vf_vring vring;
+	struct vf_chain chain;
+	struct vf_engine engine;
+	struct vf_port port;
+	struct vf_blk_device device;
+
+	struct vf_req *reqs; /* slot_count of them */
+	uint16_t *free_slots; /* a stack: the slot used last is the warmest */
+	uint32_t free_count;
+	uint32_t slot_count;
+	uint32_t iov_max; /* of one request */
+
+	struct vf_req **unpublished; /* pushed, not yet shown to the driver */
+	uint32_t unpublished_count;
+
+	/* The queue's block of the shared pages. */
+	struct vf_shm_ctl *ctl;
+	struct vf_shm_status *shm_status;
+	struct vf_counters *counters;
+	struct vf_hist *hist;
+	struct vf_inflight_header *inflight;
+	struct vf_inflight_entry *inflight_log; /* queue_size_max entries */
+	uint64_t next_order;
+
+	uint32_t queue_size_max;
+	uint32_t ctl_seen; /* last value of ctl->ctl_seq that was acted upon */
+	uint64_t faults_seen;
+	uint32_t ring_error; /* enum vf_ring_error that stopped the queue */
+
+	struct vf_iotlb tlb; /* large, so last */
+	struct vf_req *done[VF_BATCH_MAX];
+};
+
+/* Offsets of the shared pages that depend on the geometry. */
+struct vf_shm_layout {
+	uint32_t counters_offset;
+	uint32_t hist_offset;
+	uint32_t inflight_offset;
+	uint32_t stride_bytes;
+};
+
+struct vf_shm_layout vf_shm_layout(uint32_t queue_size);
+
+/* A queue with its tables, or NULL with errno set. shm_block is the queue's block, borrowed. No engine is open yet. */
+struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t queue_size_max, void *shm_block);
+void vf_queue_destroy(struct vf_queue *q);
+
+/* Turn a page that vanishes under an access of this process (SIGBUS in a mapping of q's IOTLB) into zeroes and a
+ * count in q's counters, instead of the process's death. One queue a process. 0 or -errno. */
+int vf_queue_guard(struct vf_queue *q);
+
+/* Make SIGTERM and SIGINT raise *vf_stop_flag() and write to wake_fd (an eventfd). 0 or -errno. */
+int vf_stop_install(int wake_fd);
+const volatile int *vf_stop_flag(void);
+
+/* SIGKILL for this process when the thread that started it ends, however it does. 0 or -errno; -ESRCH: it has ended. */
+int vf_die_with_parent(int parent_pid);
+
+/* CLOCK_MONOTONIC */
+uint64_t vf_now_ns(void);
+
+#endif

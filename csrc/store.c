@@ -1,0 +1,292 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "store.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "barrier.h"
+
+#define VF_RETRY_MAX 8u
+
+int vf_store_open(struct vf_store *store)
+{
+	store->write_flags = 0;
+	store->no_punch_hole = 0;
+	store->no_zero_range = 0;
+	store->map = NULL;
+	store->bounce = NULL;
+	if (store->kind == VF_STORE_NULL)
+		return 0;
+	if (store->kind == VF_STORE_MEMORY) {
+		void *map = mmap(NULL, store->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, store->fd, 0);
+		if (map == MAP_FAILED)
+			return -errno;
+		store->map = map;
+		return 0;
+	}
+	/* Pages of it exist only once they are used. */
+	void *bounce = mmap(NULL, VF_BOUNCE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (bounce == MAP_FAILED)
+		return -errno;
+	store->bounce = bounce;
+	return 0;
+}
+
+void vf_store_close(struct vf_store *store)
+{
+	if (store->map)
+		munmap(store->map, store->size_bytes);
+	if (store->bounce)
+		munmap(store->bounce, VF_BOUNCE_BYTES);
+	store->map = NULL;
+	store->bounce = NULL;
+}
+
+int vf_store_takes(const struct vf_store *store, const struct vf_req *req)
+{
+	uint32_t mask = store->direct_align - 1u;
+
+	if (store->direct_align == 0)
+		return 1;
+	for (uint32_t i = 0; i < req->iov_count; i++) {
+		if (((uintptr_t)req->iov[i].iov_base | req->iov[i].iov_len) & mask)
+			return 0;
+	}
+	return 1;
+}
+
+/* One pread or pwrite of the rest. A single segment takes the shorter way into the kernel. */
+static ssize_t vf_store_transfer(const struct vf_store *store, const struct vf_req *req)
+{
+	off_t at = (off_t)req->offset_bytes;
+	int count = req->iov_count > VF_IOV_MAX ? (int)VF_IOV_MAX : (int)req->iov_count;
+
+	if (req->op == VF_OP_READ) {
+		if (count == 1)
+			return pread(store->fd, req->iov->iov_base, req->iov->iov_len, at);
+		return preadv(store->fd, req->iov, count, at);
+	}
+	if (store->write_flags)
+		return pwritev2(store->fd, req->iov, count, at, store->write_flags);
+	if (count == 1)
+		return pwrite(store->fd, req->iov->iov_base, req->iov->iov_len, at);
+	return pwritev(store->fd, req->iov, count, at);
+}
+
+static int vf_store_rw(struct vf_store *store, struct vf_req *req)
+{
+	while (req->left_bytes) {
+		ssize_t n = vf_store_transfer(store, req);
+
+		if (vf_likely(n > 0)) {
+			vf_req_advance(req, (uint64_t)n);
+			continue;
+		}
+		if (n == 0)
+			return -EIO; /* the store has become shorter than the device */
+		if (errno == EINTR || (errno == EAGAIN && req->retry_count++ < VF_RETRY_MAX))
+			continue;
+		return -errno;
+	}
+	return 0;
+}
+
+/* Gather from or scatter into the request's memory, len bytes from its cursor, which stays. */
+static void vf_req_copy(struct vf_req *req, uint8_t *buffer, size_t len, int to_driver)
+{
+	for (uint32_t i = 0; len; i++) {
+		size_t n = req->iov[i].iov_len < len ? req->iov[i].iov_len : len;
+
+		if (to_driver)
+			vf_copy_to_shared(req->iov[i].iov_base, buffer, n);
+		else
+			vf_copy_from_shared(buffer, req->iov[i].iov_base, n);
+		buffer += n;
+		len -= n;
+	}
+}
+
+/* Move exactly len bytes between the bounce buffer and the store. 0 or -errno. */
+static int vf_bounce_rw(struct vf_store *store, enum vf_op op, uint64_t offset_bytes, size_t len)
+{
+	struct iovec iov = { .iov_base = store->bounce, .iov_len = len };
+	struct vf_req part = {
+		.op = (uint8_t)op,
+		.iov = &iov,
+		.iov_count = 1,
+		.offset_bytes = offset_bytes,
+		.left_bytes = len,
+	};
+	return vf_store_rw(store, &part);
+}
+
+/* O_DIRECT with memory that it does not take: by way of the bounce buffer. */
+static int vf_store_rw_bounced(struct vf_store *store, struct vf_req *req)
+{
+	while (req->left_bytes) {
+		size_t len = req->left_bytes < VF_BOUNCE_BYTES ? (size_t)req->left_bytes : VF_BOUNCE_BYTES;
+		int err;
+
+		if (req->op == VF_OP_WRITE)
+			vf_req_copy(req, store->bounce, len, 0);
+		err = vf_bounce_rw(store, (enum vf_op)req->op, req->offset_bytes, len);
+		if (err)
+			return err;
+		if (req->op == VF_OP_READ)
+			vf_req_copy(req, store->bounce, len, 1);
+		vf_req_advance(req, len);
+	}
+	return 0;
+}
+
+static int vf_store_rw_memory(struct vf_store *store, struct vf_req *req)
+{
+	while (req->left_bytes) {
+		uint8_t *at = store->map + req->offset_bytes;
+		size_t n = req->iov->iov_len;
+
+		if (req->op == VF_OP_READ)
+			vf_copy_to_shared(req->iov->iov_base, at, n);
+		else
+			vf_copy_from_shared(at, req->iov->iov_base, n);
+		vf_req_advance(req, n);
+	}
+	return 0;
+}
+
+/* The loop for calls that can be interrupted. 0 or -errno. */
+static int vf_store_fallocate(const struct vf_store *store, int mode, uint64_t offset_bytes, uint64_t len_bytes)
+{
+	int rc;
+
+	do
+		rc = fallocate(store->fd, mode, (off_t)offset_bytes, (off_t)len_bytes);
+	while (rc < 0 && errno == EINTR);
+	return rc < 0 ? -errno : 0;
+}
+
+static int vf_is_unsupported(int err)
+{
+	return err == -EOPNOTSUPP || err == -ENOSYS || err == -ENODEV || err == -ENOTTY;
+}
+
+static int vf_store_punch_hole(struct vf_store *store, uint64_t offset_bytes, uint64_t len_bytes)
+{
+	int err;
+
+	if (store->no_punch_hole)
+		return -EOPNOTSUPP;
+	err = vf_store_fallocate(store, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes);
+	if (vf_is_unsupported(err))
+		store->no_punch_hole = 1;
+	return err;
+}
+
+/* A discard is advice: a store that cannot follow it loses nothing, so that it is no error. */
+static int vf_store_discard(struct vf_store *store, uint64_t offset_bytes, uint64_t len_bytes)
+{
+	int err;
+
+	if (store->kind == VF_STORE_BLOCKDEV) {
+		uint64_t range[2] = { offset_bytes, len_bytes };
+
+		err = ioctl(store->fd, BLKDISCARD, range) < 0 ? -errno : 0;
+	} else {
+		err = vf_store_punch_hole(store, offset_bytes, len_bytes);
+	}
+	return vf_is_unsupported(err) ? 0 : err;
+}
+
+static int vf_store_write_zero_pages(struct vf_store *store, struct vf_req *req)
+{
+	int err = 0;
+
+	memset(store->bounce, 0, VF_BOUNCE_BYTES);
+	while (req->left_bytes && !err) {
+		size_t len = req->left_bytes < VF_BOUNCE_BYTES ? (size_t)req->left_bytes : VF_BOUNCE_BYTES;
+
+		err = vf_bounce_rw(store, VF_OP_WRITE, req->offset_bytes, len);
+		if (!err) {
+			req->offset_bytes += len;
+			req->left_bytes -= len;
+		}
+	}
+	return err;
+}
+
+/*
+ * Zeroes by the cheapest way that the store knows. Deallocated ranges of files read as zeroes, and so do those that a
+ * block device's PUNCH_HOLE returns success for (fallocate(2)); both are only for a driver that allows unmapping.
+ */
+static int vf_store_write_zeroes(struct vf_store *store, struct vf_req *req)
+{
+	int err = -EOPNOTSUPP;
+
+	if (store->kind == VF_STORE_MEMORY) {
+		if (!req->unmap || vf_store_punch_hole(store, req->offset_bytes, req->left_bytes))
+			memset(store->map + req->offset_bytes, 0, req->left_bytes);
+		return 0;
+	}
+	if (req->unmap)
+		err = vf_store_punch_hole(store, req->offset_bytes, req->left_bytes);
+	if (vf_is_unsupported(err) && !store->no_zero_range) {
+		err = vf_store_fallocate(store, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, req->offset_bytes,
+					 req->left_bytes);
+		if (vf_is_unsupported(err))
+			store->no_zero_range = 1;
+	}
+	if (vf_is_unsupported(err))
+		return vf_store_write_zero_pages(store, req);
+	return err;
+}
+
+static int vf_store_sync(const struct vf_store *store)
+{
+	int rc;
+
+	if (store->cache == VF_CACHE_UNSAFE || store->kind == VF_STORE_MEMORY)
+		return 0;
+	/* Waits for all that has been written to the file by whatever process: a flush covers every queue. */
+	do
+		rc = fdatasync(store->fd);
+	while (rc < 0 && errno == EINTR);
+	return rc < 0 ? -errno : 0;
+}
+
+/* Writes and zeroes of a writethrough store that did not go by RWF_DSYNC. */
+static int vf_store_settle(struct vf_store *store, int err)
+{
+	return err || !store->write_flags ? err : vf_store_sync(store);
+}
+
+int vf_store_do(struct vf_store *store, struct vf_req *req)
+{
+	switch ((enum vf_op)req->op) {
+	case VF_OP_READ:
+	case VF_OP_WRITE:
+		if (store->kind == VF_STORE_MEMORY)
+			return vf_store_rw_memory(store, req);
+		if (vf_unlikely(!vf_store_takes(store, req)))
+			return vf_store_rw_bounced(store, req);
+		return vf_store_rw(store, req);
+	case VF_OP_FLUSH:
+		return vf_store_sync(store);
+	case VF_OP_DISCARD:
+		return vf_store_discard(store, req->offset_bytes, req->left_bytes);
+	case VF_OP_WRITE_ZEROES:
+		return vf_store_settle(store, vf_store_write_zeroes(store, req));
+	case VF_OP_GET_ID:
+	case VF_OP_OTHER:
+	case VF_OP_COUNT:
+		break;
+	}
+	return -EINVAL; /* answered without a store */
+}

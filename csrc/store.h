@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A store: what holds the bytes, as a worker sees it. The calls here block; the sync engine is made of them, and the
+ * uring engine uses them for what a ring cannot do.
+ */
+#ifndef VF_STORE_H
+#define VF_STORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "request.h"
+
+enum vf_store_kind {
+	VF_STORE_FILE,
+	VF_STORE_BLOCKDEV,
+	VF_STORE_MEMORY,
+	VF_STORE_NULL,
+};
+
+enum vf_store_cache {
+	VF_CACHE_WRITEBACK,
+	VF_CACHE_WRITETHROUGH, /* every write is durable when it is answered */
+	VF_CACHE_NONE, /* O_DIRECT */
+	VF_CACHE_UNSAFE, /* a flush does nothing */
+};
+
+struct vf_store {
+	int fd; /* borrowed; -1 for null */
+	enum vf_store_kind kind;
+	enum vf_store_cache cache;
+	uint32_t direct_align; /* of offset, length and memory under O_DIRECT; 0 = anything goes */
+	uint64_t size_bytes;
+	int write_flags; /* RWF_DSYNC or 0 */
+	uint8_t no_punch_hole; /* the store has refused it: do not ask again */
+	uint8_t no_zero_range;
+	uint8_t *map; /* of a memory store */
+	uint8_t *bounce; /* VF_BOUNCE_BYTES, page-aligned: misaligned memory under O_DIRECT, and zeroes */
+};
+
+#define VF_BOUNCE_BYTES (1u << 20)
+
+/* 0 or -errno; on an error nothing is held. */
+int vf_store_open(struct vf_store *store);
+void vf_store_close(struct vf_store *store);
+
+/* Whether a request's memory is such that O_DIRECT takes it. */
+int vf_store_takes(const struct vf_store *store, const struct vf_req *req);
+
+/* Carry out the rest of a request, blocking: short transfers continued, EINTR repeated. Returns 0 or -errno; the
+ * request's cursor tells how far it came. */
+int vf_store_do(struct vf_store *store, struct vf_req *req);
+
+/* Advance a request's cursor over n bytes moved. n is at most what is left. */
+static inline void vf_req_advance(struct vf_req *req, uint64_t n)
+{
+	req->offset_bytes += n;
+	req->left_bytes -= n;
+	while (n) {
+		struct iovec *iov = req->iov;
+
+		if (n < iov->iov_len) {
+			iov->iov_base = (uint8_t *)iov->iov_base + n;
+			iov->iov_len -= n;
+			return;
+		}
+		n -= iov->iov_len;
+		req->iov++;
+		req->iov_count--;
+	}
+}
+
+#endif

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What every ring format shares: structures of a split virtqueue (VIRTIO 1.3, 2.7), the chain that a pop fills, and the
+ * reasons for which a ring is given up. The formats themselves are vring_split.h (and, later, vring_packed.h): each
+ * offers init, pop, push, publish and notification under the same names with its own prefix.
+ */
+#ifndef VF_VRING_H
+#define VF_VRING_H
+
+#include <stdint.h>
+
+#include "barrier.h"
+
+#define VF_QUEUE_SIZE_MAX 32768u
+
+#define VF_DESC_F_NEXT 1u
+#define VF_DESC_F_WRITE 2u
+#define VF_DESC_F_INDIRECT 4u
+#define VF_AVAIL_F_NO_INTERRUPT 1u
+#define VF_USED_F_NO_NOTIFY 1u
+
+struct vf_desc {
+	uint64_t addr;
+	uint32_t len;
+	uint16_t flags;
+	uint16_t next;
+};
+
+struct vf_used_elem {
+	uint32_t id;
+	uint32_t len;
+};
+
+_Static_assert(sizeof(struct vf_desc) == 16, "VIRTIO 1.3, 2.7.5");
+_Static_assert(sizeof(struct vf_used_elem) == 8, "VIRTIO 1.3, 2.7.8");
+
+/* Why a queue stopped: the driver broke the ring itself, so that nothing in it can be trusted. */
+enum vf_ring_error {
+	VF_RING_OK,
+	VF_RING_AVAIL_OVERRUN, /* avail->idx is more than the queue size ahead */
+	VF_RING_HEAD_RANGE, /* an avail entry names no descriptor */
+	VF_RING_NEXT_RANGE, /* a next field names no descriptor */
+	VF_RING_CHAIN_TOO_LONG, /* a loop, or more descriptors than allowed */
+	VF_RING_INDIRECT_NOT_OFFERED, /* INDIRECT without the feature */
+	VF_RING_INDIRECT_NESTED, /* INDIRECT inside an indirect table */
+	VF_RING_INDIRECT_NEXT, /* INDIRECT and NEXT in one descriptor */
+	VF_RING_INDIRECT_SIZE, /* table length is zero or no multiple of 16, or names too many */
+	VF_RING_INDIRECT_UNMAPPED, /* table lies outside the IOTLB */
+	VF_RING_HEAD_BUSY, /* an avail entry names a chain that is in flight */
+	VF_RING_UNMAPPED, /* a ring area is not (any longer) mapped, or lacks permissions */
+	VF_RING_MISALIGNED, /* a ring area is not aligned as VIRTIO 1.3, 2.7 asks */
+	VF_RING_MEMORY_GONE, /* pages of a region vanished under us (SIGBUS) */
+	VF_RING_ERROR_COUNT,
+};
+
+/* One descriptor, copied out of shared memory. */
+struct vf_segment {
+	uint64_t iova;
+	uint32_t len;
+	uint32_t writable; /* by the device: 0 or 1 */
+};
+
+/* A descriptor chain in private memory. Device-readable segments are not checked to precede writable ones here. */
+struct vf_chain {
+	uint16_t head;
+	uint32_t segment_count;
+	uint32_t segment_max; /* capacity of segments */
+	struct vf_segment *segments;
+};
+
+/* True when moving an index from old_idx to new_idx passes event (VIRTIO 1.3, 2.7.10: all modulo 2^16). */
+static inline int vf_need_event(uint16_t event, uint16_t new_idx, uint16_t old_idx)
+{
+	return (uint16_t)(new_idx - event - 1u) < (uint16_t)(new_idx - old_idx);
+}
+
+#endif

@@ -1,0 +1,133 @@
+"""For every test: what it opened, mapped and started must be gone afterwards, and in CI nothing may be skipped."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+RUN_DIR_KEY = pytest.StashKey[str]()
+SETTLE_S = 2.0  # how long a process or thread that was told to end may take
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the tests' run directories away from the machine's own."""
+    config.stash[RUN_DIR_KEY] = os.environ["VDUSEFAST_RUN_DIR"] = tempfile.mkdtemp(prefix="vdusefast-test-run-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[RUN_DIR_KEY], ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a CI run in which something was skipped: there, everything that a test needs is to be installed."""
+    if os.environ.get("CI") != "true":
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if skipped and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter.section("skipped tests fail a CI run", sep="!", red=True)
+
+
+def open_descriptors() -> dict[int, str]:
+    """Return this process's descriptors with what they lead to."""
+    found = {}
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
+        except FileNotFoundError:
+            continue  # the one that lists the directory
+    return found
+
+
+def shared_mappings() -> list[str]:
+    """Return the shared mappings of this process, without their addresses."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted(" ".join(line.split()[1:]) for line in lines if line.split()[1].endswith("s"))
+
+
+def child_processes() -> set[tuple[int, str]]:
+    """Return all descendants of this process, zombies among them."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            found.add((child.pid, child.name()))
+        except psutil.NoSuchProcess:
+            continue  # ended while we looked
+    return found
+
+
+def run_directories() -> set[str]:
+    """Return what lies in the run directory."""
+    return set(os.listdir(os.environ["VDUSEFAST_RUN_DIR"]))
+
+
+class Resources:
+    """What this process holds, and what it has got since then."""
+
+    def __init__(self) -> None:
+        self.descriptors = open_descriptors()
+        self.mappings = shared_mappings()
+        self.children = child_processes()
+        self.threads = set(threading.enumerate())
+        self.run_directories = run_directories()
+
+    def added(self) -> list[str]:
+        """Return one line for each thing that is there now and was not before."""
+        old_mappings = list(self.mappings)
+        mappings = []
+        for mapping in shared_mappings():
+            if mapping in old_mappings:
+                old_mappings.remove(mapping)
+            else:
+                mappings.append(f"mapping {mapping}")
+        return [
+            *(f"descriptor {fd} -> {to}" for fd, to in open_descriptors().items() if self.descriptors.get(fd) != to),
+            *mappings,
+            *(f"process {pid} ({name})" for pid, name in child_processes() - self.children),
+            *(f"thread {thread.name}" for thread in set(threading.enumerate()) - self.threads if thread.is_alive()),
+            *(f"run directory {name}" for name in run_directories() - self.run_directories),
+        ]
+
+    def added_for_good(self) -> list[str]:
+        """Return what is still there once everything that was told to end had time to."""
+        deadline = time.monotonic() + SETTLE_S
+        while self.added():
+            gc.collect()  # a failing assertion's traceback and reference cycles hold things for a while
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        return self.added()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves descriptors, shared mappings, processes, threads or run directories behind."""
+    before = Resources()
+    yield
+    if request.node.get_closest_marker("keeps_resources"):
+        return
+    report = getattr(request.node, "call_report", None)
+    if report is not None and report.failed:
+        return  # its traceback keeps objects alive, and its own failure is what matters
+    left = before.added_for_good()
+    assert not left, "left behind by the test:\n" + "\n".join(left)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Let the fixture above see how its test went."""
+    report = yield
+    if report.when == "call":
+        item.call_report = report
+    return report

@@ -1,0 +1,228 @@
+"""The loop that runs fio-like jobs, against a device in pure Python: what it sends, and what it notices."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from driver_device import DISCARD, FLUSH, IN, OUT, FakeBus
+
+from vdusefast import _driver
+from vdusefast.bench.memory import make_job
+from vdusefast.driver import LoopbackDriver
+
+SIZE = 256 * 1024
+
+
+@pytest.fixture
+def bus() -> Iterator[FakeBus]:
+    bus = FakeBus(SIZE)
+    yield bus
+    bus.close()
+
+
+def run(
+    bus: FakeBus, *plans: dict[str, Any], spin_us: float = 0.0, stall_s: float = 10.0, forget: int = 0
+) -> list[_driver.JobResults]:
+    """Run the jobs together in one thread and return their results."""
+    with LoopbackDriver(bus) as driver:
+        rings = [driver.ring(i) for i in range(driver.queue_count)]
+        jobs = [make_job(driver, **{"block_bytes": 4096, "depth": 8, "size_bytes": SIZE, **plan}) for plan in plans]
+        if forget:
+            jobs[0].forget(0, forget)
+        _driver.DriverThread(rings, jobs, spin_us=spin_us, stall_s=stall_s).run()
+        return [job.results() for job in jobs]
+
+
+@pytest.mark.parametrize("kind", ["read", "write", "trim"])
+@pytest.mark.parametrize("order", ["sequential", "random_once"])
+def test_each_block_once(bus: FakeBus, kind: str, order: str) -> None:
+    (result,) = run(bus, {"kind": kind, "order": order})
+    types = {"read": IN, "write": OUT, "trim": DISCARD}
+    assert {entry[1] for entry in bus.log} == {types[kind]}
+    assert sorted(entry[2] for entry in bus.log) == ([0] * 64 if kind == "trim" else list(range(0, 512, 8)))
+    assert result["ops"][kind]["ios"] == 64
+    assert result["ops"][kind]["bytes"] == SIZE
+    assert result["request_errors"] == 0
+    assert 0 < result["ops"][kind]["lat_min_ns"] <= result["ops"][kind]["lat_max_ns"]
+
+
+@pytest.mark.parametrize("spin_us", [0.0, 50.0])
+def test_verified_write_reads_everything_back(bus: FakeBus, spin_us: float) -> None:
+    plan = {"kind": "write", "order": "random_once", "verify": "crc32c", "check_after": True, "seed": 5}
+    (result,) = run(bus, plan, spin_us=spin_us)
+    assert result["verified"] == result["ops"]["check"]["ios"] == 64
+    assert result["verify_errors"] == 0
+    assert all(_driver.check_block(bus.disk[at : at + 4096], at, 0, 5) == "none" for at in range(0, SIZE, 4096))
+
+
+def test_mix_verifies_reads_at_once_and_at_the_end(bus: FakeBus) -> None:
+    plan = {"kind": "mixed", "order": "random_once", "verify": "crc32c", "check_after": True, "io_limit": 500}
+    (result,) = run(bus, plan)
+    assert result["ops"]["read"]["ios"] + result["ops"]["write"]["ios"] == 500
+    assert result["verified"] > result["ops"]["check"]["ios"] > 0
+    assert result["verify_errors"] == result["request_errors"] == 0
+
+
+def test_no_two_requests_to_one_block_at_once(bus: FakeBus) -> None:
+    plan = {"kind": "mixed", "order": "random", "verify": "crc32c", "check_after": True, "io_limit": 300}
+    (result,) = run(bus, plan | {"size_bytes": 3 * 4096})
+    assert result["verify_errors"] == 0
+
+
+def test_lost_write_is_found(bus: FakeBus) -> None:
+    bus.disk[:] = bytes(SIZE)
+    bus.spoil = lambda kind, sector, data: b"" if (kind, sector) == (OUT, 16) else data
+    plan = {"kind": "write", "order": "sequential", "verify": "crc32c", "check_after": True}
+    (result,) = run(bus, plan)
+    assert result["verify_errors"] == 1
+    (fault,) = result["faults"]
+    assert (fault["kind"], fault["offset_bytes"], fault["block"]) == ("no_header", 8192, 2)
+
+
+def test_stale_write_is_found_by_its_generation(bus: FakeBus) -> None:
+    seen: set[int] = set()
+
+    def lose_second_write(kind: int, sector: int, data: bytes) -> bytes:
+        if kind == OUT and sector == 8 and sector in seen:
+            return b""
+        if kind == OUT:
+            seen.add(sector)
+        return data
+
+    bus.spoil = lose_second_write
+    plan = {"kind": "write", "order": "sequential", "verify": "crc32c", "check_after": True, "io_limit": 128}
+    (result,) = run(bus, plan)
+    (fault,) = result["faults"]
+    assert fault["kind"] == "generation"
+    assert fault["expected"] != fault["found"]
+
+
+def test_flipped_bit_and_misplaced_block_are_found(bus: FakeBus) -> None:
+    def spoil(kind: int, sector: int, data: bytes) -> bytes:
+        if kind == IN and sector == 0:
+            return data[:100] + bytes([data[100] ^ 4]) + data[101:]
+        if kind == IN and sector == 8:
+            return bytes(bus.disk[8192:12288])
+        return data
+
+    bus.spoil = spoil
+    (result,) = run(bus, {"kind": "write", "order": "sequential", "verify": "crc32c", "check_after": True})
+    assert sorted(fault["kind"] for fault in result["faults"]) == ["checksum", "offset"]
+
+
+def test_pattern(bus: FakeBus) -> None:
+    pattern = b"abcd" * 1024
+    plan = {"kind": "write", "order": "random_once", "verify": "pattern", "pattern": pattern, "check_after": True}
+    (result,) = run(bus, plan)
+    assert result["verified"] == 64
+    assert bytes(bus.disk) == pattern * 64
+
+
+def test_pattern_error_says_where(bus: FakeBus) -> None:
+    bus.disk[:] = b"abcd" * (SIZE // 4)
+    bus.disk[4096 + 7] = 0
+    plan = {"kind": "read", "order": "sequential", "verify": "pattern", "pattern": b"abcd" * 1024}
+    (result,) = run(bus, plan)
+    (fault,) = result["faults"]
+    assert (fault["where"], fault["expected"], fault["found"]) == (7, ord("d"), 0)
+
+
+def test_reading_job_checks_what_an_earlier_one_wrote(bus: FakeBus) -> None:
+    for at in range(0, SIZE, 4096):
+        _driver.fill_block(memoryview(bus.disk)[at : at + 4096], at, 3, 9)
+    bus.disk[8192] ^= 1
+    plan = {"kind": "read", "order": "random_once", "verify": "crc32c"}
+    (result,) = run(bus, plan)
+    assert result["verified"] == 64
+    assert [fault["offset_bytes"] for fault in result["faults"]] == [8192]
+
+
+def test_forgotten_blocks_may_hold_anything(bus: FakeBus) -> None:
+    for at in range(8192, SIZE, 4096):
+        _driver.fill_block(memoryview(bus.disk)[at : at + 4096], at, 3, 9)
+    (result,) = run(bus, {"kind": "read", "order": "sequential", "verify": "crc32c"}, forget=2)
+    assert result["verified"] == 62
+    assert result["verify_errors"] == 0
+
+
+def test_failed_requests_are_counted_and_the_run_goes_on(bus: FakeBus) -> None:
+    bus.spoil = lambda _kind, sector, data: None if sector == 24 else data
+    (result,) = run(bus, {"kind": "write", "order": "sequential", "verify": "crc32c", "check_after": True})
+    assert result["request_errors"] == 1
+    assert result["verify_errors"] == 0
+    assert result["verified"] == 63
+    assert result["faults"][0] | {"found": 1, "kind": "status", "op": "write"} == result["faults"][0]
+
+
+def test_wrong_used_length_is_an_error(bus: FakeBus) -> None:
+    bus.lie_about_length = 1
+    (result,) = run(bus, {"kind": "read", "order": "sequential"})
+    assert result["request_errors"] == 64
+    assert result["faults"][0]["kind"] == "used_len"
+    assert len(result["faults"]) == 16
+
+
+def test_fsync_flushes_after_every_n_writes(bus: FakeBus) -> None:
+    (result,) = run(bus, {"kind": "write", "order": "sequential", "fsync_every": 4})
+    assert result["ops"]["sync"]["ios"] == 16
+    assert sum(1 for entry in bus.log if entry[1] == FLUSH) == 16
+
+
+def test_one_job_uses_both_queues() -> None:
+    bus = FakeBus(SIZE, queues=2)
+    run(bus, {"kind": "read", "order": "sequential"})
+    bus.close()
+    assert [sum(1 for entry in bus.log if entry[0] == q) for q in (0, 1)] == [32, 32]
+
+
+def test_jobs_share_a_thread(bus: FakeBus) -> None:
+    slices = [{"offset_bytes": i * SIZE // 4, "size_bytes": SIZE // 4, "seed": i + 1} for i in range(4)]
+    plans = [{"kind": "write", "order": "random_once", "verify": "crc32c", "check_after": True} | s for s in slices]
+    results = run(bus, *plans)
+    assert [r["verified"] for r in results] == [16] * 4
+
+
+def test_depth_beyond_the_ring_and_large_blocks() -> None:
+    bus = FakeBus(1 << 20, queue_size=16, size_max=4096)
+    plan = {"block_bytes": 65536, "depth": 32, "size_bytes": 1 << 20, "verify": "crc32c", "check_after": True}
+    (result,) = run(bus, {"kind": "write", "order": "sequential", **plan})
+    bus.close()
+    assert result["verified"] == 16
+    assert {entry[3] for entry in bus.log} == {16}
+
+
+def test_time_based_run_ends_in_time_and_ramp_is_not_counted(bus: FakeBus) -> None:
+    plan = {"kind": "read", "order": "random_once", "io_limit": 0, "runtime_s": 0.2, "ramp_s": 0.2}
+    (result,) = run(bus, plan)
+    assert 0.15e9 < result["run_ns"] < 2e9
+    assert 0 < result["ops"]["read"]["ios"] < len(bus.log)
+
+
+def test_mute_device_ends_with_an_error_that_names_the_queue(bus: FakeBus) -> None:
+    bus.mute = True
+    with pytest.raises(OSError, match="queue 0") as raised:
+        run(bus, {"kind": "read", "order": "sequential"}, stall_s=0.1)
+    assert raised.value.errno == errno.ETIMEDOUT
+
+
+@pytest.mark.parametrize("abandon", [False, True])
+def test_stop_from_another_thread(bus: FakeBus, abandon: bool) -> None:
+    with LoopbackDriver(bus) as driver:
+        plan = {"kind": "write", "order": "random_once", "verify": "crc32c", "check_after": True, "io_limit": 0}
+        job = make_job(driver, block_bytes=4096, depth=8, size_bytes=SIZE, **plan)
+        thread = _driver.DriverThread([driver.ring(0)], [job])
+        timer = threading.Timer(0.1, thread.stop, kwargs={"abandon": abandon})
+        timer.start()
+        if abandon:
+            with pytest.raises(OSError, match="queue") as raised:
+                thread.run()
+            assert raised.value.errno == errno.ECANCELED
+        else:
+            thread.run()
+            assert job.results()["ops"]["check"]["ios"] == 0
+        timer.join()
+        assert job.progress()[0] > 0

@@ -1,0 +1,311 @@
+"""The shared pages: the same layout as the C headers, and what is refused. The run directory: one device a name."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vdusefast import run_dir, shm
+from vdusefast.errors import DeviceBusyError, VdusefastError
+from vdusefast.run_dir import RunDirectory
+from vdusefast.shm import SharedPages
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+STRUCTS = {
+    "vf_shm_header": shm.header_dtype,
+    "vf_shm_status": shm.status_dtype,
+    "vf_counters": shm.counters_dtype,
+    "vf_inflight_header": shm.inflight_header_dtype,
+}
+CONSTANTS = {
+    "VF_SHM_VERSION": shm.VERSION,
+    "VF_SHM_HEADER_BYTES": shm.HEADER_BYTES,
+    "VF_HIST_SUB_BITS": shm.HIST_SUB_BITS,
+    "VF_HIST_MAX_BITS": shm.HIST_MAX_BITS,
+    "VF_HIST_BUCKET_COUNT": shm.HIST_BUCKET_COUNT,
+    "VF_OP_COUNT": len(shm.OPS),
+    "VF_INFLIGHT_VERSION": shm.INFLIGHT_VERSION,
+    **{f"VF_OP_{op.upper()}": index for index, op in enumerate(shm.OPS)},
+    **{f"VF_QUEUE_{state.name}": int(state) for state in shm.QueueState},
+}
+SIZES = {
+    "vf_shm_ctl": shm.LINE_BYTES,
+    "vf_shm_status": shm.LINE_BYTES,
+    "vf_op_counters": 8 * len(shm.OP_FIELDS),
+    "vf_counters": shm.COUNTERS_BYTES,
+    "vf_hist": shm.HIST_BYTES,
+    "vf_inflight_header": shm.INFLIGHT_HEADER_BYTES,
+    "vf_inflight_entry": shm.INFLIGHT_ENTRY_BYTES,
+}
+
+
+@pytest.fixture(scope="module")
+def c_program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return what the C compiler says about the headers: lines "what value" and "bucket ns index"."""
+    directory = tmp_path_factory.mktemp("layout")
+    lines = [f'printf("{name} %lld\\n", (long long)({name}));' for name in CONSTANTS]
+    lines += [f'printf("sizeof {name} %zu\\n", sizeof(struct {name}));' for name in SIZES]
+    for name, dtype in STRUCTS.items():
+        for field in dtype().names or ():
+            lines.append(
+                f'printf("{name}.{field} %zu %zu\\n", offsetof(struct {name}, {field}), '
+                f"sizeof(((struct {name} *)0)->{field}));"
+            )
+    lines.append('printf("magic %s\\n", VF_SHM_MAGIC);')
+    lines.append("for (uint64_t i = 0; i < 64; i++) for (int64_t d = -1; d <= 1; d++) {")
+    lines.append("uint64_t ns = (1ull << i) + (uint64_t)d;")
+    lines.append('printf("bucket %llu %u\\n", (unsigned long long)ns, vf_hist_bucket(ns)); }')
+    body = "\n".join(lines)
+    source = directory / "layout.c"
+    source.write_text(
+        '#include <stddef.h>\n#include <stdio.h>\n#include "counters.h"\n#include "inflight.h"\n'
+        f"int main(void)\n{{\n{body}\nreturn 0;\n}}\n"
+    )
+    program = directory / "layout"
+    subprocess.run(["cc", "-std=gnu11", f"-I{CSRC}", "-o", program, source], check=True, timeout=30)
+    return subprocess.run([program], check=True, capture_output=True, text=True, timeout=10).stdout
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constant_is_the_headers(name: str, c_program: str) -> None:
+    assert f"{name} {CONSTANTS[name]}" in c_program.splitlines()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_size_is_the_headers(name: str, c_program: str) -> None:
+    assert f"sizeof {name} {SIZES[name]}" in c_program.splitlines()
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_fields_are_where_the_headers_put_them(name: str, c_program: str) -> None:
+    dtype = STRUCTS[name]()
+    assert dtype.fields
+    expected = [f"{name}.{field} {place[1]} {place[0].itemsize}" for field, place in dtype.fields.items()]
+    assert [line for line in c_program.splitlines() if line.startswith(f"{name}.")] == expected
+
+
+@pytest.mark.parametrize("name", ["vf_shm_header", "vf_shm_status", "vf_counters", "vf_op_counters"])
+def test_no_field_of_the_headers_is_missing(name: str) -> None:
+    text = re.sub(r"/\*.*?\*/", "", (CSRC / "counters.h").read_text(), flags=re.DOTALL)
+    body = re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL)
+    assert body
+    fields = re.findall(r"(\w+)(?:\[\w+\])?;", body[1])
+    dtype = shm.counters_dtype()["op"].base if name == "vf_op_counters" else STRUCTS[name]()
+    assert list(dtype.names or ()) == fields
+
+
+def test_magic_is_the_headers(c_program: str) -> None:
+    assert f"magic {shm.MAGIC.decode()}" in c_program.splitlines()
+
+
+def test_every_value_falls_into_the_bucket_whose_bounds_hold_it(c_program: str) -> None:
+    first, last = shm.bucket_bounds_ns()
+    seen = re.findall(r"bucket (\d+) (\d+)", c_program)
+    assert len(seen) == 192
+    for ns, bucket in ((int(a), int(b)) for a, b in seen):
+        if ns < 1 << shm.HIST_MAX_BITS:
+            assert first[bucket] <= ns <= last[bucket]
+        else:
+            assert bucket == shm.HIST_BUCKET_COUNT - 1
+
+
+def test_buckets_follow_each_other_without_a_gap() -> None:
+    first, last = shm.bucket_bounds_ns()
+    assert first[0] == 0
+    assert (first[1:] == last[:-1] + 1).all()
+    assert last[-1] == (1 << shm.HIST_MAX_BITS) - 1
+
+
+def test_blocks_are_apart_and_aligned() -> None:
+    for queue_size in (2, 256, 32768):
+        stride = shm.queue_stride_bytes(queue_size)
+        assert stride % shm.PAGE_BYTES == 0
+        assert stride >= shm.INFLIGHT_OFFSET + shm.INFLIGHT_HEADER_BYTES + 8 * queue_size
+        assert shm.queue_offset(3, queue_size) == shm.HEADER_BYTES + 3 * stride
+        assert shm.pages_bytes(2, queue_size) == shm.queue_offset(2, queue_size)
+    assert {shm.HIST_OFFSET % 64, shm.INFLIGHT_OFFSET % 64, shm.COUNTERS_OFFSET % 64} == {0}
+
+
+def test_percentile_is_the_middle_of_its_bucket() -> None:
+    hist = np.zeros(shm.HIST_BUCKET_COUNT, np.uint64)
+    assert shm.percentile_ns(hist, [0.5, 0.99]).tolist() == [0, 0]
+    hist[10], hist[20], hist[64] = 50, 49, 1  # 10 ns, 20 ns, 64 to 65 ns
+    assert shm.percentile_ns(hist, [0, 0.5, 0.51, 0.99, 0.995, 1]).tolist() == [10, 10, 20, 20, 64.5, 64.5]
+    assert shm.percentile_ns(hist, 0.5) == 10
+
+
+def test_counters_status_and_histograms_are_read(tmp_path: Path) -> None:
+    with SharedPages.create(tmp_path / "pages", "vd0", 2, 8) as pages:
+        base = shm.queue_offset(1, 8)
+        struct.pack_into("=IIiIIII", pages.map, base + shm.STATUS_OFFSET, 1, 4711, -1, 3, 10, 9, 1)
+        struct.pack_into("=Q", pages.map, base + shm.COUNTERS_OFFSET, 12)
+        struct.pack_into("=QQQ", pages.map, base + shm.COUNTERS_OFFSET + 8 * (len(shm.COUNTERS) + 3), 5, 6, 7)
+        struct.pack_into("=Q", pages.map, base + shm.HIST_OFFSET + 8 * (shm.HIST_BUCKET_COUNT + 2), 99)
+        assert pages.status(1) == shm.StatusView(1, 4711, -1, 3, 10, 9, 1)
+        counters = pages.counters(1)
+        assert counters["requests"] == 12
+        assert counters["op"][shm.OPS.index("write")].tolist() == (5, 6, 7)
+        assert pages.hist(1, "write")[2] == pages.hist(1, 1)[2] == 99
+        assert pages.counters(0)["requests"] == 0
+        assert pages.hist(0, "write").sum() == 0
+        struct.pack_into("=Q", pages.map, base + shm.COUNTERS_OFFSET, 13)
+        assert counters["requests"] == 12  # a copy
+        with pytest.raises(IndexError, match="queue 2 of 2"):
+            pages.status(2)
+        with pytest.raises(IndexError):
+            pages.hist(0, len(shm.OPS))
+
+
+def test_ring_ctl_adds_one_to_its_queues_word_alone() -> None:
+    with SharedPages.create(None, "vd0", 2, 8) as pages:
+        for _ in range(3):
+            pages.ring_ctl(1)
+        assert struct.unpack_from("=I", pages.map, shm.queue_offset(1, 8) + shm.CTL_SEQ) == (3,)
+        assert struct.unpack_from("=I", pages.map, shm.queue_offset(0, 8) + shm.CTL_SEQ) == (0,)
+        struct.pack_into("=I", pages.map, shm.queue_offset(0, 8), 0xFFFFFFFF)
+        pages.ring_ctl(0)
+        assert struct.unpack_from("=I", pages.map, shm.queue_offset(0, 8)) == (0,)
+
+
+def test_pages_are_private_replace_old_ones_and_open_again(tmp_path: Path) -> None:
+    path = tmp_path / "pages"
+    path.write_text("old")
+    with SharedPages.create(path, "vd0", 3, 16) as pages:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert path.stat().st_size == shm.pages_bytes(3, 16)
+        pages.ring_ctl(2)
+        with SharedPages.open(path) as again:
+            assert (again.name, again.queue_count, again.queue_size) == ("vd0", 3, 16)
+            assert again.created_ns == np.frombuffer(pages.map, shm.header_dtype(), 1)["created_ns"][0]
+            with pytest.raises(TypeError):
+                again.ring_ctl(0)
+        with SharedPages.open(path, writable=True) as again:
+            again.ring_ctl(2)
+            assert struct.unpack_from("=I", pages.map, shm.queue_offset(2, 16)) == (2,)
+        pages.close()
+        pages.close()
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "problem"),
+    [
+        (0, b"X", "wrong magic"),
+        (8, b"\x02", "layout version 2, expected 1"),
+        (12, b"\x00\x20", "another geometry"),
+        (16, b"\x03", "another geometry|bytes, expected"),
+        (16, b"\x00", "0 queues"),
+        (20, b"\x11", "queues of 17 entries"),
+        (24, b"\x01", "another geometry"),
+        (28, b"\x01", "another geometry"),
+        (40, b"\x01", "another geometry"),
+    ],
+)
+def test_pages_of_another_layout_are_refused(tmp_path: Path, offset: int, data: bytes, problem: str) -> None:
+    path = tmp_path / "pages"
+    SharedPages.create(path, "vd0", 2, 16).close()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    with pytest.raises(VdusefastError, match=problem):
+        SharedPages.open(path)
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096, shm.pages_bytes(1, 16) - 1, shm.pages_bytes(1, 16) + 1])
+def test_pages_of_another_size_are_refused(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "pages"
+    SharedPages.create(path, "vd0", 1, 16).close()
+    os.truncate(path, size)
+    with pytest.raises(VdusefastError, match="not shared pages of this version"):
+        SharedPages.open(path)
+
+
+def test_pages_that_cannot_be_made_or_opened_are_named(tmp_path: Path) -> None:
+    with pytest.raises(VdusefastError, match="vd0: cannot make .*absent/pages: No such file"):
+        SharedPages.create(tmp_path / "absent/pages", "vd0", 1, 16)
+    with pytest.raises(VdusefastError, match="pages: cannot open the shared pages: No such file"):
+        SharedPages.open(tmp_path / "pages")
+    with pytest.raises(VdusefastError, match="a name is at most 63 bytes"):
+        SharedPages.create(None, "n" * 64, 1, 16)
+
+
+def test_making_pages_does_not_import_numpy() -> None:
+    code = (
+        "import sys; from vdusefast.shm import SharedPages\n"
+        "with SharedPages.create(None, 'a', 1, 16) as p: p.ring_ctl(0); p.status(0)\n"
+        "assert 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+
+
+def test_run_directory_is_private_and_removed(tmp_path: Path) -> None:
+    with RunDirectory("vd0", tmp_path) as run:
+        assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+        run.pages_path.write_text("x")
+        assert run.path == tmp_path / "vd0"
+    assert os.listdir(tmp_path) == []
+    run.close()
+
+
+def test_second_device_of_a_name_is_refused_and_leaves_the_first_alone(tmp_path: Path) -> None:
+    with RunDirectory("vd0", tmp_path) as run:
+        with pytest.raises(DeviceBusyError, match="vd0: a device of this name is being served already") as caught:
+            RunDirectory("vd0", tmp_path)
+        assert caught.value.exit_code == 4
+        assert run.lock_path.exists()
+        RunDirectory("vd1", tmp_path).close()
+    RunDirectory("vd0", tmp_path).close()
+
+
+def test_directory_left_by_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    code = f"import os; from vdusefast.run_dir import RunDirectory as R; R('vd0', __import__('pathlib').Path({str(tmp_path)!r})).pages_path.touch(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=20).returncode == 9
+    assert (tmp_path / "vd0/pages").exists()
+    RunDirectory("vd0", tmp_path).close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_directory_of_others_is_not_trusted(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o700)
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("open", "link"):
+        with pytest.raises(VdusefastError, match="not a directory of this user with mode 0700"):
+            RunDirectory(name, tmp_path)
+
+
+def test_directory_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VdusefastError, match=r"cannot make the run directory .*; set VDUSEFAST_RUN_DIR"):
+        RunDirectory("vd0", tmp_path / "file")
+
+
+def test_base_directory_is_chosen_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VDUSEFAST_RUN_DIR", str(tmp_path))
+    assert run_dir.base_directory() == tmp_path
+    monkeypatch.delenv("VDUSEFAST_RUN_DIR")
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    assert run_dir.base_directory() == Path("/run/vdusefast")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert run_dir.base_directory() == tmp_path / "vdusefast"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert run_dir.base_directory() is None
+
+
+def test_without_a_base_a_private_directory_is_made_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_dir, "base_directory", lambda: None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with RunDirectory("vd0") as run:
+        assert run.path.parent.parent == tmp_path
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,299 @@
+"""Mirror of the headers in csrc: what the Cython code uses of them, and no more."""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+
+cdef extern from "sys/uio.h" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef extern from "barrier.h" nogil:
+    bint vf_likely(bint)
+    bint vf_unlikely(bint)
+    uint32_t vf_load_relaxed_u32(const uint32_t *)
+    void vf_store_relaxed_u8(uint8_t *, uint8_t)
+    void vf_store_relaxed_u32(uint32_t *, uint32_t)
+    void vf_store_relaxed_u64(uint64_t *, uint64_t)
+    void vf_fence_compiler()
+    void vf_copy_from_shared(void *, const void *, size_t)
+    void vf_copy_to_shared(void *, const void *, size_t)
+    void vf_cpu_relax()
+
+cdef extern from "counters.h" nogil:
+    enum:
+        VF_SHM_VERSION
+        VF_SHM_HEADER_BYTES
+        VF_HIST_SUB_BITS
+        VF_HIST_MAX_BITS
+        VF_HIST_BUCKET_COUNT
+        VF_OP_READ
+        VF_OP_WRITE
+        VF_OP_FLUSH
+        VF_OP_DISCARD
+        VF_OP_WRITE_ZEROES
+        VF_OP_GET_ID
+        VF_OP_OTHER
+        VF_OP_COUNT
+        VF_QUEUE_STOPPED
+        VF_QUEUE_RUNNING
+        VF_QUEUE_QUIESCING
+        VF_QUEUE_FAILED
+    struct vf_shm_ctl:
+        uint32_t ctl_seq
+    struct vf_shm_status:
+        uint32_t state
+        uint32_t pid
+        int32_t cpu
+        uint32_t fail_reason
+        uint32_t last_avail_idx
+        uint32_t last_used_idx
+        uint32_t inflight_count
+    struct vf_op_counters:
+        uint64_t requests
+        uint64_t bytes
+        uint64_t errors
+    struct vf_counters:
+        uint64_t requests
+        uint64_t batches
+        uint64_t kicks
+        uint64_t irqs
+        uint64_t irqs_suppressed
+        uint64_t spins
+        uint64_t sleeps
+        uint64_t relooks
+        uint64_t iotlb_misses
+        uint64_t bad_requests
+        uint64_t unsupported
+        uint64_t host_errors
+        uint64_t host_enospc
+        uint64_t host_eio
+        uint64_t last_host_errno
+        uint64_t ring_errors
+        uint64_t memory_faults
+        uint64_t invalidations
+        vf_op_counters op[7]
+    struct vf_hist:
+        uint64_t bucket[7][1152]
+    uint32_t vf_hist_bucket(uint64_t ns)
+
+cdef extern from "inflight.h" nogil:
+    struct vf_inflight_header:
+        uint32_t version
+        uint32_t entry_count
+        uint32_t last_avail_idx
+        uint32_t last_used_idx
+        uint64_t next_order
+    struct vf_inflight_entry:
+        uint64_t order
+
+cdef extern from "request.h" nogil:
+    enum:
+        VF_SECTOR_BYTES
+        VF_BLK_ID_BYTES
+        VF_BLK_HEADER_BYTES
+        VF_RANGE_MAX
+        VF_BLK_T_IN
+        VF_BLK_T_OUT
+        VF_BLK_T_FLUSH
+        VF_BLK_T_GET_ID
+        VF_BLK_T_DISCARD
+        VF_BLK_T_WRITE_ZEROES
+        VF_BLK_S_OK
+        VF_BLK_S_IOERR
+        VF_BLK_S_UNSUPP
+        VF_BLK_WRITE_ZEROES_F_UNMAP
+    struct vf_blk_header:
+        uint32_t type
+        uint64_t sector
+    struct vf_blk_range:
+        uint64_t sector
+        uint32_t num_sectors
+        uint32_t flags
+    struct vf_req:
+        uint8_t op
+        uint8_t unmap
+        uint8_t blk_status
+        uint8_t retry_count
+        uint16_t head
+        uint16_t slot
+        uint32_t iov_count
+        int32_t result
+        iovec *iov
+        uint64_t offset_bytes
+        uint64_t left_bytes
+        uint8_t *status
+        uint64_t start_ns
+        uint64_t data_bytes
+        uint32_t range_count
+        uint32_t range_at
+        uint32_t stored_bytes
+        iovec *iov_base
+        vf_blk_range *ranges
+
+cdef extern from "store.h" nogil:
+    enum vf_store_kind:
+        VF_STORE_FILE
+        VF_STORE_BLOCKDEV
+        VF_STORE_MEMORY
+        VF_STORE_NULL
+    enum vf_store_cache:
+        VF_CACHE_WRITEBACK
+        VF_CACHE_WRITETHROUGH
+        VF_CACHE_NONE
+        VF_CACHE_UNSAFE
+    struct vf_store:
+        int fd
+        vf_store_kind kind
+        vf_store_cache cache
+        uint32_t direct_align
+        uint64_t size_bytes
+        int write_flags
+
+cdef extern from "engine.h" nogil:
+    struct vf_engine
+    struct vf_engine_ops:
+        const char *name
+        int (*submit)(vf_engine *, vf_req *) noexcept nogil
+        void (*flush)(vf_engine *) noexcept nogil
+        uint32_t (*reap)(vf_engine *, vf_req **, uint32_t) noexcept nogil
+        void (*wait)(vf_engine *) noexcept nogil
+        uint32_t publish_batch
+    struct vf_engine:
+        const vf_engine_ops *ops
+        vf_store store
+        uint32_t inflight_count
+        int poll_fd
+    const vf_engine_ops vf_engine_sync
+    const vf_engine_ops vf_engine_uring
+    const vf_engine_ops vf_engine_memory
+    const vf_engine_ops vf_engine_null
+    int vf_engine_open(vf_engine *, const vf_engine_ops *, const vf_store *, uint32_t)
+    void vf_engine_close(vf_engine *)
+
+cdef extern from "port.h" nogil:
+    struct vf_port:
+        int (*inject_irq)(vf_port *) noexcept nogil
+    void vf_port_loopback_init(vf_port *, int, int, uint32_t)
+    void vf_port_none_init(vf_port *, int)
+
+cdef extern from "iotlb.h" nogil:
+    enum:
+        VF_PERM_RO
+        VF_PERM_WO
+        VF_PERM_RW
+        VF_IOTLB_CAPACITY
+    struct vf_iotlb_region:
+        uint64_t start
+        uint64_t last
+        uint32_t perm
+    struct vf_iotlb:
+        uint32_t region_count
+        uint64_t miss_count
+        vf_iotlb_region region[1024]
+    int vf_iotlb_map(vf_iotlb *, uint64_t, uint64_t, uint32_t, int, uint64_t)
+    int vf_iotlb_add(vf_iotlb *, uint64_t, uint64_t, uint32_t, void *)
+    uint32_t vf_iotlb_drop(vf_iotlb *, uint64_t, uint64_t)
+    void *vf_iotlb_translate(vf_iotlb *, uint64_t, uint32_t, uint32_t, uint32_t *)
+
+cdef extern from "vring_format.h" nogil:
+    enum:
+        VF_QUEUE_SIZE_MAX
+        VF_RING_OK
+        VF_RING_AVAIL_OVERRUN
+        VF_RING_HEAD_RANGE
+        VF_RING_NEXT_RANGE
+        VF_RING_CHAIN_TOO_LONG
+        VF_RING_INDIRECT_NOT_OFFERED
+        VF_RING_INDIRECT_NESTED
+        VF_RING_INDIRECT_NEXT
+        VF_RING_INDIRECT_SIZE
+        VF_RING_INDIRECT_UNMAPPED
+        VF_RING_HEAD_BUSY
+        VF_RING_UNMAPPED
+        VF_RING_MISALIGNED
+        VF_RING_MEMORY_GONE
+        VF_RING_ERROR_COUNT
+    struct vf_segment:
+        uint64_t iova
+        uint32_t len
+        uint32_t writable
+    struct vf_chain:
+        uint16_t head
+        uint32_t segment_count
+        vf_segment *segments
+    struct vf_split:
+        uint8_t irq_due
+    struct vf_vring:
+        vf_split split
+        uint8_t mapped
+    int vf_vring_setup(vf_vring *, uint64_t, uint32_t, uint64_t, uint64_t, uint64_t)
+    int vf_vring_map(vf_vring *, vf_iotlb *)
+    void vf_vring_start(vf_vring *, uint16_t)
+    int vf_vring_available(vf_vring *)
+    int vf_vring_pop(vf_vring *, vf_iotlb *, vf_chain *)
+    void vf_vring_prefetch(const vf_vring *, uint32_t)
+    void vf_vring_push(vf_vring *, uint16_t, uint32_t)
+    void vf_vring_publish(vf_vring *)
+    int vf_vring_irq_wanted(vf_vring *)
+    void vf_vring_irq_again(vf_vring *)
+    void vf_vring_kick_disable(vf_vring *)
+    int vf_vring_kick_enable(vf_vring *)
+    uint16_t vf_vring_last_avail_idx(const vf_vring *)
+    uint16_t vf_vring_last_used_idx(const vf_vring *)
+
+cdef extern from "queue.h" nogil:
+    enum:
+        VF_SLOT_MAX
+        VF_BATCH_MAX
+        VF_SEG_MAX_LIMIT
+    struct vf_blk_device:
+        uint64_t capacity_sectors
+        uint32_t block_sectors
+        uint32_t seg_max
+        uint32_t discard_max_sectors
+        uint32_t discard_max_seg
+        uint32_t write_zeroes_max_sectors
+        uint32_t write_zeroes_max_seg
+        uint8_t read_only
+        uint8_t discard
+        uint8_t write_zeroes
+        char serial[20]
+    struct vf_queue:
+        vf_vring vring
+        vf_chain chain
+        vf_engine engine
+        vf_port port
+        vf_blk_device device
+        vf_req *reqs
+        uint16_t *free_slots
+        uint32_t free_count
+        uint32_t slot_count
+        uint32_t iov_max
+        vf_req **unpublished
+        uint32_t unpublished_count
+        vf_shm_ctl *ctl
+        vf_shm_status *shm_status
+        vf_counters *counters
+        vf_hist *hist
+        vf_inflight_header *inflight
+        vf_inflight_entry *inflight_log
+        uint64_t next_order
+        uint32_t queue_size_max
+        uint32_t ctl_seen
+        uint64_t faults_seen
+        uint32_t ring_error
+        vf_iotlb tlb
+        vf_req *done[64]
+    struct vf_shm_layout:
+        uint32_t counters_offset
+        uint32_t hist_offset
+        uint32_t inflight_offset
+        uint32_t stride_bytes
+    vf_shm_layout vf_shm_layout_of "vf_shm_layout"(uint32_t)
+    vf_queue *vf_queue_create(const vf_blk_device *, uint32_t, void *)
+    void vf_queue_destroy(vf_queue *)
+    int vf_queue_guard(vf_queue *)
+    int vf_stop_install(int)
+    int vf_die_with_parent(int)
+    const volatile int *vf_stop_flag()
+    uint64_t vf_now_ns()

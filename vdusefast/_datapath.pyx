@@ -1,0 +1,368 @@
+"""A worker's virtqueue: the owner of the tables in csrc and of the loop in _loop.pxd. Imported by the worker alone."""
+
+import os
+
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+from vdusefast._blk cimport *
+from vdusefast._csrc cimport *
+from vdusefast._loop cimport *
+
+CONTROL = RUN_CONTROL
+FAILED = RUN_FAILED
+STOP = RUN_STOP
+
+PERM_RO = VF_PERM_RO
+PERM_WO = VF_PERM_WO
+PERM_RW = VF_PERM_RW
+
+cdef int RWF_DSYNC = os.RWF_DSYNC
+
+_F_FLUSH = 1 << 9
+_F_DISCARD = 1 << 13
+_F_WRITE_ZEROES = 1 << 14
+
+_RING_ERRORS = {
+    VF_RING_OK: "",
+    VF_RING_AVAIL_OVERRUN: "the driver's avail index is more than the queue size ahead",
+    VF_RING_HEAD_RANGE: "an avail ring entry names a descriptor outside the table",
+    VF_RING_NEXT_RANGE: "a descriptor's next field is outside the table",
+    VF_RING_CHAIN_TOO_LONG: "a descriptor chain loops or is longer than the queue allows",
+    VF_RING_INDIRECT_NOT_OFFERED: "an indirect descriptor without VIRTIO_F_INDIRECT_DESC",
+    VF_RING_INDIRECT_NESTED: "an indirect descriptor inside an indirect table",
+    VF_RING_INDIRECT_NEXT: "a descriptor with both INDIRECT and NEXT",
+    VF_RING_INDIRECT_SIZE: "an indirect table whose length is zero, too large or no multiple of 16",
+    VF_RING_INDIRECT_UNMAPPED: "an indirect table outside the mapped memory",
+    VF_RING_HEAD_BUSY: "an avail ring entry names a chain that is still in flight",
+    VF_RING_UNMAPPED: "a ring area is not mapped by one region with the permissions it needs",
+    VF_RING_MISALIGNED: "a ring area is not aligned as VIRTIO asks",
+    VF_RING_MEMORY_GONE: "pages of the driver's memory vanished while in use",
+}
+
+_STORE_KINDS = {
+    "file": VF_STORE_FILE,
+    "blockdev": VF_STORE_BLOCKDEV,
+    "memory": VF_STORE_MEMORY,
+    "null": VF_STORE_NULL,
+}
+
+_FILE_ENGINES = ("sync", "uring")
+_ENGINES_OF = {"null": ("null",), "memory": ("memory",)}
+
+_STORE_CACHES = {
+    "writeback": VF_CACHE_WRITEBACK,
+    "writethrough": VF_CACHE_WRITETHROUGH,
+    "none": VF_CACHE_NONE,
+    "unsafe": VF_CACHE_UNSAFE,
+}
+
+
+cdef int _check(int rc, str what) except -1:
+    """Turn -errno into an OSError: the one place that does."""
+    if rc < 0:
+        raise OSError(-rc, f"{os.strerror(-rc)}: {what}")
+    return rc
+
+
+def install_stop(int wake_fd):
+    """Make SIGTERM and SIGINT end `Queue.run` with STOP; borrows the eventfd `wake_fd`, which wakes a sleeping loop."""
+    _check(vf_stop_install(wake_fd), "signal handlers")
+
+
+def stop_requested():
+    """Tell whether SIGTERM or SIGINT has come."""
+    return bool(vf_stop_flag()[0])
+
+
+def die_with_parent(int parent_pid):
+    """Have the kernel kill this process when the thread that started it ends. Raises OSError (ESRCH: it has ended)."""
+    _check(vf_die_with_parent(parent_pid), "the supervisor has ended")
+
+
+def block_extent(uint32_t index, uint32_t queue_size):
+    """Return (offset, length) in bytes of a queue's block of the shared pages."""
+    cdef uint32_t stride_bytes = vf_shm_layout_of(queue_size).stride_bytes
+    return VF_SHM_HEADER_BYTES + index * <uint64_t> stride_bytes, stride_bytes
+
+
+cdef class Queue:
+    """One virtqueue of a virtio-blk device: rings, IOTLB, engine, and the loop over them.
+
+    `pages` is a writable buffer of the queue's block of the shared pages, kept until close(). All sizes are in bytes, sectors
+    of 512. Raises ValueError for parameters out of range, MemoryError.
+    """
+
+    cdef vf_queue *q
+    cdef Py_buffer pages
+    cdef bint has_pages
+    cdef bint started
+
+    def __cinit__(
+        self,
+        pages,
+        *,
+        uint32_t queue_size,
+        uint64_t capacity_sectors,
+        uint32_t block_size=512,
+        bint read_only=False,
+        uint32_t seg_max=126,
+        uint32_t discard_max_sectors=0,
+        uint32_t discard_max_seg=0,
+        uint32_t write_zeroes_max_sectors=0,
+        uint32_t write_zeroes_max_seg=0,
+        serial="",
+    ):
+        cdef vf_blk_device device
+        cdef bytes ident = serial.encode()[:VF_BLK_ID_BYTES].ljust(VF_BLK_ID_BYTES, b"\0")
+        self.q = NULL
+        self.has_pages = False
+        if block_size < 512 or block_size & (block_size - 1):
+            raise ValueError(f"block size of {block_size} bytes is no power of two from 512")
+        memset(&device, 0, sizeof(device))
+        device.capacity_sectors = capacity_sectors
+        device.block_sectors = block_size // 512
+        device.seg_max = seg_max
+        device.discard_max_sectors = discard_max_sectors
+        device.discard_max_seg = discard_max_seg
+        device.write_zeroes_max_sectors = write_zeroes_max_sectors
+        device.write_zeroes_max_seg = write_zeroes_max_seg
+        device.read_only = read_only
+        memcpy(device.serial, <const char *> ident, VF_BLK_ID_BYTES)
+        PyObject_GetBuffer(pages, &self.pages, PyBUF_WRITABLE)
+        self.has_pages = True
+        if queue_size <= VF_QUEUE_SIZE_MAX and self.pages.len < vf_shm_layout_of(queue_size).stride_bytes:
+            raise ValueError(f"{self.pages.len} bytes of shared pages are too few for a queue of {queue_size}")
+        self.q = vf_queue_create(&device, queue_size, self.pages.buf)
+        if self.q == NULL:
+            raise ValueError("queue size, seg_max or the segments of a discard are out of range (or no memory)")
+
+    def __dealloc__(self):
+        self.close()
+
+    cpdef close(self):
+        """Free everything; mappings go. Nothing may be in flight. Idempotent."""
+        vf_queue_destroy(self.q)
+        self.q = NULL
+        if self.has_pages:
+            self.has_pages = False
+            PyBuffer_Release(&self.pages)
+
+    cdef vf_queue *_open(self) except NULL:
+        if self.q == NULL:
+            raise ValueError("the queue is closed")
+        return self.q
+
+    def open_engine(self, str name, *, str store, int fd=-1, uint64_t size_bytes=0, str cache="writeback",
+                    uint32_t direct_align=0):
+        """Open engine `name` (sync, uring, memory, null) over a store, whose descriptor is borrowed.
+
+        Raises OSError when the kernel does not let us (ENOSYS, EPERM: no io_uring), ValueError for a name.
+        """
+        cdef vf_store described
+        cdef const vf_engine_ops *ops
+        cdef vf_queue *q = self._open()
+        if q.engine.ops != NULL:
+            raise ValueError("an engine is open already")
+        if name == "sync":
+            ops = &vf_engine_sync
+        elif name == "uring":
+            ops = &vf_engine_uring
+        elif name == "memory":
+            ops = &vf_engine_memory
+        elif name == "null":
+            ops = &vf_engine_null
+        else:
+            raise ValueError(f"no engine is called {name!r}")
+        if _ENGINES_OF.get(store, _FILE_ENGINES).count(name) == 0:
+            raise ValueError(f"engine {name!r} cannot serve a store of kind {store!r}")
+        memset(&described, 0, sizeof(described))
+        described.fd = fd
+        described.kind = _STORE_KINDS[store]
+        described.cache = _STORE_CACHES[cache]
+        described.direct_align = direct_align
+        described.size_bytes = size_bytes
+        _check(vf_engine_open(&q.engine, ops, &described, q.slot_count), f"engine {name}")
+
+    def set_port_loopback(self, int fd, int irq_fd, uint32_t index):
+        """Fetch regions over the bus socket `fd` and interrupt by the eventfd `irq_fd`; both are borrowed."""
+        vf_port_loopback_init(&self._open().port, fd, irq_fd, index)
+
+    def set_port_none(self, int irq_fd=-1):
+        """Serve only what map_region() has entered; interrupts go to the eventfd `irq_fd`, borrowed."""
+        vf_port_none_init(&self._open().port, irq_fd)
+
+    def map_region(self, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes=0):
+        """Enter [start, last] of IOVAs, backed by `fd` (borrowed) at `offset_bytes`. Raises OSError."""
+        _check(vf_iotlb_map(&self._open().tlb, start, last, perm, fd, offset_bytes), f"region [{start:#x}, {last:#x}]")
+
+    def invalidate(self, uint64_t start, uint64_t last):
+        """Finish what is in flight and drop every mapping that overlaps [start, last]. Returns how many went."""
+        cdef vf_queue *q = self._open()
+        cdef uint32_t dropped
+        with nogil:
+            self._drain()
+            q.vring.mapped = 0  # mapped again when next looked at, if it is still there
+            dropped = vf_iotlb_drop(&q.tlb, start, last)
+            q.counters.invalidations += 1
+        return dropped
+
+    cdef void _drain(self) noexcept nogil:
+        if self.started:
+            queue_drain(self.q)
+
+    def start(self, *, uint64_t acked_features, uint32_t size, uint64_t desc_addr, uint64_t driver_addr,
+              uint64_t device_addr, uint16_t last_avail_idx=0):
+        """Take the rings at these IOVAs and be ready to run. Raises OSError (EINVAL) for a bad size, RingError."""
+        cdef vf_queue *q = self._open()
+        cdef int err
+        if q.engine.ops == NULL:
+            raise ValueError("no engine is open")
+        if size > q.queue_size_max:
+            raise RingError(f"a queue of {size} entries, more than the {q.queue_size_max} offered")
+        self._drain()
+        self.started = False
+        _check(vf_vring_setup(&q.vring, acked_features, size, desc_addr, driver_addr, device_addr), "virtqueue size")
+        err = vf_vring_map(&q.vring, &q.tlb)
+        if err:
+            raise RingError(_RING_ERRORS[-err])
+        vf_vring_start(&q.vring, last_avail_idx)
+        q.device.discard = bool(acked_features & _F_DISCARD)
+        q.device.write_zeroes = bool(acked_features & _F_WRITE_ZEROES)
+        # Without FLUSH the driver cannot ask for durability, so that every write has it (VIRTIO 1.3, 5.2.6.2).
+        through = q.engine.store.cache == VF_CACHE_WRITETHROUGH or not acked_features & _F_FLUSH
+        q.engine.store.write_flags = RWF_DSYNC if through and q.engine.store.cache != VF_CACHE_UNSAFE else 0
+        memset(q.inflight_log, 0, sizeof(vf_inflight_entry) * q.queue_size_max)
+        q.ring_error = VF_RING_OK
+        q.faults_seen = q.counters.memory_faults
+        q.shm_status.fail_reason = VF_RING_OK
+        self.started = True
+        queue_set_state(q, VF_QUEUE_RUNNING)
+
+    def run(self, int kick_fd, int ctl_fd, int wake_fd, uint64_t poll_us):
+        """Serve the queue, without the GIL, until CONTROL, FAILED or STOP is returned."""
+        cdef vf_queue *q = self._open()
+        cdef uint64_t poll_ns = poll_us * 1000
+        cdef int reason
+        if not self.started:
+            raise ValueError("the queue is not started")
+        if not self._remap():
+            return FAILED
+        with nogil:
+            reason = queue_run(q, kick_fd, ctl_fd, wake_fd, poll_ns)
+        return reason
+
+    def poll(self):
+        """Do one round and return how many requests were taken or finished; -1 when the ring has failed."""
+        cdef vf_queue *q = self._open()
+        cdef int moved
+        if not self.started:
+            raise ValueError("the queue is not started")
+        if q.ring_error or not self._remap():
+            return -1
+        with nogil:
+            moved = queue_round(q)
+            if moved < 0:
+                queue_fail(q, moved)
+        return moved if moved >= 0 else -1
+
+    cdef bint _remap(self):
+        """Map the rings again after an invalidation. False: the queue has failed."""
+        cdef int err
+        if self.q.vring.mapped:
+            return True
+        err = vf_vring_map(&self.q.vring, &self.q.tlb)
+        if err:
+            self.q.ring_error = <uint32_t> -err
+            self.q.counters.ring_errors += 1
+            self.q.shm_status.fail_reason = self.q.ring_error
+            queue_set_state(self.q, VF_QUEUE_FAILED)
+        return err == 0
+
+    def quiesce(self):
+        """Finish what is in flight and stop. Returns (last_avail_idx, last_used_idx)."""
+        cdef vf_queue *q = self._open()
+        with nogil:
+            queue_set_state(q, VF_QUEUE_QUIESCING)
+            self._drain()
+            queue_set_state(q, VF_QUEUE_STOPPED)
+        self.started = False
+        return vf_vring_last_avail_idx(&q.vring), vf_vring_last_used_idx(&q.vring)
+
+    def control_pending(self):
+        """Tell whether the control word has changed, and take note of its value."""
+        cdef vf_queue *q = self._open()
+        cdef uint32_t seq = vf_load_relaxed_u32(&q.ctl.ctl_seq)
+        pending = seq != q.ctl_seen
+        q.ctl_seen = seq
+        return pending
+
+    def identify(self, int pid, int cpu):
+        """Write pid and cpu (-1: not pinned) into the shared pages."""
+        cdef vf_queue *q = self._open()
+        q.shm_status.pid = <uint32_t> pid
+        q.shm_status.cpu = cpu
+        queue_set_state(q, VF_QUEUE_STOPPED)
+
+    def guard(self):
+        """Survive pages of the driver's memory that vanish (SIGBUS); for the one queue of a process."""
+        _check(vf_queue_guard(self._open()), "SIGBUS handler")
+
+    @property
+    def failure(self):
+        """Why the ring was given up, or an empty string."""
+        return _RING_ERRORS[self._open().ring_error]
+
+    @property
+    def inflight_count(self):
+        """Requests that the engine holds."""
+        return self._open().engine.inflight_count
+
+    @property
+    def region_count(self):
+        """Mapped regions."""
+        return self._open().tlb.region_count
+
+
+class RingError(Exception):
+    """The rings cannot be used; the message says why."""
+
+
+def layout():
+    """Return the layout of the shared pages as C sees it, for the test that compares it with shm.py."""
+    cdef vf_shm_layout offsets
+    queues = {}
+    for size in (2, 256, 1024, 32768):
+        offsets = vf_shm_layout_of(size)
+        queues[size] = {
+            "counters": offsets.counters_offset,
+            "hist": offsets.hist_offset,
+            "inflight": offsets.inflight_offset,
+            "stride": offsets.stride_bytes,
+        }
+    return {
+        "constants": {
+            "version": VF_SHM_VERSION,
+            "header_bytes": VF_SHM_HEADER_BYTES,
+            "hist_sub_bits": VF_HIST_SUB_BITS,
+            "hist_max_bits": VF_HIST_MAX_BITS,
+            "hist_bucket_count": VF_HIST_BUCKET_COUNT,
+            "op_count": VF_OP_COUNT,
+        },
+        "sizes": {
+            "vf_counters": sizeof(vf_counters),
+            "vf_op_counters": sizeof(vf_op_counters),
+            "vf_hist": sizeof(vf_hist),
+            "vf_shm_ctl": sizeof(vf_shm_ctl),
+            "vf_shm_status": sizeof(vf_shm_status),
+            "vf_inflight_header": sizeof(vf_inflight_header),
+            "vf_inflight_entry": sizeof(vf_inflight_entry),
+        },
+        "queues": queues,
+    }
+
+
+def hist_bucket(uint64_t ns):
+    """Return the histogram bucket that counts a latency of `ns`."""
+    return vf_hist_bucket(ns)

@@ -1,0 +1,277 @@
+"""The loop of a worker: rounds of pop, submit, reap and publish; waiting; draining. No Python object in here."""
+
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from posix.unistd cimport read
+
+from vdusefast._blk cimport *
+from vdusefast._csrc cimport *
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *, unsigned long, int)
+    enum:
+        POLLIN
+
+cdef enum:
+    RUN_CONTROL = 1  # the supervisor has sent something
+    RUN_FAILED = 2  # the ring is bad; vf_queue.ring_error says how
+    RUN_STOP = 3  # SIGTERM or SIGINT
+
+cdef enum:
+    PREFETCH_AHEAD = 4
+    RELOOK_MS = 100  # a kick can be lost with a worker that died; the ring is looked at this often anyway
+    SPIN_CLOCK_MASK = 31  # the clock is read once in so many turns of the spin
+    SPIN_FAILS_MAX = 3  # spins in vain before spinning becomes rare
+    SPIN_RARE_MAX = 6  # at the rarest one idle period in 2^6
+
+# What the waiting has learned.
+cdef struct loop_idle:
+    uint64_t since_ns  # 0: not idle
+    uint32_t turns
+    uint32_t fail_streak
+    uint32_t period_count
+    bint spinning
+
+
+cdef inline void queue_publish(vf_queue *q) noexcept nogil:
+    """Show the driver what was pushed, clear the log, count, and interrupt if the driver wants it."""
+    cdef uint32_t i
+    cdef uint64_t now_ns
+    cdef vf_req *req
+    vf_vring_publish(&q.vring)
+    # Only what the driver can see may leave the log: a crash here repeats a request, and never forgets one.
+    vf_fence_compiler()
+    now_ns = vf_now_ns()
+    for i in range(q.unpublished_count):
+        req = q.unpublished[i]
+        vf_store_relaxed_u64(&q.inflight_log[req.head].order, 0)
+        q.hist.bucket[req.op][vf_hist_bucket(now_ns - req.start_ns)] += 1
+        q.free_slots[q.free_count] = req.slot
+        q.free_count += 1
+    q.unpublished_count = 0
+    q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
+    q.inflight.last_used_idx = vf_vring_last_used_idx(&q.vring)
+    q.counters.batches += 1
+    if not vf_vring_irq_wanted(&q.vring):
+        q.counters.irqs_suppressed += 1
+    elif q.port.inject_irq(&q.port) == 0:
+        q.counters.irqs += 1
+    else:
+        vf_vring_irq_again(&q.vring)
+
+
+cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
+    """Write the status, give the chain back, count."""
+    cdef vf_op_counters *op = &q.counters.op[req.op]
+    cdef uint32_t written_bytes = req.stored_bytes
+    if vf_likely(req.status != NULL):
+        vf_store_relaxed_u8(req.status, req.blk_status)
+        written_bytes += 1
+    vf_vring_push(&q.vring, req.head, written_bytes)
+    q.counters.requests += 1
+    op.requests += 1
+    if vf_likely(req.blk_status == VF_BLK_S_OK):
+        op.bytes += req.data_bytes
+    else:
+        op.errors += 1
+    q.unpublished[q.unpublished_count] = req
+    q.unpublished_count += 1
+
+
+cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
+    """Give req, range after range, to the engine; finish it unless it is in flight."""
+    while q.engine.ops.submit(&q.engine, req):
+        if not blk_next(q, req):
+            queue_finish(q, req)
+            return
+
+
+cdef inline uint32_t queue_reap(vf_queue *q) noexcept nogil:
+    """Take what the engine has finished. The number of requests."""
+    cdef uint32_t i
+    cdef uint32_t count = q.engine.ops.reap(&q.engine, q.done, VF_BATCH_MAX)
+    for i in range(count):
+        if blk_next(q, q.done[i]):
+            queue_submit(q, q.done[i])
+        else:
+            queue_finish(q, q.done[i])
+    return count
+
+
+cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """Pop one chain and start its request. 0, or -enum vf_ring_error."""
+    cdef vf_req *req
+    cdef int err = vf_vring_pop(&q.vring, &q.tlb, &q.chain)
+    if vf_unlikely(err):
+        return err
+    if vf_unlikely(q.inflight_log[q.chain.head].order != 0):
+        return -VF_RING_HEAD_BUSY
+    q.free_count -= 1
+    req = &q.reqs[q.free_slots[q.free_count]]
+    req.head = q.chain.head
+    req.start_ns = now_ns
+    q.next_order += 1
+    vf_store_relaxed_u64(&q.inflight_log[req.head].order, q.next_order)
+    if vf_likely(blk_parse(q, req) == BLK_SUBMIT):
+        queue_submit(q, req)
+    else:
+        queue_finish(q, req)
+    return 0
+
+
+cdef inline int queue_round(vf_queue *q) noexcept nogil:
+    """Reap, pop and publish once. The number of requests taken or finished, or -enum vf_ring_error."""
+    cdef uint32_t moved = 0
+    cdef uint32_t i, limit
+    cdef uint64_t now_ns
+    cdef int count
+    cdef int err = 0
+
+    if q.engine.inflight_count:
+        moved = queue_reap(q)
+    count = vf_vring_available(&q.vring)
+    if count > 0:
+        limit = <uint32_t> count if <uint32_t> count < VF_BATCH_MAX else VF_BATCH_MAX
+        if vf_unlikely(limit > q.free_count):
+            limit = q.free_count
+        now_ns = vf_now_ns()
+        for i in range(limit):
+            if i + PREFETCH_AHEAD < limit:
+                vf_vring_prefetch(&q.vring, PREFETCH_AHEAD)
+            err = queue_take(q, now_ns)
+            if vf_unlikely(err):
+                break
+            if q.unpublished_count >= q.engine.ops.publish_batch:
+                queue_publish(q)
+        moved += limit
+    elif vf_unlikely(count < 0):
+        err = count
+    if q.engine.ops.flush != NULL:
+        q.engine.ops.flush(&q.engine)
+    if q.unpublished_count:
+        queue_publish(q)
+    if vf_unlikely(q.counters.memory_faults != q.faults_seen):
+        err = -VF_RING_MEMORY_GONE
+    return err if vf_unlikely(err) else <int> moved
+
+
+cdef inline void queue_drain(vf_queue *q) noexcept nogil:
+    """Finish and publish all that is in flight; waits for storage."""
+    while q.engine.inflight_count:
+        q.engine.ops.flush(&q.engine)
+        if queue_reap(q) == 0:
+            q.engine.ops.wait(&q.engine)
+        if q.unpublished_count:
+            queue_publish(q)
+    if q.unpublished_count:
+        queue_publish(q)
+
+
+cdef inline void queue_set_state(vf_queue *q, uint32_t state) noexcept nogil:
+    q.shm_status.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
+    q.shm_status.last_used_idx = vf_vring_last_used_idx(&q.vring)
+    q.shm_status.inflight_count = q.engine.inflight_count
+    q.counters.iotlb_misses = q.tlb.miss_count
+    vf_store_relaxed_u32(&q.shm_status.state, state)
+
+
+cdef inline void queue_fail(vf_queue *q, int err) noexcept nogil:
+    """Give the ring up: what is in flight ends, nothing more is taken."""
+    q.ring_error = <uint32_t> -err
+    q.counters.ring_errors += 1
+    q.faults_seen = q.counters.memory_faults
+    queue_drain(q)
+    q.shm_status.fail_reason = q.ring_error
+    queue_set_state(q, VF_QUEUE_FAILED)
+
+
+cdef inline bint loop_may_spin(loop_idle *idle) noexcept nogil:
+    """Decide at the start of an idle period. Spins in vain (a slow driver, one on our CPU) make them rare."""
+    cdef uint32_t rarity
+    idle.period_count += 1
+    if idle.fail_streak < SPIN_FAILS_MAX:
+        return True
+    rarity = idle.fail_streak - SPIN_FAILS_MAX + 1
+    if rarity > SPIN_RARE_MAX:
+        rarity = SPIN_RARE_MAX
+    return (idle.period_count & ((1u << rarity) - 1)) == 0
+
+
+cdef inline bint loop_spin(loop_idle *idle, uint64_t poll_ns) noexcept nogil:
+    """One turn of an idle loop. True: look at the ring again at once. False: sleep."""
+    if idle.since_ns == 0:
+        idle.since_ns = vf_now_ns()
+        idle.turns = 0
+        idle.spinning = poll_ns != 0 and loop_may_spin(idle)
+    if not idle.spinning:
+        return False
+    vf_cpu_relax()
+    idle.turns += 1
+    if idle.turns & SPIN_CLOCK_MASK or vf_now_ns() - idle.since_ns < poll_ns:
+        return True
+    idle.spinning = False
+    idle.fail_streak += 1
+    return False
+
+
+cdef inline bint loop_sleep(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd) noexcept nogil:
+    """Ask for a kick, look once more, sleep. True when the sleep was ended by its timer."""
+    cdef pollfd fds[4]
+    cdef uint64_t kicks = 0
+    cdef int ready
+    if vf_vring_kick_enable(&q.vring):
+        return False
+    fds[0] = pollfd(kick_fd, POLLIN, 0)
+    fds[1] = pollfd(ctl_fd, POLLIN, 0)
+    fds[2] = pollfd(wake_fd, POLLIN, 0)
+    fds[3] = pollfd(q.engine.poll_fd if q.engine.inflight_count else -1, POLLIN, 0)
+    queue_set_state(q, VF_QUEUE_RUNNING)
+    q.counters.sleeps += 1
+    ready = poll(fds, 4, RELOOK_MS)
+    if ready > 0 and fds[0].revents:
+        if read(kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks):
+            q.counters.kicks += kicks
+    if ready > 0 and fds[1].revents:
+        # Readable, or the supervisor is gone: either way Python looks at it.
+        q.ctl_seen = vf_load_relaxed_u32(&q.ctl.ctl_seq) - 1
+    return ready == 0
+
+
+cdef inline int queue_run(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uint64_t poll_ns) noexcept nogil:
+    """Serve until there is something for Python to do. Returns RUN_*."""
+    cdef loop_idle idle
+    cdef bint timed_out = False
+    cdef int moved
+
+    idle.since_ns = 0
+    idle.fail_streak = 0
+    idle.period_count = 0
+    idle.spinning = False
+    idle.turns = 0
+    vf_vring_kick_disable(&q.vring)
+    while True:
+        if vf_unlikely(vf_load_relaxed_u32(&q.ctl.ctl_seq) != q.ctl_seen):
+            return RUN_CONTROL
+        if vf_unlikely(vf_stop_flag()[0]):
+            return RUN_STOP
+        moved = queue_round(q)
+        if vf_unlikely(moved < 0):
+            queue_fail(q, moved)
+            return RUN_FAILED
+        if moved:
+            if idle.since_ns:
+                if idle.spinning:
+                    q.counters.spins += 1
+                    idle.fail_streak = 0
+                elif timed_out:
+                    q.counters.relooks += 1
+                idle.since_ns = 0
+                timed_out = False
+            continue
+        if loop_spin(&idle, poll_ns):
+            continue
+        timed_out = loop_sleep(q, kick_fd, ctl_fd, wake_fd)
+        vf_vring_kick_disable(&q.vring)

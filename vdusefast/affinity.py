@@ -1,0 +1,141 @@
+"""CPU topology of this machine and pinning plans: which queue goes to which CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vdusefast.errors import ConfigError
+
+CPU_COUNT_MAX = 8192  # CONFIG_NR_CPUS of the largest kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """One logical CPU. `core` and `package` are the kernel's numbers; `siblings` are the CPUs of its core, it too."""
+
+    index: int
+    package: int
+    core: int
+    siblings: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The CPUs that are online, and those of them that this process may use."""
+
+    cpus: tuple[Cpu, ...]
+    allowed: frozenset[int]
+
+    @property
+    def online(self) -> tuple[int, ...]:
+        """Return the indices of the CPUs that are online, in order."""
+        return tuple(cpu.index for cpu in self.cpus)
+
+    @property
+    def core_count(self) -> int:
+        """Return the number of physical cores that are online."""
+        return len({cpu.siblings for cpu in self.cpus})
+
+
+def parse_cpu_list(text: str, where: str = "") -> list[int]:
+    """Return the CPUs of a list such as "0-3,8", in the order written.
+
+    Raises ConfigError, which begins with `where`, when the text is not a list of CPUs.
+    """
+    cpus: list[int] = []
+    for word in text.strip().split(","):
+        first, dash, last = word.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f"{where}{text!r} is not a list of CPUs; write for example 0,1 or 0-3")
+        start, stop = int(first), int(last if dash else first)
+        if stop < start or stop >= CPU_COUNT_MAX:
+            raise ConfigError(f"{where}{text!r}: {word.strip()!r} is not a range of CPUs")
+        cpus.extend(range(start, stop + 1))
+    return cpus
+
+
+def format_cpu_list(cpus: Iterable[int]) -> str:
+    """Return CPUs as the kernel writes them: sorted, runs as "first-last"."""
+    runs: list[list[int]] = []
+    for cpu in sorted(set(cpus)):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def read_topology(sysfs: Path = Path("/sys"), allowed: Iterable[int] | None = None) -> Topology:
+    """Return the topology below `sysfs`.
+
+    allowed: the CPUs that may be used; None asks for this process's own set.
+    Where the kernel shows no topology (some containers), every CPU counts as a core of its own.
+    """
+    import psutil
+
+    root = sysfs / "devices/system/cpu"
+    text = _read(root / "online")
+    online = parse_cpu_list(text) if text else list(range(psutil.cpu_count() or 1))
+    if allowed is None:
+        allowed = psutil.Process().cpu_affinity() or online
+    cpus = tuple(_read_cpu(root / f"cpu{index}/topology", index) for index in sorted(online))
+    return Topology(cpus, frozenset(allowed) & frozenset(online))
+
+
+def check_cpu(cpu: int, topology: Topology, what: str, *, pinned: bool = True) -> None:
+    """Check that `cpu` exists and, when something is to be pinned to it, that this process may use it.
+
+    Raises ConfigError that names `what`, the CPU and the CPUs that there are.
+    """
+    if cpu not in topology.online:
+        raise ConfigError(f"{what}: CPU {cpu} does not exist; this machine has {format_cpu_list(topology.online)}")
+    if pinned and cpu not in topology.allowed:
+        raise ConfigError(
+            f"{what}: CPU {cpu} is not allowed for this process, which may use {format_cpu_list(topology.allowed)}; "
+            "see taskset(1) and the cpuset of its control group"
+        )
+
+
+def plan(count: int, topology: Topology, taken: Iterable[int] = ()) -> list[int]:
+    """Return CPUs for `count` queues: physical cores first, SMT siblings last, within the allowed set.
+
+    taken: CPUs in use already, as often as they are used. More queues than CPUs wrap around evenly.
+    """
+    candidates = [cpu for cpu in topology.cpus if cpu.index in topology.allowed]
+    if not candidates:
+        raise ConfigError("no CPU is both online and allowed for this process")
+    used = Counter(taken)
+    chosen: list[int] = []
+    for _ in range(count):
+        best = min(candidates, key=lambda cpu: _cost(cpu, used))
+        used[best.index] += 1
+        chosen.append(best.index)
+    return chosen
+
+
+def _cost(cpu: Cpu, used: Counter[int]) -> tuple[int, int, int, int, int]:
+    """Return the order of preference: an unused CPU, then an idle core, then the lowest place."""
+    return (used[cpu.index], sum(used[sibling] for sibling in cpu.siblings), cpu.package, cpu.core, cpu.index)
+
+
+def _read(path: Path) -> str:
+    """Return the text of a sysfs file, "" when the kernel does not show it."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _read_cpu(topology: Path, index: int) -> Cpu:
+    """Return what sysfs says about one CPU."""
+    package, core = _read(topology / "physical_package_id"), _read(topology / "core_id")
+    siblings = _read(topology / "thread_siblings_list")
+    return Cpu(
+        index,
+        int(package) if package else 0,
+        int(core) if core else index,
+        tuple(parse_cpu_list(siblings)) if siblings else (index,),
+    )

@@ -1,0 +1,301 @@
+"""Serve a block device from Python.
+
+    config = make_config(name="vd0", uri="file:/srv/vd0.img", queues=2)
+    with Device(config) as device, device.driver() as driver:
+        driver.write(0, b"x" * 4096)
+        print(device.stats().requests)
+
+The commands use nothing else. The supervisor runs in a thread of its own, so that the caller is free to drive the
+device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import signal
+import threading
+from collections.abc import Coroutine
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vdusefast.backends import Store, open_store
+from vdusefast.config import Config, resolve_cpus, validate
+from vdusefast.control import WorkerSpec
+from vdusefast.device import BlockDevice
+from vdusefast.errors import KernelSupportError, TimedOutError, VdusefastError
+from vdusefast.run_dir import RunDirectory
+from vdusefast.shm import SharedPages
+from vdusefast.stats import DeviceStats, read_stats
+from vdusefast.supervisor import DeviceState, Limits, QueueInfo, Supervisor
+from vdusefast.transport import Transport
+from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
+
+if TYPE_CHECKING:
+    from vdusefast.driver import LoopbackDriver
+
+__all__ = ["Device", "DeviceState", "DeviceStats", "QueueInfo", "StopSignals"]
+
+START_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 30.0
+# Beyond what the supervisor bounds by itself: killing, reaping and closing.
+MARGIN_S = 15.0
+
+_log = logging.getLogger("vdusefast")
+_T = TypeVar("_T")
+
+
+class Device:
+    """One device: store, workers and the loop that looks after them, from `start` to `stop`. A context manager.
+
+    A device is started once; another start needs another object. All methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run_dir: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
+        worker_command: list[str] | None = None,
+    ):
+        """Check `config`; nothing is opened before `start`.
+
+        run_dir: where the directory of the device is made; None chooses as `run_dir.base_directory` does. limits: how
+        long workers may take. worker_command: what to run in place of the real worker. Raises ConfigError,
+        KernelSupportError.
+        """
+        self._warnings = validate(config)
+        self.config = resolve_cpus(config)
+        self.name = config.device.name
+        self._run_dir = Path(run_dir) if run_dir is not None else None
+        self._limits = limits
+        self._worker_command = worker_command
+        self._resources = ExitStack()
+        self._lock = threading.Lock()  # one start or stop at a time
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._transport: Transport | None = None
+        self._supervisor: Supervisor | None = None
+        self._pages: SharedPages | None = None
+
+    def __enter__(self) -> Device:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Open the store, start the workers and show the device to its driver.
+
+        Raises VdusefastError: ConfigError, BackendError, DeviceBusyError for the name or the store, TimedOutError
+        when a worker is not ready after `timeout_s`, WorkerError. Nothing is left behind then.
+        """
+        with self._lock:
+            if self._supervisor is not None:
+                raise VdusefastError(f"device {self.name} has been started already")
+            for warning in self._warnings:
+                _log.warning("%s", warning)
+            try:
+                self._start(timeout_s)
+            except BaseException:
+                self._resources.close()
+                raise
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Let the workers finish what they have in flight, then release everything. A second call does nothing.
+
+        A worker that takes longer than `timeout_s` is killed; `failure` names it.
+        """
+        with self._lock:
+            supervisor, loop = self._supervisor, self._loop
+            if supervisor is None or loop is None or loop.is_closed():
+                return
+            try:
+                self._call(supervisor.stop(timeout_s), timeout_s + MARGIN_S)
+            finally:
+                self._resources.close()
+
+    @property
+    def state(self) -> DeviceState:
+        """Where the device stands."""
+        return self._supervisor.state if self._supervisor is not None else DeviceState.CREATED
+
+    @property
+    def failure(self) -> VdusefastError | None:
+        """The first failure of a worker or of a ring; its message names device, queue, pid and cause."""
+        return self._supervisor.failure if self._supervisor is not None else None
+
+    @property
+    def bus(self) -> LoopbackBus:
+        """The driver's way to the device. Raises VdusefastError unless the device runs on the loopback transport."""
+        if not isinstance(self._transport, LoopbackTransport):
+            raise VdusefastError(f"device {self.name} has no loopback bus: it has not been started")
+        return self._transport.bus
+
+    def driver(self) -> LoopbackDriver:
+        """Return a new driver for this device: a context manager that negotiates and resets. Raises VdusefastError."""
+        from vdusefast.driver import LoopbackDriver
+
+        return LoopbackDriver(self.bus)
+
+    def queues(self) -> list[QueueInfo]:
+        """Return one line for each queue; none before `start`."""
+        return self._supervisor.queues() if self._supervisor is not None else []
+
+    def stats(self) -> DeviceStats:
+        """Return a copy of all counters and histograms. Raises VdusefastError unless the device has been started."""
+        with self._lock:
+            if self._pages is None or self._pages.fd < 0:
+                raise VdusefastError(f"device {self.name} is not running: it has no counters")
+            return read_stats(self.name, self._pages, self.queues())
+
+    # -- inside
+
+    def _start(self, timeout_s: float) -> None:
+        device = self.config.device
+        directory = RunDirectory(self.name, self._run_dir)
+        self._resources.callback(directory.close)
+        store = self._resources.enter_context(open_store(self.config.backend, read_only=device.read_only))
+        model = BlockDevice(self.config, store)
+        pages = SharedPages.create(directory.pages_path, self.name, device.queues, device.queue_size)
+        self._pages = self._resources.enter_context(pages)
+        self._transport = _make_transport(self.config)
+        supervisor = Supervisor(
+            model,
+            self._transport,
+            pages,
+            worker_specs(self.config, model, store, pages),
+            command=self._worker_command,
+            limits=self._limits,
+        )
+        self._start_loop()
+        try:
+            self._call(supervisor.start(timeout_s), timeout_s + MARGIN_S)
+        except BaseException:
+            # Where the wait was cut short the coroutine cleans up by itself; this waits for it.
+            self._call(supervisor.stop(), STOP_TIMEOUT_S)
+            raise
+        self._supervisor = supervisor
+
+    def _start_loop(self) -> None:
+        """Run an event loop in a thread that lives until the resources are released: the workers die with it."""
+        loop = self._loop = asyncio.new_event_loop()
+
+        def run() -> None:
+            asyncio.set_event_loop(loop)
+            loop.run_forever()
+
+        thread = threading.Thread(target=run, name=f"vdusefast-{self.name}", daemon=True)
+        thread.start()
+
+        def end() -> None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+        self._resources.callback(end)
+
+    def _call(self, work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
+        """Run a coroutine in the supervisor's loop and return its result. Raises TimedOutError, which means a bug."""
+        assert self._loop is not None
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            raise TimedOutError(f"device {self.name}: the supervisor did not answer within {timeout_s:g} s") from None
+        finally:
+            future.cancel()
+
+
+class StopSignals:
+    """Context manager: while it is entered, SIGTERM and SIGINT are noted rather than end the process.
+
+    For commands that drain their devices and end with status 0. Enter it in the main thread; `requested` and `wait`
+    work in any. A second signal has its usual effect, for those who cannot wait.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._fd = -1
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        # An eventfd and not a threading.Event, whose lock the handler might find held by the wait that it interrupts.
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._restore()
+        os.close(self._fd)
+        self._fd = -1
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.received is not None
+
+    def fileno(self) -> int:
+        """Return a descriptor (its own) that polls readable once a signal has come."""
+        return self._fd
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for a signal; returns whether one has come."""
+        if not self.requested:
+            select.select([self._fd], [], [], timeout_s)
+        return self.requested
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        os.eventfd_write(self._fd, 1)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def worker_specs(config: Config, device: BlockDevice, store: Store, pages: SharedPages) -> list[WorkerSpec]:
+    """Return what each queue's worker is told; the supervisor fills in its own descriptors. Borrows store and pages."""
+    return [
+        WorkerSpec(
+            device=device.name,
+            queue=index,
+            queue_size=device.queue_size,
+            supervisor_pid=os.getpid(),
+            ctl_fd=-1,
+            shm_fd=pages.fd,
+            kick_fd=-1,
+            cpu=-1 if queue.cpu is None else queue.cpu,
+            poll_us=queue.poll_us,
+            store=store.kind,
+            store_fd=store.fd,
+            engine=config.backend.engine,
+            cache=config.backend.cache,
+            direct_align=store.direct_align,
+            capacity_sectors=device.capacity_sectors,
+            block_size=device.block_size_bytes,
+            read_only=int(device.read_only),
+            seg_max=device.seg_max,
+            discard_max_sectors=device.discard_max_sectors,
+            discard_max_seg=device.discard_max_seg,
+            write_zeroes_max_sectors=device.write_zeroes_max_sectors,
+            write_zeroes_max_seg=device.write_zeroes_max_seg,
+            serial=device.serial,
+        )
+        for index, queue in enumerate(config.queue)
+    ]
+
+
+def _make_transport(config: Config) -> Transport:
+    if config.device.transport in ("auto", "loopback"):
+        return LoopbackTransport()
+    raise KernelSupportError(f"device.transport: {config.device.transport} is not supported yet; use loopback")

@@ -1,0 +1,37 @@
+"""`memory:SIZE`: zeroed memory that ends with the device."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from vdusefast.backends import SECTOR_BYTES, Store
+from vdusefast.config import BackendConfig, parse_size
+from vdusefast.errors import BackendError
+
+
+def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
+    """Return a memfd of the size `rest` whose size is sealed. Raises ConfigError, BackendError."""
+    size_bytes = parse_size(rest)
+    fd = os.memfd_create("vdusefast-store", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size_bytes)
+        # A worker maps it whole: a size that cannot change is a mapping that cannot fault.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        os.close(fd)
+        raise BackendError(f"{backend.uri}: cannot be made: {error.strerror}") from None
+    return Store(
+        uri=backend.uri,
+        kind="memory",
+        fd=fd,
+        size_bytes=size_bytes,
+        block_size_bytes=SECTOR_BYTES,
+        physical_block_size_bytes=4096,
+        opt_io_size_bytes=0,
+        read_only=read_only,
+        can_discard=not read_only,
+        can_write_zeroes=not read_only,
+        direct_align=0,
+        cache=backend.cache,
+    )

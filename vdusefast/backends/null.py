@@ -1,0 +1,24 @@
+"""`null:SIZE`: takes every write, reads as whatever the driver's buffer held; for measuring everything but storage."""
+
+from __future__ import annotations
+
+from vdusefast.backends import SECTOR_BYTES, Store
+from vdusefast.config import BackendConfig, parse_size
+
+
+def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
+    """Return a store of the size `rest`, without a descriptor. Raises ConfigError when that is no size."""
+    return Store(
+        uri=backend.uri,
+        kind="null",
+        fd=-1,
+        size_bytes=parse_size(rest),
+        block_size_bytes=SECTOR_BYTES,
+        physical_block_size_bytes=SECTOR_BYTES,
+        opt_io_size_bytes=0,
+        read_only=read_only,
+        can_discard=not read_only,
+        can_write_zeroes=not read_only,
+        direct_align=0,
+        cache=backend.cache,
+    )

@@ -1,0 +1,319 @@
+"""Configuration of one device: a TOML file or keyword arguments, checked, as frozen structs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from vdusefast.errors import ConfigError, KernelSupportError
+
+if TYPE_CHECKING:
+    from vdusefast.affinity import Topology
+
+QUEUE_COUNT_MAX = 64
+QUEUE_SIZE_MAX = 32768  # VIRTIO 1.3, 2.7
+BLOCK_SIZE_MIN_BYTES = 512
+BLOCK_SIZE_MAX_BYTES = 4096
+SIZE_MAX_MIN_BYTES = 4096
+SIZE_MAX_MAX_BYTES = 1 << 30
+SEG_MAX_DEFAULT = 126
+SERIAL_MAX_BYTES = 20  # VIRTIO_BLK_ID_BYTES
+NAME_MAX_BYTES = 63  # with its terminating zero it fits the shared pages' header
+POLL_MAX_US = 1_000_000
+CONFIG_MAX_BYTES = 1 << 20
+
+TransportName = Literal["auto", "loopback", "kernel"]
+CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
+EngineName = Literal["auto", "sync", "uring", "memory", "null"]
+
+
+class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the driver sees."""
+
+    name: str
+    serial: str = ""
+    transport: TransportName = "loopback"
+    queues: int = 1
+    queue_size: int = 256  # the largest that the driver may choose
+    read_only: bool = False
+    block_size_bytes: int = 0  # 0 = the store's
+    size_max_bytes: int = 131072  # largest segment
+    seg_max: int = 0  # data segments in one request; 0 = chosen from queue_size
+    event_idx: bool = True
+    indirect: bool = True
+    cpus: str | list[int] = ""  # "auto", a list such as "0,2" or [0, 2] (one a queue), or "" = as the queues say
+
+    @property
+    def effective_seg_max(self) -> int:
+        """Return seg_max with its default filled in: a chain also holds the header and the status byte."""
+        return self.seg_max or min(SEG_MAX_DEFAULT, max(1, self.queue_size - 2))
+
+
+class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What holds the bytes, and how a worker reaches it."""
+
+    uri: str
+    cache: CacheMode = "writeback"
+    engine: EngineName = "auto"
+
+
+class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One queue's worker."""
+
+    cpu: int | None = None  # None = not pinned
+    irq_cpu: int | None = None  # where the driver's interrupts should go
+    poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One device. `queue` has an entry for every queue once loaded."""
+
+    device: DeviceConfig
+    backend: BackendConfig
+    queue: list[QueueConfig] = msgspec.field(default_factory=list)
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Read the TOML file at `path`; queues without an entry of their own get the defaults.
+
+    Returns: the configuration, checked by `validate`. Raises ConfigError that names the file, the key and its place.
+    """
+    where = os.fspath(path)
+    text = _read_text(Path(path))
+    try:
+        config = msgspec.toml.decode(text, type=Config)
+        config = _fill_queues(config)
+        validate(config)
+    except msgspec.ValidationError as error:
+        key, problem = _explain(str(error))
+        raise ConfigError(f"{where}{_line_of(text, key)}: {problem}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{where}: not TOML: {error}") from None
+    except ConfigError as error:
+        key = str(error).partition(":")[0]
+        raise ConfigError(f"{where}{_line_of(text, key)}: {error}") from None
+    return config
+
+
+def make_config(*, name: str, uri: str, **overrides: object) -> Config:
+    """Return the configuration of a device `name` on the store `uri`, checked by `validate`.
+
+    overrides: fields of DeviceConfig, BackendConfig or QueueConfig; the last are applied to every queue.
+    Raises ConfigError.
+    """
+    config = Config(device=DeviceConfig(name=name), backend=BackendConfig(uri=uri))
+    return override(config, name=name, uri=uri, **overrides)
+
+
+def override(config: Config, **overrides: object) -> Config:
+    """Return `config` with fields replaced by name, as `make_config` does.
+
+    Fewer queues than before drop the last ones, more get the defaults. Raises ConfigError.
+    """
+    device, backend, queue = (
+        {field: overrides.pop(field) for field in struct.__struct_fields__ if field in overrides}
+        for struct in (DeviceConfig, BackendConfig, QueueConfig)
+    )
+    if overrides:
+        raise ConfigError(f"no such option: {', '.join(sorted(overrides))}")
+    raw: dict[str, Any] = msgspec.to_builtins(config)
+    raw["device"].update(device)
+    raw["backend"].update(backend)
+    count = raw["device"]["queues"]
+    if isinstance(count, int) and not 1 <= count <= QUEUE_COUNT_MAX:
+        raise ConfigError(_range_problem("device.queues", count, 1, QUEUE_COUNT_MAX))
+    if isinstance(count, int):
+        entries = (raw["queue"] + [{} for _ in range(count)])[:count]
+        raw["queue"] = [{**entry, **queue} for entry in entries]
+    try:
+        changed = msgspec.convert(raw, type=Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error))[1]) from None
+    validate(changed)
+    return changed
+
+
+def validate(config: Config, topology: Topology | None = None) -> list[str]:
+    """Check everything that can be known without opening the store.
+
+    topology: this machine's when None; it is read only when the configuration names CPUs.
+    Returns: warnings, one line each. Raises ConfigError naming the key; KernelSupportError for what is not supported.
+    """
+    _check_device(config.device)
+    if not config.backend.uri:
+        raise ConfigError("backend.uri: empty; write for example file:/srv/disk.img, memory:64M or null:1G")
+    if len(config.queue) > config.device.queues:
+        raise ConfigError(f"queue: {len(config.queue)} [[queue]] entries, but device.queues is {config.device.queues}")
+    for index, queue in enumerate(config.queue):
+        _check_range(f"queue[{index}].poll_us", queue.poll_us, 0, POLL_MAX_US)
+    resolved = resolve_cpus(config, topology)
+    return _cpu_warnings(resolved)
+
+
+def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
+    """Return `config` with `device.cpus` turned into a CPU for each queue, and `device.cpus` empty.
+
+    "auto" leaves the queues that name a CPU as they are. Raises ConfigError for a CPU that does not exist or is not
+    allowed, and for a list that does not have one CPU a queue.
+    """
+    queues = _fill_queues(config).queue
+    cpus = config.device.cpus
+    named = any(queue.cpu is not None or queue.irq_cpu is not None for queue in queues)
+    if not cpus and not named:
+        return msgspec.structs.replace(config, queue=queues)
+
+    from vdusefast import affinity
+
+    topology = topology or affinity.read_topology()
+    if cpus == "auto":
+        fixed = [queue.cpu for queue in queues if queue.cpu is not None]
+        chosen = iter(affinity.plan(len(queues) - len(fixed), topology, taken=fixed))
+        queues = [q if q.cpu is not None else msgspec.structs.replace(q, cpu=next(chosen)) for q in queues]
+    elif cpus:
+        listed = affinity.parse_cpu_list(cpus, "device.cpus: ") if isinstance(cpus, str) else cpus
+        queues = _assign_cpus(listed, queues)
+    for index, queue in enumerate(queues):
+        if queue.cpu is not None:
+            affinity.check_cpu(queue.cpu, topology, f"queue[{index}].cpu")
+        if queue.irq_cpu is not None:
+            affinity.check_cpu(queue.irq_cpu, topology, f"queue[{index}].irq_cpu", pinned=False)
+    return msgspec.structs.replace(config, device=msgspec.structs.replace(config.device, cpus=""), queue=queues)
+
+
+_SIZE = re.compile(r"(\d+)\s*(?:([KMGTP])(?:IB)?|B)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` stands for: "4096", "64M", "1GiB"; K, M, G, T and P are powers of 1024.
+
+    Raises ConfigError; "64MB" is refused because it is read in two ways.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ConfigError(f"{text!r} is not a size; write for example 4096, 64M or 1GiB")
+    digits, unit = match.groups()
+    size_bytes = int(digits[:20]) << (10 * " KMGTP".index((unit or " ").upper()))
+    if size_bytes >= 1 << 63 or len(digits) > 20:
+        raise ConfigError(f"{text!r}: a size is below 2^63 bytes")
+    return size_bytes
+
+
+def _check_device(device: DeviceConfig) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", device.name) or len(device.name) > NAME_MAX_BYTES:
+        raise ConfigError(
+            f"device.name: {device.name!r}; a name is 1 to {NAME_MAX_BYTES} letters, digits, '_', '.' and '-', "
+            "and begins with a letter or a digit"
+        )
+    if device.name == "control":
+        raise ConfigError("device.name: 'control' is the name of the kernel's own node, choose another")
+    if not device.serial.isascii() or not (device.serial or "x").isprintable() or len(device.serial) > SERIAL_MAX_BYTES:
+        raise ConfigError(f"device.serial: {device.serial!r}; a serial is at most {SERIAL_MAX_BYTES} ASCII characters")
+    if device.transport == "kernel":
+        raise KernelSupportError("device.transport: the kernel transport is not supported yet; use loopback")
+    _check_range("device.queues", device.queues, 1, QUEUE_COUNT_MAX)
+    _check_power("device.queue_size", device.queue_size, 2, QUEUE_SIZE_MAX)
+    if device.block_size_bytes:
+        _check_power("device.block_size_bytes", device.block_size_bytes, BLOCK_SIZE_MIN_BYTES, BLOCK_SIZE_MAX_BYTES)
+    _check_range("device.size_max_bytes", device.size_max_bytes, SIZE_MAX_MIN_BYTES, SIZE_MAX_MAX_BYTES)
+    if device.size_max_bytes % BLOCK_SIZE_MAX_BYTES:
+        raise ConfigError(f"device.size_max_bytes: {device.size_max_bytes} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
+    if device.seg_max:
+        _check_range("device.seg_max", device.seg_max, 1, min(SEG_MAX_DEFAULT, max(1, device.queue_size - 2)))
+
+
+def _range_problem(key: str, value: int, low: int, high: int) -> str:
+    return f"{key}: {value} is not between {low} and {high}"
+
+
+def _check_range(key: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ConfigError(_range_problem(key, value, low, high))
+
+
+def _check_power(key: str, value: int, low: int, high: int) -> None:
+    _check_range(key, value, low, high)
+    if value & (value - 1):
+        raise ConfigError(f"{key}: {value} is no power of two")
+
+
+def _fill_queues(config: Config) -> Config:
+    """Return `config` with an entry for every queue; surplus entries stay for `validate` to refuse."""
+    missing = min(config.device.queues, QUEUE_COUNT_MAX) - len(config.queue)
+    return msgspec.structs.replace(config, queue=config.queue + [QueueConfig() for _ in range(missing)])
+
+
+def _assign_cpus(cpus: list[int], queues: list[QueueConfig]) -> list[QueueConfig]:
+    if len(cpus) != len(queues):
+        raise ConfigError(f'device.cpus: {len(cpus)} CPUs for {len(queues)} queues; name one a queue, or "auto"')
+    for index, (cpu, queue) in enumerate(zip(cpus, queues, strict=True)):
+        if queue.cpu not in (None, cpu):
+            raise ConfigError(f"device.cpus: gives CPU {cpu} to queue {index}, which has cpu = {queue.cpu} of its own")
+    return [msgspec.structs.replace(queue, cpu=cpu) for cpu, queue in zip(cpus, queues, strict=True)]
+
+
+def _cpu_warnings(config: Config) -> list[str]:
+    times = Counter(queue.cpu for queue in config.queue if queue.cpu is not None)
+    warnings = []
+    for cpu in sorted(cpu for cpu, count in times.items() if count > 1):
+        queues = ", ".join(str(index) for index, queue in enumerate(config.queue) if queue.cpu == cpu)
+        warnings.append(f"{config.device.name}: queues {queues} share CPU {cpu}; they will slow each other down")
+    return warnings
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > CONFIG_MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {CONFIG_MAX_BYTES} bytes, not a configuration")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+_STRUCTS: dict[str, type[msgspec.Struct]] = {"device": DeviceConfig, "backend": BackendConfig, "queue": QueueConfig}
+
+
+def _explain(message: str) -> tuple[str, str]:
+    """Turn msgspec's message into the key it is about and a line that names it."""
+    problem, _, path = message.partition(" - at `$")
+    place = path.rstrip("`").lstrip(".")
+    for wording in ("Object contains unknown field `", "Object missing required field `"):
+        if not problem.startswith(wording):
+            continue
+        field = problem.removeprefix(wording).rstrip("`")
+        key = f"{place}.{field}" if place else field
+        if "missing" in wording:
+            return key, f"{key}: missing"
+        struct = _STRUCTS.get(re.sub(r"\[.*", "", place), Config)
+        return key, f"{key}: unknown key; known here: {', '.join(struct.__struct_fields__)}"
+    return place, f"{place or 'configuration'}: {problem[:1].lower()}{problem[1:]}"
+
+
+def _line_of(text: str, key: str) -> str:
+    """Return ":LINE" of a key such as `device.queues` or `queue[1].cpu`, "" when it is not written as one.
+
+    The table's header stands in for a key that is missing.
+    """
+    match = re.fullmatch(r"(?:([a-z_]+)(?:\[(\d+)\])?\.)?([^.]+)", key)
+    if not match:
+        return ""
+    table, index, field = match.groups()
+    table = table or field
+    seen, inside, found = -1, False, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[+\s*([^\]\s]+)\s*\]+", line)
+        if header:
+            seen += header[1] == table
+            inside = header[1] == table and seen == int(index or 0)
+            found = f":{number}" if inside else found
+        elif inside and re.match(rf"\s*[\"']?{re.escape(field)}[\"']?\s*=", line):
+            return f":{number}"
+    return found

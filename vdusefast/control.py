@@ -1,0 +1,151 @@
+"""Messages between the supervisor and a worker, and the worker's command line.
+
+One SOCK_SEQPACKET pair per worker; one message is one packet of a fixed layout in host byte order.
+The supervisor's messages carry a sequence number that the worker's answer repeats. Beside the socket there is
+one word in the shared pages (`shm.CTL_SEQ`): the supervisor adds one to it after each message it sends, so that a busy
+loop sees that a message waits without a system call.
+
+Only the standard library is imported here: the module is part of a worker's start-up time.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+PROTOCOL_VERSION = 1
+MESSAGE_MAX_BYTES = 1024
+
+
+class Command(IntEnum):
+    """What the supervisor asks of a worker."""
+
+    START = 1  # map the rings and serve
+    QUIESCE = 2  # finish what is in flight, stop popping; keep mappings
+    INVALIDATE = 3  # finish what is in flight, drop mappings of [start, last], go on if running
+    RESET = 4  # QUIESCE, then drop every mapping
+    STOP = 5  # QUIESCE, then end with status 0
+
+
+class Event(IntEnum):
+    """What a worker tells the supervisor."""
+
+    HELLO = 101  # process is pinned and ready; text is the engine in use
+    DONE = 102  # the command with this sequence number has been carried out
+    REFUSED = 103  # the command cannot be carried out; text says why
+    RING_FAILED = 104  # the ring is bad; the queue has stopped; text names the reason (unsolicited)
+    STARTUP_FAILED = 105  # the process cannot serve; text says why; it exits
+
+
+class ToWorker(NamedTuple):
+    """A command. Addresses are IOVAs; `last` is inclusive; fields that a command does not use are 0."""
+
+    command: int
+    seq: int
+    acked_features: int = 0
+    desc_addr: int = 0
+    driver_addr: int = 0
+    device_addr: int = 0
+    queue_size: int = 0
+    last_avail_idx: int = 0
+    start: int = 0
+    last: int = 0
+
+
+class FromWorker(NamedTuple):
+    """An answer or an event. `last_avail_idx` and `last_used_idx` are free-running u16 (split ring)."""
+
+    event: int
+    seq: int
+    last_avail_idx: int = 0
+    last_used_idx: int = 0
+    exit_code: int = 0  # of the exception that the supervisor should raise; 0 where none
+    text: str = ""
+
+
+_TO_WORKER = struct.Struct("=IIQQQQIIQQ")
+_FROM_WORKER = struct.Struct("=IIIII")
+
+
+def pack_command(message: ToWorker) -> bytes:
+    """Return the packet for `message`."""
+    return _TO_WORKER.pack(*message)
+
+
+def unpack_command(packet: bytes) -> ToWorker:
+    """Return the command in `packet`. Raises ValueError when it is malformed."""
+    if len(packet) != _TO_WORKER.size:
+        raise ValueError(f"control message of {len(packet)} bytes, expected {_TO_WORKER.size}")
+    return ToWorker(*_TO_WORKER.unpack(packet))
+
+
+def pack_event(message: FromWorker) -> bytes:
+    """Return the packet for `message`; a text too long for one packet is cut."""
+    text = message.text.encode()[: MESSAGE_MAX_BYTES - _FROM_WORKER.size]
+    return _FROM_WORKER.pack(*message[:5]) + text
+
+
+def unpack_event(packet: bytes) -> FromWorker:
+    """Return the event in `packet`. Raises ValueError when it is malformed."""
+    if len(packet) < _FROM_WORKER.size:
+        raise ValueError(f"control message of {len(packet)} bytes, expected {_FROM_WORKER.size} or more")
+    text = packet[_FROM_WORKER.size :].decode(errors="replace")
+    return FromWorker(*_FROM_WORKER.unpack_from(packet), text=text)
+
+
+_TEXT_FIELDS = frozenset({"device", "port", "store", "engine", "cache", "serial"})
+
+
+class WorkerSpec(NamedTuple):
+    """Everything a worker process is told at its start, as `key=value` words on its command line.
+
+    Descriptors are inherited under the same numbers; -1 stands for none. Sizes are in bytes; sectors are of 512 bytes.
+    """
+
+    device: str  # name, for messages and `ps`
+    queue: int
+    queue_size: int  # the largest the driver may choose; sizes the tables
+    supervisor_pid: int
+    ctl_fd: int  # SOCK_SEQPACKET, this protocol
+    shm_fd: int  # the shared pages of the device
+    kick_fd: int  # eventfd, driver to device
+    port: str = "loopback"  # how IOTLB misses and interrupts are done
+    port_fd: int = -1  # loopback: SOCK_SEQPACKET to the bus
+    irq_fd: int = -1  # loopback: eventfd, device to driver
+    cpu: int = -1  # -1: not pinned
+    poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once
+    # the store
+    store: str = "null"  # file, blockdev, memory, null
+    store_fd: int = -1
+    engine: str = "auto"
+    cache: str = "writeback"
+    direct_align: int = 0  # O_DIRECT: alignment of offset, length and memory; 0 = not O_DIRECT
+    # the device
+    capacity_sectors: int = 0
+    block_size: int = 512
+    read_only: int = 0
+    seg_max: int = 126
+    discard_max_sectors: int = 0
+    discard_max_seg: int = 0
+    write_zeroes_max_sectors: int = 0
+    write_zeroes_max_seg: int = 0
+    serial: str = ""
+
+    def to_argv(self) -> list[str]:
+        """Return the words for the command line."""
+        return [f"{key}={value}" for key, value in self._asdict().items()]
+
+    @classmethod
+    def from_argv(cls, words: list[str]) -> WorkerSpec:
+        """Return what `to_argv` was made from. Raises ValueError naming a word that is wrong."""
+        values: dict[str, str | int] = {}
+        for word in words:
+            key, sep, value = word.partition("=")
+            if not sep or key not in cls._fields:
+                raise ValueError(f"worker: unknown argument {word!r}")
+            values[key] = value if key in _TEXT_FIELDS else int(value)
+        missing = [f for f in cls._fields if f not in values and f not in cls._field_defaults]
+        if missing:
+            raise ValueError(f"worker: missing arguments {', '.join(missing)}")
+        return cls(**values)  # type: ignore[arg-type]

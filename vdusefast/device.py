@@ -1,0 +1,174 @@
+"""The virtio-blk device as its driver sees it: offered features, configuration space, status machine.
+
+Source: VIRTIO 1.3, 2.1 (status), 3.1 (initialisation), 5.2 (block device).
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from vdusefast.backends import block_size
+from vdusefast.transport import DeviceSpec, uapi
+
+if TYPE_CHECKING:
+    from vdusefast.backends import Store
+    from vdusefast.config import Config
+
+SECTOR_BYTES = 512
+
+# What one DISCARD or WRITE_ZEROES may ask for. A limit keeps one request from holding up a quiesce for long.
+DISCARD_MAX_SECTORS = 1 << 22  # 2 GiB
+DISCARD_MAX_SEG = 16
+WRITE_ZEROES_MAX_SECTORS = 1 << 22
+WRITE_ZEROES_SLOW_MAX_SECTORS = 1 << 15  # 16 MiB, where zeros may have to be written out
+
+REQUIRED_FEATURES = uapi.VIRTIO_F_VERSION_1 | uapi.VIRTIO_F_ACCESS_PLATFORM
+
+# VIRTIO 1.3, 5.2.4: struct virtio_blk_config, 96 bytes, little-endian
+_CONFIG = struct.Struct(
+    "<Q"  # capacity
+    "II"  # size_max, seg_max
+    "HBB"  # geometry: cylinders, heads, sectors
+    "I"  # blk_size
+    "BBHI"  # topology: physical_block_exp, alignment_offset, min_io_size, opt_io_size
+    "BBH"  # writeback, unused0, num_queues
+    "III"  # max_discard_sectors, max_discard_seg, discard_sector_alignment
+    "IIB3x"  # max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap
+    "III"  # max_secure_erase_sectors, max_secure_erase_seg, secure_erase_sector_alignment
+    "IIIIIB3x"  # zoned: zone_sectors, max_open, max_active, max_append_sectors, write_granularity, model
+)
+CONFIG_BYTES = _CONFIG.size
+
+
+class StatusChange(Enum):
+    """What a new device status asks for."""
+
+    RESET = "reset"
+    FEATURES_OK = "features_ok"  # the driver has chosen its features
+    DRIVER_OK = "driver_ok"  # serve the ready queues; also asked again while running
+    GAVE_UP = "gave_up"  # the driver set FAILED
+    NOTHING = "nothing"
+
+
+class StatusRefusedError(Exception):
+    """The device cannot take that status; the message says why."""
+
+
+class BlockDevice:
+    """One virtio-blk device over one store. Knows nothing of workers, and never touches the store's bytes.
+
+    `offered_features` is a mask of uapi.VIRTIO_*; `config_space` is what the driver reads; sizes are in bytes,
+    sectors of 512 bytes.
+    """
+
+    def __init__(self, config: Config, store: Store):
+        """Describe the device that `config` asks for over `store` (borrowed). Raises ConfigError where they differ."""
+        device = config.device
+        self.name = device.name
+        self.serial = device.serial
+        self.queue_count = device.queues
+        self.queue_size = device.queue_size
+        self.read_only = device.read_only or store.read_only
+        self.block_size_bytes = block_size(store, device.block_size_bytes)
+        self.capacity_sectors = store.size_bytes // SECTOR_BYTES
+        self.size_max_bytes = device.size_max_bytes
+        self.seg_max = device.effective_seg_max
+        discard = store.can_discard and not self.read_only
+        write_zeroes = store.can_write_zeroes and not self.read_only
+        self.discard_max_sectors = DISCARD_MAX_SECTORS if discard else 0
+        self.discard_max_seg = DISCARD_MAX_SEG if discard else 0
+        zeroes_max_sectors = WRITE_ZEROES_MAX_SECTORS if discard else WRITE_ZEROES_SLOW_MAX_SECTORS
+        self.write_zeroes_max_sectors = zeroes_max_sectors if write_zeroes else 0
+        self.write_zeroes_max_seg = DISCARD_MAX_SEG if write_zeroes else 0
+        self.write_zeroes_may_unmap = discard
+        self.writeback = store.cache != "writethrough"
+        self.offered_features = self._features(config)
+        self.config_space = self._config_space(store)
+        self.status = 0
+
+    def spec(self) -> DeviceSpec:
+        """Return what a transport creates the device with."""
+        return DeviceSpec(
+            name=self.name,
+            offered_features=self.offered_features,
+            config=self.config_space,
+            queue_count=self.queue_count,
+            queue_size_max=self.queue_size,
+        )
+
+    def judge_status(self, status: int) -> StatusChange:
+        """Return what going to `status` asks for; nothing is changed, `status` is to be assigned once it is done.
+
+        Raises StatusRefusedError for a step that a driver may not take (VIRTIO 1.3, 3.1.1).
+        """
+        if status == 0:
+            return StatusChange.RESET
+        taken_back = self.status & ~status
+        if taken_back:
+            raise StatusRefusedError(f"status {status:#x} takes back {taken_back:#x} without a reset")
+        added = status & ~self.status
+        if added & uapi.VIRTIO_CONFIG_S_FAILED:
+            return StatusChange.GAVE_UP
+        begun = uapi.VIRTIO_CONFIG_S_ACKNOWLEDGE | uapi.VIRTIO_CONFIG_S_DRIVER
+        if added & (uapi.VIRTIO_CONFIG_S_FEATURES_OK | uapi.VIRTIO_CONFIG_S_DRIVER_OK) and status & begun != begun:
+            raise StatusRefusedError(f"status {status:#x} comes before ACKNOWLEDGE and DRIVER")
+        if status & uapi.VIRTIO_CONFIG_S_DRIVER_OK:
+            if not self.status & uapi.VIRTIO_CONFIG_S_FEATURES_OK:
+                raise StatusRefusedError(f"status {status:#x} comes before FEATURES_OK")
+            return StatusChange.DRIVER_OK
+        if added & uapi.VIRTIO_CONFIG_S_FEATURES_OK:
+            return StatusChange.FEATURES_OK
+        return StatusChange.NOTHING
+
+    def judge_features(self, acked_features: int) -> None:
+        """Raise StatusRefusedError unless the device can serve exactly `acked_features`."""
+        surplus = acked_features & ~self.offered_features
+        if surplus:
+            raise StatusRefusedError(f"the driver accepted what was not offered: {uapi.feature_names(surplus)}")
+        missing = REQUIRED_FEATURES & ~acked_features
+        if missing:
+            raise StatusRefusedError(f"the driver did not accept {uapi.feature_names(missing)}")
+
+    def _features(self, config: Config) -> int:
+        optional = {
+            uapi.VIRTIO_RING_F_INDIRECT_DESC: config.device.indirect,
+            uapi.VIRTIO_RING_F_EVENT_IDX: config.device.event_idx,
+            uapi.VIRTIO_BLK_F_FLUSH: self.writeback,
+            uapi.VIRTIO_BLK_F_RO: self.read_only,
+            uapi.VIRTIO_BLK_F_MQ: self.queue_count > 1,
+            uapi.VIRTIO_BLK_F_DISCARD: self.discard_max_sectors > 0,
+            uapi.VIRTIO_BLK_F_WRITE_ZEROES: self.write_zeroes_max_sectors > 0,
+        }
+        always = (
+            uapi.VIRTIO_BLK_F_SIZE_MAX
+            | uapi.VIRTIO_BLK_F_SEG_MAX
+            | uapi.VIRTIO_BLK_F_BLK_SIZE
+            | uapi.VIRTIO_BLK_F_TOPOLOGY
+        )
+        return REQUIRED_FEATURES | always | sum(bit for bit, offered in optional.items() if offered)
+
+    def _config_space(self, store: Store) -> bytes:
+        block = self.block_size_bytes
+        physical = max(block, store.physical_block_size_bytes)
+        return _CONFIG.pack(
+            self.capacity_sectors,
+            self.size_max_bytes,
+            self.seg_max,
+            *(0, 0, 0),  # geometry: not offered
+            block,
+            (physical // block).bit_length() - 1,
+            0,
+            min(physical // block, 0xFFFF),
+            min(store.opt_io_size_bytes // block, 0xFFFFFFFF),
+            *(1 if self.writeback else 0, 0, self.queue_count),
+            self.discard_max_sectors,
+            self.discard_max_seg,
+            physical // SECTOR_BYTES if self.discard_max_sectors else 0,
+            self.write_zeroes_max_sectors,
+            self.write_zeroes_max_seg,
+            1 if self.write_zeroes_may_unmap else 0,
+            *(0, 0, 0),  # secure erase: not offered
+            *(0, 0, 0, 0, 0, 0),  # zoned: not offered
+        )

@@ -1,0 +1,196 @@
+"""What `vdusefast check` looks at: each finding says what works here, what does not, and the remedy."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import vdusefast
+from vdusefast.errors import VdusefastError
+
+KERNEL_MODULES = {
+    "vdpa": "the vDPA bus",
+    "vduse": "devices served from user space",
+    "virtio_vdpa": "such devices as disks of this machine",
+    "vhost_vdpa": "such devices for virtual machines",
+}
+KERNEL_MIN = (5, 15)  # the first with VDUSE
+SYS_IO_URING_SETUP = 425  # the same on every architecture
+IMPORT_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `needed` marks what no device can be served without, `ok` whether it works."""
+
+    name: str
+    ok: bool
+    text: str
+    remedy: str = ""
+    needed: bool = False
+
+
+def examine(root: Path = Path("/")) -> list[Finding]:
+    """Look at this machine. `root` stands in for / in tests, for /proc, /sys, /dev and /lib/modules."""
+    release = os.uname().release
+    return [
+        _python(),
+        _extension("_datapath", "datapath"),
+        _extension("_driver", "loopback driver"),
+        _run_directory(),
+        _cpus(root),
+        _io_uring(root),
+        _memlock(),
+        _hugepages(root),
+        _kernel(release),
+        *(_module(name, purpose, release, root) for name, purpose in KERNEL_MODULES.items()),
+        _control_node(root),
+    ]
+
+
+def to_dict(findings: list[Finding]) -> dict[str, Any]:
+    """Return the report as plain values for JSON."""
+    return {
+        "version": vdusefast.__version__,
+        "kernel": os.uname().release,
+        "loopback": all(finding.ok for finding in findings if finding.needed),
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def _python() -> Finding:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    return Finding("python", True, f"{version} at {sys.executable}, vdusefast {vdusefast.__version__}", needed=True)
+
+
+def _extension(module: str, name: str) -> Finding:
+    """Try the import in a process of its own: a library that is missing must not end this one."""
+    command = [sys.executable, "-c", f"import vdusefast.{module}"]
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_TIMEOUT_S,
+            env={**os.environ, "PYTHONPATH": path},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(name, False, f"importing vdusefast.{module} takes over {IMPORT_TIMEOUT_S} s", needed=True)
+    if done.returncode == 0:
+        return Finding(name, True, "extension built and loads", needed=True)
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    remedy = "in the source tree: make build; else: pip install --force-reinstall vdusefast"
+    return Finding(name, False, f"the extension cannot be loaded: {lines[-1]}", remedy, needed=True)
+
+
+def _run_directory() -> Finding:
+    from vdusefast.run_dir import base_directory
+
+    base = base_directory()
+    if base is None:
+        return Finding(
+            "run directory", True, f"a private one below {tempfile.gettempdir()} for each process", needed=True
+        )
+    nearest = next(path for path in (base.absolute(), *base.absolute().parents) if path.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return Finding("run directory", True, str(base), needed=True)
+    remedy = "set VDUSEFAST_RUN_DIR to a directory of yours"
+    return Finding("run directory", False, f"{base} cannot be written", remedy, needed=True)
+
+
+def _cpus(root: Path) -> Finding:
+    from vdusefast import affinity
+
+    try:
+        topology = affinity.read_topology(root / "sys")
+        order = affinity.plan(len(topology.allowed), topology)
+    except VdusefastError as error:
+        return Finding("cpus", False, str(error))
+    text = (
+        f"{len(topology.cpus)} online ({affinity.format_cpu_list(topology.online)}) on {topology.core_count} cores, "
+        f"allowed here {affinity.format_cpu_list(topology.allowed)}, queues are placed on {','.join(map(str, order))}"
+    )
+    if len(order) > 1:
+        return Finding("cpus", True, text)
+    return Finding("cpus", False, text, "a worker that polls wants a CPU of its own; allow two or more, or poll_us = 0")
+
+
+def _io_uring(root: Path) -> Finding:
+    sysctl = root / "proc/sys/kernel/io_uring_disabled"
+    disabled = sysctl.read_text().strip() if sysctl.exists() else "0"
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), ctypes.create_string_buffer(120))
+    if fd >= 0:
+        os.close(fd)
+        return Finding("io_uring", True, f"usable (kernel.io_uring_disabled = {disabled})")
+    code = ctypes.get_errno()
+    text = f"refused: {os.strerror(code)} (kernel.io_uring_disabled = {disabled}); engine auto takes sync"
+    if disabled != "0":
+        return Finding("io_uring", False, text, "sysctl kernel.io_uring_disabled=0")
+    if code == errno.ENOMEM:
+        return Finding("io_uring", False, text, "raise the limit of locked memory: ulimit -l")
+    return Finding("io_uring", False, text, "allow io_uring_setup in the seccomp profile of this container or service")
+
+
+def _memlock() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    text = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft >> 10} KiB"
+    return Finding("locked memory", True, f"limit {text}")
+
+
+def _hugepages(root: Path) -> Finding:
+    reserved = "0"
+    meminfo = root / "proc/meminfo"
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("HugePages_Total:"):
+            reserved = line.split()[1]
+    shmem = root / "sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    chosen = [word for word in (shmem.read_text().split() if shmem.exists() else []) if word.startswith("[")]
+    shared = chosen[0].strip("[]") if chosen else "absent"
+    return Finding("huge pages", True, f"{reserved} reserved, transparent ones for shared memory: {shared}")
+
+
+def _kernel(release: str) -> Finding:
+    parts = [int("".join(c for c in part if c.isdigit()) or 0) for part in release.split("-")[0].split(".")[:2]]
+    if tuple(parts) >= KERNEL_MIN:
+        return Finding("kernel", True, release)
+    wanted = ".".join(map(str, KERNEL_MIN))
+    return Finding("kernel", False, f"{release} has no VDUSE", f"the kernel transport needs Linux {wanted} or newer")
+
+
+def _module(name: str, purpose: str, release: str, root: Path) -> Finding:
+    if (root / "sys/module" / name).is_dir():
+        return Finding(name, True, f"loaded: {purpose}")
+    modules = root / "lib/modules" / release
+    for index, text in (("modules.builtin", "built in"), ("modules.dep", "not loaded")):
+        listed = modules / index
+        if listed.exists() and _lists_module(listed.read_text(), name):
+            remedy = "" if text == "built in" else f"modprobe {name}"
+            return Finding(name, not remedy, f"{text}: {purpose}", remedy)
+    remedy = "a kernel with CONFIG_VDPA, VDPA_USER, VIRTIO_VDPA, VHOST_VDPA; in Debian 12: one of bookworm-backports"
+    return Finding(name, False, f"not in this kernel: {purpose}", remedy)
+
+
+def _lists_module(index: str, name: str) -> bool:
+    """Return whether a file of /lib/modules lists the module; file names may have - for _ and be compressed."""
+    paths = (line.split(":")[0] for line in index.splitlines())
+    return any(path.rpartition("/")[2].partition(".ko")[0].replace("-", "_") == name for path in paths)
+
+
+def _control_node(root: Path) -> Finding:
+    node = root / "dev/vduse/control"
+    if not node.exists():
+        return Finding("/dev/vduse", False, "absent; the kernel transport cannot be used", "modprobe vduse")
+    if not os.access(node, os.R_OK | os.W_OK):
+        return Finding("/dev/vduse", False, f"no permission for {node}", "be root, or change its owner by a udev rule")
+    return Finding("/dev/vduse", True, f"{node} can be opened")

@@ -1,0 +1,129 @@
+"""The run directory: where a device keeps its shared pages, and how two devices of one name are told apart."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from vdusefast.errors import DeviceBusyError, VdusefastError
+
+LOCK_TRIES_MAX = 16
+
+
+def base_directory() -> Path | None:
+    """Return where run directories live, None when each process needs a private one.
+
+    `$VDUSEFAST_RUN_DIR`, else /run/vdusefast when that can be written, else `$XDG_RUNTIME_DIR/vdusefast`.
+    """
+    if named := os.environ.get("VDUSEFAST_RUN_DIR"):
+        return Path(named)
+    system = Path("/run/vdusefast")
+    if os.access(system if system.exists() else system.parent, os.W_OK | os.X_OK):
+        return system
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "vdusefast"
+    return None
+
+
+class RunDirectory:
+    """BASE/NAME, mode 0700, held by a lock from construction to `close`, which removes it.
+
+    base: None chooses as `base_directory` does; without any, a private temporary directory is made.
+    Raises DeviceBusyError when a living process holds the name, VdusefastError when the directory cannot be made.
+    """
+
+    def __init__(self, name: str, base: Path | None = None) -> None:
+        self._lock_fd = -1
+        self._private: Path | None = None
+        base = base or base_directory()
+        if base is None:
+            base = self._private = Path(tempfile.mkdtemp(prefix="vdusefast-"))
+        self.path = base / name
+        try:
+            base.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._lock_fd = self._acquire(name)
+        except OSError as error:
+            self._remove_private()
+            raise VdusefastError(
+                f"{name}: cannot make the run directory {self.path}: {error.strerror}; set VDUSEFAST_RUN_DIR"
+            ) from None
+        except VdusefastError:
+            self._remove_private()
+            raise
+
+    @property
+    def pages_path(self) -> Path:
+        """Return where the shared pages go."""
+        return self.path / "pages"
+
+    @property
+    def lock_path(self) -> Path:
+        """Return the file whose lock holds the name."""
+        return self.path / "lock"
+
+    def close(self) -> None:
+        """Remove the directory with what is in it, then give the name back. Idempotent."""
+        if self._lock_fd < 0:
+            return
+        try:
+            self.pages_path.unlink(missing_ok=True)
+            self.lock_path.unlink(missing_ok=True)
+            self.path.rmdir()
+        except OSError as error:
+            raise VdusefastError(f"cannot remove the run directory {self.path}: {error.strerror}") from None
+        finally:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+        self._remove_private()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _remove_private(self) -> None:
+        if self._private is not None:
+            self._private.rmdir()
+            self._private = None
+
+    def _acquire(self, name: str) -> int:
+        """Return a descriptor that holds the lock. A file removed by its last holder meanwhile is tried again."""
+        for _ in range(LOCK_TRIES_MAX):
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            self._check_private(name)
+            try:
+                fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except FileNotFoundError:
+                continue  # its holder removed the directory between mkdir and open
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._names(fd):
+                    return fd
+            except BlockingIOError:
+                os.close(fd)
+                raise DeviceBusyError(
+                    f"{name}: a device of this name is being served already ({self.path}); choose another name"
+                ) from None
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+        raise DeviceBusyError(f"{name}: other processes keep making and removing {self.path}")
+
+    def _check_private(self, name: str) -> None:
+        """Check that nobody else can put files into the directory."""
+        status = self.path.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise VdusefastError(f"{name}: {self.path} is not a directory of this user with mode 0700; remove it")
+
+    def _names(self, fd: int) -> bool:
+        """Return whether the lock's path still leads to `fd`."""
+        try:
+            return os.path.samestat(os.fstat(fd), self.lock_path.lstat())
+        except FileNotFoundError:
+            return False

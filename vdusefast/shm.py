@@ -1,0 +1,341 @@
+"""The shared pages of a device: layout of csrc/counters.h and csrc/inflight.h, and the reading side.
+
+The supervisor makes the pages and rings the control word; each worker writes its queue's block; anybody reads.
+Offsets are plain integers, so that making the pages does not import NumPy; the reading functions do.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vdusefast.errors import VdusefastError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+MAGIC = b"VDUSFAST"
+VERSION = 1
+HEADER_BYTES = 4096
+PAGE_BYTES = 4096
+LINE_BYTES = 64
+NAME_MAX_BYTES = 63
+
+HIST_SUB_BITS = 5
+HIST_SUB_COUNT = 1 << HIST_SUB_BITS
+HIST_MAX_BITS = 40
+HIST_BUCKET_COUNT = (HIST_MAX_BITS - HIST_SUB_BITS + 1) * HIST_SUB_COUNT
+
+OPS = ("read", "write", "flush", "discard", "write_zeroes", "get_id", "other")
+OP_FIELDS = ("requests", "bytes", "errors")
+COUNTERS = (
+    "requests",
+    "batches",
+    "kicks",
+    "irqs",
+    "irqs_suppressed",
+    "spins",
+    "sleeps",
+    "relooks",
+    "iotlb_misses",
+    "bad_requests",
+    "unsupported",
+    "host_errors",
+    "host_enospc",
+    "host_eio",
+    "last_host_errno",
+    "ring_errors",
+    "memory_faults",
+    "invalidations",
+)
+
+INFLIGHT_VERSION = 1
+INFLIGHT_HEADER_BYTES = 64
+INFLIGHT_ENTRY_BYTES = 8
+
+_HEADER = struct.Struct("=8s10IQ64s")
+_STATUS = struct.Struct("=IIiIIII")
+
+
+def _round_up(value: int, step: int) -> int:
+    return (value + step - 1) // step * step
+
+
+# From the start of a queue's block.
+CTL_SEQ = 0
+STATUS_OFFSET = LINE_BYTES
+COUNTERS_OFFSET = 2 * LINE_BYTES
+COUNTERS_BYTES = 8 * (len(COUNTERS) + len(OPS) * len(OP_FIELDS))
+HIST_OFFSET = _round_up(COUNTERS_OFFSET + COUNTERS_BYTES, LINE_BYTES)
+HIST_BYTES = 8 * len(OPS) * HIST_BUCKET_COUNT
+INFLIGHT_OFFSET = _round_up(HIST_OFFSET + HIST_BYTES, LINE_BYTES)
+
+
+class QueueState(IntEnum):
+    """Where a queue stands, as its worker says (enum vf_queue_state)."""
+
+    STOPPED = 0
+    RUNNING = 1
+    QUIESCING = 2
+    FAILED = 3
+
+
+class Header(NamedTuple):
+    """struct vf_shm_header."""
+
+    magic: bytes
+    version: int
+    header_bytes: int
+    queue_count: int
+    queue_size: int
+    queue_stride_bytes: int
+    counters_offset: int
+    hist_offset: int
+    inflight_offset: int
+    hist_bucket_count: int
+    op_count: int
+    created_ns: int  # CLOCK_REALTIME
+    name: bytes
+
+
+class StatusView(NamedTuple):
+    """What a worker last wrote about itself."""
+
+    state: int  # a QueueState
+    pid: int
+    cpu: int  # -1 = not pinned
+    fail_reason: int  # 0 = none
+    last_avail_idx: int
+    last_used_idx: int
+    inflight_count: int
+
+
+def queue_stride_bytes(queue_size: int) -> int:
+    """Return the size of one queue's block in bytes, a multiple of a page."""
+    log_bytes = INFLIGHT_HEADER_BYTES + queue_size * INFLIGHT_ENTRY_BYTES
+    return _round_up(INFLIGHT_OFFSET + log_bytes, PAGE_BYTES)
+
+
+def queue_offset(queue: int, queue_size: int) -> int:
+    """Return where the block of `queue` starts, in bytes from the start of the pages."""
+    return HEADER_BYTES + queue * queue_stride_bytes(queue_size)
+
+
+def pages_bytes(queue_count: int, queue_size: int) -> int:
+    """Return the size of the shared pages in bytes."""
+    return queue_offset(queue_count, queue_size)
+
+
+class SharedPages:
+    """The mapped pages of one device. Owns its descriptor and mapping; `close` is idempotent.
+
+    Made by `create` or `open`. `fd` may be inherited by workers.
+    """
+
+    def __init__(self, fd: int, header: Header, *, writable: bool) -> None:
+        self.fd = fd
+        self.queue_count = header.queue_count
+        self.queue_size = header.queue_size
+        self.name = header.name.rstrip(b"\0").decode(errors="replace")
+        self.created_ns = header.created_ns
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        self.map = mmap.mmap(fd, pages_bytes(self.queue_count, self.queue_size), access=access)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str] | None, name: str, queue_count: int, queue_size: int) -> SharedPages:
+        """Make zeroed pages in a new file of mode 0600, replacing an old one; in a memfd when `path` is None.
+
+        Raises VdusefastError when there is no room for them.
+        """
+        header = _make_header(name, queue_count, queue_size)
+        where = "shared pages" if path is None else os.fspath(path)
+        fd = -1
+        try:
+            if path is None:
+                fd = os.memfd_create(f"vdusefast-{name}", os.MFD_CLOEXEC)
+            else:
+                Path(path).unlink(missing_ok=True)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            # Allocated now, so that a full file system is an error here and not a SIGBUS in a worker.
+            os.posix_fallocate(fd, 0, pages_bytes(queue_count, queue_size))
+            os.pwrite(fd, _HEADER.pack(*header), 0)
+            return cls(fd, header, writable=True)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise VdusefastError(f"{name}: cannot make {where}: {error.strerror}") from None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> SharedPages:
+        """Map existing pages. Raises VdusefastError when they are not what this version writes."""
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        try:
+            fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise VdusefastError(f"{os.fspath(path)}: cannot open the shared pages: {error.strerror}") from None
+        try:
+            return cls(fd, _read_header(fd), writable=writable)
+        except (OSError, ValueError) as error:
+            os.close(fd)
+            raise VdusefastError(f"{os.fspath(path)}: not shared pages of this version: {error}") from None
+
+    def close(self) -> None:
+        """Unmap and close. Idempotent."""
+        if self.fd >= 0:
+            self.map.close()
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> SharedPages:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def ring_ctl(self, queue: int) -> None:
+        """Add one to the control word of `queue`: its worker has a message. Only the supervisor does this."""
+        offset = self._offset(queue) + CTL_SEQ
+        with memoryview(self.map) as pages, pages[offset : offset + 4] as word, word.cast("I") as seq:
+            seq[0] = (seq[0] + 1) & 0xFFFFFFFF  # one aligned 32-bit store
+
+    def status(self, queue: int) -> StatusView:
+        """Return what the worker of `queue` last wrote about itself."""
+        return StatusView(*_STATUS.unpack_from(self.map, self._offset(queue) + STATUS_OFFSET))
+
+    def counters(self, queue: int) -> Any:
+        """Return a copy of the counters of `queue`: a NumPy record of `counters_dtype`."""
+        import numpy as np
+
+        return np.frombuffer(self.map, counters_dtype(), 1, self._offset(queue) + COUNTERS_OFFSET)[0].copy()
+
+    def hist(self, queue: int, op: int | str) -> npt.NDArray[np.uint64]:
+        """Return a copy of the latency histogram of one operation (a name in OPS or its index): counts per bucket."""
+        import numpy as np
+
+        index = OPS.index(op) if isinstance(op, str) else range(len(OPS))[op]
+        offset = self._offset(queue) + HIST_OFFSET + index * 8 * HIST_BUCKET_COUNT
+        return np.frombuffer(self.map, np.uint64, HIST_BUCKET_COUNT, offset).copy()
+
+    def _offset(self, queue: int) -> int:
+        if not 0 <= queue < self.queue_count:
+            raise IndexError(f"{self.name}: queue {queue} of {self.queue_count}")
+        return queue_offset(queue, self.queue_size)
+
+
+def header_dtype() -> np.dtype[Any]:
+    """Return struct vf_shm_header as a NumPy dtype."""
+    import numpy as np
+
+    words = [(field, "<u4") for field in Header._fields[1:-2]]
+    return np.dtype([("magic", "S8"), *words, ("created_ns", "<u8"), ("name", "S64")])
+
+
+def status_dtype() -> np.dtype[Any]:
+    """Return struct vf_shm_status as a NumPy dtype."""
+    import numpy as np
+
+    fields = [(field, "<i4" if field == "cpu" else "<u4") for field in StatusView._fields]
+    return np.dtype([*fields, ("reserved", "<u4", (9,))])
+
+
+def counters_dtype() -> np.dtype[Any]:
+    """Return struct vf_counters as a NumPy dtype."""
+    import numpy as np
+
+    op = np.dtype([(field, "<u8") for field in OP_FIELDS])
+    return np.dtype([*((field, "<u8") for field in COUNTERS), ("op", op, (len(OPS),))])
+
+
+def inflight_header_dtype() -> np.dtype[Any]:
+    """Return struct vf_inflight_header as a NumPy dtype."""
+    import numpy as np
+
+    words = [(field, "<u4") for field in ("version", "entry_count", "last_avail_idx", "last_used_idx")]
+    return np.dtype([*words, ("next_order", "<u8"), ("reserved", "<u4", (10,))])
+
+
+def bucket_bounds_ns() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Return the first and the last nanosecond that each histogram bucket counts."""
+    import numpy as np
+
+    group, sub = np.divmod(np.arange(HIST_BUCKET_COUNT, dtype=np.uint64), np.uint64(HIST_SUB_COUNT))
+    # The first two groups both have buckets of 1 ns: values below 32, then 32 to 63.
+    shift = np.maximum(group, np.uint64(1)) - np.uint64(1)
+    base = np.where(group > 0, np.uint64(HIST_SUB_COUNT), np.uint64(0))
+    first = (base + sub) << shift
+    return first, first + (np.uint64(1) << shift) - np.uint64(1)
+
+
+def percentile_ns(hist: npt.NDArray[np.uint64], fractions: float | Sequence[float]) -> npt.NDArray[np.float64]:
+    """Return the latencies below which the `fractions` (0 to 1) of the counts lie, in nanoseconds.
+
+    hist: counts per bucket. Each result is the middle of its bucket, 0 where nothing was counted.
+    """
+    import numpy as np
+
+    first, last = bucket_bounds_ns()
+    middle = (first.astype(np.float64) + last.astype(np.float64)) / 2
+    total = np.cumsum(hist, dtype=np.uint64)
+    if total[-1] == 0:
+        return np.zeros(np.shape(fractions))
+    rank = np.maximum(1, np.ceil(np.asarray(fractions, dtype=np.float64) * float(total[-1])))
+    return np.asarray(middle[np.minimum(np.searchsorted(total, rank), HIST_BUCKET_COUNT - 1)], dtype=np.float64)
+
+
+def _make_header(name: str, queue_count: int, queue_size: int) -> Header:
+    encoded = name.encode()
+    if len(encoded) > NAME_MAX_BYTES:
+        raise VdusefastError(f"{name}: a name is at most {NAME_MAX_BYTES} bytes")
+    return Header(
+        MAGIC,
+        VERSION,
+        HEADER_BYTES,
+        queue_count,
+        queue_size,
+        queue_stride_bytes(queue_size),
+        COUNTERS_OFFSET,
+        HIST_OFFSET,
+        INFLIGHT_OFFSET,
+        HIST_BUCKET_COUNT,
+        len(OPS),
+        time.time_ns(),
+        encoded,
+    )
+
+
+def _read_header(fd: int) -> Header:
+    """Return the header in `fd`, checked. Raises ValueError saying what does not fit."""
+    packed = os.pread(fd, _HEADER.size, 0)
+    if len(packed) < _HEADER.size:
+        raise ValueError("too short")
+    header = Header(*_HEADER.unpack(packed))
+    if header.magic != MAGIC:
+        raise ValueError("wrong magic")
+    if header.version != VERSION:
+        raise ValueError(f"layout version {header.version}, expected {VERSION}")
+    size = header.queue_size
+    if not (1 <= header.queue_count <= 1024 and 2 <= size <= 32768 and size & (size - 1) == 0):
+        raise ValueError(f"{header.queue_count} queues of {size} entries")
+    expected = header._replace(
+        header_bytes=HEADER_BYTES,
+        queue_stride_bytes=queue_stride_bytes(size),
+        counters_offset=COUNTERS_OFFSET,
+        hist_offset=HIST_OFFSET,
+        inflight_offset=INFLIGHT_OFFSET,
+        hist_bucket_count=HIST_BUCKET_COUNT,
+        op_count=len(OPS),
+    )
+    if header != expected:
+        raise ValueError("another geometry")
+    wanted, actual = pages_bytes(header.queue_count, size), os.fstat(fd).st_size
+    if actual != wanted:
+        raise ValueError(f"{actual} bytes, expected {wanted}")
+    return header

@@ -1,0 +1,285 @@
+"""The control plane of one device: answers its messages and looks after its workers.
+
+Nothing here waits for storage but the workers' answers, which are awaited with a limit, never touches a ring, and
+does no storage I/O, so that nothing slow can keep a message from being answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from vdusefast.control import WorkerSpec
+from vdusefast.device import BlockDevice, StatusChange, StatusRefusedError
+from vdusefast.errors import VdusefastError
+from vdusefast.transport import Transport, TransportError
+from vdusefast.transport.uapi import GetVqState, Request, Response, SetStatus, UnknownRequest, UpdateIotlb
+from vdusefast.vq_control import Limits, VqControl, VqState
+from vdusefast.worker_process import Pages, default_command
+
+__all__ = ["DeviceState", "Limits", "QueueInfo", "Supervisor", "VqState"]
+
+MESSAGES_A_TURN_MAX = 64
+UNDO_TIMEOUT_S = 2.0  # for idle workers to end when the start fails
+
+_log = logging.getLogger("vdusefast")
+
+
+class DeviceState(StrEnum):
+    """Where a device stands."""
+
+    CREATED = "created"
+    ATTACHED = "attached"
+    RUNNING = "running"
+    BROKEN = "broken"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class QueueInfo:
+    """One queue, as shown to people. `cpu` is -1 where the worker is not pinned, `pid` where there is none."""
+
+    index: int
+    pid: int
+    cpu: int
+    engine: str
+    state: VqState
+    reason: str  # why it failed, "" otherwise
+
+
+class Supervisor:
+    """One device and its workers.
+
+    The coroutines run in one event loop; `failure`, `state` and `queues` may be used from any thread.
+    """
+
+    def __init__(
+        self,
+        device: BlockDevice,
+        transport: Transport,
+        pages: Pages,
+        specs: Sequence[WorkerSpec],
+        *,
+        command: Sequence[str] | None = None,
+        limits: Limits | None = None,
+    ):
+        """Prepare; see `start`.
+
+        device: the model, whose status is kept there. transport: not yet created; consumed. pages: the shared pages
+        (borrowed). specs: one a queue, complete but for `ctl_fd`, `kick_fd` and the port. command: what to run as a
+        worker in place of the real one. Raises ValueError when the limits do not leave room below the transport's
+        msg_timeout.
+        """
+        limits = limits or Limits()
+        if 0 < transport.msg_timeout_s <= limits.message_s:
+            raise ValueError(
+                f"limits of {limits.message_s:g} s for a message, msg_timeout is {transport.msg_timeout_s:g} s"
+            )
+        self.device = device
+        self.transport = transport
+        self.state = DeviceState.CREATED
+        self.failure: VdusefastError | None = None
+        self._limits = limits
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._status_lock = asyncio.Lock()
+        self._message_fd = -1
+        self._stopped = False
+        command = list(command) if command is not None else default_command()
+        self._vqs = [VqControl(spec, transport, pages, command, limits, self._record) for spec in specs]
+
+    async def start(self, timeout_s: float = 10.0) -> None:
+        """Create the device, start its workers side by side, and show it to drivers.
+
+        Raises VdusefastError: what a worker reported, TimedOutError when one is not ready after `timeout_s`,
+        TransportError. Nothing is left behind then.
+        """
+        try:
+            self.transport.create(self.device.spec())
+            await self._spawn_all(timeout_s)
+            self._message_fd = self.transport.message_fd()
+            asyncio.get_running_loop().add_reader(self._message_fd, self._on_messages)
+            await self.transport.attach()
+        except BaseException:
+            await self.stop(UNDO_TIMEOUT_S)
+            raise
+        self.state = DeviceState.ATTACHED
+
+    async def stop(self, timeout_s: float = 30.0) -> None:
+        """Drain: take the device from its driver, let every worker finish what it has in flight, and release
+        everything.
+
+        A worker that is not done after `timeout_s` is killed, which is recorded as a failure. A second call does
+        nothing.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        for vq in self._vqs:
+            vq.closing = True
+        try:
+            try:
+                await self.transport.detach()
+            except TransportError as error:
+                self._record(error)
+            await asyncio.gather(*(vq.stop(timeout_s) for vq in self._vqs))
+        finally:
+            self._unwatch_messages()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for vq in self._vqs:
+                vq.close()
+            self.transport.close()
+            self.state = DeviceState.STOPPED
+
+    def queues(self) -> list[QueueInfo]:
+        """Return one line for each queue."""
+        return [
+            QueueInfo(
+                vq.index,
+                vq.worker.pid if vq.worker is not None else -1,
+                vq.cpu,
+                vq.worker.engine if vq.worker is not None else "",
+                vq.state,
+                vq.reason,
+            )
+            for vq in self._vqs
+        ]
+
+    # -- inside
+
+    async def _spawn_all(self, timeout_s: float) -> None:
+        """Start all workers; when one fails, take the others down and raise its error."""
+        tasks = [asyncio.create_task(vq.spawn(timeout_s)) for vq in self._vqs]
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    def _record(self, error: VdusefastError) -> None:
+        """Log a failure, and keep the first one."""
+        _log.error("%s", error)
+        if self.failure is None:
+            self.failure = error
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _unwatch_messages(self) -> None:
+        if self._message_fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._message_fd)
+            self._message_fd = -1
+
+    def _on_messages(self) -> None:
+        for _ in range(MESSAGES_A_TURN_MAX):
+            try:
+                request = self.transport.receive()
+            except (TransportError, OSError) as error:
+                self._break(error)
+                return
+            if request is None:
+                return
+            self._run(self._handle(request))
+
+    def _break(self, error: Exception) -> None:
+        """The transport has given the device up: stop serving, so that nobody writes into memory taken back."""
+        self._unwatch_messages()
+        self.state = DeviceState.BROKEN
+        self._record(error if isinstance(error, VdusefastError) else TransportError(f"{self.device.name}: {error}"))
+        for vq in self._vqs:
+            self._run(vq.reset())
+
+    async def _handle(self, request: Request) -> None:
+        """Answer one message."""
+        try:
+            response = await self._answer(request)
+        except StatusRefusedError as error:
+            _log.warning("device %s: %s: answered FAILED", self.device.name, error)
+            response = Response(request.request_id, False)
+        except Exception:
+            _log.exception("device %s: %s: answered FAILED", self.device.name, request)
+            response = Response(request.request_id, False)
+        try:
+            self.transport.respond(response)
+        except OSError as error:
+            _log.error("device %s: %s could not be answered: %s", self.device.name, request, error.strerror)
+
+    async def _answer(self, request: Request) -> Response:
+        match request:
+            case SetStatus(request_id, status):
+                async with self._status_lock:
+                    return Response(request_id, await self._set_status(status))
+            case GetVqState(request_id, vq_index):
+                if vq_index >= len(self._vqs):
+                    return Response(request_id, False)
+                last_avail_idx = await self._vqs[vq_index].quiesce()
+                return Response(request_id, last_avail_idx is not None, vq_index, last_avail_idx or 0)
+            case UpdateIotlb(request_id, start, last):
+                gone = await asyncio.gather(*(vq.invalidate(start, last) for vq in self._vqs))
+                return Response(request_id, all(gone))
+            case UnknownRequest(request_id, kind):
+                _log.error("device %s: message of unknown type %d: answered FAILED", self.device.name, kind)
+                return Response(request_id, False)
+
+    async def _set_status(self, status: int) -> bool:
+        """Carry a new device status out. Returns whether to answer OK. Raises StatusRefusedError."""
+        change = self.device.judge_status(status)
+        if change == StatusChange.RESET:
+            # Whatever comes of it, the driver starts again from nothing.
+            self.device.status = 0
+            self.state = DeviceState.ATTACHED
+            return all(await asyncio.gather(*(vq.reset() for vq in self._vqs)))
+        if change == StatusChange.FEATURES_OK:
+            self.device.judge_features(self.transport.acked_features())
+        elif change == StatusChange.DRIVER_OK:
+            await self._driver_ok()
+            self.state = DeviceState.RUNNING
+        elif change == StatusChange.GAVE_UP:
+            _log.warning("device %s: the driver gave the device up (status %#x)", self.device.name, status)
+        self.device.status = status
+        return True
+
+    async def _driver_ok(self) -> None:
+        """Set every queue's kick eventfd and start the ready ones; those that are not yet are looked at with each kick.
+
+        Waits shortly for the starts, which are quick unless a worker has to be replaced first: a worker starts late
+        rather than the message is answered late. Raises StatusRefusedError when a queue is known not to start; the
+        others serve on.
+        """
+        acked_features = self.transport.acked_features()
+        self.device.judge_features(acked_features)
+        starts = []
+        for vq in self._vqs:
+            info = self.transport.vq_info(vq.index)
+            self.transport.set_kickfd(vq.index, vq.kick_fd)
+            if info.ready:
+                starts.append(self._run(vq.start(acked_features, info)))
+            else:
+                vq.watch_kick(self._on_early_kick)
+        if starts:
+            done, _late = await asyncio.wait(starts, timeout=self._limits.start_grace_s)
+            if not all(start.result() for start in done):
+                reasons = "; ".join(vq.reason for vq in self._vqs if vq.state == VqState.FAILED)
+                raise StatusRefusedError(f"DRIVER_OK: {reasons}")
+
+    def _on_early_kick(self, vq: VqControl) -> None:
+        """Start a queue that the driver has made ready after DRIVER_OK."""
+        try:
+            info = self.transport.vq_info(vq.index)
+            acked_features = self.transport.acked_features()
+        except OSError as error:  # the device is broken, which is reported through its messages
+            _log.debug("device %s: queue %d: %s", self.device.name, vq.index, error.strerror)
+            return
+        if info.ready:
+            vq.unwatch_kick()
+            self._run(vq.start(acked_features, info))

@@ -1,0 +1,105 @@
+"""How a device meets its driver: one small protocol, implemented once for each way.
+
+The supervisor and the workers see nothing else of it. The methods are what /dev/vduse offers, one for each ioctl, so
+that an implementation over the real device is a thin one; `worker_port` alone is ours: what a worker process needs to
+look up memory and to send interrupts by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vdusefast.errors import VdusefastError
+from vdusefast.transport.uapi import VIRTIO_ID_BLOCK, Request, Response, VqInfo
+
+
+class TransportError(VdusefastError):
+    """The transport refuses something, or the other side does; the message names the device."""
+
+
+class DeviceBrokenError(TransportError):
+    """The device did not answer a message in time; it can only be removed."""
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """What a device is created with. `queue_size_max` counts descriptors; `config` is the whole configuration space."""
+
+    name: str
+    offered_features: int
+    config: bytes
+    queue_count: int
+    queue_size_max: int
+    device_id: int = VIRTIO_ID_BLOCK
+    vq_align_bytes: int = 4096
+
+
+@dataclass
+class WorkerPort:
+    """What one worker process inherits for reaching memory and driver.
+
+    `kind` is the worker's word for it. `port_fd` and `irq_fd` are -1 where `kind` has no use for them. The
+    descriptors in `owned_fds` belong to the holder, who closes this once the worker has its copies; the others are
+    the transport's.
+    """
+
+    kind: str
+    port_fd: int = -1
+    irq_fd: int = -1
+    owned_fds: list[int] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close the owned descriptors; a second call does nothing."""
+        while self.owned_fds:
+            os.close(self.owned_fds.pop())
+
+
+class Transport(Protocol):
+    """The device's side of one device. All methods are called in the supervisor's thread."""
+
+    kind: str
+    msg_timeout_s: float  # a message unanswered for so long breaks the device; 0 = never
+
+    def create(self, spec: DeviceSpec) -> None:
+        """Create the device with its queues; no driver can see it yet. Raises TransportError."""
+
+    async def attach(self) -> None:
+        """Show the device to drivers. Messages must be answered before this returns. Raises TransportError."""
+
+    async def detach(self) -> None:
+        """Take the device away from its driver; messages may come until this returns. A second call does nothing."""
+
+    def message_fd(self) -> int:
+        """Return the descriptor (the transport's own) that polls readable while a message waits."""
+
+    def receive(self) -> Request | None:
+        """Return the next message, None when there is none. Never blocks. Raises DeviceBrokenError, TransportError."""
+
+    def respond(self, response: Response) -> None:
+        """Answer a message. Raises OSError: ENOENT for an id that is unknown or was answered already."""
+
+    def acked_features(self) -> int:
+        """Return the features that the driver has accepted; valid from FEATURES_OK on. Raises OSError."""
+
+    def vq_info(self, index: int) -> VqInfo:
+        """Return what the driver has set up for queue `index`. Raises OSError."""
+
+    def set_kickfd(self, index: int, fd: int) -> None:
+        """Have the driver's kicks of queue `index` signal eventfd `fd` (borrowed); -1 takes it away. Raises OSError."""
+
+    def inject_irq(self, index: int) -> None:
+        """Interrupt the driver for queue `index`. Raises OSError: EINVAL before DRIVER_OK."""
+
+    def inject_config_irq(self) -> None:
+        """Tell the driver that the configuration space has changed. Raises OSError."""
+
+    def set_config(self, offset_bytes: int, data: bytes) -> None:
+        """Overwrite a part of the configuration space. Raises OSError: EINVAL when it does not fit."""
+
+    def worker_port(self, index: int) -> WorkerPort:
+        """Return a new port for a worker that serves queue `index`; the caller closes it."""
+
+    def close(self) -> None:
+        """Destroy the device and close every descriptor; a second call does nothing."""

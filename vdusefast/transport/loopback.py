@@ -1,0 +1,102 @@
+"""The embedded default: a device whose driver lives in the same group of processes, without any kernel module.
+
+`LoopbackTransport` is the device's side; the driver's side is its `bus`.
+"""
+
+from __future__ import annotations
+
+from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, uapi
+from vdusefast.transport.loopback_bus import MSG_TIMEOUT_S, LoopbackBus
+from vdusefast.transport.loopback_region import Region
+from vdusefast.transport.uapi import Request, Response, VqInfo
+
+__all__ = ["MSG_TIMEOUT_S", "LoopbackBus", "LoopbackTransport", "Region"]
+
+
+class LoopbackTransport:
+    """The device's side of a loopback device; see `Transport` for the methods."""
+
+    kind = "loopback"
+
+    def __init__(self, msg_timeout_s: float = MSG_TIMEOUT_S):
+        """Make a transport whose bus gives the device up after `msg_timeout_s` seconds without an answer; 0 = never."""
+        self.msg_timeout_s = msg_timeout_s
+        self._bus: LoopbackBus | None = None
+
+    @property
+    def bus(self) -> LoopbackBus:
+        """The driver's way to this device. Raises TransportError before `create`."""
+        if self._bus is None:
+            raise TransportError("the loopback device has not been created")
+        return self._bus
+
+    def create(self, spec: DeviceSpec) -> None:
+        """Make the bus."""
+        if self._bus is not None:
+            raise TransportError(f"device {spec.name} has been created already")
+        self._bus = LoopbackBus(spec, self.msg_timeout_s)
+
+    async def attach(self) -> None:
+        """Let the driver use the bus."""
+        self.bus.attached = True
+
+    async def detach(self) -> None:
+        """Refuse every further call of the driver; what it has in flight is drained by the workers' stop."""
+        self.bus.attached = False
+
+    def message_fd(self) -> int:
+        """Return the device's end of the message socket."""
+        return self.bus.device_messages.fileno()
+
+    def receive(self) -> Request | None:
+        """Return the next message, None when there is none."""
+        if self.bus.broken:
+            raise DeviceBrokenError(f"device {self.bus.name} is broken: a message was not answered in time")
+        try:
+            packet = self.bus.device_messages.recv(uapi.REQUEST.size + 1)
+        except BlockingIOError:
+            return None
+        try:
+            return uapi.unpack_request(packet)
+        except ValueError as error:
+            raise TransportError(f"device {self.bus.name}: {error}") from error
+
+    def respond(self, response: Response) -> None:
+        """Answer a message."""
+        self.bus.check_response(response)
+        self.bus.device_messages.send(uapi.pack_response(response))
+
+    def acked_features(self) -> int:
+        """Return the features that the driver has accepted."""
+        self.bus.check_device_call()
+        return self.bus.driver_features
+
+    def vq_info(self, index: int) -> VqInfo:
+        """Return what the driver has set up for queue `index`."""
+        self.bus.check_device_call(index)
+        return self.bus.vq_info(index)
+
+    def set_kickfd(self, index: int, fd: int) -> None:
+        """Have the driver's kicks of queue `index` signal `fd` (borrowed)."""
+        self.bus.set_kickfd(index, fd)
+
+    def inject_irq(self, index: int) -> None:
+        """Interrupt the driver for queue `index`."""
+        self.bus.inject_irq(index)
+
+    def inject_config_irq(self) -> None:
+        """Tell the driver that the configuration space has changed."""
+        self.bus.inject_config_irq()
+
+    def set_config(self, offset_bytes: int, data: bytes) -> None:
+        """Overwrite a part of the configuration space."""
+        self.bus.set_config(offset_bytes, data)
+
+    def worker_port(self, index: int) -> WorkerPort:
+        """Return a new port for a worker that serves queue `index`."""
+        return self.bus.open_port(index)
+
+    def close(self) -> None:
+        """Close the bus; drivers get an error from then on."""
+        if self._bus is not None:
+            self._bus.close()

@@ -1,0 +1,202 @@
+"""Structures and numbers of linux/vduse.h and of virtio, as far as the control plane needs them.
+
+Everything is in host byte order, which on the machines that have VDUSE is little-endian. A test compares the sizes with
+the compiler's where the system's header is installed.
+
+Source: Linux 7.3, include/uapi/linux/vduse.h; VIRTIO 1.3, 2.1, 5.2.3 and 6.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+# Message types: enum vduse_req_type. The last three need API version 1 or a feature that has to be asked for.
+VDUSE_GET_VQ_STATE = 0
+VDUSE_SET_STATUS = 1
+VDUSE_UPDATE_IOTLB = 2
+VDUSE_SET_VQ_GROUP_ASID = 3
+VDUSE_SET_VQ_READY = 4
+VDUSE_SUSPEND = 5
+
+VDUSE_REQ_RESULT_OK = 0
+VDUSE_REQ_RESULT_FAILED = 1
+
+# vduse_iotlb_entry.perm, as the device sees it
+VDUSE_ACCESS_RO = 1
+VDUSE_ACCESS_WO = 2
+VDUSE_ACCESS_RW = 3
+
+VDUSE_EVENTFD_DEASSIGN = -1
+VDUSE_NAME_MAX_BYTES = 256  # with the terminating NUL
+VDUSE_CONFIG_MAX_BYTES = 4096
+
+IOVA_LAST = 2**64 - 1
+
+# Device status: VIRTIO 1.3, 2.1
+VIRTIO_CONFIG_S_ACKNOWLEDGE = 0x01
+VIRTIO_CONFIG_S_DRIVER = 0x02
+VIRTIO_CONFIG_S_DRIVER_OK = 0x04
+VIRTIO_CONFIG_S_FEATURES_OK = 0x08
+VIRTIO_CONFIG_S_NEEDS_RESET = 0x40
+VIRTIO_CONFIG_S_FAILED = 0x80
+
+# Feature bits, as masks: VIRTIO 1.3, 5.2.3 and 6
+VIRTIO_BLK_F_SIZE_MAX = 1 << 1
+VIRTIO_BLK_F_SEG_MAX = 1 << 2
+VIRTIO_BLK_F_GEOMETRY = 1 << 4
+VIRTIO_BLK_F_RO = 1 << 5
+VIRTIO_BLK_F_BLK_SIZE = 1 << 6
+VIRTIO_BLK_F_FLUSH = 1 << 9
+VIRTIO_BLK_F_TOPOLOGY = 1 << 10
+VIRTIO_BLK_F_CONFIG_WCE = 1 << 11
+VIRTIO_BLK_F_MQ = 1 << 12
+VIRTIO_BLK_F_DISCARD = 1 << 13
+VIRTIO_BLK_F_WRITE_ZEROES = 1 << 14
+VIRTIO_BLK_F_SECURE_ERASE = 1 << 16
+VIRTIO_BLK_F_ZONED = 1 << 17
+VIRTIO_RING_F_INDIRECT_DESC = 1 << 28
+VIRTIO_RING_F_EVENT_IDX = 1 << 29
+VIRTIO_F_VERSION_1 = 1 << 32
+VIRTIO_F_ACCESS_PLATFORM = 1 << 33
+VIRTIO_F_RING_PACKED = 1 << 34
+VIRTIO_F_IN_ORDER = 1 << 35
+
+VIRTIO_ID_BLOCK = 2
+
+FEATURE_NAMES = {
+    value: name.partition("_F_")[2]
+    for name, value in list(globals().items())
+    if name.startswith(("VIRTIO_BLK_F_", "VIRTIO_RING_F_", "VIRTIO_F_"))
+}
+
+REQUEST = struct.Struct("=II16x128s")  # type, request_id, body; 152 bytes
+RESPONSE = struct.Struct("=II16s128s")  # request_id, result, reserved, body; 152 bytes
+IOTLB_ENTRY = struct.Struct("=QQQB7x")  # offset, start, last, perm; 32 bytes
+VQ_CONFIG = struct.Struct("=IHHI20x")  # index, max_size, reserved, group; 32 bytes
+VQ_INFO = struct.Struct("=IIQQQH6xB7x")  # index, num, desc, driver, device, split.avail_index, ready; 48 bytes
+VQ_EVENTFD = struct.Struct("=Ii")  # index, fd
+
+_VQ_STATE = struct.Struct("=IH")  # index, split.avail_index
+_STATUS = struct.Struct("=B")
+_IOVA_RANGE = struct.Struct("=QQ")
+_RESERVED = bytes(16)
+
+
+class GetVqState(NamedTuple):
+    """The driver wants to know where queue `vq_index` stands."""
+
+    request_id: int
+    vq_index: int
+
+
+class SetStatus(NamedTuple):
+    """The driver sets the device status; 0 resets the device."""
+
+    request_id: int
+    status: int
+
+
+class UpdateIotlb(NamedTuple):
+    """Mappings that overlap IOVA [start, last] must go."""
+
+    request_id: int
+    start: int
+    last: int
+
+
+class UnknownRequest(NamedTuple):
+    """A message of a type that was never asked for."""
+
+    request_id: int
+    type: int
+
+
+Request = GetVqState | SetStatus | UpdateIotlb | UnknownRequest
+
+
+class Response(NamedTuple):
+    """An answer. `vq_index` and `avail_idx` (free-running u16) answer GetVqState only."""
+
+    request_id: int
+    ok: bool
+    vq_index: int = 0
+    avail_idx: int = 0
+
+
+class VqInfo(NamedTuple):
+    """What the driver has set up for one queue. Addresses are IOVAs; `last_avail_idx` is a free-running u16."""
+
+    vq_index: int
+    size: int = 0  # descriptors; 0 where the driver does not use the queue
+    desc_addr: int = 0
+    driver_addr: int = 0
+    device_addr: int = 0
+    last_avail_idx: int = 0
+    ready: bool = False
+
+
+class IotlbEntry(NamedTuple):
+    """One region of IOVA [start, last], found at `offset_bytes` of the descriptor that comes with it."""
+
+    offset_bytes: int
+    start: int
+    last: int
+    perm: int
+
+    def pack(self) -> bytes:
+        """Return struct vduse_iotlb_entry."""
+        return IOTLB_ENTRY.pack(*self)
+
+
+def pack_request(request: Request) -> bytes:
+    """Return struct vduse_dev_request for `request`."""
+    match request:
+        case GetVqState(request_id, vq_index):
+            return REQUEST.pack(VDUSE_GET_VQ_STATE, request_id, _VQ_STATE.pack(vq_index, 0))
+        case SetStatus(request_id, status):
+            return REQUEST.pack(VDUSE_SET_STATUS, request_id, _STATUS.pack(status))
+        case UpdateIotlb(request_id, start, last):
+            return REQUEST.pack(VDUSE_UPDATE_IOTLB, request_id, _IOVA_RANGE.pack(start, last))
+        case UnknownRequest(request_id, kind):
+            return REQUEST.pack(kind, request_id, b"")
+
+
+def unpack_request(packet: bytes) -> Request:
+    """Return the request in struct vduse_dev_request. Raises ValueError when it is not of that size."""
+    if len(packet) != REQUEST.size:
+        raise ValueError(f"vduse request of {len(packet)} bytes, expected {REQUEST.size}")
+    kind, request_id, body = REQUEST.unpack(packet)
+    if kind == VDUSE_GET_VQ_STATE:
+        return GetVqState(request_id, _VQ_STATE.unpack_from(body)[0])
+    if kind == VDUSE_SET_STATUS:
+        return SetStatus(request_id, body[0])
+    if kind == VDUSE_UPDATE_IOTLB:
+        return UpdateIotlb(request_id, *_IOVA_RANGE.unpack_from(body))
+    return UnknownRequest(request_id, kind)
+
+
+def pack_response(response: Response) -> bytes:
+    """Return struct vduse_dev_response for `response`."""
+    result = VDUSE_REQ_RESULT_OK if response.ok else VDUSE_REQ_RESULT_FAILED
+    body = _VQ_STATE.pack(response.vq_index, response.avail_idx)
+    return RESPONSE.pack(response.request_id, result, _RESERVED, body)
+
+
+def unpack_response(packet: bytes) -> Response:
+    """Return the answer in struct vduse_dev_response.
+
+    Raises ValueError when it is not of that size, or when its reserved words are not zero (the kernel says EINVAL).
+    """
+    if len(packet) != RESPONSE.size:
+        raise ValueError(f"vduse response of {len(packet)} bytes, expected {RESPONSE.size}")
+    request_id, result, reserved, body = RESPONSE.unpack(packet)
+    if reserved != _RESERVED:
+        raise ValueError("vduse response with reserved words that are not zero")
+    return Response(request_id, result == VDUSE_REQ_RESULT_OK, *_VQ_STATE.unpack_from(body))
+
+
+def feature_names(features: int) -> str:
+    """Return the names of the bits in `features`, for a message; a bit without a name is given as `bit N`."""
+    bits = [1 << n for n in range(64) if features >> n & 1]
+    return ", ".join(FEATURE_NAMES.get(bit, f"bit {bit.bit_length() - 1}") for bit in bits)

@@ -1,0 +1,288 @@
+"""One virtqueue's lifecycle: its states, its worker, and the replacement of a worker that fails.
+
+    stopped -> running -> quiescing -> stopped, plus failed (a named reason)
+
+Operations on one queue exclude each other; those on different queues run side by side. Ring memory is never read here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vdusefast.control import Command, FromWorker, ToWorker, WorkerSpec
+from vdusefast.errors import VdusefastError, WorkerError
+from vdusefast.transport import Transport
+from vdusefast.transport.uapi import VqInfo
+from vdusefast.worker_process import REAP_TIMEOUT_S, Pages, RefusedError, WorkerProcess
+
+
+class VqState(StrEnum):
+    """Where a queue stands."""
+
+    STOPPED = "stopped"
+    RUNNING = "running"
+    QUIESCING = "quiescing"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long things may take, in seconds. Together they stay below the transport's msg_timeout."""
+
+    hello_s: float = 10.0  # a replaced worker to be ready
+    quiesce_s: float = 10.0  # storage to finish what is in flight; then the worker is killed
+    start_grace_s: float = 0.25  # DRIVER_OK waits so long for queues to start, then is answered all the same
+
+    @property
+    def message_s(self) -> float:
+        """The longest that the answer to a message can take."""
+        return self.hello_s + self.quiesce_s + REAP_TIMEOUT_S
+
+
+class VqControl:
+    """One queue and its worker. `state` and `reason` may be read from any thread."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        transport: Transport,
+        pages: Pages,
+        command: Sequence[str],
+        limits: Limits,
+        on_failure: Callable[[WorkerError], None],
+    ):
+        """Make a stopped queue without a worker; see `spawn`.
+
+        `spec` is complete but for `ctl_fd`, `kick_fd` and the port, which are filled in here. `on_failure` is called
+        once for each failure.
+        """
+        self.index = spec.queue
+        self.cpu = spec.cpu
+        self.state = VqState.STOPPED
+        self.reason = ""
+        self.worker: WorkerProcess | None = None
+        self.closing = False  # no worker is replaced any more
+        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._spec = spec._replace(kick_fd=self.kick_fd)
+        self._transport = transport
+        self._pages = pages
+        self._command = command
+        self._limits = limits
+        self._on_failure = on_failure
+        self._failure_count = 0
+        self._last_avail_idx: int | None = None  # where a quiesced queue stands; None = as the driver has set it up
+        self._serving = False  # the worker alone knows where the queue stands
+        self._lost = False  # and it is gone
+        self._lock = asyncio.Lock()
+        self._watching = False
+
+    async def spawn(self, timeout_s: float) -> None:
+        """Start a worker and wait until it is ready. Raises what WorkerProcess.wait_hello does; none is left then."""
+        port = self._transport.worker_port(self.index)
+        spec = self._spec._replace(port=port.kind, port_fd=port.port_fd, irq_fd=port.irq_fd)
+        worker = WorkerProcess.spawn(self._command, spec, port, self._pages, self._ring_failed, self._died)
+        self.worker = worker
+        try:
+            await worker.wait_hello(timeout_s)
+        except BaseException:
+            if not worker.hung:
+                self.worker = None
+            raise
+
+    async def start(self, acked_features: int, info: VqInfo) -> bool:
+        """Serve the queue that `info` describes, from where it was quiesced if it was. Returns whether it runs.
+
+        A failure is reported through `on_failure`. A worker that has died is replaced first.
+        """
+        async with self._lock:
+            self.unwatch_kick()
+            if self.state == VqState.RUNNING or self.closing:
+                return self.state == VqState.RUNNING
+            if not 0 < info.size <= self._spec.queue_size or info.size & (info.size - 1):
+                return self._refuse(f"size {info.size} is no power of two up to {self._spec.queue_size}")
+            if self._lost:
+                return self._refuse("where it stood went with its worker; reset the device")
+            if not await self._revive():
+                return False
+            failures = self._failure_count
+            self._serving = True
+            event = await self._request(
+                ToWorker(
+                    Command.START,
+                    0,
+                    acked_features=acked_features,
+                    desc_addr=info.desc_addr,
+                    driver_addr=info.driver_addr,
+                    device_addr=info.device_addr,
+                    queue_size=info.size,
+                    last_avail_idx=info.last_avail_idx if self._last_avail_idx is None else self._last_avail_idx,
+                )
+            )
+            # A ring found bad at once is reported before we get here.
+            if event is None or failures != self._failure_count:
+                return False
+            self.state, self.reason = VqState.RUNNING, ""
+            return True
+
+    async def quiesce(self) -> int | None:
+        """Stop the queue once it has finished what is in flight. Returns the avail index, None when that is lost."""
+        async with self._lock:
+            worker = self._usable_worker()
+            if self._lost:
+                return None
+            if not self._serving or worker is None:
+                if self._last_avail_idx is None:
+                    return self._transport.vq_info(self.index).last_avail_idx
+                return self._last_avail_idx
+            event = await self._settle(Command.QUIESCE)
+            if event is None:
+                return None
+            self._last_avail_idx, self._serving = event.last_avail_idx, False
+            if self.state == VqState.QUIESCING:
+                self.state = VqState.STOPPED
+            return event.last_avail_idx
+
+    async def invalidate(self, start: int, last: int) -> bool:
+        """Have mappings of IOVA [start, last] dropped; a running queue goes on. Returns whether they are gone."""
+        async with self._lock:
+            if self._usable_worker() is not None:
+                await self._settle(Command.INVALIDATE, start, last)
+                if self.state == VqState.QUIESCING:
+                    self.state = VqState.RUNNING
+            return self.worker is None or not self.worker.hung
+
+    async def reset(self) -> bool:
+        """Stop the queue and drop every mapping, with a living worker at the end. Returns whether they are gone."""
+        async with self._lock:
+            self.unwatch_kick()
+            if self._usable_worker() is not None:
+                await self._settle(Command.RESET)
+            self._last_avail_idx, self._serving, self._lost = None, False, False
+            if self.worker is not None and self.worker.hung:
+                return False
+            if self.closing or await self._revive():
+                self.state, self.reason = VqState.STOPPED, ""
+            return True
+
+    async def stop(self, timeout_s: float) -> None:
+        """End the worker once it has finished what is in flight; kill it after `timeout_s`. A failure is reported."""
+        self.closing = True
+        self.unwatch_kick()
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        try:
+            async with asyncio.timeout_at(deadline), self._lock:
+                if self._usable_worker() is not None and self.state == VqState.RUNNING:
+                    self.state = VqState.QUIESCING
+        except TimeoutError:
+            pass  # another operation waits for the same worker: it is killed below
+        worker = self._usable_worker()
+        if worker is not None:
+            try:
+                await worker.stop(max(0.0, deadline - asyncio.get_running_loop().time()))
+            except WorkerError as error:
+                self._fail(error)
+        if self.state == VqState.QUIESCING:
+            self.state = VqState.STOPPED
+
+    def close(self) -> None:
+        """Close every descriptor; a second call does nothing."""
+        self.unwatch_kick()
+        if self.worker is not None:
+            self.worker.close()
+        if self.kick_fd >= 0:
+            os.close(self.kick_fd)
+            self.kick_fd = -1
+
+    def watch_kick(self, on_kick: Callable[[VqControl], None]) -> None:
+        """Call `on_kick` at each kick while the queue is not served: the driver may have made it ready."""
+
+        def kicked() -> None:
+            try:
+                os.eventfd_read(self.kick_fd)
+            except BlockingIOError:
+                return
+            on_kick(self)
+
+        self._watching = True
+        asyncio.get_running_loop().add_reader(self.kick_fd, kicked)
+
+    def unwatch_kick(self) -> None:
+        """Leave the kicks to the worker."""
+        if self._watching:
+            self._watching = False
+            asyncio.get_running_loop().remove_reader(self.kick_fd)
+
+    # -- inside; the lock is held
+
+    def _usable_worker(self) -> WorkerProcess | None:
+        worker = self.worker
+        return worker if worker is not None and worker.alive and not worker.hung else None
+
+    async def _settle(self, command: Command, start: int = 0, last: int = 0) -> FromWorker | None:
+        """Send a command that waits for storage. Returns what `_request` does."""
+        if self.state == VqState.RUNNING:
+            self.state = VqState.QUIESCING
+        return await self._request(ToWorker(command, 0, start=start, last=last))
+
+    async def _request(self, message: ToWorker) -> FromWorker | None:
+        """Send `message` and return the answer; None after a failure, which is reported.
+
+        A worker that does not answer in time, or not as it should, is killed and replaced.
+        """
+        worker = self.worker
+        assert worker is not None
+        try:
+            return await worker.request(message, self._limits.quiesce_s)
+        except RefusedError as error:
+            if message.command == Command.START:
+                self._serving = False
+                self._refuse(str(error))
+                return None
+            why = f"refused to {Command(message.command).name.lower()}: {error}"
+        except TimeoutError:
+            why = f"did not finish its requests within {self._limits.quiesce_s:g} s"
+        except WorkerError as error:
+            if not worker.alive:
+                return None  # its death has been reported
+            why = str(error).removeprefix(f"{worker.title} ")
+        gone = await worker.kill(why)
+        self._died(WorkerError(f"{worker.title} {worker.cause() if gone else f'{why}, and cannot be killed'}"))
+        if gone:
+            await self._revive()
+        return None
+
+    async def _revive(self) -> bool:
+        """Make sure that there is a worker to command: a fresh one, stopped, in place of a dead one."""
+        if self._usable_worker() is not None:
+            return True
+        if self.closing or (self.worker is not None and self.worker.hung):
+            return False
+        try:
+            await self.spawn(self._limits.hello_s)
+        except WorkerError as error:
+            self._fail(error)
+        except (VdusefastError, OSError) as error:
+            self._fail(WorkerError(f"device {self._spec.device}: queue {self.index}: no new worker: {error}"))
+        return self._usable_worker() is not None
+
+    def _refuse(self, why: str) -> bool:
+        self._fail(WorkerError(f"device {self._spec.device}: queue {self.index}: cannot start: {why}"))
+        return False
+
+    def _died(self, error: WorkerError) -> None:
+        self._lost |= self._serving
+        self._fail(error)
+
+    def _ring_failed(self, reason: str) -> None:
+        pid = self.worker.pid if self.worker is not None else -1
+        where = f"device {self._spec.device}: queue {self.index}: worker (pid {pid})"
+        self._fail(WorkerError(f"{where} stopped serving: {reason}"))
+
+    def _fail(self, error: WorkerError) -> None:
+        self._failure_count += 1
+        self.state, self.reason = VqState.FAILED, str(error)
+        self._on_failure(error)

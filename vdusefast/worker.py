@@ -1,0 +1,221 @@
+"""A worker: one process, one virtqueue, one CPU. Pin, map, serve, say why it ended.
+
+Started by the supervisor as `python -m vdusefast.worker key=value ...` (control.WorkerSpec) with the descriptors that
+these words name. It knows nothing of the kernel's control messages, of netlink or of configuration files. What it
+imports and keeps is part of the start-up time and the memory of every queue, so it is little.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from vdusefast.control import MESSAGE_MAX_BYTES, Command, Event, FromWorker, ToWorker, WorkerSpec
+from vdusefast.control import pack_event as pack
+from vdusefast.control import unpack_command as unpack
+from vdusefast.errors import ConfigError, KernelSupportError, VdusefastError, WorkerError
+
+if TYPE_CHECKING:
+    from vdusefast._datapath import Queue
+
+_IO_URING_REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOMEM)
+
+
+def _engine_order(spec: WorkerSpec) -> list[str]:
+    """Return the engines to try, best first."""
+    if spec.engine != "auto":
+        return [spec.engine]
+    if spec.store in ("null", "memory"):
+        return [spec.store]
+    # A page-cache hit costs less by a plain read than by a ring. O_DIRECT waits for a device, and a ring for many.
+    return ["uring", "sync"] if spec.direct_align else ["sync"]
+
+
+def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
+    """Open the engine asked for, or the best that this kernel allows. Returns its name. Raises VdusefastError."""
+    order = _engine_order(spec)
+    for name in order:
+        try:
+            queue.open_engine(
+                name,
+                store=spec.store,
+                fd=spec.store_fd,
+                size_bytes=spec.capacity_sectors * 512,
+                cache=spec.cache,
+                direct_align=spec.direct_align,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        except OSError as error:
+            if name != "uring" or error.errno not in _IO_URING_REFUSED:
+                raise WorkerError(f"engine {name} cannot be opened: {error.strerror}") from error
+            if name == order[-1]:
+                raise KernelSupportError(
+                    f"engine uring: this kernel refuses io_uring ({os.strerror(error.errno or 0)}); "
+                    'use engine "sync", or allow it (sysctl kernel.io_uring_disabled, seccomp, memlock)'
+                ) from error
+        else:
+            return name
+    raise WorkerError("no engine to try")
+
+
+class Worker:
+    """The state of the process between two control messages."""
+
+    def __init__(self, spec: WorkerSpec):
+        """Take over the descriptors in `spec`, map the shared pages, open the engine.
+
+        Raises VdusefastError, OSError.
+        """
+        from vdusefast import _datapath
+
+        self._datapath = _datapath
+        self._spec = spec
+        self._ctl = socket.socket(fileno=spec.ctl_fd)
+        self._ctl.setblocking(False)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        _datapath.install_stop(self._wake_fd)
+        self._running = False
+        self._done = False
+        offset_bytes, length_bytes = _datapath.block_extent(spec.queue, spec.queue_size)
+        self._pages = mmap.mmap(spec.shm_fd, length_bytes, offset=offset_bytes)
+        self._queue = _datapath.Queue(
+            self._pages,
+            queue_size=spec.queue_size,
+            capacity_sectors=spec.capacity_sectors,
+            block_size=spec.block_size,
+            read_only=bool(spec.read_only),
+            seg_max=spec.seg_max,
+            discard_max_sectors=spec.discard_max_sectors,
+            discard_max_seg=spec.discard_max_seg,
+            write_zeroes_max_sectors=spec.write_zeroes_max_sectors,
+            write_zeroes_max_seg=spec.write_zeroes_max_seg,
+            serial=spec.serial,
+        )
+        if spec.port != "loopback":
+            raise KernelSupportError(f"this worker has no port called {spec.port!r}")
+        self._queue.set_port_loopback(spec.port_fd, spec.irq_fd, spec.queue)
+        self.engine = _open_engine(self._queue, spec)
+        self._queue.guard()
+        self._queue.identify(os.getpid(), spec.cpu)
+
+    def send(self, event: FromWorker) -> None:
+        """Send one event to the supervisor; it reads them as fast as they come."""
+        self._ctl.setblocking(True)
+        try:
+            self._ctl.send(pack(event))
+        finally:
+            self._ctl.setblocking(False)
+
+    def serve(self) -> None:
+        """Serve until STOP, a signal, or the supervisor's end."""
+        self.send(FromWorker(Event.HELLO, 0, text=self.engine))
+        while not self._done and not self._datapath.stop_requested():
+            if self._running:
+                self._run_queue()
+            else:
+                self._wait_idle()
+        self._queue.quiesce()
+        self._queue.close()
+
+    def _run_queue(self) -> None:
+        spec = self._spec
+        reason = self._queue.run(spec.kick_fd, spec.ctl_fd, self._wake_fd, spec.poll_us)
+        if reason == self._datapath.FAILED:
+            self._running = False
+            self.send(FromWorker(Event.RING_FAILED, 0, text=self._queue.failure))
+        elif reason == self._datapath.CONTROL:
+            self._read_control()
+
+    def _wait_idle(self) -> None:
+        waiting = select.poll()
+        waiting.register(self._ctl, select.POLLIN)
+        waiting.register(self._wake_fd, select.POLLIN)
+        waiting.poll()
+        self._read_control()
+
+    def _read_control(self) -> None:
+        """Carry out every command that waits. The word is read first: a message behind it is seen the next time."""
+        self._queue.control_pending()
+        while not self._done:
+            try:
+                packet = self._ctl.recv(MESSAGE_MAX_BYTES)
+            except BlockingIOError:
+                return
+            if not packet:  # the supervisor is gone; nobody may hold the device without it
+                self._done = True
+                return
+            self._carry_out(unpack(packet))
+
+    def _carry_out(self, message: ToWorker) -> None:
+        queue = self._queue
+        last_avail_idx = last_used_idx = 0
+        if message.command == Command.START:
+            if not self._start(message):
+                return
+        elif message.command == Command.INVALIDATE:
+            queue.invalidate(message.start, message.last)
+        else:
+            last_avail_idx, last_used_idx = queue.quiesce()
+            self._running = False
+            if message.command == Command.RESET:
+                queue.invalidate(0, 2**64 - 1)
+            self._done = message.command == Command.STOP
+        self.send(FromWorker(Event.DONE, message.seq, last_avail_idx, last_used_idx))
+
+    def _start(self, message: ToWorker) -> bool:
+        self._running = False
+        try:
+            self._queue.start(
+                acked_features=message.acked_features,
+                size=message.queue_size,
+                desc_addr=message.desc_addr,
+                driver_addr=message.driver_addr,
+                device_addr=message.device_addr,
+                last_avail_idx=message.last_avail_idx & 0xFFFF,
+            )
+        except (OSError, self._datapath.RingError) as error:
+            self.send(FromWorker(Event.REFUSED, message.seq, text=str(error)))
+            return False
+        self._running = True
+        return True
+
+
+def _report_failure(ctl_fd: int, error: VdusefastError | OSError) -> None:
+    """Tell the supervisor why this process ends; a supervisor that is gone needs no telling."""
+    code = error.exit_code if isinstance(error, VdusefastError) else 1
+    with socket.socket(fileno=os.dup(ctl_fd)) as ctl:
+        try:
+            ctl.send(pack(FromWorker(Event.STARTUP_FAILED, 0, exit_code=code, text=str(error))))
+        except OSError as send_error:
+            print(f"vdusefast worker: {error} (and could not be reported: {send_error})", file=sys.stderr)
+
+
+def main(argv: list[str]) -> int:
+    """Run a worker with the words of a WorkerSpec. Returns the exit status."""
+    try:
+        spec = WorkerSpec.from_argv(argv)
+    except ValueError as error:
+        print(f"vdusefast worker: {error}; workers are started by the supervisor", file=sys.stderr)
+        return 2
+    try:
+        if spec.cpu >= 0:
+            os.sched_setaffinity(0, {spec.cpu})  # first, so that all memory is allocated near this CPU
+        from vdusefast import _datapath
+
+        _datapath.die_with_parent(spec.supervisor_pid)
+        worker = Worker(spec)
+    except (VdusefastError, OSError) as error:
+        _report_failure(spec.ctl_fd, error)
+        return 1
+    worker.serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
