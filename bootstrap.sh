@@ -62,7 +62,7 @@ list_missing() {
     have clang || need clang "clang, for the fuzz build"
     # clang prints a bare name for a file that it does not have; older ones keep it in their resource directory.
     if [ ! -e "$runtime" ] && ! ls "$(clang -print-resource-dir 2>/dev/null)"/lib/*/libclang_rt.fuzzer* >/dev/null 2>&1; then
-        major=$(clang_major)
+        major=$(clang_major || true)
         need "libclang-rt-${major:-14}-dev" "clang's sanitizer and fuzzer runtime"
     fi
     if [ -z "$python" ]; then

@@ -22,6 +22,7 @@ BLOCK_SIZE_MAX_BYTES = 4096
 SIZE_MAX_MIN_BYTES = 4096
 SIZE_MAX_MAX_BYTES = 1 << 30
 SEG_MAX_DEFAULT = 126
+SEG_MAX_LIMIT = 1022  # with header and status byte a chain of 1024
 SERIAL_MAX_BYTES = 20  # VIRTIO_BLK_ID_BYTES
 NAME_MAX_BYTES = 63  # with its terminating zero it fits the shared pages' header
 POLL_MAX_US = 1_000_000
@@ -223,7 +224,7 @@ def _check_device(device: DeviceConfig) -> None:
     if device.size_max_bytes % BLOCK_SIZE_MAX_BYTES:
         raise ConfigError(f"device.size_max_bytes: {device.size_max_bytes} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
     if device.seg_max:
-        _check_range("device.seg_max", device.seg_max, 1, min(SEG_MAX_DEFAULT, max(1, device.queue_size - 2)))
+        _check_range("device.seg_max", device.seg_max, 1, min(SEG_MAX_LIMIT, max(1, device.queue_size - 2)))
 
 
 def _range_problem(key: str, value: int, low: int, high: int) -> str:

@@ -91,7 +91,8 @@ def unpack_event(packet: bytes) -> FromWorker:
     if len(packet) < _FROM_WORKER.size:
         raise ValueError(f"control message of {len(packet)} bytes, expected {_FROM_WORKER.size} or more")
     text = packet[_FROM_WORKER.size :].decode(errors="replace")
-    return FromWorker(*_FROM_WORKER.unpack_from(packet), text=text)
+    event, seq, last_avail_idx, last_used_idx, exit_code = _FROM_WORKER.unpack_from(packet)
+    return FromWorker(event, seq, last_avail_idx, last_used_idx, exit_code, text)
 
 
 _TEXT_FIELDS = frozenset({"device", "port", "store", "engine", "cache", "serial"})

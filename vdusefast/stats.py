@@ -136,11 +136,9 @@ def read_stats(name: str, pages: SharedPages, infos: Sequence[QueueInfo]) -> Dev
     queues = []
     for info in infos:
         record = pages.counters(info.index)
-        ops = {
-            op: OpStats(
-                **{field: int(record["op"][place][field]) for field in OP_FIELDS}, hist=pages.hist(info.index, op)
-            )
-            for place, op in enumerate(OPS)
-        }
+        ops = {}
+        for place, op in enumerate(OPS):
+            requests, bytes_, errors = (int(record["op"][place][field]) for field in OP_FIELDS)
+            ops[op] = OpStats(requests, bytes_, errors, pages.hist(info.index, op))
         queues.append(QueueStats(info, {field: int(record[field]) for field in COUNTERS}, ops))
     return DeviceStats(name, queues)

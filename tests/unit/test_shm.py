@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vdusefast import run_dir, shm
+from vdusefast import _datapath, run_dir, shm
 from vdusefast.errors import DeviceBusyError, VdusefastError
 from vdusefast.run_dir import RunDirectory
 from vdusefast.shm import SharedPages
@@ -125,6 +125,22 @@ def test_buckets_follow_each_other_without_a_gap() -> None:
     assert last[-1] == (1 << shm.HIST_MAX_BITS) - 1
 
 
+def test_workers_compute_the_same_offsets() -> None:
+    layout = _datapath.layout()
+    assert set(layout["queues"]) >= {2, 32768}
+    for queue_size, offsets in layout["queues"].items():
+        assert offsets == {
+            "counters": shm.COUNTERS_OFFSET,
+            "hist": shm.HIST_OFFSET,
+            "inflight": shm.INFLIGHT_OFFSET,
+            "stride": shm.queue_stride_bytes(queue_size),
+        }
+    assert layout["sizes"].items() <= SIZES.items()
+    for name, value in layout["constants"].items():
+        prefix = "VF_" if name.startswith(("hist", "op")) else "VF_SHM_"
+        assert CONSTANTS[prefix + name.upper()] == value
+
+
 def test_blocks_are_apart_and_aligned() -> None:
     for queue_size in (2, 256, 32768):
         stride = shm.queue_stride_bytes(queue_size)
@@ -229,7 +245,7 @@ def test_pages_of_another_size_are_refused(tmp_path: Path, size: int) -> None:
 
 
 def test_pages_that_cannot_be_made_or_opened_are_named(tmp_path: Path) -> None:
-    with pytest.raises(VdusefastError, match="vd0: cannot make .*absent/pages: No such file"):
+    with pytest.raises(VdusefastError, match=r"vd0: cannot make .*absent/pages: No such file"):
         SharedPages.create(tmp_path / "absent/pages", "vd0", 1, 16)
     with pytest.raises(VdusefastError, match="pages: cannot open the shared pages: No such file"):
         SharedPages.open(tmp_path / "pages")
@@ -266,8 +282,12 @@ def test_second_device_of_a_name_is_refused_and_leaves_the_first_alone(tmp_path:
 
 
 def test_directory_left_by_a_killed_process_is_taken_over(tmp_path: Path) -> None:
-    code = f"import os; from vdusefast.run_dir import RunDirectory as R; R('vd0', __import__('pathlib').Path({str(tmp_path)!r})).pages_path.touch(); os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=20).returncode == 9
+    code = (
+        "import os, sys; from pathlib import Path; from vdusefast.run_dir import RunDirectory\n"
+        "RunDirectory('vd0', Path(sys.argv[1])).pages_path.touch()\n"
+        "os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False, timeout=20).returncode == 9
     assert (tmp_path / "vd0/pages").exists()
     RunDirectory("vd0", tmp_path).close()
     assert os.listdir(tmp_path) == []

@@ -1,0 +1,77 @@
+"""The structures of linux/vduse.h and what they carry."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vdusefast.transport import uapi
+
+HEADER_CHECK = """
+#include <linux/vduse.h>
+#include <linux/virtio_blk.h>
+#include <stddef.h>
+#include <stdio.h>
+int main(void)
+{
+	printf("%zu %zu %zu %zu %zu %zu %zu %zu %zu %zu\\n", sizeof(struct vduse_dev_request),
+	       sizeof(struct vduse_dev_response), sizeof(struct vduse_iotlb_entry), sizeof(struct vduse_vq_info),
+	       sizeof(struct vduse_vq_eventfd), offsetof(struct vduse_dev_request, iova),
+	       offsetof(struct vduse_dev_response, vq_state.split.avail_index), offsetof(struct vduse_vq_info, ready),
+	       offsetof(struct vduse_vq_info, split), offsetof(struct vduse_iotlb_entry, perm));
+	return 0;
+}
+"""
+
+
+def test_layouts_are_the_system_headers(tmp_path: Path) -> None:
+    source = tmp_path / "sizes.c"
+    source.write_text(HEADER_CHECK)
+    subprocess.run(["cc", "-o", tmp_path / "sizes", source], check=True)
+    sizes = [int(n) for n in subprocess.run([tmp_path / "sizes"], check=True, capture_output=True).stdout.split()]
+    structs = (uapi.REQUEST, uapi.RESPONSE, uapi.IOTLB_ENTRY, uapi.VQ_INFO, uapi.VQ_EVENTFD)
+    assert sizes[:5] == [struct.size for struct in structs] == [152, 152, 32, 48, 8]
+    assert sizes[5:] == [24, 28, 40, 32, 24]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        uapi.GetVqState(7, 3),
+        uapi.SetStatus(2**32 - 1, 0xCF),
+        uapi.UpdateIotlb(1, 0x1000, uapi.IOVA_LAST),
+        uapi.UnknownRequest(9, uapi.VDUSE_SUSPEND),
+    ],
+)
+def test_requests_survive_packing(request_: uapi.Request) -> None:
+    packet = uapi.pack_request(request_)
+    assert len(packet) == 152
+    assert uapi.unpack_request(packet) == request_
+
+
+def test_responses_survive_packing() -> None:
+    response = uapi.Response(5, True, 2, 0xFFFF)
+    packet = uapi.pack_response(response)
+    assert len(packet) == 152
+    assert uapi.unpack_response(packet) == response
+    assert not uapi.unpack_response(uapi.pack_response(uapi.Response(5, False))).ok
+
+
+def test_packets_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="151 bytes"):
+        uapi.unpack_request(bytes(151))
+    with pytest.raises(ValueError, match="153 bytes"):
+        uapi.unpack_response(bytes(153))
+
+
+def test_response_with_reserved_words_set_is_refused() -> None:
+    packet = bytearray(uapi.pack_response(uapi.Response(5, True)))
+    packet[8] = 1
+    with pytest.raises(ValueError, match="reserved"):
+        uapi.unpack_response(bytes(packet))
+
+
+def test_feature_names_name_every_bit() -> None:
+    assert uapi.feature_names(uapi.VIRTIO_BLK_F_RO | uapi.VIRTIO_F_VERSION_1 | 1 << 60) == "RO, VERSION_1, bit 60"
