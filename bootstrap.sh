@@ -130,7 +130,8 @@ PY
     # An editable installation builds in place as well. The stamp has the time before it, so that an edit made
     # meanwhile counts as newer.
     touch $build_stamp.new
-    "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test]' ||
+    PYTHONWARNINGS=ignore \
+        "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test]' ||
         fail "pip could not install vdusefast with its dependencies; the lines above say why"
     mv $build_stamp.new $build_stamp
     echo "$key" >$deps_stamp

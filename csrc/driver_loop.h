@@ -21,9 +21,7 @@
 #define VF_DRV_SPIN_BURST 64u /* looks between two looks at the clock */
 #define VF_DRV_SPIN_FAILS 4u /* in a row, then spinning is given up for a while */
 #define VF_DRV_SPIN_PAUSE 64u /* sleeps until it is tried again */
-#ifndef VF_DRV_REAP_BATCH
-#define VF_DRV_REAP_BATCH 8 /* reaped, then refilled and published: the device works on these while we do the next */
-#endif
+#define VF_DRV_REAP_BATCH 16 /* reaped, refilled, published: the device works on these while we do the next */
 
 enum vf_drv_stop {
 	VF_DRV_GO,

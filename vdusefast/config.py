@@ -114,7 +114,8 @@ def make_config(*, name: str, uri: str, **overrides: object) -> Config:
 def override(config: Config, **overrides: object) -> Config:
     """Return `config` with fields replaced by name, as `make_config` does.
 
-    Fewer queues than before drop the last ones, more get the defaults. Raises ConfigError.
+    Fewer queues than before drop the last ones, more get the defaults; `cpus` replaces every queue's `cpu`.
+    Raises ConfigError.
     """
     device, backend, queue = (
         {field: overrides.pop(field) for field in struct.__struct_fields__ if field in overrides}
@@ -125,6 +126,8 @@ def override(config: Config, **overrides: object) -> Config:
     raw: dict[str, Any] = msgspec.to_builtins(config)
     raw["device"].update(device)
     raw["backend"].update(backend)
+    if "cpus" in device:
+        queue.setdefault("cpu", None)  # the new list replaces what the queues said
     count = raw["device"]["queues"]
     if isinstance(count, int) and not 1 <= count <= QUEUE_COUNT_MAX:
         raise ConfigError(_range_problem("device.queues", count, 1, QUEUE_COUNT_MAX))

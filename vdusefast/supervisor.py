@@ -76,9 +76,7 @@ class Supervisor:
         """
         limits = limits or Limits()
         if 0 < transport.msg_timeout_s <= limits.message_s:
-            raise ValueError(
-                f"limits of {limits.message_s:g} s for a message, msg_timeout is {transport.msg_timeout_s:g} s"
-            )
+            raise ValueError(f"a message may take {limits.message_s:g} s of the {transport.msg_timeout_s:g} s it has")
         self.device = device
         self.transport = transport
         self.state = DeviceState.CREATED
@@ -154,14 +152,19 @@ class Supervisor:
 
     async def _spawn_all(self, timeout_s: float) -> None:
         """Start all workers; when one fails, take the others down and raise its error."""
-        tasks = [asyncio.create_task(vq.spawn(timeout_s)) for vq in self._vqs]
+        tasks = {asyncio.create_task(vq.spawn(timeout_s)): vq for vq in self._vqs}
         try:
-            await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        except asyncio.CancelledError:
+            done, waiting = set(), set(tasks)
             raise
+        finally:
+            # Not cancelled but killed: each task then sees to it that its process is reaped.
+            for task in waiting:
+                tasks[task].abort()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
 
     def _record(self, error: VdusefastError) -> None:
         """Log a failure, and keep the first one."""

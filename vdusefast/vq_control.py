@@ -93,6 +93,11 @@ class VqControl:
                 self.worker = None
             raise
 
+    def abort(self) -> None:
+        """Kill the worker that `spawn` waits for."""
+        if self.worker is not None:
+            self.worker.abort()
+
     async def start(self, acked_features: int, info: VqInfo) -> bool:
         """Serve the queue that `info` describes, from where it was quiesced if it was. Returns whether it runs.
 
@@ -141,10 +146,10 @@ class VqControl:
             event = await self._settle(Command.QUIESCE)
             if event is None:
                 return None
-            self._last_avail_idx, self._serving = event.last_avail_idx, False
+            self._last_avail_idx, self._serving = event.last_avail_idx & 0xFFFF, False
             if self.state == VqState.QUIESCING:
                 self.state = VqState.STOPPED
-            return event.last_avail_idx
+            return self._last_avail_idx
 
     async def invalidate(self, start: int, last: int) -> bool:
         """Have mappings of IOVA [start, last] dropped; a running queue goes on. Returns whether they are gone."""
@@ -185,6 +190,8 @@ class VqControl:
                 await worker.stop(max(0.0, deadline - asyncio.get_running_loop().time()))
             except WorkerError as error:
                 self._fail(error)
+        if self.worker is not None and self.worker.hung:
+            await self.worker.kill()  # one more time to be reaped
         if self.state == VqState.QUIESCING:
             self.state = VqState.STOPPED
 

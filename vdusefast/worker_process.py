@@ -163,9 +163,6 @@ class WorkerProcess:
             await self._wait_exit(EXIT_GRACE_S)  # it ends by itself after its report
             await self.kill()
             raise
-        except asyncio.CancelledError:
-            await self.kill()
-            raise
 
     async def request(self, message: ToWorker, timeout_s: float) -> FromWorker:
         """Send a command (its `seq` is filled in here) and return the answer.
@@ -210,13 +207,18 @@ class WorkerProcess:
         if self._process is not None and self._process.returncode != 0:
             raise WorkerError(f"{self.title} {self.cause()}")
 
+    def abort(self, why: str = "") -> None:
+        """Kill the process without waiting for its end, which is then not reported as a death."""
+        if self._process is not None and self.alive:
+            self._end_expected = self._killed = True
+            self._end_reason = why or self._end_reason
+            self._process.kill()
+
     async def kill(self, why: str = "") -> bool:
         """Kill the process and reap it. Returns whether it is gone: not if it hangs in the kernel, for its storage."""
-        if not self.alive or self._process is None:
+        if not self.alive:
             return True
-        self._end_expected = self._killed = True
-        self._end_reason = why
-        self._process.kill()
+        self.abort(why)
         return await self._wait_exit(REAP_TIMEOUT_S)
 
     def cause(self) -> str:

@@ -167,6 +167,11 @@ def test_override_keeps_what_it_does_not_name() -> None:
     assert len(override(changed, queues=1).queue) == 1
 
 
+def test_overriding_cpus_replaces_what_the_queues_said() -> None:
+    config = override(make_config(name="a", uri="null:1M", cpu=0, poll_us=7), cpus="auto")
+    assert config.queue == [QueueConfig(cpu=None, poll_us=7)]
+
+
 def test_two_queues_on_one_cpu_are_allowed_and_warned_of() -> None:
     config = make_config(name="a", uri="null:1M", queues=2, cpu=0)
     assert validate(config) == ["a: queues 0, 1 share CPU 0; they will slow each other down"]

@@ -26,7 +26,7 @@ def test_commands_survive_packing() -> None:
 
 
 def test_events_survive_packing() -> None:
-    message = FromWorker(Event.RING_FAILED, 2**32 - 1, 0xFFFF, 0xFFFE, 5, "head 99 is out of range – really")
+    message = FromWorker(Event.RING_FAILED, 2**32 - 1, 0xFFFF, 0xFFFE, 5, "head 99 is out of range - réally")
     assert unpack_event(pack_event(message)) == message
 
 

@@ -16,12 +16,12 @@ HEADER_CHECK = """
 #include <stdio.h>
 int main(void)
 {
-	printf("%zu %zu %zu %zu %zu %zu %zu %zu %zu %zu\\n", sizeof(struct vduse_dev_request),
-	       sizeof(struct vduse_dev_response), sizeof(struct vduse_iotlb_entry), sizeof(struct vduse_vq_info),
-	       sizeof(struct vduse_vq_eventfd), offsetof(struct vduse_dev_request, iova),
-	       offsetof(struct vduse_dev_response, vq_state.split.avail_index), offsetof(struct vduse_vq_info, ready),
-	       offsetof(struct vduse_vq_info, split), offsetof(struct vduse_iotlb_entry, perm));
-	return 0;
+    printf("%zu %zu %zu %zu %zu %zu %zu %zu %zu %zu\\n", sizeof(struct vduse_dev_request),
+           sizeof(struct vduse_dev_response), sizeof(struct vduse_iotlb_entry), sizeof(struct vduse_vq_info),
+           sizeof(struct vduse_vq_eventfd), offsetof(struct vduse_dev_request, iova),
+           offsetof(struct vduse_dev_response, vq_state.split.avail_index), offsetof(struct vduse_vq_info, ready),
+           offsetof(struct vduse_vq_info, split), offsetof(struct vduse_iotlb_entry, perm));
+    return 0;
 }
 """
 

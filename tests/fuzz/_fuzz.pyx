@@ -1,0 +1,20 @@
+"""The worker's parsing code under names that a C harness can call; the same .pxd sources as vdusefast/_datapath.pyx.
+
+Nothing here touches a Python object, so that the interpreter is never initialised.
+"""
+
+from vdusefast._blk cimport *
+from vdusefast._csrc cimport *
+from vdusefast._loop cimport *
+
+
+cdef public int fuzz_queue_round(vf_queue *q) noexcept nogil:
+    return queue_round(q)
+
+
+cdef public void fuzz_queue_drain(vf_queue *q) noexcept nogil:
+    queue_drain(q)
+
+
+cdef public void fuzz_queue_fail(vf_queue *q, int err) noexcept nogil:
+    queue_fail(q, err)

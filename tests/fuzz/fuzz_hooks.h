@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Included ahead of the generated _fuzz.c: lets the harness watch each chain that the loop takes and gives back.
+ */
+#ifndef FUZZ_HOOKS_H
+#define FUZZ_HOOKS_H
+
+#define _GNU_SOURCE 1
+#include "queue.h"
+
+void fuzz_popped(const struct vf_chain *chain);
+void fuzz_pushed(uint16_t head, uint32_t written_bytes);
+
+static inline int fuzz_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, struct vf_chain *chain)
+{
+	int err = vf_vring_pop(vr, tlb, chain);
+
+	if (!err)
+		fuzz_popped(chain);
+	return err;
+}
+
+static inline void fuzz_vring_push(struct vf_vring *vr, uint16_t head, uint32_t written_bytes)
+{
+	fuzz_pushed(head, written_bytes);
+	vf_vring_push(vr, head, written_bytes);
+}
+
+#define vf_vring_pop fuzz_vring_pop
+#define vf_vring_push fuzz_vring_push
+
+#endif

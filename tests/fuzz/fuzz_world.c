@@ -1,0 +1,443 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "fuzz_world.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fuzz_hooks.h"
+
+/* The most shared reads that one round may cost: 64 requests, each a chain of the full length, read and copied. */
+#define FUZZ_READS_MAX (64u * 1024u)
+
+#define FUZZ_ASSERT(condition)                                                                                         \
+	do {                                                                                                           \
+		if (!(condition)) {                                                                                    \
+			fprintf(stderr, "%s:%d: invariant broken: %s\n", __FILE__, __LINE__, #condition);               \
+			abort();                                                                                       \
+		}                                                                                                      \
+	} while (0)
+
+/* _fuzz.pyx */
+int fuzz_queue_round(struct vf_queue *q);
+void fuzz_queue_drain(struct vf_queue *q);
+void fuzz_queue_fail(struct vf_queue *q, int err);
+
+struct fuzz_world world;
+
+static const uint8_t *input;
+static size_t input_left;
+static uint8_t *store_bytes; /* FUZZ_CAPACITY_SECTORS, exactly */
+static uint8_t store_before[FUZZ_CAPACITY_SECTORS * 512u];
+static const uint8_t *last_read;
+static size_t last_read_len;
+
+static struct {
+	bool out; /* taken and not yet given back */
+	uint64_t writable_bytes;
+} head_state[FUZZ_QUEUE_MAX];
+
+static struct vf_req *pending[FUZZ_QUEUE_MAX];
+static bool engine_must_finish;
+
+/* Input */
+
+void fuzz_input_set(const uint8_t *data, size_t size)
+{
+	input = data;
+	input_left = size;
+}
+
+bool fuzz_input_left(void)
+{
+	return input_left > 0;
+}
+
+uint8_t fuzz_u8(void)
+{
+	if (!input_left)
+		return 0;
+	input_left--;
+	return *input++;
+}
+
+uint16_t fuzz_u16(void)
+{
+	uint16_t low = fuzz_u8();
+
+	return (uint16_t)(low | fuzz_u8() << 8);
+}
+
+uint32_t fuzz_u32(void)
+{
+	uint32_t low = fuzz_u16();
+
+	return low | (uint32_t)fuzz_u16() << 16;
+}
+
+uint64_t fuzz_u64(void)
+{
+	uint64_t low = fuzz_u32();
+
+	return low | (uint64_t)fuzz_u32() << 32;
+}
+
+static uint32_t fuzz_random(void)
+{
+	world.random = world.random * 1664525u + 1013904223u;
+	return world.random >> 8;
+}
+
+/* Memory */
+
+uint32_t fuzz_region_add(uint64_t start, uint32_t len, uint32_t perm)
+{
+	struct fuzz_region *region = &world.region[world.region_count];
+
+	FUZZ_ASSERT(world.region_count < FUZZ_REGION_MAX);
+	*region = (struct fuzz_region){ .start = start, .len = len, .perm = perm, .mem = malloc(len) };
+	FUZZ_ASSERT(region->mem);
+	memset(region->mem, 0, len);
+	FUZZ_ASSERT(vf_iotlb_add(&world.q->tlb, start, start + (len - 1u), perm, region->mem) == 0);
+	return world.region_count++;
+}
+
+void fuzz_region_remove(uint32_t index)
+{
+	free(world.region[index].mem);
+	world.region[index].mem = NULL;
+}
+
+static struct fuzz_region *fuzz_region_of_address(const void *address, size_t len)
+{
+	uintptr_t at = (uintptr_t)address;
+
+	for (uint32_t i = 0; i < world.region_count; i++) {
+		struct fuzz_region *region = &world.region[i];
+		uintptr_t mem = (uintptr_t)region->mem;
+
+		if (region->mem && at >= mem && at - mem < region->len && len <= region->len - (at - mem))
+			return region;
+	}
+	return NULL;
+}
+
+void fuzz_write(uint64_t iova, const void *from, size_t len)
+{
+	const uint8_t *bytes = from;
+
+	for (uint32_t i = 0; i < world.region_count; i++) {
+		struct fuzz_region *region = &world.region[i];
+
+		for (size_t n = 0; region->mem && n < len; n++) {
+			uint64_t at = iova + n - region->start;
+
+			if (at < region->len)
+				region->mem[at] = bytes[n];
+		}
+	}
+}
+
+static void fuzz_mutate(uint8_t *at, size_t room, uint64_t value, size_t width)
+{
+	memcpy(at, &value, width < room ? width : room);
+}
+
+/* Called before each read of shared memory: a hostile driver changes it between two reads. */
+void vf_fuzz_shared_read(const volatile void *address, size_t len_bytes)
+{
+	FUZZ_ASSERT(++world.shared_reads < FUZZ_READS_MAX);
+	for (uint32_t i = 0; i < sizeof(world.mutation) / sizeof(world.mutation[0]); i++) {
+		if (!world.mutation[i].armed || world.mutation[i].countdown--)
+			continue;
+		struct fuzz_region *region = &world.region[world.mutation[i].region];
+		uint64_t value = world.mutation[i].value;
+		size_t width = world.mutation[i].width;
+
+		world.mutation[i].armed = false;
+		if (world.mutation[i].where == 0 && fuzz_region_of_address((const void *)address, len_bytes)) {
+			fuzz_mutate((uint8_t *)(uintptr_t)address, len_bytes, value, width);
+		} else if (world.mutation[i].where == 1 && fuzz_region_of_address(last_read, last_read_len)) {
+			fuzz_mutate((uint8_t *)(uintptr_t)last_read, last_read_len, value, width);
+		} else if (region->mem) {
+			size_t offset = world.mutation[i].offset % region->len;
+
+			fuzz_mutate(region->mem + offset, region->len - offset, value, width);
+		}
+	}
+	last_read = (const uint8_t *)(uintptr_t)address;
+	last_read_len = len_bytes;
+}
+
+/* Invariants of chains */
+
+void fuzz_popped(const struct vf_chain *chain)
+{
+	FUZZ_ASSERT(chain->head < world.q->vring.split.size);
+	FUZZ_ASSERT(chain->segment_count >= 1 && chain->segment_count <= chain->segment_max);
+	world.last_popped = chain->head;
+	world.busy_popped = head_state[chain->head].out;
+	if (world.busy_popped)
+		return; /* what is known of the chain in flight stays */
+	head_state[chain->head].out = true;
+	head_state[chain->head].writable_bytes = 0;
+	for (uint32_t i = 0; i < chain->segment_count; i++) {
+		if (chain->segments[i].writable)
+			head_state[chain->head].writable_bytes += chain->segments[i].len;
+	}
+}
+
+void fuzz_pushed(uint16_t head, uint32_t written_bytes)
+{
+	FUZZ_ASSERT(head < FUZZ_QUEUE_MAX && head_state[head].out);
+	FUZZ_ASSERT(written_bytes <= head_state[head].writable_bytes);
+	head_state[head].out = false;
+}
+
+/* Engine */
+
+static void fuzz_check_iovs(const struct vf_req *req)
+{
+	uint32_t perm = req->op == VF_OP_READ ? VF_PERM_WO : VF_PERM_RO;
+	uint64_t total = 0;
+
+	FUZZ_ASSERT(req->iov_count >= 1 && req->iov_count <= world.q->iov_max && req->iov == req->iov_base);
+	for (uint32_t i = 0; i < req->iov_count; i++) {
+		struct fuzz_region *region = fuzz_region_of_address(req->iov[i].iov_base, req->iov[i].iov_len);
+
+		FUZZ_ASSERT(region && (region->perm & perm) == perm && req->iov[i].iov_len > 0);
+		total += req->iov[i].iov_len;
+	}
+	FUZZ_ASSERT(total == req->left_bytes);
+}
+
+static void fuzz_check_req(const struct vf_req *req)
+{
+	bool is_transfer = req->op == VF_OP_READ || req->op == VF_OP_WRITE;
+
+	FUZZ_ASSERT(req->status && fuzz_region_of_address(req->status, 1));
+	if (req->op == VF_OP_FLUSH)
+		return;
+	FUZZ_ASSERT(is_transfer || req->op == VF_OP_DISCARD || req->op == VF_OP_WRITE_ZEROES);
+	FUZZ_ASSERT(req->op == VF_OP_READ || !world.q->device.read_only);
+	FUZZ_ASSERT(req->left_bytes > 0 && req->left_bytes <= sizeof(store_before));
+	FUZZ_ASSERT(req->offset_bytes <= sizeof(store_before) - req->left_bytes);
+	FUZZ_ASSERT((req->offset_bytes | req->left_bytes) % (512u * world.q->device.block_sectors) == 0);
+	if (is_transfer)
+		fuzz_check_iovs(req);
+	else
+		FUZZ_ASSERT(req->range_at < req->range_count && req->range_count <= VF_RANGE_MAX);
+}
+
+/* Carry a request out, or part of it and then an error. */
+static void fuzz_perform(struct vf_req *req)
+{
+	static const int errors[] = { -EIO, -ENOSPC, -EDQUOT, -EFAULT };
+	uint32_t at = ++world.request_count;
+
+	if (world.error_every && at % world.error_every == 0) {
+		if (req->op == VF_OP_READ || req->op == VF_OP_WRITE)
+			vf_req_advance(req, fuzz_random() % req->left_bytes);
+		req->result = errors[at / world.error_every % 4u];
+		return;
+	}
+	req->result = vf_store_do(&world.q->engine.store, req);
+}
+
+static int fuzz_engine_submit(struct vf_engine *engine, struct vf_req *req)
+{
+	fuzz_check_req(req);
+	if (!world.async || fuzz_random() % 4u == 0) {
+		fuzz_perform(req);
+		return 1;
+	}
+	FUZZ_ASSERT(engine->inflight_count < world.q->slot_count);
+	pending[engine->inflight_count++] = req;
+	return 0;
+}
+
+static void fuzz_engine_flush(struct vf_engine *engine)
+{
+	(void)engine;
+}
+
+static uint32_t fuzz_engine_reap(struct vf_engine *engine, struct vf_req **done, uint32_t max)
+{
+	uint32_t count = 0;
+
+	while (engine->inflight_count && count < max && (engine_must_finish || fuzz_random() % 2u)) {
+		uint32_t at = fuzz_random() % engine->inflight_count;
+
+		engine_must_finish = false;
+		done[count] = pending[at];
+		pending[at] = pending[--engine->inflight_count];
+		fuzz_perform(done[count++]);
+	}
+	return count;
+}
+
+static void fuzz_engine_wait(struct vf_engine *engine)
+{
+	FUZZ_ASSERT(engine->inflight_count);
+	engine_must_finish = true;
+}
+
+static const struct vf_engine_ops fuzz_engine = {
+	.name = "fuzz",
+	.submit = fuzz_engine_submit,
+	.flush = fuzz_engine_flush,
+	.reap = fuzz_engine_reap,
+	.wait = fuzz_engine_wait,
+	.publish_batch = 4,
+};
+
+static int fuzz_inject_irq(struct vf_port *port)
+{
+	(void)port;
+	world.irq_count++;
+	return world.irq_fail_every && world.irq_count % world.irq_fail_every == 0 ? -EAGAIN : 0;
+}
+
+/* Queues: made once, with arrays of their own for every slot, so that one slot's overrun is seen. */
+
+static struct vf_queue *fuzz_queue_make(uint32_t queue_size_max, uint32_t seg_max)
+{
+	static void *replaced[16]; /* the arrays of all slots in one; kept reachable, for the leak check */
+	static uint32_t replaced_count;
+	struct vf_blk_device device = { .block_sectors = 1, .seg_max = seg_max };
+	struct vf_shm_layout layout = vf_shm_layout(queue_size_max);
+	size_t pages_bytes = layout.inflight_offset + sizeof(struct vf_inflight_header) +
+			     queue_size_max * sizeof(struct vf_inflight_entry);
+	struct vf_queue *q = vf_queue_create(&device, queue_size_max, calloc(1, pages_bytes));
+
+	FUZZ_ASSERT(q);
+	replaced[replaced_count++] = q->reqs[0].iov_base;
+	replaced[replaced_count++] = q->reqs[0].ranges;
+	for (uint32_t i = 0; i < q->slot_count; i++) {
+		q->reqs[i].iov_base = calloc(q->iov_max, sizeof(struct iovec));
+		q->reqs[i].ranges = calloc(VF_RANGE_MAX, sizeof(struct vf_blk_range));
+	}
+	return q;
+}
+
+static struct vf_queue *fuzz_queue_get(uint8_t which)
+{
+	static const struct {
+		uint32_t queue_size_max, seg_max;
+	} geometry[] = { { 16, 14 }, { 32, 30 }, { 2, 1 }, { 32, 1 }, { 8, 6 }, { 4, 2 }, { 16, 126 }, { 32, 4 } };
+	static struct vf_queue *queues[8];
+
+	which %= 8u;
+	if (!queues[which])
+		queues[which] = fuzz_queue_make(geometry[which].queue_size_max, geometry[which].seg_max);
+	return queues[which];
+}
+
+static void fuzz_store_fill(void)
+{
+	if (!store_bytes) {
+		store_bytes = malloc(sizeof(store_before));
+		for (size_t i = 0; i < sizeof(store_before); i++)
+			store_before[i] = (uint8_t)(i / 512u + i);
+	}
+	memcpy(store_bytes, store_before, sizeof(store_before));
+}
+
+void fuzz_world_open(uint8_t which_queue, uint8_t device_bits)
+{
+	struct vf_queue *q = fuzz_queue_get(which_queue);
+
+	world = (struct fuzz_world){ .q = q };
+	memset(head_state, 0, sizeof(head_state));
+	last_read = NULL;
+	last_read_len = 0;
+	engine_must_finish = false;
+	fuzz_store_fill();
+	vf_iotlb_init(&q->tlb, &q->port);
+	q->port.inject_irq = fuzz_inject_irq;
+	q->device.capacity_sectors = FUZZ_CAPACITY_SECTORS;
+	q->device.read_only = (device_bits & 1u) != 0;
+	q->device.discard = (device_bits & 2u) == 0;
+	q->device.write_zeroes = (device_bits & 4u) == 0;
+	q->device.block_sectors = device_bits & 8u ? 8u : 1u;
+	q->device.discard_max_sectors = device_bits & 16u ? 4u : 1u << 20;
+	q->device.discard_max_seg = device_bits & 32u ? 1u : VF_RANGE_MAX;
+	q->device.write_zeroes_max_sectors = device_bits & 64u ? 4u : UINT32_MAX;
+	q->device.write_zeroes_max_seg = device_bits & 128u ? 2u : VF_RANGE_MAX;
+	q->engine = (struct vf_engine){ .ops = &fuzz_engine, .poll_fd = -1 };
+	q->engine.store = (struct vf_store){
+		.fd = -1,
+		.kind = VF_STORE_MEMORY,
+		.size_bytes = sizeof(store_before),
+		.no_punch_hole = 1,
+		.map = store_bytes,
+	};
+	q->faults_seen = q->counters->memory_faults;
+	q->ring_error = VF_RING_OK;
+	/* The same input must do the same again, whatever ran before. */
+	for (uint32_t i = 0; i < q->slot_count; i++)
+		q->free_slots[i] = (uint16_t)(q->slot_count - 1u - i);
+}
+
+void fuzz_world_round(void)
+{
+	int moved;
+
+	world.shared_reads = 0;
+	world.busy_popped = false;
+	moved = fuzz_queue_round(world.q);
+	FUZZ_ASSERT(moved <= (int)(2u * VF_BATCH_MAX));
+	FUZZ_ASSERT(!world.busy_popped || moved == -VF_RING_HEAD_BUSY);
+	FUZZ_ASSERT(moved > -(int)VF_RING_ERROR_COUNT);
+	/* Given back within this round, but not yet published when it was taken again: that second chain never was. */
+	if (moved == -VF_RING_HEAD_BUSY && !world.busy_popped)
+		head_state[world.last_popped].out = false;
+	if (moved < 0)
+		fuzz_world_fail(moved);
+}
+
+/* Nothing is held for requests that are over. */
+static void fuzz_check_idle(void)
+{
+	const struct vf_queue *q = world.q;
+	uint64_t seen = 0;
+
+	FUZZ_ASSERT(q->engine.inflight_count == 0 && q->unpublished_count == 0);
+	FUZZ_ASSERT(q->free_count == q->slot_count);
+	for (uint32_t i = 0; i < q->slot_count; i++) {
+		FUZZ_ASSERT(!(seen & 1ull << q->free_slots[i]));
+		seen |= 1ull << q->free_slots[i];
+	}
+	for (uint32_t i = 0; i < q->queue_size_max; i++)
+		FUZZ_ASSERT(q->inflight_log[i].order == 0 && !head_state[i].out);
+	FUZZ_ASSERT(q->vring.split.published_used_idx == q->vring.split.last_used_idx);
+}
+
+void fuzz_world_drain(void)
+{
+	world.shared_reads = 0;
+	fuzz_queue_drain(world.q);
+	fuzz_check_idle();
+}
+
+void fuzz_world_fail(int err)
+{
+	world.failed = true;
+	world.shared_reads = 0;
+	fuzz_queue_fail(world.q, err);
+	FUZZ_ASSERT(world.q->ring_error == (uint32_t)-err);
+	fuzz_check_idle();
+}
+
+void fuzz_world_close(void)
+{
+	if (!world.failed)
+		fuzz_world_drain();
+	if (world.q->device.read_only)
+		FUZZ_ASSERT(memcmp(store_bytes, store_before, sizeof(store_before)) == 0);
+	for (uint32_t i = 0; i < world.region_count; i++)
+		fuzz_region_remove(i);
+	vf_iotlb_drop(&world.q->tlb, 0, UINT64_MAX);
+}

@@ -1,0 +1,171 @@
+"""What users call: a device from start to stop, and what signals do to a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from vdusefast import Device, DeviceBusyError, KernelSupportError, VdusefastError, make_config
+from vdusefast.api import StopSignals
+
+UNWANTED = ("numpy", "rich", "psutil", "click")
+
+
+def test_bytes_written_through_the_driver_are_in_the_file(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    config = make_config(name="d0", uri=f"file:{image}", queues=2, queue_size=64)
+    with Device(config) as device, device.driver() as driver:
+        driver.write(8192, b"vdusefast" * 512)
+        assert driver.read(8192, 512)[:9] == b"vdusefast"
+        driver.flush()
+        stats = device.stats()
+        assert (stats.ops["write"].requests, stats.bytes_written) == (1, 4608)
+        assert sum(queue.requests for queue in stats.queues) == stats.requests == 3
+        plain = json.loads(json.dumps(stats.to_dict()))
+        assert plain["total"]["ops"]["write"]["bytes"] == 4608
+        assert plain["queues"][1]["pid"] == device.queues()[1].pid
+    assert image.read_bytes()[8192:8201] == b"vdusefast"
+    assert device.failure is None
+
+
+def test_device_starts_within_half_a_second() -> None:
+    config = make_config(name="d0", uri="null:1G", queues=2)
+    best_s = 10.0
+    for _ in range(3):
+        device = Device(config)
+        began = time.monotonic()
+        with device:
+            best_s = min(best_s, time.monotonic() - began)
+    assert best_s < 0.5
+
+
+def test_serving_does_not_import_what_it_does_not_need() -> None:
+    code = f"""
+        import sys
+        from vdusefast import Device, make_config
+        with Device(make_config(name="d0", uri="null:1G")) as device:
+            device.queues()
+        sys.exit(", ".join(name for name in {UNWANTED} if name in sys.modules) or 0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_device_is_started_once() -> None:
+    device = Device(make_config(name="d0", uri="null:1M"))
+    with device, pytest.raises(VdusefastError, match="has been started already"):
+        device.start()
+    with pytest.raises(VdusefastError, match="has been started already"):
+        device.start()
+
+
+def test_name_in_use_is_busy_and_leaves_the_first_alone() -> None:
+    config = make_config(name="d0", uri="null:1M")
+    with Device(config) as device:
+        with pytest.raises(DeviceBusyError):
+            Device(config).start()
+        assert device.stats().requests == 0
+
+
+def test_parts_of_a_device_that_does_not_run_are_refused() -> None:
+    device = Device(make_config(name="d0", uri="null:1M"))
+    assert (device.queues(), device.failure, str(device.state)) == ([], None, "created")
+    with pytest.raises(VdusefastError, match="has not been started"):
+        _ = device.bus
+    with pytest.raises(VdusefastError, match="no counters"):
+        device.stats()
+    device.stop()
+    with device:
+        pass
+    with pytest.raises(VdusefastError, match="no counters"):
+        device.stats()
+
+
+def test_kernel_transport_is_refused_until_there_is_one() -> None:
+    with pytest.raises(KernelSupportError):
+        make_config(name="d0", uri="null:1M", transport="kernel")
+
+
+def test_driver_may_be_closed_after_its_device() -> None:
+    device = Device(make_config(name="d0", uri="memory:1M"))
+    device.start()
+    driver = device.driver()
+    driver.write(0, bytes(512))
+    device.stop()
+    driver.close()
+
+
+def test_no_worker_outlives_a_supervisor_that_is_killed() -> None:
+    code = """
+        import sys, time
+        from vdusefast import Device, make_config
+        device = Device(make_config(name="d0", uri="null:1M", queues=2))
+        device.start()
+        print(*(queue.pid for queue in device.queues()), flush=True)
+        time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        process.kill()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}/cmdline").exists() and b"worker" in _cmdline(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    # The next device of that name finds what was left, and takes its place.
+    with Device(make_config(name="d0", uri="null:1M")):
+        pass
+
+
+def _cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+@pytest.mark.parametrize("number", StopSignals.SIGNALS)
+def test_signal_is_noted_and_the_second_one_acts(number: signal.Signals) -> None:
+    seen: list[int] = []
+    previous = signal.signal(number, lambda n, _frame: seen.append(n))
+    try:
+        with StopSignals() as signals:
+            assert not signals.requested
+            assert not signals.wait(0.01)
+            timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            timer.start()
+            assert signals.wait(10)
+            assert (signals.requested, signals.received, seen) == (True, number, [])
+            os.kill(os.getpid(), number)
+            assert seen == [number]
+            timer.join()
+    finally:
+        signal.signal(number, previous)
+
+
+@pytest.mark.parametrize("number", StopSignals.SIGNALS)
+def test_command_that_is_told_to_stop_drains_and_ends_with_status_0(number: signal.Signals) -> None:
+    code = """
+        import sys
+        from vdusefast import Device, make_config
+        from vdusefast.api import StopSignals
+        with StopSignals() as signals, Device(make_config(name="d0", uri="null:1M", queues=2)) as device:
+            print("ready", flush=True)
+            signals.wait()
+        sys.exit(str(device.failure) if device.failure else 0)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        assert process.wait(20) == 0

@@ -1,0 +1,500 @@
+"""The supervisor answers in time, and a worker that fails takes nothing else down.
+
+The workers here are tests/unit/fake_worker.py: they count kicks and fail on request.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from vdusefast.api import Device
+from vdusefast.config import make_config
+from vdusefast.errors import (
+    ConfigError,
+    DeviceBusyError,
+    DeviceNotFoundError,
+    KernelSupportError,
+    TimedOutError,
+    VdusefastError,
+    WorkerError,
+)
+from vdusefast.supervisor import DeviceState, Limits, QueueInfo, Supervisor, VqState
+from vdusefast.transport import DeviceBrokenError, TransportError, uapi
+from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fake_worker
+
+QUICK = Limits(hello_s=8.0, quiesce_s=0.3, start_grace_s=0.25)
+MEMORY_IOVA = 0x10000
+WAIT_S = 10.0
+
+
+def make_device(behaviour: str = "normal", queues: int = 2, limits: Limits = QUICK) -> Device:
+    config = make_config(name="d0", uri="memory:1M", queues=queues, queue_size=64)
+    return Device(config, limits=limits, worker_command=[sys.executable, fake_worker.__file__, behaviour])
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    with make_device() as made:
+        made.bus.add_region(MEMORY_IOVA, 4096)
+        yield made
+
+
+def set_up(bus: LoopbackBus, *desc_addrs: int, idx: int = 0, size: int = 64) -> None:
+    """Probe, with a ready queue for each of `desc_addrs`."""
+    bus.negotiate(bus.offered_features)
+    for index, desc_addr in enumerate(desc_addrs):
+        bus.set_vq(index, size, desc_addr, MEMORY_IOVA, MEMORY_IOVA, idx)
+        bus.set_vq_ready(index)
+    bus.driver_ok()
+
+
+def kick(bus: LoopbackBus, index: int) -> None:
+    """Kick, and wait until the worker has interrupted for it."""
+    os.eventfd_write(bus.kickfd(index), 1)
+    assert select.select([bus.irqfd(index)], [], [], WAIT_S)[0], "no interrupt"
+    os.eventfd_read(bus.irqfd(index))
+
+
+def wait_state(device: Device, index: int, state: VqState) -> QueueInfo:
+    deadline = time.monotonic() + WAIT_S
+    while device.queues()[index].state != state:
+        assert time.monotonic() < deadline, device.queues()
+        time.sleep(0.005)
+    return device.queues()[index]
+
+
+def states(device: Device) -> list[str]:
+    return [str(queue.state) for queue in device.queues()]
+
+
+def errors_logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@contextmanager
+def paused(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):  # it was killed meanwhile, as it should
+            os.kill(pid, signal.SIGCONT)
+
+
+# -- start
+
+
+def test_start_makes_one_stopped_worker_a_queue(device: Device) -> None:
+    queues = device.queues()
+    assert [(q.index, q.cpu, q.engine, q.state, q.reason) for q in queues] == [
+        (0, -1, "fake", VqState.STOPPED, ""),
+        (1, -1, "fake", VqState.STOPPED, ""),
+    ]
+    assert len({q.pid for q in queues}) == 2
+    assert all(os.getpgid(q.pid) == q.pid for q in queues)  # Ctrl-C is not for them
+    assert device.state == DeviceState.ATTACHED
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "error"),
+    [
+        (1, WorkerError),
+        (2, ConfigError),
+        (3, DeviceNotFoundError),
+        (4, DeviceBusyError),
+        (5, KernelSupportError),
+        (6, TimedOutError),
+    ],
+)
+def test_workers_report_becomes_the_exception(exit_code: int, error: type[VdusefastError]) -> None:
+    with pytest.raises(error, match=r"device d0: queue [01]: no engine today"):
+        make_device(f"startup-failed={exit_code}").start()
+
+
+def test_worker_that_exits_at_once_is_named_with_its_last_line() -> None:
+    with pytest.raises(WorkerError, match=r"queue 0: worker \(pid \d+\) ended with status 7; .*: the last words"):
+        make_device("exit", queues=1).start()
+
+
+def test_one_failing_worker_takes_the_start_back(caplog: pytest.LogCaptureFixture) -> None:
+    device = make_device("second-queue-exits")
+    with pytest.raises(WorkerError, match="queue 1"):
+        device.start()
+    assert not errors_logged(caplog)  # raised, and therefore not logged
+
+
+def test_silent_worker_is_given_up_after_the_limit() -> None:
+    began = time.monotonic()
+    with pytest.raises(TimedOutError, match=r"was not ready within 0\.5 s"):
+        make_device("silent").start(0.5)
+    assert time.monotonic() - began < 3
+
+
+def test_command_that_cannot_be_run_is_an_error() -> None:
+    config = make_config(name="d0", uri="memory:1M")
+    with pytest.raises(WorkerError, match="cannot be started"):
+        Device(config, worker_command=["/nonexistent/worker"]).start()
+
+
+def test_limits_beyond_msg_timeout_are_refused() -> None:
+    transport = LoopbackTransport(msg_timeout_s=5.0)
+    with pytest.raises(ValueError, match="a message may take"):
+        Supervisor(mock.Mock(), transport, mock.Mock(), [])
+
+
+# -- status
+
+
+def test_driver_ok_starts_the_ready_queues(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA, idx=7)
+    assert states(device) == ["running", "stopped"]
+    assert device.state == DeviceState.RUNNING
+    kick(device.bus, 0)
+    assert device.bus.get_vq_state(0) == 8
+
+
+def test_queue_made_ready_later_starts_with_its_first_kick(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA)
+    device.bus.set_vq(1, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA, 0)
+    os.eventfd_write(device.bus.kickfd(1), 1)  # not ready yet: nothing comes of it
+    time.sleep(0.05)
+    assert states(device) == ["running", "stopped"]
+    device.bus.set_vq_ready(1)
+    os.eventfd_write(device.bus.kickfd(1), 1)
+    wait_state(device, 1, VqState.RUNNING)
+    kick(device.bus, 1)
+
+
+def test_features_that_cannot_be_served_are_answered_failed(device: Device) -> None:
+    bus = device.bus
+    with pytest.raises(TransportError, match="SET_STATUS 0xb was refused"):
+        bus.negotiate(bus.offered_features | uapi.VIRTIO_F_RING_PACKED)
+    with pytest.raises(TransportError, match="SET_STATUS 0xb was refused"):
+        bus.negotiate(bus.offered_features & ~uapi.VIRTIO_F_VERSION_1)
+    assert bus.status == 3
+    set_up(bus, MEMORY_IOVA)
+    assert states(device)[0] == "running"
+
+
+def test_features_changed_after_features_ok_are_refused(device: Device) -> None:
+    device.bus.negotiate(device.bus.offered_features)
+    device.bus.set_driver_features(0)
+    with pytest.raises(TransportError, match="SET_STATUS 0xf was refused"):
+        device.bus.driver_ok()
+
+
+def test_status_out_of_order_is_answered_failed(device: Device) -> None:
+    device.bus.set_status(1)
+    with pytest.raises(TransportError):
+        device.bus.set_status(0xF)
+
+
+def test_messages_of_unknown_type_are_answered_failed(device: Device) -> None:
+    response = device.bus._call("SUSPEND", lambda i: uapi.UnknownRequest(i, uapi.VDUSE_SUSPEND))
+    assert not response.ok
+
+
+def test_reset_stops_every_queue_and_keeps_the_workers(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    before = device.queues()
+    with caplog.at_level(logging.INFO, "vdusefast"):
+        device.bus.reset()
+    assert states(device) == ["stopped", "stopped"]
+    assert [q.pid for q in device.queues()] == [q.pid for q in before]
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA, idx=3)
+    assert device.bus.get_vq_state(1) == 3
+
+
+def test_refused_start_fails_that_queue_only(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(TransportError, match="SET_STATUS 0xf was refused"):
+        set_up(device.bus, fake_worker.REFUSED_ADDR, MEMORY_IOVA)
+    assert states(device) == ["failed", "running"]
+    assert device.queues()[0].reason == "device d0: queue 0: cannot start: desc_addr is not mapped"
+    assert len(errors_logged(caplog)) == 1
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    assert states(device) == ["running", "running"]
+
+
+@pytest.mark.parametrize("size", [0, 3, 128])
+def test_impossible_queue_size_never_reaches_the_worker(device: Device, size: int) -> None:
+    with pytest.raises(TransportError):
+        set_up(device.bus, MEMORY_IOVA, size=size)
+    assert f"size {size} is no power of two up to 64" in device.queues()[0].reason
+
+
+# -- where a queue stands
+
+
+def test_vq_state_stops_the_queue_and_driver_ok_goes_on_from_there(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA, idx=65534)
+    for _ in range(3):
+        kick(device.bus, 0)
+    assert device.bus.get_vq_state(0) == 1  # free-running u16
+    assert states(device) == ["stopped", "running"]
+    assert device.bus.get_vq_state(0) == 1
+    device.bus.set_status(0xF)
+    assert states(device) == ["running", "running"]
+    kick(device.bus, 0)
+    assert device.bus.get_vq_state(0) == 2
+
+
+def test_vq_state_of_a_queue_never_started_is_what_the_driver_set(device: Device) -> None:
+    device.bus.set_vq(1, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA, 42)
+    assert device.bus.get_vq_state(1) == 42
+
+
+def test_vq_state_of_a_queue_that_is_not_there_is_refused(device: Device) -> None:
+    with pytest.raises(TransportError):
+        device.bus.get_vq_state(2)
+
+
+# -- memory
+
+
+def test_update_iotlb_reaches_every_worker_before_its_answer(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    set_up(device.bus, MEMORY_IOVA)
+    with caplog.at_level(logging.INFO, "vdusefast"):
+        device.bus.add_region(0x40000, 4096)
+        device.bus.remove_region(0x40000)
+        device.stop()
+    seen = re.findall(r"queue (\d): worker \(pid \d+\): INVALIDATE (\w+) (\w+)", caplog.text)
+    assert sorted(seen) == [("0", "0x40000", "0x40fff"), ("1", "0x40000", "0x40fff")]
+
+
+def test_running_queue_goes_on_after_update_iotlb(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA)
+    device.bus.update_iotlb(0, uapi.IOVA_LAST)
+    assert states(device) == ["running", "stopped"]
+    kick(device.bus, 0)
+
+
+def test_worker_fetches_its_ring_through_the_bus(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "vdusefast"):
+        set_up(device.bus, MEMORY_IOVA, 0x99000)
+        device.stop()
+    assert f"fetched {MEMORY_IOVA:#x}: errno 0" in caplog.text
+    assert "fetched 0x99000: errno 22" in caplog.text
+
+
+# -- storage that does not return
+
+
+def test_reset_replaces_a_worker_that_does_not_finish(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    stuck, other = device.queues()
+    with paused(stuck.pid):
+        began = time.monotonic()
+        device.bus.reset()
+        assert QUICK.quiesce_s <= time.monotonic() - began < 5
+    fresh, same = device.queues()
+    assert fresh.pid != stuck.pid
+    assert (fresh.engine, fresh.state) == ("fake", VqState.STOPPED)
+    assert same.pid == other.pid
+    assert not os.path.exists(f"/proc/{stuck.pid}")
+    message = f"device d0: queue 0: worker (pid {stuck.pid}) did not finish its requests within 0.3 s and was killed"
+    assert str(device.failure).startswith(message)
+    assert len(errors_logged(caplog)) == 1
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    kick(device.bus, 0)
+
+
+def test_other_messages_are_answered_while_one_waits_for_storage() -> None:
+    with make_device(limits=Limits(quiesce_s=2.0)) as device:
+        bus = device.bus
+        bus.add_region(MEMORY_IOVA, 4096)
+        set_up(bus, MEMORY_IOVA, MEMORY_IOVA)
+        with paused(device.queues()[0].pid):
+            waiting = threading.Thread(target=bus.get_vq_state, args=(0,))
+            waiting.start()
+            wait_state(device, 0, VqState.QUIESCING)
+            began = time.monotonic()
+            assert bus.get_vq_state(1) == 0
+            bus.set_status(0xF)  # starts queue 1 again; queue 0 is being quiesced
+            assert time.monotonic() - began < 1.0
+            assert waiting.is_alive()
+        waiting.join()
+        assert device.failure is None
+
+
+def test_lost_position_is_said_to_be_lost(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    with paused(device.queues()[0].pid):
+        device.bus.update_iotlb(0, 0xFFF)  # answered: the killed worker's mappings are gone
+    assert states(device) == ["failed", "running"]
+    with pytest.raises(TransportError, match="GET_VQ_STATE was refused"):
+        device.bus.get_vq_state(0)
+    with pytest.raises(TransportError):
+        device.bus.set_status(0xF)  # cannot go on where it does not know where that is
+    assert "reset the device" in device.queues()[0].reason
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    kick(device.bus, 0)
+
+
+def test_driver_ok_is_answered_though_a_worker_is_late(device: Device) -> None:
+    device.bus.negotiate(device.bus.offered_features)
+    device.bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
+    device.bus.set_vq_ready(0)
+    limits = Limits(quiesce_s=5.0, start_grace_s=0.05)
+    assert device._supervisor is not None
+    for vq in device._supervisor._vqs:
+        vq._limits = limits
+    with paused(device.queues()[0].pid):
+        began = time.monotonic()
+        device.bus.driver_ok()
+        assert time.monotonic() - began < 1.0
+        os.eventfd_write(device.bus.kickfd(0), 1)
+    wait_state(device, 0, VqState.RUNNING)
+    assert select.select([device.bus.irqfd(0)], [], [], WAIT_S)[0]
+
+
+def test_message_unanswered_in_time_breaks_the_device(caplog: pytest.LogCaptureFixture) -> None:
+    with make_device(limits=Limits(quiesce_s=1.0)) as device:
+        bus = device.bus
+        bus.add_region(MEMORY_IOVA, 4096)
+        set_up(bus, MEMORY_IOVA)
+        with paused(device.queues()[0].pid), pytest.raises(DeviceBrokenError):
+            bus.set_status(0, timeout_s=0.1)
+        deadline = time.monotonic() + WAIT_S
+        while device.state != DeviceState.BROKEN:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        wait_state(device, 0, VqState.STOPPED)
+    assert isinstance(device.failure, DeviceBrokenError)
+
+
+# -- workers that die
+
+
+def test_killed_worker_is_named_once_and_others_go_on(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    pid = device.queues()[0].pid
+    os.kill(pid, signal.SIGKILL)
+    info = wait_state(device, 0, VqState.FAILED)
+    assert f"device d0: queue 0: worker (pid {pid}) was killed by SIGKILL" in info.reason
+    assert str(device.failure) == info.reason
+    assert isinstance(device.failure, WorkerError)
+    assert errors_logged(caplog) == [info.reason]
+    kick(device.bus, 1)
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    assert states(device) == ["running", "running"]
+    assert device.queues()[0].pid != pid
+    kick(device.bus, 0)
+
+
+def test_idle_worker_that_died_is_replaced_at_driver_ok(device: Device) -> None:
+    bus = device.bus
+    bus.negotiate(bus.offered_features)
+    bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
+    bus.set_vq_ready(0)
+    os.kill(device.queues()[0].pid, signal.SIGKILL)
+    wait_state(device, 0, VqState.FAILED)
+    bus.driver_ok()
+    wait_state(device, 0, VqState.RUNNING)
+    kick(bus, 0)
+
+
+def test_crash_during_a_message_does_not_hold_up_its_answer(device: Device) -> None:
+    with pytest.raises(TransportError):
+        set_up(device.bus, fake_worker.CRASH_ADDR, MEMORY_IOVA)
+    assert "was killed by SIGSEGV" in device.queues()[0].reason
+    assert states(device) == ["failed", "running"]
+
+
+def test_exit_is_named_with_status_and_last_line(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(TransportError):
+        set_up(device.bus, fake_worker.EXIT_ADDR)
+    assert "ended with status 3; its last line: out of pixie dust" in device.queues()[0].reason
+    assert len(errors_logged(caplog)) == 1
+
+
+def test_worker_that_sends_rubbish_is_killed(device: Device) -> None:
+    with pytest.raises(TransportError):
+        set_up(device.bus, fake_worker.MALFORMED_ADDR)
+    assert "sent a malformed message" in device.queues()[0].reason
+
+
+# -- bad rings
+
+
+def test_bad_ring_stops_its_queue_and_keeps_its_worker(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    pids = [q.pid for q in device.queues()]
+    device.bus.negotiate(device.bus.offered_features)
+    for index, desc_addr in enumerate((MEMORY_IOVA, fake_worker.RING_FAILED_ADDR)):
+        device.bus.set_vq(index, 64, desc_addr, MEMORY_IOVA, MEMORY_IOVA)
+        device.bus.set_vq_ready(index)
+    with suppress(TransportError):  # when the worker found the ring bad before DRIVER_OK was answered
+        device.bus.driver_ok()
+    info = wait_state(device, 1, VqState.FAILED)
+    assert info.reason == f"device d0: queue 1: worker (pid {pids[1]}) stopped serving: head 99 is out of range"
+    assert errors_logged(caplog) == [info.reason]
+    assert states(device) == ["running", "failed"]
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    assert states(device) == ["running", "running"]
+    assert [q.pid for q in device.queues()] == pids
+
+
+# -- stop
+
+
+def test_stop_drains_every_worker(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    set_up(device.bus, MEMORY_IOVA)
+    with caplog.at_level(logging.INFO, "vdusefast"):
+        device.stop()
+        device.stop()
+    assert sorted(re.findall(r"queue (\d): worker \(pid \d+\): STOP", caplog.text)) == ["0", "1"]
+    assert device.state == DeviceState.STOPPED
+    assert device.failure is None
+
+
+def test_stop_kills_what_does_not_drain(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA)
+    with paused(device.queues()[0].pid):
+        began = time.monotonic()
+        device.stop(0.3)
+        assert time.monotonic() - began < 3
+    assert "did not stop in" in str(device.failure)
+
+
+def test_stop_during_a_message_is_bounded(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA)
+    errors: list[Exception] = []
+
+    def reset() -> None:
+        try:
+            device.bus.reset()
+        except TransportError as error:
+            errors.append(error)
+
+    with paused(device.queues()[0].pid):
+        thread = threading.Thread(target=reset)
+        thread.start()
+        wait_state(device, 0, VqState.QUIESCING)
+        device.stop(0.1)
+    thread.join()
+    assert device.failure is not None
+
+
+def test_chatty_worker_is_kept_to_a_bounded_tail(device: Device) -> None:
+    assert device._supervisor is not None
+    worker = device._supervisor._vqs[0].worker
+    assert worker is not None
+    for n in range(100):
+        worker._keep_line(b"x" * 5000 + str(n).encode())
+    assert len(worker._stderr_lines) == 16
+    assert max(len(line) for line in worker._stderr_lines) == 1024
