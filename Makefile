@@ -32,7 +32,7 @@ lint: build ## ruff, mypy --strict and the C compiler's opinion of csrc
 	@for file in csrc/*.c csrc/*.h; do $(CC) $(C_STRICT) -x c $$file || exit 1; done
 
 fuzz: build ## Fuzz the parsing code: make fuzz SECONDS=600
-	@tests/fuzz/run.sh $(FUZZ_SECONDS)
+	@SECONDS=$(FUZZ_SECONDS) tests/fuzz/run.sh $(FUZZ_SECONDS)
 
 clean: ## Remove what was built; .venv stays
 	@rm -rf build dist *.egg-info vdusefast/*.so tests/fuzz/build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -186,17 +186,12 @@ class Device:
         """Run an event loop in a thread that lives until the resources are released: the workers die with it."""
         loop = self._loop = asyncio.new_event_loop()
 
-        def run() -> None:
-            asyncio.set_event_loop(loop)
-            loop.run_forever()
-
-        thread = threading.Thread(target=run, name=f"vdusefast-{self.name}", daemon=True)
+        thread = threading.Thread(target=_run_loop, args=(loop,), name=f"vdusefast-{self.name}", daemon=True)
         thread.start()
 
         def end() -> None:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
-            loop.close()
 
         self._resources.callback(end)
 
@@ -293,6 +288,20 @@ def worker_specs(config: Config, device: BlockDevice, store: Store, pages: Share
         )
         for index, queue in enumerate(config.queue)
     ]
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Run `loop` until it is stopped, let what is left in it clean up, and close it."""
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 def _make_transport(config: Config) -> Transport:

@@ -19,7 +19,7 @@ from vdusefast.errors import VdusefastError
 from vdusefast.transport import Transport, TransportError
 from vdusefast.transport.uapi import GetVqState, Request, Response, SetStatus, UnknownRequest, UpdateIotlb
 from vdusefast.vq_control import Limits, VqControl, VqState
-from vdusefast.worker_process import Pages, default_command
+from vdusefast.worker_process import Pages, WorkerProcess, default_command
 
 __all__ = ["DeviceState", "Limits", "QueueInfo", "Supervisor", "VqState"]
 
@@ -85,7 +85,8 @@ class Supervisor:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._status_lock = asyncio.Lock()
         self._message_fd = -1
-        self._stopped = False
+        self._stopping = False
+        self._ended = asyncio.Event()
         command = list(command) if command is not None else default_command()
         self._vqs = [VqControl(spec, transport, pages, command, limits, self._record) for spec in specs]
 
@@ -113,9 +114,10 @@ class Supervisor:
         A worker that is not done after `timeout_s` is killed, which is recorded as a failure. A second call does
         nothing.
         """
-        if self._stopped:
+        if self._stopping:
+            await self._ended.wait()
             return
-        self._stopped = True
+        self._stopping = True
         for vq in self._vqs:
             vq.closing = True
         try:
@@ -129,24 +131,16 @@ class Supervisor:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*(vq.kill() for vq in self._vqs))
             for vq in self._vqs:
                 vq.close()
             self.transport.close()
             self.state = DeviceState.STOPPED
+            self._ended.set()
 
     def queues(self) -> list[QueueInfo]:
         """Return one line for each queue."""
-        return [
-            QueueInfo(
-                vq.index,
-                vq.worker.pid if vq.worker is not None else -1,
-                vq.cpu,
-                vq.worker.engine if vq.worker is not None else "",
-                vq.state,
-                vq.reason,
-            )
-            for vq in self._vqs
-        ]
+        return [_describe(vq, vq.worker) for vq in self._vqs]
 
     # -- inside
 
@@ -286,3 +280,9 @@ class Supervisor:
         if info.ready:
             vq.unwatch_kick()
             self._run(vq.start(acked_features, info))
+
+
+def _describe(vq: VqControl, worker: WorkerProcess | None) -> QueueInfo:
+    """Return what is to be shown of a queue; the caller has read its worker once, as another thread may replace it."""
+    pid, engine = (worker.pid, worker.engine) if worker is not None else (-1, "")
+    return QueueInfo(vq.index, pid, vq.cpu, engine, vq.state, vq.reason)

@@ -93,6 +93,11 @@ class VqControl:
                 self.worker = None
             raise
 
+    async def kill(self) -> None:
+        """Kill and reap the worker if there still is one."""
+        if self.worker is not None:
+            await self.worker.kill()
+
     def abort(self) -> None:
         """Kill the worker that `spawn` waits for."""
         if self.worker is not None:
@@ -190,8 +195,6 @@ class VqControl:
                 await worker.stop(max(0.0, deadline - asyncio.get_running_loop().time()))
             except WorkerError as error:
                 self._fail(error)
-        if self.worker is not None and self.worker.hung:
-            await self.worker.kill()  # one more time to be reaped
         if self.state == VqState.QUIESCING:
             self.state = VqState.STOPPED
 

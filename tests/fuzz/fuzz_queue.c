@@ -175,7 +175,7 @@ static void driver_twist(struct vf_desc *descs, uint32_t count)
 		desc->flags ^= (uint16_t)(fuzz_u8() & 7u);
 		break;
 	case 2:
-		desc->next = fuzz_u8();
+		desc->next = (uint16_t)(fuzz_u8() % (2u * driver.size));
 		desc->flags |= VF_DESC_F_NEXT;
 		break;
 	case 3:
@@ -357,7 +357,8 @@ static bool driver_start(uint8_t bits)
 	driver.next_desc = 0;
 	features |= bits & 4u ? 0 : 1ull << VF_F_RING_EVENT_IDX;
 	features |= bits & 8u ? 0 : 1ull << VF_F_RING_INDIRECT_DESC;
-	if (vf_vring_setup(&q->vring, features, driver.size, DESC_IOVA + (bits == 255u), AVAIL_IOVA, USED_IOVA))
+	if (vf_vring_setup(&q->vring, features, driver.size - (bits == 253u), DESC_IOVA + (bits == 255u),
+			   bits == 254u ? UINT64_MAX - 3u : AVAIL_IOVA, USED_IOVA))
 		return false;
 	driver_map(bits >> 5);
 	if (vf_vring_map(&q->vring, &q->tlb))

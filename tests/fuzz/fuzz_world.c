@@ -130,13 +130,14 @@ void fuzz_write(uint64_t iova, const void *from, size_t len)
 
 	for (uint32_t i = 0; i < world.region_count; i++) {
 		struct fuzz_region *region = &world.region[i];
+		uint64_t in_region = iova - region->start; /* modulo 2^64: huge when iova lies before the region */
+		uint64_t before = in_region < region->len ? 0 : region->start - iova;
 
-		for (size_t n = 0; region->mem && n < len; n++) {
-			uint64_t at = iova + n - region->start;
-
-			if (at < region->len)
-				region->mem[at] = bytes[n];
-		}
+		if (before >= len || !region->mem)
+			continue;
+		in_region = before ? 0 : in_region;
+		size_t n = len - before < region->len - in_region ? len - before : region->len - in_region;
+		memcpy(region->mem + in_region, bytes + before, n);
 	}
 }
 
@@ -326,7 +327,7 @@ static struct vf_queue *fuzz_queue_get(uint8_t which)
 {
 	static const struct {
 		uint32_t queue_size_max, seg_max;
-	} geometry[] = { { 16, 14 }, { 32, 30 }, { 2, 1 }, { 32, 1 }, { 8, 6 }, { 4, 2 }, { 16, 126 }, { 32, 4 } };
+	} geometry[] = { { 16, 14 }, { 32, 30 }, { 2, 1 }, { 32, 1 }, { 8, 6 }, { 4, 2 }, { 16, 126 }, { 128, 4 } };
 	static struct vf_queue *queues[8];
 
 	which %= 8u;
@@ -402,13 +403,13 @@ void fuzz_world_round(void)
 static void fuzz_check_idle(void)
 {
 	const struct vf_queue *q = world.q;
-	uint64_t seen = 0;
+	bool seen[FUZZ_QUEUE_MAX] = { false };
 
 	FUZZ_ASSERT(q->engine.inflight_count == 0 && q->unpublished_count == 0);
 	FUZZ_ASSERT(q->free_count == q->slot_count);
 	for (uint32_t i = 0; i < q->slot_count; i++) {
-		FUZZ_ASSERT(!(seen & 1ull << q->free_slots[i]));
-		seen |= 1ull << q->free_slots[i];
+		FUZZ_ASSERT(q->free_slots[i] < q->slot_count && !seen[q->free_slots[i]]);
+		seen[q->free_slots[i]] = true;
 	}
 	for (uint32_t i = 0; i < q->queue_size_max; i++)
 		FUZZ_ASSERT(q->inflight_log[i].order == 0 && !head_state[i].out);

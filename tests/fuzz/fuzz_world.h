@@ -12,7 +12,7 @@
 #include "queue.h"
 
 #define FUZZ_REGION_MAX 12u
-#define FUZZ_QUEUE_MAX 32u
+#define FUZZ_QUEUE_MAX 128u
 #define FUZZ_CAPACITY_SECTORS 16u
 
 /* A region of the IOTLB, allocated to its exact size so that the sanitizer sees any access beyond it. */

@@ -99,9 +99,10 @@ def test_vq_state_comes_from_the_device(side: Side) -> None:
 
 
 def test_answers_may_come_in_another_order(side: Side) -> None:
-    waiting: list[Request] = []
+    waiting: list[uapi.GetVqState] = []
 
     def answer_last_first(request: Request) -> Response | None:
+        assert isinstance(request, uapi.GetVqState)
         waiting.append(request)
         if len(waiting) < 2:
             return None

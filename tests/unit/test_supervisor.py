@@ -5,6 +5,7 @@ The workers here are tests/unit/fake_worker.py: they count kicks and fail on req
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -20,8 +21,10 @@ from unittest import mock
 
 import pytest
 
-from vdusefast.api import Device
+from vdusefast.api import Device, worker_specs
+from vdusefast.backends import open_store
 from vdusefast.config import make_config
+from vdusefast.device import BlockDevice
 from vdusefast.errors import (
     ConfigError,
     DeviceBusyError,
@@ -31,6 +34,7 @@ from vdusefast.errors import (
     VdusefastError,
     WorkerError,
 )
+from vdusefast.shm import SharedPages
 from vdusefast.supervisor import DeviceState, Limits, QueueInfo, Supervisor, VqState
 from vdusefast.transport import DeviceBrokenError, TransportError, uapi
 from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
@@ -144,6 +148,22 @@ def test_silent_worker_is_given_up_after_the_limit() -> None:
     with pytest.raises(TimedOutError, match=r"was not ready within 0\.5 s"):
         make_device("silent").start(0.5)
     assert time.monotonic() - began < 3
+
+
+def test_start_that_is_cut_short_leaves_nothing() -> None:
+    config = make_config(name="d0", uri="null:1M", queues=2)
+    command = [sys.executable, fake_worker.__file__, "silent"]
+
+    async def start_and_cancel() -> None:
+        with open_store(config.backend) as store, SharedPages.create(None, "d0", 2, 256) as pages:
+            model = BlockDevice(config, store)
+            specs = worker_specs(config, model, store, pages)
+            supervisor = Supervisor(model, LoopbackTransport(), pages, specs, command=command)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(supervisor.start(), 0.2)
+            assert supervisor.state == DeviceState.STOPPED
+
+    asyncio.run(start_and_cancel())
 
 
 def test_command_that_cannot_be_run_is_an_error() -> None:
@@ -487,7 +507,7 @@ def test_stop_during_a_message_is_bounded(device: Device) -> None:
         wait_state(device, 0, VqState.QUIESCING)
         device.stop(0.1)
     thread.join()
-    assert device.failure is not None
+    assert "did not" in str(device.failure)
 
 
 def test_chatty_worker_is_kept_to_a_bounded_tail(device: Device) -> None:

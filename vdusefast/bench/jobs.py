@@ -16,7 +16,7 @@ from vdusefast.config import parse_size
 from vdusefast.errors import ConfigError
 
 COMMAND_LINE = "command line"
-JOB_FILE_MAX_BYTES = 1 << 20
+AUTO_QUEUES = 0  # two where there are two CPUs, else one
 KIND_BY_RW = {
     "read": ("read", False),
     "write": ("write", False),
@@ -155,6 +155,10 @@ def _parse_pattern(text: str) -> bytes:
     raise ConfigError(f'{text!r} is not a pattern; write for example 0xdeadbeef, 255 or "text"')
 
 
+def _parse_queues(text: str) -> int:
+    return AUTO_QUEUES if text == "auto" else _parse_int(1, 64)(text)
+
+
 def _parse_words(text: str) -> tuple[str, ...]:
     words = tuple(word.strip() for word in text.split(",") if word.strip())
     if not words:
@@ -188,7 +192,7 @@ JOB_OPTIONS: dict[str, Parser] = {
 }
 RUN_OPTIONS: dict[str, Parser] = {
     "transport": _parse_choice("auto", "loopback", "kernel"),
-    "queues": _parse_int(1, 64),
+    "queues": _parse_queues,
     "cpus": str,
     "driver_cpus": str,
     "queue_size": _parse_int(2, 32768),

@@ -81,8 +81,10 @@ def plan_threads(job_count: int, queue_count: int) -> list[ThreadPlan]:
 
 def _check_fit(job: JobSpec, capacity_bytes: int, block_bytes: int) -> None:
     if job.bs % block_bytes or job.offset % block_bytes:
-        raise ConfigError(f"job {job.name}: bs {job.bs} and offset {job.offset} must be multiples of the device's "
-                          f"block of {block_bytes} bytes")
+        raise ConfigError(
+            f"job {job.name}: bs {job.bs} and offset {job.offset} must be multiples of the device's "
+            f"block of {block_bytes} bytes"
+        )
     end = job.offset + (job.size or job.bs)
     if end > capacity_bytes:
         raise ConfigError(f"job {job.name}: offset + size = {end} bytes, but the device has {capacity_bytes}")

@@ -51,7 +51,7 @@ class Progress:
 
 @dataclass
 class Control:
-    """How the runner asks whether to go on. `stopped` says that the user wants an end, `failure` that the device broke."""
+    """How the runner learns whether to go on: `stopped` by the user, `failure` of the device."""
 
     stopped: Callable[[], bool]
     failure: Callable[[], VdusefastError | None]
@@ -120,8 +120,8 @@ def run_group(
     _run_threads(workers, instances, control)
     runs: list[JobRun | None] = [None] * len(instances)
     for worker in workers:
-        share = CpuTime(*(value / len(worker.plan.jobs) for value in (worker.time.user_s, worker.time.system_s)))
-        share.switches = worker.time.switches // len(worker.plan.jobs)
+        count, used = len(worker.plan.jobs), worker.time
+        share = CpuTime(used.user_s / count, used.system_s / count, used.switches // count)
         for j in worker.plan.jobs:
             runs[j] = JobRun(instances[j], jobs[j].results(), share)
     return [run for run in runs if run is not None]

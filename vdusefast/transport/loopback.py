@@ -42,7 +42,8 @@ class LoopbackTransport:
 
     async def detach(self) -> None:
         """Refuse every further call of the driver; what it has in flight is drained by the workers' stop."""
-        self.bus.attached = False
+        if self._bus is not None:
+            self._bus.attached = False
 
     def message_fd(self) -> int:
         """Return the device's end of the message socket."""

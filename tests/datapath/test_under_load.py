@@ -1,0 +1,110 @@
+"""What the control plane does while requests are in flight must not cost one of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import vdusefast
+from vdusefast import _driver
+from vdusefast.bench.memory import make_job
+from vdusefast.driver import LoopbackDriver
+from vdusefast.transport import uapi
+
+MIB = 1 << 20
+EVERYTHING = (0, 2**64 - 1)
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Load:
+    """A verified random read and write load on every queue, in a thread of its own."""
+
+    def __init__(self, driver: LoopbackDriver, *, depth: int = 16, seconds: float = 2.0) -> None:
+        rings = [driver.ring(queue) for queue in range(driver.queue_count)]
+        self.job = make_job(
+            driver,
+            kind="mixed",
+            order="random",
+            block_bytes=4096,
+            depth=depth,
+            size_bytes=8 * MIB,
+            io_limit=0,
+            verify="crc32c",
+            check_after=True,
+            runtime_s=seconds,
+        )
+        self._driving = _driver.DriverThread(rings, [self.job], spin_us=20.0)
+        self._thread = threading.Thread(target=self._driving.run)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether requests are still being sent."""
+        return self._thread.is_alive()
+
+    def check(self) -> None:
+        """Wait for the end and assert that every request and every block was right."""
+        self._thread.join()
+        results = self.job.results()
+        assert results["request_errors"] == 0
+        assert results["verify_errors"] == 0, results["faults"]
+        assert results["verified"] > 0
+        assert results["ops"]["write"]["ios"] > 0
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A file of random bytes."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(8 * MIB))
+    return path
+
+
+@pytest.mark.parametrize(("engine", "cache"), [("sync", "writeback"), ("uring", "writeback"), ("uring", "none")])
+def test_invalidating_all_memory_under_load_loses_nothing(image: Path, engine: str, cache: str) -> None:
+    config = vdusefast.make_config(name="inv", uri=f"file:{image}", queues=2, engine=engine, cache=cache)
+    with vdusefast.Device(config) as device, device.driver() as driver:
+        load = Load(driver)
+        rounds = 0
+        while load.running:
+            device.bus.update_iotlb(*EVERYTHING)
+            rounds += 1
+        load.check()
+        assert rounds > 10
+        assert all(queue.invalidations >= rounds for queue in device.stats().queues)
+        assert device.failure is None
+
+
+@pytest.mark.parametrize("event_idx", [True, False])
+@pytest.mark.parametrize("queue_size", [4, 64])
+@pytest.mark.parametrize("first_idx", [0, 65530])
+def test_small_rings_wrap_under_load(image: Path, event_idx: bool, queue_size: int, first_idx: int) -> None:
+    config = vdusefast.make_config(name="wrap", uri=f"file:{image}", queue_size=queue_size, event_idx=event_idx)
+    with vdusefast.Device(config) as device, LoopbackDriver(device.bus, first_idx=first_idx) as driver:
+        assert driver.has(uapi.VIRTIO_RING_F_EVENT_IDX) == event_idx
+        load = Load(driver, seconds=0.5)
+        load.check()
+        assert device.failure is None
+
+
+def test_memory_that_vanishes_fails_the_queue_and_not_the_process(image: Path) -> None:
+    config = vdusefast.make_config(name="gone", uri=f"file:{image}", queues=2)
+    with vdusefast.Device(config) as device, device.driver() as driver:
+        driver.write(0, b"a" * 4096, queue=0)
+        region = driver.add_region(4096)
+        os.ftruncate(region.fd, 0)
+        header = driver.add_region(4096)
+        header.buf[:16] = bytes(16)
+        # The header is readable, the status byte lies in a page that is gone.
+        driver.submit_chain([(header.iova, 16, False), (header.iova + 512, 512, True), (region.iova, 1, True)])
+        deadline = time.monotonic() + 5
+        while device.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "vanished" in str(device.failure)
+        assert driver.read(0, 4096, queue=1) == b"a" * 4096
+        os.kill(device.queues()[0].pid, 0)

@@ -1,0 +1,271 @@
+"""`python -m vdusefast.bench fio`: from options to a device, its load, and a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from vdusefast.affinity import check_cpu, parse_cpu_list, read_topology
+from vdusefast.api import Device, StopSignals
+from vdusefast.bench import figures
+from vdusefast.bench.baseline import find_fio, run_baseline
+from vdusefast.bench.jobs import AUTO_QUEUES, JobSpec, Plan, RunOptions
+from vdusefast.bench.plan import place_jobs, required_bytes
+from vdusefast.bench.report import ProgressLine, bytes_text, print_report
+from vdusefast.bench.run import Control, JobRun, driver_cpus, run_group
+from vdusefast.bench.store import BenchStore
+from vdusefast.config import Config, load_config, make_config, override, resolve_cpus
+from vdusefast.errors import BackendError, ConfigError, KernelSupportError
+from vdusefast.transport import uapi
+
+if TYPE_CHECKING:
+    from vdusefast.driver import LoopbackDriver
+
+Json = dict[str, Any]
+
+
+@dataclass
+class _Outcome:
+    """What is known when the device has stopped."""
+
+    runs: list[JobRun] = field(default_factory=list)
+    queues: list[Json] = field(default_factory=list)
+    engine_used: str = ""
+    stopped_by: str = ""
+
+
+def choose_transport(wanted: str) -> tuple[str, str]:
+    """Return the transport to use and the reason. Raises KernelSupportError for one that is not there.
+
+    The one place that changes when the kernel transport comes.
+    """
+    if wanted == "kernel":
+        raise KernelSupportError(
+            "--transport kernel: this version drives devices through the loopback transport only; "
+            "use --transport loopback, and `vdusefast check` to see what the kernel offers"
+        )
+    if wanted == "loopback":
+        return "loopback", "as asked"
+    return "loopback", "the only transport of this version; it needs no kernel module"
+
+
+def build_config(run: RunOptions, uri: str | None) -> Config:
+    """Return the device's configuration: the file of --config, options over it, `uri` (the store) over both."""
+    overrides: Json = {
+        "queues": min(2, len(os.sched_getaffinity(0))) if run.queues == AUTO_QUEUES else run.queues,
+        "cpus": run.cpus,
+        "queue_size": run.queue_size,
+        "engine": run.engine,
+        "cache": run.cache,
+        "poll_us": run.poll_us,
+        "uri": uri,
+    }
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    if run.config is None:
+        overrides.setdefault("cpus", "auto")
+        return resolve_cpus(make_config(name=f"bench-{os.getpid()}", transport="loopback", **overrides))
+    config = load_config(run.config)
+    if run.cpus is not None:
+        overrides["cpu"] = None  # of each queue: the list on the command line decides
+    return resolve_cpus(override(config, transport="loopback", **overrides))
+
+
+def run_plan(plan: Plan) -> int:
+    """Carry out a plan, print its report, and return the exit status: 1 when a request or a verification failed.
+
+    Raises VdusefastError for everything that keeps it from running.
+    """
+    run = plan.run
+    transport, reason = choose_transport(run.transport)
+    if run.baseline:
+        find_fio()
+    quiet = run.output_format == "json" and run.output is None
+    notes: TextIO = sys.stderr if quiet else sys.stdout
+
+    def say(text: str) -> None:
+        print(text, file=notes, flush=True)
+
+    say(f"transport: {transport} ({reason})")
+    uri = run.backend
+    if uri is None and run.config is not None:
+        uri = load_config(run.config).backend.uri
+    reads = any(job.kind in ("read", "mixed") for job in plan.jobs)
+    started_s = time.time()
+    with BenchStore(uri, required_bytes(plan.jobs), reads=reads, say=say) as store:
+        config = build_config(run, store.uri)
+        outcome = _run_device(plan, config, say)
+        extra = _extra(config, transport, outcome)
+        report = figures.fio_report(plan, outcome.runs, started_s, extra)
+        if not outcome.stopped_by:
+            _add_baselines(plan, config, store, report, say)
+        _write(report, run)
+    failed = any(r.results["request_errors"] or r.results["verify_errors"] for r in outcome.runs)
+    return 1 if failed else 0
+
+
+def _run_device(plan: Plan, config: Config, say: Any) -> _Outcome:
+    outcome = _Outcome()
+    with StopSignals() as signals, Device(config) as device, device.driver() as driver:
+        _describe(device, driver, config, plan, say)
+        groups = place_jobs(plan.jobs, driver.capacity_bytes, driver.block_size_bytes)
+        _check_abilities(plan.jobs, driver)
+        worker_cpus = [q.cpu for q in config.queue if q.cpu is not None]
+        wanted = parse_cpu_list(plan.run.driver_cpus) if plan.run.driver_cpus else None
+        for cpu in wanted or []:
+            check_cpu(cpu, read_topology(), "driver_cpus")
+        cpus = driver_cpus(wanted, worker_cpus, os.sched_getaffinity(0))
+        before, begin = _cpu_seconds(device), time.monotonic()
+        trimmed: list[tuple[int, int]] = []
+        with ProgressLine() as line:
+            control = Control(lambda: signals.requested, lambda: device.failure, line.update)
+            for group in groups:
+                outcome.runs += run_group(
+                    driver,
+                    group,
+                    cpus=cpus,
+                    worker_cpus=worker_cpus,
+                    moves_no_data=config.backend.uri.startswith("null:"),
+                    trimmed=trimmed,
+                    control=control,
+                )
+                trimmed = _still_trimmed(trimmed, outcome.runs[-len(group) :])
+                if signals.requested:
+                    break
+        passed, after = time.monotonic() - begin, _cpu_seconds(device)
+        outcome.queues = _queues(device, before, after, passed)
+        outcome.engine_used = device.queues()[0].engine
+        outcome.stopped_by = signals.received.name if signals.received is not None else ""
+    return outcome
+
+
+def _still_trimmed(before: list[tuple[int, int]], runs: Sequence[JobRun]) -> list[tuple[int, int]]:
+    """Return the windows whose content nobody knows after `runs`: trimmed ones that no job has written anew."""
+    now = list(before)
+    for run in runs:
+        one = run.instance
+        if one.spec.kind == "trim":
+            now.append((one.offset, one.size))
+        elif one.spec.kind == "write" and run.results["ops"]["write"]["bytes"] >= one.size and not one.spec.norandommap:
+            now = [(at, size) for at, size in now if at < one.offset or at + size > one.offset + one.size]
+    return now
+
+
+def _check_abilities(jobs: Sequence[JobSpec], driver: LoopbackDriver) -> None:
+    """Refuse jobs that this device cannot serve, before anything runs."""
+    config = driver.config
+    for job in jobs:
+        if job.writes and driver.has(uapi.VIRTIO_BLK_F_RO):
+            raise ConfigError(f"job {job.name}: rw={job.rw}, but the device is read-only")
+        if job.kind == "trim" and not driver.has(uapi.VIRTIO_BLK_F_DISCARD):
+            raise ConfigError(f"job {job.name}: rw={job.rw}, but the store cannot discard")
+        if job.kind == "trim" and job.bs > config.discard_max_sectors * 512:
+            raise ConfigError(f"job {job.name}: bs {job.bs} is more than one discard may take")
+
+
+def _describe(device: Device, driver: LoopbackDriver, config: Config, plan: Plan, say: Any) -> None:
+    queues = device.queues()
+    backend = config.backend
+    say(
+        f"device: {bytes_text(driver.capacity_bytes)} on {backend.uri}, cache {backend.cache}, "
+        f"engine {queues[0].engine}, {len(queues)} queue(s) of {driver.queue_size}"
+    )
+    for queue in queues:
+        where = f"pinned to CPU {queue.cpu}" if queue.cpu >= 0 else "on any CPU"
+        say(f"  queue {queue.index}: worker process {queue.pid}, {where}")
+    for job in plan.jobs:
+        clones = f"{job.numjobs} x " if job.numjobs > 1 else ""
+        length = f"{job.runtime:g} s" if job.time_based else bytes_text(job.size or driver.capacity_bytes - job.offset)
+        mix = f" ({job.rwmixread} % reads)" if job.kind == "mixed" else ""
+        verify = f", verified by {job.verify}" if job.verify != "none" else ""
+        say(f"job: {clones}{job.name}: {job.rw}{mix}, {job.bs} bytes, {job.iodepth} in flight, {length}{verify}")
+
+
+def _cpu_seconds(device: Device) -> dict[int, float]:
+    """Return the CPU time that each worker has used, by pid."""
+    import psutil
+
+    out = {}
+    for queue in device.queues():
+        try:
+            times = psutil.Process(queue.pid).cpu_times()
+            out[queue.pid] = times.user + times.system
+        except psutil.NoSuchProcess:
+            continue  # the device's failure names it
+    return out
+
+
+def _queues(device: Device, before: dict[int, float], after: dict[int, float], passed_s: float) -> list[Json]:
+    queues = []
+    for stats in device.stats().queues:
+        used_s = after.get(stats.pid, 0.0) - before.get(stats.pid, 0.0)
+        queues.append(
+            {
+                "index": stats.index,
+                "pid": stats.pid,
+                "cpu": stats.cpu,
+                "cpu_percent": 100 * used_s / passed_s if passed_s else 0.0,
+                "requests": stats.requests,
+                "bytes_read": stats.bytes_read,
+                "bytes_written": stats.bytes_written,
+                "errors": stats.errors,
+                "kicks": stats.kicks,
+                "irqs": stats.irqs,
+                "batches": stats.batches,
+            }
+        )
+    return queues
+
+
+def _extra(config: Config, transport: str, outcome: _Outcome) -> Json:
+    return {
+        "transport": transport,
+        "backend": config.backend.uri,
+        "cache": config.backend.cache,
+        "engine": config.backend.engine,
+        "engine_used": outcome.engine_used,
+        "queue_size": config.device.queue_size,
+        "host": figures.host(),
+        "queues": outcome.queues,
+        "verify": figures.verification(outcome.runs),
+        "baseline": [],
+        "stopped_by": outcome.stopped_by,
+    }
+
+
+def _add_baselines(plan: Plan, config: Config, store: BenchStore, report: Json, say: Any) -> None:
+    ours = sum(job[op]["iops"] for job in report["jobs"] for op in ("read", "write", "trim"))
+    cpus = sorted({q.cpu for q in config.queue if q.cpu is not None})
+    for engine in plan.run.baseline:
+        say(f"baseline: the same job by fio, ioengine {engine}, CPU {','.join(map(str, cpus)) or 'any'}")
+        try:
+            direct = config.backend.cache == "none"
+            result = run_baseline(engine, plan.jobs, store.path, cpus=cpus, direct=direct, ours_iops=ours)
+        finally:
+            say("")
+        report["vdusefast"]["baseline"].append(result)
+
+
+def _write(report: Json, run: RunOptions) -> None:
+    """Print the report, or write it to the file of --output."""
+    if run.output is None:
+        _emit(report, run, sys.stdout)
+        return
+    try:
+        with open(run.output, "w", encoding="utf-8") as stream:
+            _emit(report, run, stream)
+    except OSError as error:
+        raise BackendError(f"{run.output}: cannot write the report: {error.strerror}") from None
+
+
+def _emit(report: Json, run: RunOptions, stream: TextIO) -> None:
+    if run.output_format == "json":
+        json.dump(report, stream, indent=2)
+        print(file=stream)
+    else:
+        print(file=stream)
+        print_report(report, stream, explain=run.explain)
