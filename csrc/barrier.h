@@ -60,6 +60,11 @@ static inline uint16_t vf_peek_u16(const uint16_t *p)
 	return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
+static inline uint64_t vf_peek_u64(const uint64_t *p)
+{
+	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
 static inline uint32_t vf_load_relaxed_u32(const uint32_t *p)
 {
 	VF_SHARED_READ(p, sizeof(*p));

@@ -80,6 +80,15 @@ static inline void *vf_iotlb_translate(struct vf_iotlb *tlb, uint64_t iova, uint
 	return (void *)(r->base + (uintptr_t)iova);
 }
 
+/* Start loading iova's line if the region used last holds it; a hint. */
+static inline void vf_iotlb_prefetch(const struct vf_iotlb *tlb, uint64_t iova)
+{
+	const struct vf_iotlb_region *r = tlb->last_hit;
+
+	if (iova >= r->start && iova <= r->last)
+		__builtin_prefetch((const void *)(r->base + (uintptr_t)iova), 1);
+}
+
 /* Copy len bytes at iova into private memory, across regions. 0 or -EFAULT. */
 int vf_iotlb_copy_from(struct vf_iotlb *tlb, uint64_t iova, void *to, size_t len);
 

@@ -60,13 +60,44 @@ struct vf_segment {
 	uint32_t writable; /* by the device: 0 or 1 */
 };
 
-/* A descriptor chain in private memory. Device-readable segments are not checked to precede writable ones here. */
+/* A descriptor chain in private memory, and what it holds of each direction. */
 struct vf_chain {
 	uint16_t head;
+	uint8_t disorder; /* a readable segment behind a writable one, against VIRTIO 1.3, 2.7.4.2 */
 	uint32_t segment_count;
 	uint32_t segment_max; /* capacity of segments */
 	struct vf_segment *segments;
+	uint64_t readable_bytes;
+	uint64_t writable_bytes;
+	struct vf_segment *last_writable; /* the last one that is not empty; NULL = none */
 };
+
+static inline void vf_chain_clear(struct vf_chain *chain, uint16_t head)
+{
+	chain->head = head;
+	chain->disorder = 0;
+	chain->segment_count = 0;
+	chain->readable_bytes = 0;
+	chain->writable_bytes = 0;
+	chain->last_writable = NULL;
+}
+
+/* Append a descriptor; there is room. No sum overflows: at most 2^15 segments of less than 2^32 bytes. */
+static inline void vf_chain_add(struct vf_chain *chain, const struct vf_desc *desc)
+{
+	struct vf_segment *segment = &chain->segments[chain->segment_count++];
+
+	segment->iova = desc->addr;
+	segment->len = desc->len;
+	segment->writable = (desc->flags / VF_DESC_F_WRITE) & 1u;
+	if (!segment->writable) {
+		chain->readable_bytes += desc->len;
+		chain->disorder |= chain->last_writable != NULL;
+	} else if (desc->len) {
+		chain->writable_bytes += desc->len;
+		chain->last_writable = segment;
+	}
+}
 
 /* True when moving an index from old_idx to new_idx passes event (VIRTIO 1.3, 2.7.10: all modulo 2^16). */
 static inline int vf_need_event(uint16_t event, uint16_t new_idx, uint16_t old_idx)

@@ -85,9 +85,9 @@ static inline int vf_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, struct
 	return vf_split_pop(&vr->split, tlb, chain);
 }
 
-static inline void vf_vring_prefetch(const struct vf_vring *vr, uint32_t ahead)
+static inline void vf_vring_prefetch(const struct vf_vring *vr, const struct vf_iotlb *tlb, uint32_t ahead)
 {
-	vf_split_prefetch(&vr->split, ahead);
+	vf_split_prefetch(&vr->split, tlb, ahead);
 }
 
 static inline void vf_vring_push(struct vf_vring *vr, uint16_t head, uint32_t written_bytes)

@@ -107,15 +107,6 @@ static inline struct vf_desc vf_split_load_desc(const struct vf_desc *from)
 	};
 }
 
-static inline void vf_chain_add(struct vf_chain *chain, const struct vf_desc *desc)
-{
-	struct vf_segment *segment = &chain->segments[chain->segment_count++];
-
-	segment->iova = desc->addr;
-	segment->len = desc->len;
-	segment->writable = (desc->flags / VF_DESC_F_WRITE) & 1u;
-}
-
 /* Append an indirect table (VIRTIO 1.3, 2.7.5.3). 0 or -enum vf_ring_error. */
 static inline int vf_split_walk_indirect(struct vf_iotlb *tlb, const struct vf_desc *table, struct vf_chain *chain)
 {
@@ -163,8 +154,7 @@ static inline int vf_split_pop(struct vf_split *vr, struct vf_iotlb *tlb, struct
 
 	if (vf_unlikely(head >= vr->size))
 		return -VF_RING_HEAD_RANGE;
-	chain->head = head;
-	chain->segment_count = 0;
+	vf_chain_clear(chain, head);
 	for (uint32_t steps = 0; steps < vr->size; steps++) {
 		struct vf_desc desc = vf_split_load_desc(&vr->desc[slot]);
 
@@ -193,14 +183,18 @@ static inline int vf_split_pop(struct vf_split *vr, struct vf_iotlb *tlb, struct
 	return -VF_RING_CHAIN_TOO_LONG;
 }
 
-/* Start loading what the next pops will read. */
-static inline void vf_split_prefetch(const struct vf_split *vr, uint32_t ahead)
+/*
+ * Start loading what later pops will read: the descriptors of the chain twice `ahead` away, and what the first
+ * descriptor of the chain `ahead` away points at, its header. Hints only: everything is loaded again, and checked, when
+ * it is popped, and a prefetch neither faults nor brings a page into being.
+ */
+static inline void vf_split_prefetch(const struct vf_split *vr, const struct vf_iotlb *tlb, uint32_t ahead)
 {
-	uint16_t idx = (uint16_t)(vr->last_avail_idx + ahead);
-	/* A hint only: the entry is loaded again, and checked, when it is popped. */
-	uint16_t head = vf_peek_u16(&vr->avail_ring[idx & vr->mask]);
+	uint16_t far = vf_peek_u16(&vr->avail_ring[(vr->last_avail_idx + 2u * ahead) & vr->mask]);
+	uint16_t near = vf_peek_u16(&vr->avail_ring[(vr->last_avail_idx + ahead) & vr->mask]);
 
-	__builtin_prefetch(&vr->desc[head & vr->mask]);
+	__builtin_prefetch(&vr->desc[far & vr->mask]);
+	vf_iotlb_prefetch(tlb, vf_peek_u64(&vr->desc[near & vr->mask].addr));
 }
 
 /* Give a chain back; seen by the driver with the next vf_split_publish(). */

@@ -19,13 +19,6 @@ cdef extern from *:
     """
     const uint32_t BLK_DATA_BYTES_MAX
 
-# What a chain holds of each direction.
-cdef struct blk_extent:
-    uint64_t readable_bytes
-    uint64_t writable_bytes
-    vf_segment *last_writable  # the last that is not empty
-    bint disorder  # a readable segment behind a writable one (2.7.4.2)
-
 
 cdef inline int blk_fail(vf_queue *q, vf_req *req, uint8_t blk_status) noexcept nogil:
     """Answer req with an error that is the driver's own doing."""
@@ -35,25 +28,6 @@ cdef inline int blk_fail(vf_queue *q, vf_req *req, uint8_t blk_status) noexcept 
     else:
         q.counters.bad_requests += 1
     return BLK_DONE
-
-
-cdef inline void blk_measure(const vf_chain *chain, blk_extent *extent) noexcept nogil:
-    """Sum up a chain. No overflow: at most 2^15 segments of less than 2^32 bytes."""
-    cdef uint32_t i
-    cdef vf_segment *segment
-    extent.readable_bytes = 0
-    extent.writable_bytes = 0
-    extent.last_writable = NULL
-    extent.disorder = False
-    for i in range(chain.segment_count):
-        segment = &chain.segments[i]
-        if segment.writable:
-            if segment.len:
-                extent.writable_bytes += segment.len
-                extent.last_writable = segment
-        else:
-            extent.readable_bytes += segment.len
-            extent.disorder |= extent.writable_bytes != 0
 
 
 cdef inline int blk_map(vf_queue *q, vf_req *req, uint32_t writable, uint64_t skip, uint64_t want) noexcept nogil:
@@ -136,9 +110,9 @@ cdef inline int blk_copy_header(vf_queue *q, vf_req *req, vf_blk_header *header)
     return blk_copy_in(q, req, 0, header, VF_BLK_HEADER_BYTES)
 
 
-cdef inline void blk_find_status(vf_queue *q, vf_req *req, const blk_extent *extent) noexcept nogil:
+cdef inline void blk_find_status(vf_queue *q, vf_req *req) noexcept nogil:
     """Set req.status to the last writable byte of the chain; NULL where there is none that can be written."""
-    cdef vf_segment *last = extent.last_writable
+    cdef vf_segment *last = q.chain.last_writable
     cdef uint32_t run
     req.status = NULL
     if last != NULL and last.iova <= UINT64_MAX - (last.len - 1):
@@ -152,20 +126,19 @@ cdef inline bint blk_outside(const vf_blk_device *device, uint64_t sector, uint6
     return sector > device.capacity_sectors or sectors > device.capacity_sectors - sector
 
 
-cdef inline int blk_parse_rw(vf_queue *q, vf_req *req, uint64_t sector, bint writing,
-                             const blk_extent *extent) noexcept nogil:
+cdef inline int blk_parse_rw(vf_queue *q, vf_req *req, uint64_t sector, bint writing) noexcept nogil:
     """IN and OUT. Data of IN is all that is writable but the status; of OUT all that is readable but the header."""
     cdef uint64_t data_bytes
     req.op = VF_OP_WRITE if writing else VF_OP_READ
     if writing:
         # Data in device-writable segments would be in the wrong direction, as would more than a header for IN.
-        if q.device.read_only or extent.writable_bytes != 1:
+        if q.device.read_only or q.chain.writable_bytes != 1:
             return blk_fail(q, req, VF_BLK_S_IOERR)
-        data_bytes = extent.readable_bytes - VF_BLK_HEADER_BYTES
+        data_bytes = q.chain.readable_bytes - VF_BLK_HEADER_BYTES
     else:
-        if extent.readable_bytes != VF_BLK_HEADER_BYTES:
+        if q.chain.readable_bytes != VF_BLK_HEADER_BYTES:
             return blk_fail(q, req, VF_BLK_S_IOERR)
-        data_bytes = extent.writable_bytes - 1
+        data_bytes = q.chain.writable_bytes - 1
     if vf_unlikely(data_bytes % VF_SECTOR_BYTES or data_bytes > BLK_DATA_BYTES_MAX):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if vf_unlikely(blk_outside(&q.device, sector, data_bytes / VF_SECTOR_BYTES)):
@@ -210,9 +183,9 @@ cdef inline int blk_check_ranges(vf_queue *q, vf_req *req, uint32_t max_sectors)
     return BLK_SUBMIT
 
 
-cdef inline int blk_parse_ranges(vf_queue *q, vf_req *req, bint discard, const blk_extent *extent) noexcept nogil:
+cdef inline int blk_parse_ranges(vf_queue *q, vf_req *req, bint discard) noexcept nogil:
     """DISCARD and WRITE_ZEROES: the data are ranges."""
-    cdef uint64_t data_bytes = extent.readable_bytes - VF_BLK_HEADER_BYTES
+    cdef uint64_t data_bytes = q.chain.readable_bytes - VF_BLK_HEADER_BYTES
     cdef uint32_t max_seg, max_sectors
     if discard:
         req.op = VF_OP_DISCARD
@@ -224,7 +197,7 @@ cdef inline int blk_parse_ranges(vf_queue *q, vf_req *req, bint discard, const b
         max_sectors = q.device.write_zeroes_max_sectors if q.device.write_zeroes else 0
     if max_sectors == 0:
         return blk_fail(q, req, VF_BLK_S_UNSUPP)
-    if q.device.read_only or extent.writable_bytes != 1:
+    if q.device.read_only or q.chain.writable_bytes != 1:
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if data_bytes == 0 or data_bytes % sizeof(vf_blk_range) or data_bytes / sizeof(vf_blk_range) > max_seg:
         return blk_fail(q, req, VF_BLK_S_IOERR)
@@ -234,14 +207,14 @@ cdef inline int blk_parse_ranges(vf_queue *q, vf_req *req, bint discard, const b
     return blk_check_ranges(q, req, max_sectors)
 
 
-cdef inline int blk_answer_id(vf_queue *q, vf_req *req, const blk_extent *extent) noexcept nogil:
+cdef inline int blk_answer_id(vf_queue *q, vf_req *req) noexcept nogil:
     """GET_ID: 20 bytes, padded with zeroes, not terminated when they are all used."""
-    cdef uint64_t want = extent.writable_bytes - 1
+    cdef uint64_t want = q.chain.writable_bytes - 1
     cdef uint32_t i, at = 0
     req.op = VF_OP_GET_ID
     if want > VF_BLK_ID_BYTES:
         want = VF_BLK_ID_BYTES
-    if extent.readable_bytes != VF_BLK_HEADER_BYTES or want == 0 or blk_map(q, req, 1, 0, want):
+    if q.chain.readable_bytes != VF_BLK_HEADER_BYTES or want == 0 or blk_map(q, req, 1, 0, want):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     for i in range(req.iov_count):
         vf_copy_to_shared(req.iov[i].iov_base, &q.device.serial[at], req.iov[i].iov_len)
@@ -253,7 +226,6 @@ cdef inline int blk_answer_id(vf_queue *q, vf_req *req, const blk_extent *extent
 
 cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
     """Make a request of the chain in q. Returns BLK_SUBMIT, or BLK_DONE when it is answered already."""
-    cdef blk_extent extent
     cdef vf_blk_header header
 
     req.op = VF_OP_OTHER
@@ -267,26 +239,25 @@ cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
     req.range_count = 0
     req.range_at = 0
     req.stored_bytes = 0
-    blk_measure(&q.chain, &extent)
-    blk_find_status(q, req, &extent)
+    blk_find_status(q, req)
     # Without a status the driver cannot be told, so that nothing is done.
-    if vf_unlikely(req.status == NULL or extent.disorder or extent.readable_bytes < VF_BLK_HEADER_BYTES):
+    if vf_unlikely(req.status == NULL or q.chain.disorder or q.chain.readable_bytes < VF_BLK_HEADER_BYTES):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if vf_unlikely(blk_copy_header(q, req, &header)):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if vf_likely(header.type == VF_BLK_T_IN):
-        return blk_parse_rw(q, req, header.sector, False, &extent)
+        return blk_parse_rw(q, req, header.sector, False)
     if vf_likely(header.type == VF_BLK_T_OUT):
-        return blk_parse_rw(q, req, header.sector, True, &extent)
+        return blk_parse_rw(q, req, header.sector, True)
     if header.type == VF_BLK_T_FLUSH:
         req.op = VF_OP_FLUSH
         return BLK_SUBMIT
     if header.type == VF_BLK_T_GET_ID:
-        return blk_answer_id(q, req, &extent)
+        return blk_answer_id(q, req)
     if header.type == VF_BLK_T_DISCARD:
-        return blk_parse_ranges(q, req, True, &extent)
+        return blk_parse_ranges(q, req, True)
     if header.type == VF_BLK_T_WRITE_ZEROES:
-        return blk_parse_ranges(q, req, False, &extent)
+        return blk_parse_ranges(q, req, False)
     return blk_fail(q, req, VF_BLK_S_UNSUPP)
 
 

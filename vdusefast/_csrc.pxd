@@ -219,8 +219,12 @@ cdef extern from "vring_format.h" nogil:
         uint32_t writable
     struct vf_chain:
         uint16_t head
+        uint8_t disorder
         uint32_t segment_count
         vf_segment *segments
+        uint64_t readable_bytes
+        uint64_t writable_bytes
+        vf_segment *last_writable
     struct vf_split:
         uint8_t irq_due
     struct vf_vring:
@@ -231,7 +235,7 @@ cdef extern from "vring_format.h" nogil:
     void vf_vring_start(vf_vring *, uint16_t)
     int vf_vring_available(vf_vring *)
     int vf_vring_pop(vf_vring *, vf_iotlb *, vf_chain *)
-    void vf_vring_prefetch(const vf_vring *, uint32_t)
+    void vf_vring_prefetch(const vf_vring *, const vf_iotlb *, uint32_t)
     void vf_vring_push(vf_vring *, uint16_t, uint32_t)
     void vf_vring_publish(vf_vring *)
     int vf_vring_irq_wanted(vf_vring *)

@@ -1,7 +1,8 @@
 """Types of the worker's extension; see _datapath.pyx for what each does."""
 
-from typing_extensions import Buffer
 from typing import Any
+
+from typing_extensions import Buffer
 
 CONTROL: int
 FAILED: int

@@ -139,8 +139,8 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
             limit = q.free_count
         now_ns = vf_now_ns()
         for i in range(limit):
-            if i + PREFETCH_AHEAD < limit:
-                vf_vring_prefetch(&q.vring, PREFETCH_AHEAD)
+            if i + 2 * PREFETCH_AHEAD < limit:
+                vf_vring_prefetch(&q.vring, &q.tlb, PREFETCH_AHEAD)
             err = queue_take(q, now_ns)
             if vf_unlikely(err):
                 break

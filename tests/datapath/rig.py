@@ -1,0 +1,219 @@
+"""A real Queue in this process over memory, a ring and a store of the models'."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from types import TracebackType
+
+from device_model import DeviceModel, Params, View
+from model import RO, RW, SECTOR_BYTES, WRITE, Desc, Memory, Reason, Region, Ring, RingBroken, header
+
+from vdusefast import _datapath, shm
+
+RING_IOVA = 0x10_0000
+DATA_IOVA = 0x4000_0000
+IN_IOVA = DATA_IOVA  # what the device reads, in the plain set-up
+OUT_IOVA = DATA_IOVA + 0x10_0000  # what it writes
+PUBLISH_BATCH = {"memory": 8, "sync": 4, "uring": 16, "null": 16}
+
+
+def file_engines() -> list[str]:
+    """Return the engines for files that this machine allows."""
+    pages = mmap.mmap(-1, shm.queue_stride_bytes(2))
+    queue = _datapath.Queue(pages, queue_size=2, capacity_sectors=1)
+    fd = os.memfd_create("probe", os.MFD_CLOEXEC)
+    try:
+        queue.open_engine("uring", store="file", fd=fd, size_bytes=512)
+        return ["sync", "uring"]
+    except OSError:
+        return ["sync"]
+    finally:
+        queue.close()
+        pages.close()
+        os.close(fd)
+
+
+def pattern(size: int, seed: int = 1) -> bytes:
+    """Return bytes that differ from sector to sector."""
+    return bytes((i // SECTOR_BYTES * 7 + i + seed * 31) & 0xFF for i in range(size))
+
+
+class Rig:
+    """A queue that is started over `regions` and a store of capacity_sectors; nothing in flight between calls."""
+
+    def __init__(
+        self,
+        params: Params = Params(),  # noqa: B008 (frozen)
+        *,
+        size: int = 16,
+        engine: str = "memory",
+        store_fd: int | None = None,
+        start_idx: int = 0,
+        regions: Sequence[Region] | None = None,
+        ring_perms: tuple[int, int, int] = (RO, RO, RW),
+        start: bool = True,
+        cache: str = "writeback",
+    ) -> None:
+        self.params, self.engine = params, engine
+        desc, avail, used = RING_IOVA, RING_IOVA + 0x10_0000, RING_IOVA + 0x20_0000
+        areas = [
+            Region(desc, 16 * size, ring_perms[0]),
+            Region(avail, 6 + 2 * size, ring_perms[1]),
+            Region(used, 6 + 8 * size, ring_perms[2]),
+        ]
+        if regions is None:
+            regions = [Region(IN_IOVA, 0x1_0000), Region(OUT_IOVA, 0x1_0000)]
+        self.memory = Memory([*areas, *regions])
+        self.ring = Ring(self.memory, size, desc, avail, used, start_idx)
+        bytes_in_store = params.capacity_sectors * SECTOR_BYTES
+        self.store = bytearray(pattern(bytes_in_store))
+        self.owns_store = store_fd is None
+        self.store_fd = os.memfd_create("store", os.MFD_CLOEXEC) if store_fd is None else store_fd
+        if self.owns_store:
+            os.pwrite(self.store_fd, self.store, 0)
+        self.model = DeviceModel(params, self.ring, self.store, PUBLISH_BATCH[engine])
+        self.irq_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.pages = mmap.mmap(-1, shm.queue_stride_bytes(params.queue_size_max))
+        self.queue = _datapath.Queue(
+            self.pages,
+            queue_size=params.queue_size_max,
+            capacity_sectors=params.capacity_sectors,
+            block_size=params.block_size,
+            read_only=params.read_only,
+            seg_max=params.seg_max,
+            discard_max_sectors=params.discard_max_sectors,
+            discard_max_seg=params.discard_max_seg,
+            write_zeroes_max_sectors=params.write_zeroes_max_sectors,
+            write_zeroes_max_seg=params.write_zeroes_max_seg,
+            serial=params.serial,
+        )
+        self.queue.set_port_none(self.irq_fd)
+        kind = "memory" if engine == "memory" else "file"
+        self.queue.open_engine(engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache)
+        for region in self.memory.regions:
+            self.map(region)
+        if start:
+            self.start()
+
+    def map(self, region: Region) -> None:
+        self.queue.map_region(region.start, region.last, region.perm, region.fd, region.offset)
+
+    def start(self) -> None:
+        ring = self.ring
+        self.queue.start(
+            acked_features=self.params.features,
+            size=ring.size,
+            desc_addr=ring.desc,
+            driver_addr=ring.avail,
+            device_addr=ring.used,
+            last_avail_idx=ring.start_idx,
+        )
+
+    def close(self) -> None:
+        if not self.queue.failure:
+            self.queue.quiesce()
+        self.queue.close()
+        self.pages.close()
+        self.memory.close()
+        os.close(self.irq_fd)
+        if self.owns_store:
+            os.close(self.store_fd)
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # What the device did.
+
+    @property
+    def reason(self) -> Reason:
+        """The fail_reason in the shared pages."""
+        return Reason(int.from_bytes(self.pages[shm.STATUS_OFFSET + 12 : shm.STATUS_OFFSET + 16], "little"))
+
+    def counter(self, name: str) -> int:
+        at = shm.COUNTERS_OFFSET + 8 * shm.COUNTERS.index(name)
+        return int.from_bytes(self.pages[at : at + 8], "little")
+
+    def irqs(self) -> int:
+        """Interrupts since the last call."""
+        try:
+            return os.eventfd_read(self.irq_fd)
+        except BlockingIOError:
+            return 0
+
+    def store_bytes(self) -> bytes:
+        return os.pread(self.store_fd, len(self.store), 0)
+
+    def poll(self) -> int:
+        """Poll until nothing is in flight; what the first poll returned."""
+        moved = self.queue.poll()
+        for _ in range(100_000):
+            if not self.queue.inflight_count or self.queue.failure:
+                return moved
+            self.queue.poll()
+        raise AssertionError("requests stay in flight")
+
+    def agree(self) -> Reason:
+        """Let model and device do one round and compare memory, store, interrupts, and why the ring failed."""
+        view = View(self.memory)
+        expected = Reason.NONE
+        before = self.model.irqs
+        try:
+            self.model.round(view)
+        except RingBroken as broken:
+            expected = broken.reason
+        self.poll()
+        assert self.reason == expected, (self.reason, expected)
+        for region, mine, theirs in zip(self.memory.regions, view.bytes, self.memory.snapshot(), strict=True):
+            assert theirs == mine, f"region {region.start:#x} differs at {first_difference(mine, theirs)}"
+        stored = self.store_bytes()
+        assert stored == self.store, f"the store differs at byte {first_difference(self.store, stored)}"
+        assert self.irqs() == self.model.irqs - before
+        return expected
+
+    # One request in plain memory.
+
+    def ask(self, parts: Sequence[Desc]) -> tuple[int, int]:
+        """Have one chain served: (used.len, status byte at the end of the last writable descriptor)."""
+        head = self.ring.put_chain(parts)
+        before = self.ring.used_idx
+        self.ring.make_available(head)
+        assert self.poll() > 0, self.queue.failure
+        assert self.ring.used_idx == (before + 1) & 0xFFFF
+        answered, length = self.ring.used_elem(before)
+        assert answered == head
+        last = [p for p in parts if p.flags & WRITE and p.len]
+        status = self.memory.read(last[-1].addr + last[-1].len - 1, 1)[0] if last else -1
+        return length, status
+
+    def request(self, kind: int, sector: int = 0, payload: bytes = b"", data_bytes: int = 0) -> list[Desc]:
+        """Return the plain three descriptors of a request; the status starts as 0xff."""
+        self.memory.write(IN_IOVA, header(kind, sector) + payload)
+        self.memory.write(OUT_IOVA + data_bytes, b"\xff")
+        parts = [Desc(IN_IOVA, 16)]
+        if payload:
+            parts.append(Desc(IN_IOVA + 16, len(payload)))
+        if data_bytes:
+            parts.append(Desc(OUT_IOVA, data_bytes, WRITE))
+        return [*parts, Desc(OUT_IOVA + data_bytes, 1, WRITE)]
+
+    def break_ring(self) -> Reason:
+        """Poll, expecting failure; the reason, after checking that the queue stays failed."""
+        assert self.queue.poll() == -1
+        assert self.queue.failure
+        assert self.queue.poll() == -1
+        assert self.counter("ring_errors") == 1
+        return self.reason
+
+
+def first_difference(left: bytes | bytearray, right: bytes | bytearray) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), -1)
+
+
+def raw_desc(data: bytes) -> Desc:
+    return Desc(*struct.unpack("<QIHH", data))

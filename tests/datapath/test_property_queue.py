@@ -1,0 +1,125 @@
+"""The real queue and the model agree on every schedule: memory, store, interrupts and the reason of a failure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from device_model import Params
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from model import F_EVENT_IDX, Reason
+from rig import Rig, file_engines, pattern
+from schedules import CAPACITY, chains, layouts, params, put, regions_of
+
+sizes = st.sampled_from([2, 4, 16, 64, 256])
+start_indices = st.sampled_from([0, 1, 65530, 65535, 32767])
+
+
+def relaxed(max_examples: int) -> settings:
+    """No deadline: the machine may be busy."""
+    return settings(
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=os.environ.get("CI") == "true",
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
+def run_schedule(data: st.DataObject, rig: Rig, layout: list[tuple[int, int, int, int]], *, hostile: bool) -> None:
+    """Make chains available and compare, step after step, until the ring fails."""
+    for _ in range(data.draw(st.integers(1, 4), label="steps")):
+        used_event = (rig.ring.avail_idx + data.draw(st.integers(-3, 3))) & 0xFFFF
+        rig.ring.set_wish(no_interrupt=data.draw(st.booleans()), used_event=used_event)
+        for _ in range(data.draw(st.integers(0, min(4, rig.ring.size)), label="chains")):
+            chain = data.draw(chains(layout, hostile=hostile))
+            rig.ring.make_available(put(rig, chain))
+        reason = rig.agree()
+        event(reason.name)
+        if reason != Reason.NONE:
+            assert rig.queue.poll() == -1
+            return
+
+
+@relaxed(250)
+@given(st.data(), sizes, start_indices)
+def test_memory_engine_agrees_with_the_model(data: st.DataObject, size: int, start_idx: int) -> None:
+    layout = data.draw(layouts())
+    what = data.draw(params(queue_size=size))
+    with Rig(what, size=size, start_idx=start_idx, regions=regions_of(layout)) as rig:
+        run_schedule(data, rig, layout, hostile=True)
+
+
+@pytest.mark.parametrize("engine", file_engines())
+def test_file_engines_agree_with_the_model(engine: str, tmp_path: Path) -> None:
+    path = tmp_path / "store"
+
+    @relaxed(80)
+    @given(st.data(), st.sampled_from(["writeback", "writethrough", "unsafe"]))
+    def agree(data: st.DataObject, cache: str) -> None:
+        layout = data.draw(layouts())
+        what = data.draw(params(queue_size=16))
+        path.write_bytes(pattern(CAPACITY * 512))
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            with Rig(what, engine=engine, store_fd=fd, regions=regions_of(layout), cache=cache) as rig:
+                for _ in range(data.draw(st.integers(1, 3))):
+                    # One at a time: the order of completions, and so the used ring, is an engine's own affair.
+                    rig.ring.make_available(put(rig, data.draw(chains(layout, hostile=False))))
+                    if rig.agree() != Reason.NONE:
+                        return
+        finally:
+            os.close(fd)
+
+    agree()
+
+
+@pytest.mark.parametrize("size", [1024, 32768])
+def test_large_queues_wrap_around(size: int) -> None:
+    @relaxed(6)
+    @given(st.data())
+    def agree(data: st.DataObject) -> None:
+        layout = data.draw(layouts())
+        what = data.draw(params(queue_size=size))
+        with Rig(what, size=size, start_idx=65534, regions=regions_of(layout)) as rig:
+            run_schedule(data, rig, layout, hostile=False)
+
+    agree()
+
+
+@relaxed(60)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(-40, 40), st.booleans()), min_size=1, max_size=8),
+    start_indices,
+    st.booleans(),
+)
+def test_interrupts_are_sent_exactly_when_the_driver_asked(
+    bursts: list[tuple[int, int, bool]], start_idx: int, event_idx: bool
+) -> None:
+    features = Params.features if event_idx else Params.features & ~F_EVENT_IDX
+    with Rig(Params(features=features), size=64, start_idx=start_idx) as rig:
+        parts = rig.request(4)  # FLUSH
+        for burst, distance, quiet in bursts:
+            rig.ring.set_wish(no_interrupt=quiet, used_event=rig.ring.avail_idx + distance)
+            for _ in range(burst):
+                rig.ring.make_available(rig.ring.put_chain(parts))
+            rig.agree()
+        assert rig.counter("irqs") == rig.model.irqs
+        assert rig.counter("irqs") + rig.counter("irqs_suppressed") == rig.counter("batches")
+
+
+@relaxed(60)
+@given(st.data())
+def test_index_anywhere_is_served_or_refused(data: st.DataObject) -> None:
+    """Whatever the avail ring says: served as the model does, or failed for the same reason."""
+    with Rig(size=8, start_idx=data.draw(start_indices)) as rig:
+        parts = rig.request(0, 0, b"", 512)
+        for _ in range(3):
+            rig.ring.make_available(rig.ring.put_chain(parts))
+        for slot in range(8):
+            if data.draw(st.booleans()):
+                head = data.draw(st.one_of(st.integers(0, 9), st.integers(0, 65535)))
+                rig.ring.put_u16(rig.ring.avail + 4 + 2 * slot, head)
+        rig.ring.put_u16(rig.ring.avail + 2, rig.ring.start_idx + data.draw(st.integers(-3, 11)))
+        event(rig.agree().name)

@@ -1,0 +1,203 @@
+"""`python -m vdusefast.bench fio` as people run it: real devices, short jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vdusefast import _driver
+
+MIB = 1 << 20
+
+
+def fio(*words: str, timeout_s: float = 50.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vdusefast.bench", "fio", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def report(*words: str) -> dict[str, Any]:
+    done = fio(*words, "--output-format=json")
+    assert done.returncode == 0, done.stderr
+    parsed: dict[str, Any] = json.loads(done.stdout)
+    return parsed
+
+
+def test_verified_file_holds_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    words = ["--name=v", "--rw=randrw", "--bs=4k", "--iodepth=16", "--verify=crc32c", "--queues=2", "--size=4m"]
+    data = report(*words, "--cpus=0,1" if os.cpu_count() != 1 else "--cpus=0,0", f"--backend=file:{path}")
+    (check,) = data["vdusefast"]["verify"]
+    assert check["verify_errors"] == check["request_errors"] == 0
+    assert check["blocks_verified"] >= check["read_back_ios"] == data["jobs"][0]["write"]["total_ios"] > 0
+    disk = path.read_bytes()
+    good = sum(_driver.check_block(disk[at : at + 4096], at) == "none" for at in range(0, len(disk), 4096))
+    assert good == data["jobs"][0]["write"]["total_ios"]
+    queues = data["vdusefast"]["queues"]
+    assert len({q["pid"] for q in queues}) == 2
+    assert all(q["requests"] > 0 for q in queues)
+
+
+def test_report_keeps_to_fios_schema() -> None:
+    data = report(
+        *["--name=s", "--rw=randwrite", "--bs=4k", "--iodepth=4", "--fsync=8", "--size=1m", "--backend=memory:4M"]
+    )
+    assert {"fio version", "timestamp", "time", "global options", "jobs", "vdusefast"} <= set(data)
+    job = data["jobs"][0]
+    assert (job["jobname"], job["error"], job["job options"]["rw"]) == ("s", 0, "randwrite")
+    write = job["write"]
+    assert (write["total_ios"], write["io_bytes"], write["io_kbytes"]) == (256, MIB, 1024)
+    assert write["iops"] > 0
+    clat = write["clat_ns"]
+    assert clat["N"] == 256
+    assert 0 < clat["min"] <= clat["percentile"]["50.000000"] <= clat["percentile"]["99.000000"] <= clat["max"]
+    assert clat["min"] <= clat["mean"] <= clat["max"]
+    assert job["read"]["total_ios"] == job["trim"]["total_ios"] == 0
+    assert job["sync"]["total_ios"] == 32
+    assert {"usr_cpu", "sys_cpu", "elapsed", "groupid"} <= set(job)
+    extra = data["vdusefast"]
+    assert extra["transport"] == "loopback"
+    assert extra["engine_used"] == "memory"
+    assert {"cpu", "kernel", "versions"} <= set(extra["host"])
+    fields = {"index", "pid", "cpu", "requests", "bytes_read", "bytes_written", "errors", "kicks", "irqs", "batches"}
+    assert fields <= set(extra["queues"][0])
+    assert extra["queues"][0]["bytes_written"] == MIB
+
+
+def test_write_then_read_in_two_runs(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    report(
+        *["--name=w", "--rw=write", "--bs=8k", "--size=2m", "--verify=crc32c", "--do_verify=0"],
+        f"--backend=file:{path}",
+    )
+    words = ["--name=r", "--rw=randread", "--bs=8k", "--iodepth=4", "--verify=crc32c", f"--backend=file:{path}"]
+    assert report(*words)["vdusefast"]["verify"][0]["blocks_verified"] == 256
+    with path.open("r+b") as disk:
+        disk.seek(5 * 8192 + 100)
+        disk.write(b"oops")
+    done = fio(*words)
+    assert done.returncode == 1
+    assert "read of block 5 at byte 40960: checksum" in done.stdout
+
+
+def test_pattern_trim_and_numjobs_in_one_run(tmp_path: Path) -> None:
+    job = tmp_path / "all.fio"
+    job.write_text(
+        "[global]\nbs=4k\nsize=2m\niodepth=8\nqueues=2\n"
+        "[w]\nrw=randwrite\nnumjobs=3\nverify=pattern\nverify_pattern=0xa55a\n"
+        "[t]\nstonewall\nrw=randtrim\nsize=1m\n"
+        "[r]\nstonewall\nrw=read\nverify=pattern\nverify_pattern=0xa55a\noffset=1m\nsize=896k\n"
+    )
+    data = report(str(job))
+    assert [j["jobname"] for j in data["jobs"]] == ["w", "w", "w", "t", "r"]
+    assert data["jobs"][3]["trim"]["total_ios"] == 256
+    assert all(check["verify_errors"] == 0 for check in data["vdusefast"]["verify"])
+    assert data["vdusefast"]["verify"][4]["blocks_verified"] == 224
+
+
+def test_group_reporting_and_time_based() -> None:
+    words = "--name=g --rw=randread --numjobs=3 --group_reporting --time_based --runtime=0.3 --ramp_time=0.1"
+    data = report(*words.split(), "--backend=null:1G", "--queues=2")
+    (job,) = data["jobs"]
+    assert 250 <= job["read"]["runtime"] <= 2000
+    assert job["read"]["total_ios"] > 100
+
+
+def test_text_report_says_what_was_done(tmp_path: Path) -> None:
+    out = tmp_path / "report.txt"
+    done = fio(*["--name=x", "--rw=rw", "--size=1m", "--verify=crc32c", "--explain"], f"--output={out}")
+    assert done.returncode == 0
+    assert "worker process" in done.stdout
+    text = out.read_text()
+    for words in ("IOPS", "p99.9", "CPU used", "req/kick", "req/irq", "0 wrong", "What this was"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ("--name=a --rw=read --nonsense=1", 2, "unknown option '--nonsense'"),
+        ("--name=a --rw=read --transport=kernel", 5, "loopback"),
+        ("--name=a --rw=read --backend=file:/nonexistent/x.img --size=1m", 1, "No such file"),
+        ("--name=a --rw=read --backend=file:/nonexistent.img", 2, "give --size"),
+        ("--name=a --rw=read --cpus=4095 --backend=null:1M", 2, "4095 does not exist"),
+        ("--name=a --rw=read --driver-cpus=4095 --backend=null:1M", 2, "4095 does not exist"),
+        ("--name=a --rw=read --size=2m --backend=null:1M", 2, "the device has"),
+        ("--name=a --rw=read --bs=32m --backend=null:64M", 2, "smaller block size"),
+    ],
+)
+def test_errors_are_one_line(words: str, status: int, message: str) -> None:
+    done = fio(*words.split())
+    assert done.returncode == status
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_existing_file_is_never_grown(tmp_path: Path) -> None:
+    path = tmp_path / "small.img"
+    path.write_bytes(bytes(MIB))
+    done = fio("--name=a", "--rw=write", "--size=2m", f"--backend=file:{path}")
+    assert done.returncode == 2
+    assert "not grown" in done.stderr
+    assert path.stat().st_size == MIB
+
+
+def test_missing_fio_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    done = fio(*["--name=a", "--rw=read", "--size=1m", "--baseline=psync"])
+    assert done.returncode == 2
+    assert "apt-get install fio" in done.stderr
+
+
+def test_config_file_and_options_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "vd.toml"
+    path.write_text('[device]\nname = "vdbench"\nqueues = 2\n[backend]\nuri = "memory:4M"\n[[queue]]\npoll_us = 0\n')
+    words = ["--name=c", "--rw=randwrite", "--verify=crc32c", f"--config={path}"]
+    assert len(report(*words)["vdusefast"]["queues"]) == 2
+    data = report(*words, "--queues=1", "--cpus=0")["vdusefast"]
+    assert [q["cpu"] for q in data["queues"]] == [0]
+    assert data["backend"] == "memory:4M"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_drains_reports_and_ends_with_status_0(tmp_path: Path, number: signal.Signals) -> None:
+    words = ["--name=s", "--rw=randrw", "--verify=crc32c", "--size=4m", "--time_based", "--runtime=60"]
+    command = [sys.executable, "-m", "vdusefast.bench", "fio", *words, f"--output={tmp_path / 'out'}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("job:"):
+            break
+    time.sleep(0.5)
+    process.send_signal(number)
+    process.stdout.read()
+    process.stdout.close()
+    assert process.wait(20) == 0
+    assert f"stopped early by {number.name}" in (tmp_path / "out").read_text()
+    assert not list(tmp_path.glob("vdusefast-bench-*"))
+
+
+def test_killed_worker_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    words = ["--name=k", "--rw=randread", "--backend=memory:4M", "--queues=2", "--time_based", "--runtime=60"]
+    command = [sys.executable, "-m", "vdusefast.bench", "fio", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pid = 0
+    for line in process.stdout:
+        if "queue 1: worker process" in line:
+            pid = int(line.split("worker process ")[1].split(",")[0])
+        if line.startswith("job:"):
+            break
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGKILL)
+    _out, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert str(pid) in err
+    assert "SIGKILL" in err
