@@ -17,6 +17,8 @@ enum vf_drv_order {
 	VF_ORDER_RANDOM,
 };
 
+__extension__ typedef unsigned __int128 vf_u128;
+
 struct vf_drv_seq {
 	uint64_t count; /* blocks; at least 1 */
 	uint64_t counter; /* place in the pass, below 2^bits */
@@ -69,7 +71,7 @@ static inline uint64_t vf_drv_seq_permute(const struct vf_drv_seq *seq, uint64_t
 static inline uint64_t vf_drv_seq_next(struct vf_drv_seq *seq)
 {
 	if (seq->order == VF_ORDER_RANDOM)
-		return (uint64_t)(((unsigned __int128)vf_random64(&seq->random) * seq->count) >> 64);
+		return (uint64_t)(((vf_u128)vf_random64(&seq->random) * seq->count) >> 64);
 	if (seq->order == VF_ORDER_SEQUENTIAL) {
 		uint64_t block = seq->counter++;
 		if (seq->counter == seq->count)

@@ -22,6 +22,7 @@ cdef enum:
 
 cdef enum:
     PREFETCH_AHEAD = 4
+    IRQ_DELAY_NS = 50000  # how long a sleeping driver waits at most for the rest of a round
     RELOOK_MS = 100  # a kick can be lost with a worker that died; the ring is looked at this often anyway
     SPIN_CLOCK_MASK = 31  # the clock is read once in so many turns of the spin
     SPIN_FAILS_MAX = 3  # spins in vain before spinning becomes rare
@@ -36,8 +37,8 @@ cdef struct loop_idle:
     bint spinning
 
 
-cdef inline void queue_publish(vf_queue *q) noexcept nogil:
-    """Show the driver what was pushed, clear the log, count, and interrupt if the driver wants it."""
+cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
+    """Show the driver what was pushed, clear the log, count. Returns the time in nanoseconds."""
     cdef uint32_t i
     cdef uint64_t now_ns
     cdef vf_req *req
@@ -55,6 +56,11 @@ cdef inline void queue_publish(vf_queue *q) noexcept nogil:
     q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
     q.inflight.last_used_idx = vf_vring_last_used_idx(&q.vring)
     q.counters.batches += 1
+    return now_ns
+
+
+cdef inline void queue_interrupt(vf_queue *q) noexcept nogil:
+    """Interrupt the driver if it wants that for what was published since the last time."""
     if not vf_vring_irq_wanted(&q.vring):
         q.counters.irqs_suppressed += 1
     elif q.port.inject_irq(&q.port) == 0:
@@ -129,6 +135,7 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
     cdef uint64_t now_ns
     cdef int count
     cdef int err = 0
+    cdef bint published = False
 
     if q.engine.inflight_count:
         moved = queue_reap(q)
@@ -145,7 +152,12 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
             if vf_unlikely(err):
                 break
             if q.unpublished_count >= q.engine.ops.publish_batch:
-                queue_publish(q)
+                # A driver that spins sees these at once. One that sleeps is woken once for many, unless that takes long:
+                # on a CPU shared with it, each wake-up would end our turn.
+                published = True
+                if queue_publish(q) - now_ns > IRQ_DELAY_NS:
+                    queue_interrupt(q)
+                    published = False
         moved += limit
     elif vf_unlikely(count < 0):
         err = count
@@ -153,6 +165,9 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
         q.engine.ops.flush(&q.engine)
     if q.unpublished_count:
         queue_publish(q)
+        published = True
+    if published:
+        queue_interrupt(q)
     if vf_unlikely(q.counters.memory_faults != q.faults_seen):
         err = -VF_RING_MEMORY_GONE
     return err if vf_unlikely(err) else <int> moved
@@ -166,8 +181,10 @@ cdef inline void queue_drain(vf_queue *q) noexcept nogil:
             q.engine.ops.wait(&q.engine)
         if q.unpublished_count:
             queue_publish(q)
+            queue_interrupt(q)
     if q.unpublished_count:
         queue_publish(q)
+        queue_interrupt(q)
 
 
 cdef inline void queue_set_state(vf_queue *q, uint32_t state) noexcept nogil:

@@ -35,6 +35,7 @@ from rig import DATA_IOVA, Rig
 
 CAPACITY = 64
 TABLE_IOVA = 0x8000_0000
+BIG_BYTES = 80_000
 
 kinds = st.sampled_from([T_IN, T_OUT, T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES, 1, 5, 99, 0x8000_0000])
 sectors = st.one_of(
@@ -110,7 +111,7 @@ def layouts(draw: st.DrawFn) -> list[tuple[int, int, int, int]]:
     for size, perm, gap in specs:
         found.append((at, size, perm, gap % 16))
         at += size + (gap if gap >= 0x1000 else 0)
-    found.append((at, 80_000, RW, 0))
+    found.append((at, BIG_BYTES, RW, 0))
     if draw(st.booleans()):
         found.append((U64 - 2048, 2048, RW, 0))
     return found
@@ -122,29 +123,56 @@ def regions_of(layout: list[tuple[int, int, int, int]]) -> list[Region]:
     return [*(Region(*spec) for spec in layout), *tables]
 
 
+good_sectors = st.integers(0, 7).map(lambda block: block * 8)
+good_sizes = st.sampled_from([4096, 4096, 8192, 0])
+good_pieces = st.lists(st.tuples(good_sectors, st.sampled_from([8, 0, 8]), st.just(0)), min_size=1, max_size=2)
+good_kinds = st.sampled_from([T_IN, T_OUT, T_IN, T_OUT, T_GET_ID, T_DISCARD, T_WRITE_ZEROES, T_FLUSH])
+
+
 @st.composite
-def chains(draw: st.DrawFn, layout: list[tuple[int, int, int, int]], *, hostile: bool = True) -> Chain:
+def good_chains(draw: st.DrawFn, big: int, *, indirect: bool) -> Chain:
+    """A request without fault, somewhere in the big region and cut in any way; most are on the device."""
+    slot = draw(st.integers(0, 3))
+    return Chain(
+        kind=draw(good_kinds),
+        sector=draw(good_sectors),
+        data_bytes=draw(good_sizes),
+        pieces=tuple(draw(good_pieces)),
+        cuts_in=tuple(draw(cuts)),
+        cuts_out=tuple(draw(cuts)),
+        in_at=big + 8300 * slot,
+        out_at=big + 40_000 + 8300 * slot,
+        indirect=draw(st.integers(0, 2)) if indirect else 0,
+        table_at=TABLE_IOVA + draw(st.sampled_from([0, 48, 96, 8, 4])) + 400 * slot,
+    )
+
+
+@st.composite
+def chains(
+    draw: st.DrawFn, layout: list[tuple[int, int, int, int]], what: Params, *, hostile: bool = True
+) -> Chain:
     """A chain over a layout. Those that are not hostile never break the ring."""
-    big = layout[-1][0] if layout[-1][1] == 80_000 else layout[-2][0]
+    big = next(start for start, size, *_ in layout if size == BIG_BYTES)
+    indirect = bool(what.features & F_INDIRECT)
+    if draw(st.booleans()):
+        return draw(good_chains(big, indirect=indirect))
     anywhere = st.sampled_from([start for start, *_ in layout]).flatmap(
         lambda start: st.integers(0, 600).map(lambda more: (start + more) % U64)
     )
     flips = st.tuples(st.integers(0, 9), st.sampled_from([WRITE, INDIRECT, NEXT | INDIRECT] if hostile else [WRITE]))
     slot = draw(st.integers(0, 3))
-    # Half of the chains lie where nothing is in their way, each at a place of its own.
-    plain = draw(st.booleans())
     return Chain(
         kind=draw(kinds),
-        sector=draw(sectors),
-        data_bytes=draw(data_sizes),
-        pieces=tuple(draw(st.lists(range_triples, max_size=4))),
+        sector=draw(st.one_of(good_sectors, sectors)),
+        data_bytes=draw(st.one_of(good_sizes, data_sizes)),
+        pieces=tuple(draw(st.one_of(good_pieces, st.lists(range_triples, max_size=4)))),
         cuts_in=tuple(draw(cuts)),
         cuts_out=tuple(draw(cuts)),
-        in_at=big + 300 * slot if plain else draw(anywhere),
-        out_at=big + 40_000 + 300 * slot if plain else draw(anywhere),
+        in_at=draw(st.one_of(st.just(big + 8300 * slot), anywhere)),
+        out_at=draw(st.one_of(st.just(big + 40_000 + 8300 * slot), anywhere)),
         trim_in=draw(st.sampled_from([0] * 9 + [-1, -16, 1, 16])),
         trim_out=draw(st.sampled_from([0] * 9 + [-1, 1])),
-        indirect=draw(st.sampled_from([0, 0, 1, 2])),
+        indirect=draw(st.integers(0, 2)) if indirect or (hostile and draw(st.integers(0, 9)) == 0) else 0,
         table_at=TABLE_IOVA + draw(st.sampled_from([0, 0, 48, 96, 8, 4])) + 400 * slot,
         flip=draw(st.one_of(st.none(), st.none(), st.none(), flips)),
     )

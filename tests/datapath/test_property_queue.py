@@ -29,11 +29,12 @@ def relaxed(max_examples: int) -> settings:
 
 def run_schedule(data: st.DataObject, rig: Rig, layout: list[tuple[int, int, int, int]], *, hostile: bool) -> None:
     """Make chains available and compare, step after step, until the ring fails."""
+    what = rig.params
     for _ in range(data.draw(st.integers(1, 4), label="steps")):
         used_event = (rig.ring.avail_idx + data.draw(st.integers(-3, 3))) & 0xFFFF
         rig.ring.set_wish(no_interrupt=data.draw(st.booleans()), used_event=used_event)
         for _ in range(data.draw(st.integers(0, min(4, rig.ring.size)), label="chains")):
-            chain = data.draw(chains(layout, hostile=hostile))
+            chain = data.draw(chains(layout, what, hostile=hostile))
             rig.ring.make_available(put(rig, chain))
         reason = rig.agree()
         event(reason.name)
@@ -66,7 +67,7 @@ def test_file_engines_agree_with_the_model(engine: str, tmp_path: Path) -> None:
             with Rig(what, engine=engine, store_fd=fd, regions=regions_of(layout), cache=cache) as rig:
                 for _ in range(data.draw(st.integers(1, 3))):
                     # One at a time: the order of completions, and so the used ring, is an engine's own affair.
-                    rig.ring.make_available(put(rig, data.draw(chains(layout, hostile=False))))
+                    rig.ring.make_available(put(rig, data.draw(chains(layout, what, hostile=False))))
                     if rig.agree() != Reason.NONE:
                         return
         finally:

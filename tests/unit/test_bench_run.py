@@ -130,6 +130,7 @@ def test_text_report_says_what_was_done(tmp_path: Path) -> None:
         ("--name=a --rw=read --cpus=4095 --backend=null:1M", 2, "4095 does not exist"),
         ("--name=a --rw=read --driver-cpus=4095 --backend=null:1M", 2, "4095 does not exist"),
         ("--name=a --rw=read --size=2m --backend=null:1M", 2, "the device has"),
+        ("--name=a --rw=write --verify=crc32c --backend=null:1M", 2, "keeps nothing"),
         ("--name=a --rw=read --bs=32m --backend=null:64M", 2, "smaller block size"),
     ],
 )

@@ -16,7 +16,7 @@ from vdusefast.bench import figures
 from vdusefast.bench.baseline import find_fio, run_baseline
 from vdusefast.bench.jobs import AUTO_QUEUES, JobSpec, Plan, RunOptions
 from vdusefast.bench.plan import place_jobs, required_bytes
-from vdusefast.bench.report import ProgressLine, bytes_text, print_report
+from vdusefast.bench.report import INTRODUCTION, ProgressLine, bytes_text, print_report
 from vdusefast.bench.run import Control, JobRun, driver_cpus, run_group
 from vdusefast.bench.store import BenchStore
 from vdusefast.config import Config, load_config, make_config, override, resolve_cpus
@@ -90,6 +90,8 @@ def run_plan(plan: Plan) -> int:
     def say(text: str) -> None:
         print(text, file=notes, flush=True)
 
+    if run.explain:
+        say(INTRODUCTION)
     say(f"transport: {transport} ({reason})")
     uri = run.backend
     if uri is None and run.config is not None:
@@ -113,7 +115,7 @@ def _run_device(plan: Plan, config: Config, say: Any) -> _Outcome:
     with StopSignals() as signals, Device(config) as device, device.driver() as driver:
         _describe(device, driver, config, plan, say)
         groups = place_jobs(plan.jobs, driver.capacity_bytes, driver.block_size_bytes)
-        _check_abilities(plan.jobs, driver)
+        _check_abilities(plan.jobs, driver, keeps_data=not config.backend.uri.startswith("null:"))
         worker_cpus = [q.cpu for q in config.queue if q.cpu is not None]
         wanted = parse_cpu_list(plan.run.driver_cpus) if plan.run.driver_cpus else None
         for cpu in wanted or []:
@@ -155,10 +157,12 @@ def _still_trimmed(before: list[tuple[int, int]], runs: Sequence[JobRun]) -> lis
     return now
 
 
-def _check_abilities(jobs: Sequence[JobSpec], driver: LoopbackDriver) -> None:
+def _check_abilities(jobs: Sequence[JobSpec], driver: LoopbackDriver, *, keeps_data: bool) -> None:
     """Refuse jobs that this device cannot serve, before anything runs."""
     config = driver.config
     for job in jobs:
+        if job.verify != "none" and not keeps_data:
+            raise ConfigError(f"job {job.name}: verify={job.verify}, but a null store keeps nothing")
         if job.writes and driver.has(uapi.VIRTIO_BLK_F_RO):
             raise ConfigError(f"job {job.name}: rw={job.rw}, but the device is read-only")
         if job.kind == "trim" and not driver.has(uapi.VIRTIO_BLK_F_DISCARD):

@@ -133,7 +133,9 @@ def verify_lines(checks: Sequence[Json]) -> list[str]:
     wrong = sum(c["verify_errors"] for c in checks)
     failed = sum(c["request_errors"] for c in checks)
     if any(c["verify"] != "none" for c in checks):
-        lines.append(f"verified: {verified} blocks read back and compared, {wrong} wrong")
+        lines.append(
+            f"verified: {verified} times a block was read and compared with what was last written to it, {wrong} wrong"
+        )
     else:
         lines.append("verified: nothing (no job asks for it; --verify=crc32c does)")
     lines.append(f"failed requests: {failed}")
@@ -158,6 +160,10 @@ def baseline_lines(baselines: Sequence[Json]) -> list[str]:
     ]
 
 
+INTRODUCTION = """\
+This starts a block device, lets jobs read and write it for a while, reads back every block that was written, and says
+how fast it was and whether every byte was right.
+"""
 EXPLANATION = """\
 What this was: each queue of the device is served by a worker process of its own, which moves data straight between the
 store and the driver's memory. The load came through the rings that a virtual machine or the kernel would use.
