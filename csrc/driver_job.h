@@ -301,6 +301,8 @@ static inline void vf_drv_job_enqueue(struct vf_drv_job *job, struct vf_drv_vq *
 		uint64_t at = index * job->table_stride_bytes;
 		vf_drv_vq_add_indirect(vq, (struct vf_desc *)(void *)(job->table_va + at), job->table_iova + at, segments,
 				       count, cookie);
+	} else if (vf_likely(count == 3)) {
+		vf_drv_vq_add(vq, segments, 3, cookie); /* a constant, so that the compiler unrolls it */
 	} else {
 		vf_drv_vq_add(vq, segments, count, cookie);
 	}

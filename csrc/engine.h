@@ -25,6 +25,10 @@ struct vf_engine_ops {
 	uint32_t (*reap)(struct vf_engine *engine, struct vf_req **done, uint32_t max);
 	/* Block until one is finished, or a signal. NULL as reap. */
 	void (*wait)(struct vf_engine *engine);
+	/* Before a sleep: have poll_fd become readable when one finishes. 1: one has already. NULL as reap. */
+	int (*arm)(struct vf_engine *engine);
+	/* After it: leave poll_fd alone, which costs less. NULL as reap. */
+	void (*disarm)(struct vf_engine *engine);
 	void (*close)(struct vf_engine *engine);
 	/* How many completions may wait for each other before the driver is shown them: few when each takes long. */
 	uint32_t publish_batch;
@@ -34,7 +38,7 @@ struct vf_engine {
 	const struct vf_engine_ops *ops;
 	struct vf_store store;
 	uint32_t inflight_count;
-	int poll_fd; /* readable when reap() has something; -1 = never */
+	int poll_fd; /* see arm(); -1 = never */
 	void *state; /* the engine's own; owned */
 };
 

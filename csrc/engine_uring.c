@@ -10,11 +10,18 @@
 #include <liburing.h>
 #include <linux/falloc.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "barrier.h"
 
 #define VF_URING_RETRY_MAX 8u
+#define VF_REAP_MAX 64u
+#define VF_URING_BATCH 4u /* a device that idles waits for no more than these to be prepared */
 
 struct vf_uring {
 	struct io_uring ring;
+	int event_fd; /* owned: a ring whose work is deferred to its issuer does not make its own descriptor readable */
 	uint8_t fixed_file;
 };
 
@@ -29,7 +36,7 @@ static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries)
 	int err = -EINVAL;
 
 	for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]) && err == -EINVAL; i++) {
-		struct io_uring_params params = { .flags = flags[i] | IORING_SETUP_CLAMP };
+		struct io_uring_params params = { .flags = flags[i] };
 
 		err = io_uring_queue_init_params(entries, ring, &params);
 	}
@@ -48,31 +55,22 @@ static int vf_uring_open(struct vf_engine *engine, uint32_t slot_count)
 		free(uring);
 		return err;
 	}
+	uring->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	err = uring->event_fd < 0 ? -errno : io_uring_register_eventfd(&uring->ring, uring->event_fd);
+	if (!err)
+		err = io_uring_cq_eventfd_toggle(&uring->ring, false);
+	if (err) {
+		if (uring->event_fd >= 0)
+			close(uring->event_fd);
+		io_uring_queue_exit(&uring->ring);
+		free(uring);
+		return err;
+	}
 	/* A registered file saves a reference count per request; without it everything works the same. */
 	uring->fixed_file = io_uring_register_files(&uring->ring, &engine->store.fd, 1) == 0;
 	engine->state = uring;
-	engine->poll_fd = uring->ring.ring_fd;
+	engine->poll_fd = uring->event_fd;
 	return 0;
-}
-
-static void vf_uring_close(struct vf_engine *engine)
-{
-	struct vf_uring *uring = engine->state;
-
-	io_uring_queue_exit(&uring->ring);
-	free(uring);
-	engine->state = NULL;
-}
-
-static struct io_uring_sqe *vf_uring_get_sqe(struct vf_uring *uring)
-{
-	struct io_uring_sqe *sqe = io_uring_get_sqe(&uring->ring);
-
-	if (!sqe) { /* the ring was clamped below the number of slots */
-		io_uring_submit(&uring->ring);
-		sqe = io_uring_get_sqe(&uring->ring);
-	}
-	return sqe;
 }
 
 static int vf_uring_zero_mode(const struct vf_req *req)
@@ -105,7 +103,7 @@ static void vf_uring_prepare(const struct vf_uring *uring, const struct vf_store
 			     struct vf_req *req)
 {
 	int fd = uring->fixed_file ? 0 : store->fd;
-	unsigned int count = req->iov_count > VF_IOV_MAX ? VF_IOV_MAX : req->iov_count;
+	unsigned int count = req->iov_count; /* at most VF_IOV_MAX */
 
 	switch ((enum vf_op)req->op) {
 	case VF_OP_READ:
@@ -136,6 +134,22 @@ static void vf_uring_prepare(const struct vf_uring *uring, const struct vf_store
 	io_uring_sqe_set_data(sqe, req);
 }
 
+/* A ring that does not take requests for good is a bug of ours: nothing that is in it could ever be finished. */
+static void vf_uring_check(int rc)
+{
+	if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY && rc != -ENOMEM)
+		abort();
+}
+
+static void vf_uring_flush(struct vf_engine *engine)
+{
+	struct vf_uring *uring = engine->state;
+
+	/* What the kernel does not take now stays in the ring for the next call. */
+	if (io_uring_sq_ready(&uring->ring))
+		vf_uring_check(io_uring_submit(&uring->ring));
+}
+
 static int vf_uring_submit(struct vf_engine *engine, struct vf_req *req)
 {
 	struct vf_uring *uring = engine->state;
@@ -145,23 +159,12 @@ static int vf_uring_submit(struct vf_engine *engine, struct vf_req *req)
 		req->result = vf_store_do(&engine->store, req);
 		return 1;
 	}
-	sqe = vf_uring_get_sqe(uring);
-	if (!sqe) {
-		req->result = -EAGAIN;
-		return 1;
-	}
+	sqe = io_uring_get_sqe(&uring->ring); /* never NULL: one for each slot, and a request has one at a time */
 	vf_uring_prepare(uring, &engine->store, sqe, req);
 	engine->inflight_count++;
+	if (io_uring_sq_ready(&uring->ring) >= VF_URING_BATCH)
+		vf_uring_flush(engine);
 	return 0;
-}
-
-static void vf_uring_flush(struct vf_engine *engine)
-{
-	struct vf_uring *uring = engine->state;
-
-	/* What the kernel does not take now (EAGAIN, EBUSY, EINTR) stays in the ring for the next call. */
-	if (io_uring_sq_ready(&uring->ring))
-		io_uring_submit(&uring->ring);
 }
 
 /* Digest one completion: 1 when the request is finished, 0 when its rest has been submitted again. */
@@ -180,7 +183,7 @@ static int vf_uring_digest(struct vf_engine *engine, struct vf_req *req, int res
 	}
 	if (res == -EINTR || (res == -EAGAIN && req->retry_count++ < VF_URING_RETRY_MAX))
 		return vf_uring_submit(engine, req);
-	if (res == -EOPNOTSUPP && (req->op == VF_OP_DISCARD || req->op == VF_OP_WRITE_ZEROES)) {
+	if (vf_store_is_unsupported(res) && (req->op == VF_OP_DISCARD || req->op == VF_OP_WRITE_ZEROES)) {
 		if (req->op == VF_OP_DISCARD || req->unmap)
 			engine->store.no_punch_hole = 1;
 		else
@@ -194,12 +197,12 @@ static int vf_uring_digest(struct vf_engine *engine, struct vf_req *req, int res
 static uint32_t vf_uring_reap(struct vf_engine *engine, struct vf_req **done, uint32_t max)
 {
 	struct vf_uring *uring = engine->state;
-	struct io_uring_cqe *cqes[64];
+	struct io_uring_cqe *cqes[VF_REAP_MAX];
 	uint32_t count = 0;
 	unsigned int n;
 
-	if (max > sizeof(cqes) / sizeof(cqes[0]))
-		max = sizeof(cqes) / sizeof(cqes[0]);
+	if (max > VF_REAP_MAX)
+		max = VF_REAP_MAX;
 	n = io_uring_peek_batch_cqe(&uring->ring, cqes, max);
 	for (unsigned int i = 0; i < n; i++) {
 		struct vf_req *req = io_uring_cqe_get_data(cqes[i]);
@@ -218,7 +221,44 @@ static void vf_uring_wait(struct vf_engine *engine)
 	struct vf_uring *uring = engine->state;
 
 	if (engine->inflight_count)
-		io_uring_submit_and_wait(&uring->ring, 1);
+		vf_uring_check(io_uring_submit_and_wait(&uring->ring, 1));
+}
+
+/* The kernel adds work or a completion and then looks at the flag that we clear here; we look again behind a fence. */
+static int vf_uring_arm(struct vf_engine *engine)
+{
+	struct vf_uring *uring = engine->state;
+
+	io_uring_cq_eventfd_toggle(&uring->ring, true);
+	vf_fence_full(); /* Barrier E */
+	return io_uring_cq_ready(&uring->ring) || (IO_URING_READ_ONCE(*uring->ring.sq.kflags) & IORING_SQ_TASKRUN);
+}
+
+static void vf_uring_disarm(struct vf_engine *engine)
+{
+	struct vf_uring *uring = engine->state;
+	uint64_t count;
+
+	io_uring_cq_eventfd_toggle(&uring->ring, false);
+	/* EAGAIN: nothing has finished. */
+	if (read(uring->event_fd, &count, sizeof(count)) < 0)
+		return;
+}
+
+static void vf_uring_close(struct vf_engine *engine)
+{
+	struct vf_uring *uring = engine->state;
+	struct vf_req *done[VF_REAP_MAX];
+
+	/* The kernel may still write into memory that goes next. */
+	while (engine->inflight_count) {
+		vf_uring_wait(engine);
+		vf_uring_reap(engine, done, VF_REAP_MAX);
+	}
+	io_uring_queue_exit(&uring->ring);
+	close(uring->event_fd);
+	free(uring);
+	engine->state = NULL;
 }
 
 const struct vf_engine_ops vf_engine_uring = {
@@ -228,6 +268,8 @@ const struct vf_engine_ops vf_engine_uring = {
 	.flush = vf_uring_flush,
 	.reap = vf_uring_reap,
 	.wait = vf_uring_wait,
+	.arm = vf_uring_arm,
+	.disarm = vf_uring_disarm,
 	.close = vf_uring_close,
 	.publish_batch = 16,
 };

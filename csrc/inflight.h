@@ -15,8 +15,7 @@ struct vf_inflight_header {
 	uint32_t entry_count; /* = queue size */
 	uint32_t last_avail_idx; /* where the device stood at its last publication */
 	uint32_t last_used_idx;
-	uint64_t next_order;
-	uint32_t reserved[10];
+	uint32_t reserved[12];
 };
 
 /* One a head. order is 0 when the head is not in flight, else its place in the sequence of heads taken. */

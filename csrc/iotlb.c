@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "iotlb.h"
 
+#include <stdlib.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 #include <unistd.h>
-
-#define VF_PAGE_BYTES 4096u
 
 void vf_iotlb_init(struct vf_iotlb *tlb, struct vf_port *port)
 {
@@ -58,23 +59,45 @@ int vf_iotlb_add(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t p
 	return vf_iotlb_insert(tlb, &region);
 }
 
+/* A mapping that stayed would outlive its invalidation. */
+static void vf_unmap(const struct vf_iotlb_region *region)
+{
+	if (munmap(region->map, region->map_bytes))
+		abort();
+}
+
 static int vf_prot_of_perm(uint32_t perm)
 {
 	/* A write-only region is mapped readable too: x86 and arm64 cannot do less; the table refuses reads of it. */
 	return (perm & VF_PERM_WO) ? PROT_READ | PROT_WRITE : PROT_READ;
 }
 
+/* Size of the pages that a file is mapped by: offset and length of a mapping are multiples of it. 0 or -errno. */
+static int vf_file_page_bytes(int fd, uint64_t *page_bytes)
+{
+	struct statfs fs;
+
+	if (fstatfs(fd, &fs))
+		return -errno;
+	*page_bytes = fs.f_type == HUGETLBFS_MAGIC ? (uint64_t)fs.f_bsize : (uint64_t)sysconf(_SC_PAGESIZE);
+	return 0;
+}
+
 int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes)
 {
-	uint64_t slack = offset_bytes % VF_PAGE_BYTES; /* mmap wants a page-aligned offset */
-	uint64_t len = last - start;
+	uint64_t len = last - start; /* one less than the region's */
+	uint64_t page_bytes = 0, slack;
 	int err;
 
 	if (start > last || (perm & VF_PERM_RW) == 0)
 		return -EINVAL;
-	if (len > SIZE_MAX - slack - 1u || offset_bytes - slack > INT64_MAX)
+	err = vf_file_page_bytes(fd, &page_bytes);
+	if (err)
+		return err;
+	slack = offset_bytes % page_bytes;
+	if (len > INT64_MAX - 2u * page_bytes || offset_bytes > INT64_MAX)
 		return -EOVERFLOW;
-	size_t map_bytes = (size_t)(len + 1u + slack);
+	size_t map_bytes = (size_t)((len + slack) / page_bytes * page_bytes + page_bytes);
 	void *map = mmap(NULL, map_bytes, vf_prot_of_perm(perm), MAP_SHARED, fd, (off_t)(offset_bytes - slack));
 	if (map == MAP_FAILED && errno == EACCES && (perm & VF_PERM_WO))
 		map = mmap(NULL, map_bytes, PROT_WRITE, MAP_SHARED, fd, (off_t)(offset_bytes - slack));
@@ -91,7 +114,7 @@ int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t p
 	};
 	err = vf_iotlb_insert(tlb, &region);
 	if (err)
-		munmap(map, map_bytes);
+		vf_unmap(&region);
 	return err;
 }
 
@@ -104,7 +127,7 @@ uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last)
 		if (r->last < start || r->start > last)
 			tlb->region[kept++] = *r;
 		else if (r->map)
-			munmap(r->map, r->map_bytes);
+			vf_unmap(r);
 	}
 	tlb->region_count = kept;
 	tlb->last_hit = &tlb->none;
@@ -134,14 +157,19 @@ struct vf_iotlb_region *vf_iotlb_find(struct vf_iotlb *tlb, uint64_t iova)
 	return &tlb->region[at];
 }
 
-int vf_iotlb_holds(const struct vf_iotlb *tlb, uintptr_t address)
+int vf_iotlb_bury(const struct vf_iotlb *tlb, uintptr_t address)
 {
 	for (uint32_t i = 0; i < tlb->region_count; i++) {
 		const struct vf_iotlb_region *r = &tlb->region[i];
-		if (r->map && address >= (uintptr_t)r->map && address - (uintptr_t)r->map < r->map_bytes)
-			return 1;
+		if (!r->map || address < (uintptr_t)r->map || address - (uintptr_t)r->map >= r->map_bytes)
+			continue;
+		/* The whole of it: pages of a huge file cannot be replaced one by one, and many faults become one. */
+		return mmap(r->map, r->map_bytes, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED ?
+			       -1 :
+			       0;
 	}
-	return 0;
+	return -1;
 }
 
 int vf_iotlb_copy_from(struct vf_iotlb *tlb, uint64_t iova, void *to, size_t len)

@@ -27,7 +27,7 @@ struct vf_iotlb_region {
 	uintptr_t base; /* address of IOVA 0 of this region, modulo 2^64: va = base + iova */
 	uint32_t perm;
 	uint32_t reserved;
-	void *map; /* page-aligned mapping and its length, for munmap */
+	void *map; /* the mapping, in whole pages of its file; NULL for memory that is not ours to unmap */
 	size_t map_bytes;
 };
 
@@ -55,8 +55,9 @@ uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last);
 /* The region that holds iova: from the table, else fetched through the port. NULL when there is none. */
 struct vf_iotlb_region *vf_iotlb_find(struct vf_iotlb *tlb, uint64_t iova);
 
-/* Whether an address of this process lies in a mapping of the table; async-signal-safe. */
-int vf_iotlb_holds(const struct vf_iotlb *tlb, uintptr_t address);
+/* Replace the whole mapping that holds an address of this process by zeroes; async-signal-safe. 0, or -1 when none
+ * does or the kernel refuses. */
+int vf_iotlb_bury(const struct vf_iotlb *tlb, uintptr_t address);
 
 /*
  * Translate the start of [iova, iova + len): the address, and in *run how many bytes follow it in the same region, at

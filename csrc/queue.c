@@ -5,12 +5,9 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
-
-#define VF_PAGE_BYTES 4096u
 
 static struct vf_queue *vf_guarded; /* for the signal handler, which gets no argument of ours */
 static volatile int vf_stop;
@@ -30,7 +27,7 @@ struct vf_shm_layout vf_shm_layout(uint32_t queue_size)
 	layout.inflight_offset = vf_round_up(layout.hist_offset + (uint32_t)sizeof(struct vf_hist), 64u);
 	layout.stride_bytes = vf_round_up(layout.inflight_offset + (uint32_t)sizeof(struct vf_inflight_header) +
 						  queue_size * (uint32_t)sizeof(struct vf_inflight_entry),
-					  VF_PAGE_BYTES);
+					  VF_SHM_HEADER_BYTES);
 	return layout;
 }
 
@@ -132,12 +129,8 @@ void vf_queue_destroy(struct vf_queue *q)
 /* Async-signal-safe: a table walk, mmap(2), a counter of our own. */
 static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
 {
-	uintptr_t page = (uintptr_t)info->si_addr & ~(uintptr_t)(VF_PAGE_BYTES - 1u);
-
 	(void)context;
-	if (vf_guarded && vf_iotlb_holds(&vf_guarded->tlb, page) &&
-	    mmap((void *)page, VF_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
-		 0) != MAP_FAILED) {
+	if (vf_guarded && vf_iotlb_bury(&vf_guarded->tlb, (uintptr_t)info->si_addr) == 0) {
 		vf_guarded->counters->memory_faults++;
 		return;
 	}
@@ -156,11 +149,12 @@ static void vf_on_stop(int signo)
 {
 	uint64_t one = 1;
 	int saved = errno;
+	ssize_t written;
 
 	(void)signo;
 	vf_stop = 1;
-	if (write(vf_stop_wake_fd, &one, sizeof(one)) < 0)
-		vf_stop = 1; /* the counter is full: the worker is awake already */
+	written = write(vf_stop_wake_fd, &one, sizeof(one));
+	(void)written; /* it fails only when the counter is full: the worker is awake already */
 	errno = saved;
 }
 

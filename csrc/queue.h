@@ -46,6 +46,7 @@ struct vf_queue {
 
 	struct vf_req **unpublished; /* pushed, not yet shown to the driver */
 	uint32_t unpublished_count;
+	uint8_t irq_due; /* the last interrupt could not be sent: try again */
 
 	/* The queue's block of the shared pages. */
 	struct vf_shm_ctl *ctl;
@@ -61,8 +62,8 @@ struct vf_queue {
 	uint64_t faults_seen;
 	uint32_t ring_error; /* enum vf_ring_error that stopped the queue */
 
+	struct vf_req *done[VF_BATCH_MAX]; /* what a reap has found */
 	struct vf_iotlb tlb; /* large, so last */
-	struct vf_req *done[VF_BATCH_MAX];
 };
 
 /* Offsets of the shared pages that depend on the geometry. */
@@ -79,8 +80,8 @@ struct vf_shm_layout vf_shm_layout(uint32_t queue_size);
 struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t queue_size_max, void *shm_block);
 void vf_queue_destroy(struct vf_queue *q);
 
-/* Turn a page that vanishes under an access of this process (SIGBUS in a mapping of q's IOTLB) into zeroes and a
- * count in q's counters, instead of the process's death. One queue a process. 0 or -errno. */
+/* Turn a region of which a page vanishes under an access of this process (SIGBUS in a mapping of q's IOTLB) into zeroes
+ * and a count in q's counters, instead of the process's death. One queue a process. 0 or -errno. */
 int vf_queue_guard(struct vf_queue *q);
 
 /* Make SIGTERM and SIGINT raise *vf_stop_flag() and write to wake_fd (an eventfd). 0 or -errno. */

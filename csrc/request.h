@@ -65,8 +65,7 @@ struct vf_req {
 	uint64_t data_bytes; /* asked for; left_bytes at the start */
 	uint32_t range_count;
 	uint32_t range_at; /* the one the cursor stands for */
-	uint32_t stored_bytes; /* put into device-writable memory, without the status */
-	uint32_t reserved;
+	uint32_t stored_bytes; /* put into device-writable memory, from its start, without the status */
 	struct iovec *iov_base; /* this slot's VF arrays, set once */
 	struct vf_blk_range *ranges;
 };

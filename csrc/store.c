@@ -67,7 +67,7 @@ int vf_store_takes(const struct vf_store *store, const struct vf_req *req)
 static ssize_t vf_store_transfer(const struct vf_store *store, const struct vf_req *req)
 {
 	off_t at = (off_t)req->offset_bytes;
-	int count = req->iov_count > VF_IOV_MAX ? (int)VF_IOV_MAX : (int)req->iov_count;
+	int count = (int)req->iov_count; /* at most VF_IOV_MAX */
 
 	if (req->op == VF_OP_READ) {
 		if (count == 1)
@@ -173,11 +173,6 @@ static int vf_store_fallocate(const struct vf_store *store, int mode, uint64_t o
 	return rc < 0 ? -errno : 0;
 }
 
-static int vf_is_unsupported(int err)
-{
-	return err == -EOPNOTSUPP || err == -ENOSYS || err == -ENODEV || err == -ENOTTY;
-}
-
 static int vf_store_punch_hole(struct vf_store *store, uint64_t offset_bytes, uint64_t len_bytes)
 {
 	int err;
@@ -185,7 +180,7 @@ static int vf_store_punch_hole(struct vf_store *store, uint64_t offset_bytes, ui
 	if (store->no_punch_hole)
 		return -EOPNOTSUPP;
 	err = vf_store_fallocate(store, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes);
-	if (vf_is_unsupported(err))
+	if (vf_store_is_unsupported(err))
 		store->no_punch_hole = 1;
 	return err;
 }
@@ -202,7 +197,7 @@ static int vf_store_discard(struct vf_store *store, uint64_t offset_bytes, uint6
 	} else {
 		err = vf_store_punch_hole(store, offset_bytes, len_bytes);
 	}
-	return vf_is_unsupported(err) ? 0 : err;
+	return vf_store_is_unsupported(err) ? 0 : err;
 }
 
 static int vf_store_write_zero_pages(struct vf_store *store, struct vf_req *req)
@@ -237,13 +232,13 @@ static int vf_store_write_zeroes(struct vf_store *store, struct vf_req *req)
 	}
 	if (req->unmap)
 		err = vf_store_punch_hole(store, req->offset_bytes, req->left_bytes);
-	if (vf_is_unsupported(err) && !store->no_zero_range) {
+	if (vf_store_is_unsupported(err) && !store->no_zero_range) {
 		err = vf_store_fallocate(store, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, req->offset_bytes,
 					 req->left_bytes);
-		if (vf_is_unsupported(err))
+		if (vf_store_is_unsupported(err))
 			store->no_zero_range = 1;
 	}
-	if (vf_is_unsupported(err))
+	if (vf_store_is_unsupported(err))
 		return vf_store_write_zero_pages(store, req);
 	return err;
 }
@@ -261,7 +256,7 @@ static int vf_store_sync(const struct vf_store *store)
 	return rc < 0 ? -errno : 0;
 }
 
-/* Writes and zeroes of a writethrough store that did not go by RWF_DSYNC. */
+/* Zeroes of a writethrough store, which no flag of fallocate makes durable. */
 static int vf_store_settle(struct vf_store *store, int err)
 {
 	return err || !store->write_flags ? err : vf_store_sync(store);

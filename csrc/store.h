@@ -6,6 +6,7 @@
 #ifndef VF_STORE_H
 #define VF_STORE_H
 
+#include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -50,6 +51,12 @@ int vf_store_takes(const struct vf_store *store, const struct vf_req *req);
 /* Carry out the rest of a request, blocking: short transfers continued, EINTR repeated. Returns 0 or -errno; the
  * request's cursor tells how far it came. */
 int vf_store_do(struct vf_store *store, struct vf_req *req);
+
+/* Whether the store has said that it cannot do a thing at all: there is another way, or nothing is lost. */
+static inline int vf_store_is_unsupported(int err)
+{
+	return err == -EOPNOTSUPP || err == -ENOSYS || err == -ENODEV || err == -ENOTTY;
+}
 
 /* Advance a request's cursor over n bytes moved. n is at most what is left. */
 static inline void vf_req_advance(struct vf_req *req, uint64_t n)

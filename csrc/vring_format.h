@@ -85,6 +85,11 @@ static inline int vf_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, struct
 	return vf_split_pop(&vr->split, tlb, chain);
 }
 
+static inline void vf_vring_unpop(struct vf_vring *vr)
+{
+	vf_split_unpop(&vr->split);
+}
+
 static inline void vf_vring_prefetch(const struct vf_vring *vr, const struct vf_iotlb *tlb, uint32_t ahead)
 {
 	vf_split_prefetch(&vr->split, tlb, ahead);
@@ -103,12 +108,6 @@ static inline void vf_vring_publish(struct vf_vring *vr)
 static inline int vf_vring_irq_wanted(struct vf_vring *vr)
 {
 	return vf_split_irq_wanted(&vr->split);
-}
-
-/* The interrupt could not be sent: the next publication sends one whatever the driver says. */
-static inline void vf_vring_irq_again(struct vf_vring *vr)
-{
-	vr->split.irq_due = 1;
 }
 
 static inline void vf_vring_kick_disable(struct vf_vring *vr)

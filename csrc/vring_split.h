@@ -26,10 +26,10 @@ struct vf_split {
 	uint16_t seen_avail_idx; /* the driver's index when last looked at */
 	uint16_t last_used_idx; /* next entry to fill; not yet published from published_used_idx on */
 	uint16_t published_used_idx;
-	uint16_t signalled_used_idx; /* published index at the last interrupt decision that sent one */
+	uint16_t decided_used_idx; /* published index at the last interrupt decision */
 	uint8_t event_idx;
 	uint8_t indirect;
-	uint8_t irq_due; /* after a start the driver's wish is unknown: the first publication interrupts */
+	uint8_t first; /* after a start the driver's wish is unknown: the first publication interrupts */
 };
 
 static inline size_t vf_split_desc_bytes(uint32_t size)
@@ -72,8 +72,8 @@ static inline void vf_split_start(struct vf_split *vr, uint16_t last_avail_idx)
 	vr->seen_avail_idx = last_avail_idx;
 	vr->last_used_idx = used_idx;
 	vr->published_used_idx = used_idx;
-	vr->signalled_used_idx = used_idx;
-	vr->irq_due = 1;
+	vr->decided_used_idx = used_idx;
+	vr->first = 1;
 }
 
 /* How many entries wait, at most size; -VF_RING_AVAIL_OVERRUN when the driver's index is further ahead. */
@@ -183,6 +183,12 @@ static inline int vf_split_pop(struct vf_split *vr, struct vf_iotlb *tlb, struct
 	return -VF_RING_CHAIN_TOO_LONG;
 }
 
+/* Give the chain that was popped last back to the ring: it counts as not taken. */
+static inline void vf_split_unpop(struct vf_split *vr)
+{
+	vr->last_avail_idx--;
+}
+
 /*
  * Start loading what later pops will read: the descriptors of the chain twice `ahead` away, and what the first
  * descriptor of the chain `ahead` away points at, its header. Hints only: everything is loaded again, and checked, when
@@ -214,10 +220,10 @@ static inline void vf_split_publish(struct vf_split *vr)
 	vr->published_used_idx = vr->last_used_idx;
 }
 
-/* Whether the driver wants an interrupt for what was published since the last one sent. */
+/* Whether the driver wants an interrupt for what was published since the last decision. */
 static inline int vf_split_irq_wanted(struct vf_split *vr)
 {
-	uint16_t old_idx = vr->signalled_used_idx, new_idx = vr->published_used_idx;
+	uint16_t old_idx = vr->decided_used_idx, new_idx = vr->published_used_idx;
 	int wanted;
 
 	vf_fence_full(); /* Barrier D */
@@ -225,16 +231,19 @@ static inline int vf_split_irq_wanted(struct vf_split *vr)
 		wanted = vf_need_event(vf_load_relaxed_u16(vr->used_event), new_idx, old_idx);
 	else
 		wanted = !(vf_load_relaxed_u16(vr->avail_flags) & VF_AVAIL_F_NO_INTERRUPT);
-	wanted |= vr->irq_due;
-	vr->irq_due = 0;
-	vr->signalled_used_idx = new_idx;
+	wanted |= vr->first;
+	vr->first = 0;
+	vr->decided_used_idx = new_idx;
 	return wanted;
 }
 
-/* No kicks while the device looks by itself. With EVENT_IDX the stale avail_event does it. */
+/* No kicks while the device looks by itself. With EVENT_IDX that is an event half the index space away: the one that
+ * was asked for would be passed by the next request. */
 static inline void vf_split_kick_disable(struct vf_split *vr)
 {
-	if (!vr->event_idx)
+	if (vr->event_idx)
+		vf_store_relaxed_u16(vr->avail_event, (uint16_t)(vr->last_avail_idx + 0x7fffu));
+	else
 		vf_store_relaxed_u16(vr->used_flags, VF_USED_F_NO_NOTIFY);
 }
 

@@ -5,6 +5,7 @@ ranges are copied once and then checked; every segment is checked for mapping, p
 first effect of a request. Header, data and status may be cut into segments in any way (2.7.4, no framing assumptions).
 """
 
+from libc cimport errno
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from vdusefast._csrc cimport *
 
@@ -80,16 +81,35 @@ cdef inline int blk_map(vf_queue *q, vf_req *req, uint32_t writable, uint64_t sk
     return 0
 
 
-cdef inline int blk_copy_in(vf_queue *q, vf_req *req, uint64_t skip, void *to, uint64_t want) noexcept nogil:
-    """Copy `want` readable bytes after the first `skip` into private memory, once. 0 or -1 as blk_map."""
+cdef inline int blk_copy_in(vf_queue *q, uint64_t skip, void *to, uint64_t want) noexcept nogil:
+    """Copy `want` readable bytes after the first `skip` into private memory, once. 0 or -1 as blk_map.
+
+    In however many pieces: what is copied needs no iovec.
+    """
     cdef uint32_t i
+    cdef uint64_t piece
+    cdef vf_segment *segment
     cdef uint8_t *out = <uint8_t *> to
-    if blk_map(q, req, 0, skip, want):
-        return -1
-    for i in range(req.iov_count):
-        vf_copy_from_shared(out, req.iov[i].iov_base, req.iov[i].iov_len)
-        out += req.iov[i].iov_len
-    req.iov_count = 0
+
+    for i in range(q.chain.segment_count):
+        if want == 0:
+            break
+        segment = &q.chain.segments[i]
+        if segment.writable:
+            continue
+        if skip >= segment.len:
+            skip -= segment.len
+            continue
+        if vf_unlikely(segment.iova > UINT64_MAX - (segment.len - 1)):
+            return -1
+        piece = segment.len - skip
+        if piece > want:
+            piece = want
+        if vf_unlikely(vf_iotlb_copy_from(&q.tlb, segment.iova + skip, out, piece)):
+            return -1
+        out += piece
+        want -= piece
+        skip = 0
     return 0
 
 
@@ -107,7 +127,7 @@ cdef inline int blk_copy_header(vf_queue *q, vf_req *req, vf_blk_header *header)
         if vf_likely(run == VF_BLK_HEADER_BYTES):
             vf_copy_from_shared(header, va, VF_BLK_HEADER_BYTES)
             return 0
-    return blk_copy_in(q, req, 0, header, VF_BLK_HEADER_BYTES)
+    return blk_copy_in(q, 0, header, VF_BLK_HEADER_BYTES)
 
 
 cdef inline void blk_find_status(vf_queue *q, vf_req *req) noexcept nogil:
@@ -167,9 +187,10 @@ cdef inline int blk_check_ranges(vf_queue *q, vf_req *req, uint32_t max_sectors)
     cdef uint32_t known = VF_BLK_WRITE_ZEROES_F_UNMAP if req.op == VF_OP_WRITE_ZEROES else 0
     cdef vf_blk_range *piece
     for i in range(req.range_count):
-        piece = &req.ranges[i]
-        if piece.flags & ~known:
+        if req.ranges[i].flags & ~known:
             return blk_fail(q, req, VF_BLK_S_UNSUPP)
+    for i in range(req.range_count):
+        piece = &req.ranges[i]
         if piece.num_sectors > max_sectors or blk_outside(&q.device, piece.sector, piece.num_sectors):
             return blk_fail(q, req, VF_BLK_S_IOERR)
         if piece.num_sectors:
@@ -201,7 +222,7 @@ cdef inline int blk_parse_ranges(vf_queue *q, vf_req *req, bint discard) noexcep
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if data_bytes == 0 or data_bytes % sizeof(vf_blk_range) or data_bytes / sizeof(vf_blk_range) > max_seg:
         return blk_fail(q, req, VF_BLK_S_IOERR)
-    if blk_copy_in(q, req, VF_BLK_HEADER_BYTES, req.ranges, data_bytes):
+    if blk_copy_in(q, VF_BLK_HEADER_BYTES, req.ranges, data_bytes):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     req.range_count = <uint32_t> (data_bytes / sizeof(vf_blk_range))
     return blk_check_ranges(q, req, max_sectors)
@@ -265,9 +286,9 @@ cdef inline void blk_note_host_error(vf_counters *counters, int err) noexcept no
     """Count what the store said; err is a positive errno."""
     counters.host_errors += 1
     counters.last_host_errno = <uint64_t> err
-    if err == 28 or err == 122:  # ENOSPC, EDQUOT
+    if err == errno.ENOSPC or err == errno.EDQUOT:
         counters.host_enospc += 1
-    elif err == 5:  # EIO
+    elif err == errno.EIO:
         counters.host_eio += 1
 
 

@@ -82,7 +82,6 @@ cdef extern from "inflight.h" nogil:
         uint32_t entry_count
         uint32_t last_avail_idx
         uint32_t last_used_idx
-        uint64_t next_order
     struct vf_inflight_entry:
         uint64_t order
 
@@ -91,7 +90,6 @@ cdef extern from "request.h" nogil:
         VF_SECTOR_BYTES
         VF_BLK_ID_BYTES
         VF_BLK_HEADER_BYTES
-        VF_RANGE_MAX
         VF_BLK_T_IN
         VF_BLK_T_OUT
         VF_BLK_T_FLUSH
@@ -157,6 +155,8 @@ cdef extern from "engine.h" nogil:
         void (*flush)(vf_engine *) noexcept nogil
         uint32_t (*reap)(vf_engine *, vf_req **, uint32_t) noexcept nogil
         void (*wait)(vf_engine *) noexcept nogil
+        int (*arm)(vf_engine *) noexcept nogil
+        void (*disarm)(vf_engine *) noexcept nogil
         uint32_t publish_batch
     struct vf_engine:
         const vf_engine_ops *ops
@@ -168,7 +168,6 @@ cdef extern from "engine.h" nogil:
     const vf_engine_ops vf_engine_memory
     const vf_engine_ops vf_engine_null
     int vf_engine_open(vf_engine *, const vf_engine_ops *, const vf_store *, uint32_t)
-    void vf_engine_close(vf_engine *)
 
 cdef extern from "port.h" nogil:
     struct vf_port:
@@ -181,7 +180,6 @@ cdef extern from "iotlb.h" nogil:
         VF_PERM_RO
         VF_PERM_WO
         VF_PERM_RW
-        VF_IOTLB_CAPACITY
     struct vf_iotlb_region:
         uint64_t start
         uint64_t last
@@ -194,6 +192,7 @@ cdef extern from "iotlb.h" nogil:
     int vf_iotlb_add(vf_iotlb *, uint64_t, uint64_t, uint32_t, void *)
     uint32_t vf_iotlb_drop(vf_iotlb *, uint64_t, uint64_t)
     void *vf_iotlb_translate(vf_iotlb *, uint64_t, uint32_t, uint32_t, uint32_t *)
+    int vf_iotlb_copy_from(vf_iotlb *, uint64_t, void *, size_t)
 
 cdef extern from "vring_format.h" nogil:
     enum:
@@ -212,7 +211,6 @@ cdef extern from "vring_format.h" nogil:
         VF_RING_UNMAPPED
         VF_RING_MISALIGNED
         VF_RING_MEMORY_GONE
-        VF_RING_ERROR_COUNT
     struct vf_segment:
         uint64_t iova
         uint32_t len
@@ -225,21 +223,18 @@ cdef extern from "vring_format.h" nogil:
         uint64_t readable_bytes
         uint64_t writable_bytes
         vf_segment *last_writable
-    struct vf_split:
-        uint8_t irq_due
     struct vf_vring:
-        vf_split split
         uint8_t mapped
     int vf_vring_setup(vf_vring *, uint64_t, uint32_t, uint64_t, uint64_t, uint64_t)
     int vf_vring_map(vf_vring *, vf_iotlb *)
     void vf_vring_start(vf_vring *, uint16_t)
     int vf_vring_available(vf_vring *)
     int vf_vring_pop(vf_vring *, vf_iotlb *, vf_chain *)
+    void vf_vring_unpop(vf_vring *)
     void vf_vring_prefetch(const vf_vring *, const vf_iotlb *, uint32_t)
     void vf_vring_push(vf_vring *, uint16_t, uint32_t)
     void vf_vring_publish(vf_vring *)
     int vf_vring_irq_wanted(vf_vring *)
-    void vf_vring_irq_again(vf_vring *)
     void vf_vring_kick_disable(vf_vring *)
     int vf_vring_kick_enable(vf_vring *)
     uint16_t vf_vring_last_avail_idx(const vf_vring *)
@@ -247,9 +242,7 @@ cdef extern from "vring_format.h" nogil:
 
 cdef extern from "queue.h" nogil:
     enum:
-        VF_SLOT_MAX
         VF_BATCH_MAX
-        VF_SEG_MAX_LIMIT
     struct vf_blk_device:
         uint64_t capacity_sectors
         uint32_t block_sectors
@@ -275,6 +268,7 @@ cdef extern from "queue.h" nogil:
         uint32_t iov_max
         vf_req **unpublished
         uint32_t unpublished_count
+        uint8_t irq_due
         vf_shm_ctl *ctl
         vf_shm_status *shm_status
         vf_counters *counters

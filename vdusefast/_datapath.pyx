@@ -177,6 +177,8 @@ cdef class Queue:
             raise ValueError(f"no engine is called {name!r}")
         if _ENGINES_OF.get(store, _FILE_ENGINES).count(name) == 0:
             raise ValueError(f"engine {name!r} cannot serve a store of kind {store!r}")
+        if store == "memory" and size_bytes < q.device.capacity_sectors * VF_SECTOR_BYTES:
+            raise ValueError(f"a memory of {size_bytes} bytes is smaller than the device")  # no read would notice
         memset(&described, 0, sizeof(described))
         described.fd = fd
         described.kind = _STORE_KINDS[store]
@@ -223,10 +225,12 @@ cdef class Queue:
             raise RingError(f"a queue of {size} entries, more than the {q.queue_size_max} offered")
         self._drain()
         self.started = False
+        queue_set_state(q, VF_QUEUE_STOPPED)
         _check(vf_vring_setup(&q.vring, acked_features, size, desc_addr, driver_addr, device_addr), "virtqueue size")
         err = vf_vring_map(&q.vring, &q.tlb)
         if err:
             raise RingError(_RING_ERRORS[-err])
+        q.faults_seen = q.counters.memory_faults  # a fault from here on fails the queue
         vf_vring_start(&q.vring, last_avail_idx)
         q.device.discard = bool(acked_features & _F_DISCARD)
         q.device.write_zeroes = bool(acked_features & _F_WRITE_ZEROES)
@@ -234,8 +238,10 @@ cdef class Queue:
         through = q.engine.store.cache == VF_CACHE_WRITETHROUGH or not acked_features & _F_FLUSH
         q.engine.store.write_flags = RWF_DSYNC if through and q.engine.store.cache != VF_CACHE_UNSAFE else 0
         memset(q.inflight_log, 0, sizeof(vf_inflight_entry) * q.queue_size_max)
+        q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
+        q.inflight.last_used_idx = vf_vring_last_used_idx(&q.vring)
+        q.irq_due = 0
         q.ring_error = VF_RING_OK
-        q.faults_seen = q.counters.memory_faults
         q.shm_status.fail_reason = VF_RING_OK
         self.started = True
         queue_set_state(q, VF_QUEUE_RUNNING)
@@ -247,7 +253,7 @@ cdef class Queue:
         cdef int reason
         if not self.started:
             raise ValueError("the queue is not started")
-        if not self._remap():
+        if q.ring_error or not self._remap():
             return FAILED
         with nogil:
             reason = queue_run(q, kick_fd, ctl_fd, wake_fd, poll_ns)
@@ -290,13 +296,10 @@ cdef class Queue:
         self.started = False
         return vf_vring_last_avail_idx(&q.vring), vf_vring_last_used_idx(&q.vring)
 
-    def control_pending(self):
-        """Tell whether the control word has changed, and take note of its value."""
+    def control_seen(self):
+        """Take note of the control word: messages up to now are about to be read."""
         cdef vf_queue *q = self._open()
-        cdef uint32_t seq = vf_load_relaxed_u32(&q.ctl.ctl_seq)
-        pending = seq != q.ctl_seen
-        q.ctl_seen = seq
-        return pending
+        q.ctl_seen = vf_load_relaxed_u32(&q.ctl.ctl_seq)
 
     def identify(self, int pid, int cpu):
         """Write pid and cpu (-1: not pinned) into the shared pages."""

@@ -1,6 +1,7 @@
 """The loop of a worker: rounds of pop, submit, reap and publish; waiting; draining. No Python object in here."""
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
 from posix.unistd cimport read
 
 from vdusefast._blk cimport *
@@ -23,18 +24,25 @@ cdef enum:
 cdef enum:
     PREFETCH_AHEAD = 4
     IRQ_DELAY_NS = 50000  # how long a sleeping driver waits at most for the rest of a round
+    IRQ_RETRY_MS = 1
     RELOOK_MS = 100  # a kick can be lost with a worker that died; the ring is looked at this often anyway
     SPIN_CLOCK_MASK = 31  # the clock is read once in so many turns of the spin
     SPIN_FAILS_MAX = 3  # spins in vain before spinning becomes rare
     SPIN_RARE_MAX = 6  # at the rarest one idle period in 2^6
 
-# What the waiting has learned.
+# What waiting for one thing has taught.
+cdef struct loop_lesson:
+    uint32_t fail_streak
+    uint32_t period_count
+
+# The idle period that is going on. Storage and drivers keep us waiting for different times: each has its lesson.
 cdef struct loop_idle:
     uint64_t since_ns  # 0: not idle
     uint32_t turns
-    uint32_t fail_streak
-    uint32_t period_count
     bint spinning
+    loop_lesson *lesson
+    loop_lesson of_driver
+    loop_lesson of_storage
 
 
 cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
@@ -53,6 +61,7 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
         q.free_slots[q.free_count] = req.slot
         q.free_count += 1
     q.unpublished_count = 0
+    vf_fence_compiler()
     q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
     q.inflight.last_used_idx = vf_vring_last_used_idx(&q.vring)
     q.counters.batches += 1
@@ -60,13 +69,13 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
 
 
 cdef inline void queue_interrupt(vf_queue *q) noexcept nogil:
-    """Interrupt the driver if it wants that for what was published since the last time."""
-    if not vf_vring_irq_wanted(&q.vring):
+    """Interrupt the driver if it wants that for what was published since the last time, or is still due one."""
+    if not vf_vring_irq_wanted(&q.vring) and not q.irq_due:
         q.counters.irqs_suppressed += 1
-    elif q.port.inject_irq(&q.port) == 0:
+        return
+    q.irq_due = q.port.inject_irq(&q.port) != 0
+    if not q.irq_due:
         q.counters.irqs += 1
-    else:
-        vf_vring_irq_again(&q.vring)
 
 
 cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
@@ -114,6 +123,7 @@ cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
     if vf_unlikely(err):
         return err
     if vf_unlikely(q.inflight_log[q.chain.head].order != 0):
+        vf_vring_unpop(&q.vring)
         return -VF_RING_HEAD_BUSY
     q.free_count -= 1
     req = &q.reqs[q.free_slots[q.free_count]]
@@ -149,7 +159,7 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
             if i + 2 * PREFETCH_AHEAD < limit:
                 vf_vring_prefetch(&q.vring, &q.tlb, PREFETCH_AHEAD)
             err = queue_take(q, now_ns)
-            if vf_unlikely(err):
+            if vf_unlikely(err or q.counters.memory_faults != q.faults_seen):
                 break
             if q.unpublished_count >= q.engine.ops.publish_batch:
                 # A driver that spins sees these at once. One that sleeps is woken once for many, unless that takes long:
@@ -166,7 +176,7 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
     if q.unpublished_count:
         queue_publish(q)
         published = True
-    if published:
+    if published or vf_unlikely(q.irq_due):
         queue_interrupt(q)
     if vf_unlikely(q.counters.memory_faults != q.faults_seen):
         err = -VF_RING_MEMORY_GONE
@@ -205,24 +215,25 @@ cdef inline void queue_fail(vf_queue *q, int err) noexcept nogil:
     queue_set_state(q, VF_QUEUE_FAILED)
 
 
-cdef inline bint loop_may_spin(loop_idle *idle) noexcept nogil:
-    """Decide at the start of an idle period. Spins in vain (a slow driver, one on our CPU) make them rare."""
+cdef inline bint loop_may_spin(loop_lesson *lesson) noexcept nogil:
+    """Decide at the start of an idle period. Spins in vain (slow storage, a driver on our CPU) make them rare."""
     cdef uint32_t rarity
-    idle.period_count += 1
-    if idle.fail_streak < SPIN_FAILS_MAX:
+    lesson.period_count += 1
+    if lesson.fail_streak < SPIN_FAILS_MAX:
         return True
-    rarity = idle.fail_streak - SPIN_FAILS_MAX + 1
+    rarity = lesson.fail_streak - SPIN_FAILS_MAX + 1
     if rarity > SPIN_RARE_MAX:
         rarity = SPIN_RARE_MAX
-    return (idle.period_count & ((1u << rarity) - 1)) == 0
+    return (lesson.period_count & ((1u << rarity) - 1)) == 0
 
 
-cdef inline bint loop_spin(loop_idle *idle, uint64_t poll_ns) noexcept nogil:
+cdef inline bint loop_spin(loop_idle *idle, uint64_t poll_ns, bint for_storage) noexcept nogil:
     """One turn of an idle loop. True: look at the ring again at once. False: sleep."""
     if idle.since_ns == 0:
         idle.since_ns = vf_now_ns()
         idle.turns = 0
-        idle.spinning = poll_ns != 0 and loop_may_spin(idle)
+        idle.lesson = &idle.of_storage if for_storage else &idle.of_driver
+        idle.spinning = poll_ns != 0 and loop_may_spin(idle.lesson)
     if not idle.spinning:
         return False
     vf_cpu_relax()
@@ -230,7 +241,7 @@ cdef inline bint loop_spin(loop_idle *idle, uint64_t poll_ns) noexcept nogil:
     if idle.turns & SPIN_CLOCK_MASK or vf_now_ns() - idle.since_ns < poll_ns:
         return True
     idle.spinning = False
-    idle.fail_streak += 1
+    idle.lesson.fail_streak += 1
     return False
 
 
@@ -239,15 +250,22 @@ cdef inline bint loop_sleep(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd) n
     cdef pollfd fds[4]
     cdef uint64_t kicks = 0
     cdef int ready
-    if vf_vring_kick_enable(&q.vring):
+    cdef bint armed = q.engine.inflight_count != 0
+    # With every slot taken the ring is of no interest: only storage can move things on.
+    if q.free_count and vf_vring_kick_enable(&q.vring):
+        return False
+    if armed and q.engine.ops.arm(&q.engine):
+        q.engine.ops.disarm(&q.engine)
         return False
     fds[0] = pollfd(kick_fd, POLLIN, 0)
     fds[1] = pollfd(ctl_fd, POLLIN, 0)
     fds[2] = pollfd(wake_fd, POLLIN, 0)
-    fds[3] = pollfd(q.engine.poll_fd if q.engine.inflight_count else -1, POLLIN, 0)
+    fds[3] = pollfd(q.engine.poll_fd if armed else -1, POLLIN, 0)
     queue_set_state(q, VF_QUEUE_RUNNING)
     q.counters.sleeps += 1
-    ready = poll(fds, 4, RELOOK_MS)
+    ready = poll(fds, 4, IRQ_RETRY_MS if q.irq_due else RELOOK_MS)
+    if armed:
+        q.engine.ops.disarm(&q.engine)
     if ready > 0 and fds[0].revents:
         if read(kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks):
             q.counters.kicks += kicks
@@ -263,11 +281,7 @@ cdef inline int queue_run(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uin
     cdef bint timed_out = False
     cdef int moved
 
-    idle.since_ns = 0
-    idle.fail_streak = 0
-    idle.period_count = 0
-    idle.spinning = False
-    idle.turns = 0
+    memset(&idle, 0, sizeof(idle))
     vf_vring_kick_disable(&q.vring)
     while True:
         if vf_unlikely(vf_load_relaxed_u32(&q.ctl.ctl_seq) != q.ctl_seen):
@@ -282,13 +296,13 @@ cdef inline int queue_run(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uin
             if idle.since_ns:
                 if idle.spinning:
                     q.counters.spins += 1
-                    idle.fail_streak = 0
+                    idle.lesson.fail_streak = 0
                 elif timed_out:
                     q.counters.relooks += 1
                 idle.since_ns = 0
                 timed_out = False
             continue
-        if loop_spin(&idle, poll_ns):
+        if loop_spin(&idle, poll_ns, q.engine.inflight_count != 0):
             continue
         timed_out = loop_sleep(q, kick_fd, ctl_fd, wake_fd)
         vf_vring_kick_disable(&q.vring)

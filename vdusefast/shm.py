@@ -259,7 +259,7 @@ def inflight_header_dtype() -> np.dtype[Any]:
     import numpy as np
 
     words = [(field, "<u4") for field in ("version", "entry_count", "last_avail_idx", "last_used_idx")]
-    return np.dtype([*words, ("next_order", "<u8"), ("reserved", "<u4", (10,))])
+    return np.dtype([*words, ("reserved", "<u4", (12,))])
 
 
 def bucket_bounds_ns() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:

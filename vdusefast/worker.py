@@ -141,7 +141,7 @@ class Worker:
 
     def _read_control(self) -> None:
         """Carry out every command that waits. The word is read first: a message behind it is seen the next time."""
-        self._queue.control_pending()
+        self._queue.control_seen()
         while not self._done:
             try:
                 packet = self._ctl.recv(MESSAGE_MAX_BYTES)
@@ -160,12 +160,15 @@ class Worker:
                 return
         elif message.command == Command.INVALIDATE:
             queue.invalidate(message.start, message.last)
-        else:
+        elif message.command in (Command.QUIESCE, Command.RESET, Command.STOP):
             last_avail_idx, last_used_idx = queue.quiesce()
             self._running = False
             if message.command == Command.RESET:
                 queue.invalidate(0, 2**64 - 1)
             self._done = message.command == Command.STOP
+        else:
+            self.send(FromWorker(Event.REFUSED, message.seq, text=f"unknown command {message.command}"))
+            return
         self.send(FromWorker(Event.DONE, message.seq, last_avail_idx, last_used_idx))
 
     def _start(self, message: ToWorker) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from device_model import Params
@@ -75,7 +76,7 @@ class Chain:
 def _cut(iova: int, size: int, at: tuple[int, ...], flags: int) -> list[Desc]:
     """Cut a range at offsets; repeated offsets make empty descriptors."""
     edges = [0, *sorted(min(a, size) for a in at), size]
-    parts = [Desc((iova + a) % U64, b - a, flags) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [Desc((iova + a) % U64, b - a, flags) for a, b in itertools.pairwise(edges)]
     return parts if size or at else []
 
 
@@ -148,9 +149,7 @@ def good_chains(draw: st.DrawFn, big: int, *, indirect: bool) -> Chain:
 
 
 @st.composite
-def chains(
-    draw: st.DrawFn, layout: list[tuple[int, int, int, int]], what: Params, *, hostile: bool = True
-) -> Chain:
+def chains(draw: st.DrawFn, layout: list[tuple[int, int, int, int]], what: Params, *, hostile: bool = True) -> Chain:
     """A chain over a layout. Those that are not hostile never break the ring."""
     big = next(start for start, size, *_ in layout if size == BIG_BYTES)
     indirect = bool(what.features & F_INDIRECT)

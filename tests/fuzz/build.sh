@@ -34,6 +34,6 @@ flags=(-std=gnu11 -O1 -g -w -DVF_FUZZ -fno-omit-frame-pointer -Icsrc -Itests/fuz
 "$cc" "${flags[@]}" "${sanitize[@]/fuzzer,/}" -c -o $out/fuzz_world.o tests/fuzz/fuzz_world.c
 # The Python library only satisfies references of the module's never-called initialisation.
 "$cc" "${flags[@]}" "${sanitize[@]}" -include tests/fuzz/fuzz_hooks.h \
-    -o "$target.new" $out/_fuzz.c $out/fuzz_world.o tests/fuzz/fuzz_queue.c csrc/*.c \
+    -o "$target.new" $out/_fuzz.c $out/fuzz_world.o tests/fuzz/fuzz_input.c tests/fuzz/fuzz_queue.c csrc/*.c \
     -L"$libdir" -Wl,-rpath,"$libdir" -lpython"$ldversion" -luring
 mv "$target.new" "$target"

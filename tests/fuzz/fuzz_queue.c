@@ -24,7 +24,6 @@ static struct {
 	uint32_t size;
 	uint16_t avail_idx;
 	uint16_t next_desc;
-	uint32_t desc_region, avail_region, used_region; /* invalidated by name */
 	uint64_t data_iova[6]; /* starts of the data regions */
 } driver;
 
@@ -46,9 +45,9 @@ static void driver_map(uint8_t bits)
 	uint32_t skew = bits & 1u ? fuzz_u8() % 16u : 0; /* misaligned in the process, aligned in the IOVA space */
 	uint64_t at = DATA_IOVA;
 
-	driver.desc_region = fuzz_region_add(DESC_IOVA - skew, size * 16u + skew, VF_PERM_RO);
-	driver.avail_region = fuzz_region_add(AVAIL_IOVA, 6u + 2u * size, VF_PERM_RO);
-	driver.used_region = fuzz_region_add(USED_IOVA, 6u + 8u * size, VF_PERM_RW);
+	fuzz_region_add(DESC_IOVA - skew, size * 16u + skew, VF_PERM_RO);
+	fuzz_region_add(AVAIL_IOVA, 6u + 2u * size, VF_PERM_RO);
+	fuzz_region_add(USED_IOVA, 6u + 8u * size, VF_PERM_RW);
 	fuzz_region_add(TABLE_IOVA, TABLE_BYTES_MAX / 2u + 8u, VF_PERM_RO);
 	fuzz_region_add(TABLE_IOVA + TABLE_BYTES_MAX / 2u + 8u, TABLE_BYTES_MAX, VF_PERM_RO);
 	for (uint32_t i = 0; i < 5u; i++) {
@@ -67,7 +66,7 @@ static void driver_write_u16(uint64_t iova, uint16_t value)
 	fuzz_write(iova, &value, sizeof(value));
 }
 
-/* Cut len bytes at iova into descriptors; 0: in one piece. */
+/* Cut len bytes at iova into descriptors; 0: in one piece. Bit 5 leaves gaps between them, so that they stay pieces. */
 static void driver_cut(uint64_t iova, uint32_t len, uint16_t flags, uint8_t cut)
 {
 	uint32_t step = cut ? 1u + cut % 64u * (cut & 64u ? 16u : 1u) : UINT32_MAX;
@@ -80,7 +79,7 @@ static void driver_cut(uint64_t iova, uint32_t len, uint16_t flags, uint8_t cut)
 		if (piece_count == PIECES_MAX)
 			return;
 		pieces[piece_count++] = (struct piece){ .iova = iova, .len = n, .flags = flags };
-		iova += n;
+		iova += n + (cut >> 5 & 1u);
 		len -= n;
 	} while (len);
 }

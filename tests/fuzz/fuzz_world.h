@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What surrounds the device in the fuzz harness: the driver's memory, a store, an engine that completes in any order,
- * and the invariants. fuzz_world.c holds them, fuzz_queue.c plays the driver.
+ * and the invariants. fuzz_world.c holds them, fuzz_input.c reads the
+ * input, and fuzz_queue.c plays the driver.
  */
 #ifndef FUZZ_WORLD_H
 #define FUZZ_WORLD_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "queue.h"

@@ -206,7 +206,7 @@ RUN_OPTIONS: dict[str, Parser] = {
     "output_format": _parse_choice("normal", "json"),
     "explain": _parse_bool,
 }
-ALIASES = {"readwrite": "rw", "blocksize": "bs", "io_depth": "iodepth"}
+ALIASES = {"readwrite": "rw", "blocksize": "bs"}
 FLAGS = {name for name, parser in (JOB_OPTIONS | RUN_OPTIONS).items() if parser is _parse_bool}
 
 

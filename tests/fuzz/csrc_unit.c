@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The parts of csrc that the fuzz harness does not reach, under the sanitizers: mapping, a fetching port, stores,
+ * engines, creation and destruction. Exits 0, or aborts with the line of what is wrong.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "queue.h"
+
+#define CHECK(condition)                                                                                               \
+	do {                                                                                                           \
+		if (!(condition)) {                                                                                    \
+			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                 \
+			abort();                                                                                       \
+		}                                                                                                      \
+	} while (0)
+
+#define STORE_BYTES (4u << 20)
+
+static struct vf_iotlb tlb;
+static struct vf_port port;
+
+void vf_fuzz_shared_read(const volatile void *address, size_t len_bytes)
+{
+	(void)address;
+	(void)len_bytes;
+}
+
+static int memory_fd(size_t size)
+{
+	int fd = memfd_create("unit", MFD_CLOEXEC);
+
+	CHECK(fd >= 0 && ftruncate(fd, (off_t)size) == 0);
+	return fd;
+}
+
+static void test_iotlb_table(void)
+{
+	int fd = memory_fd(8192);
+	uint32_t run;
+
+	vf_port_none_init(&port, -1);
+	vf_iotlb_init(&tlb, &port);
+	CHECK(vf_iotlb_map(&tlb, 0x1000, 0x1fff, VF_PERM_RW, fd, 0) == 0);
+	CHECK(vf_iotlb_map(&tlb, 0x1800, 0x2fff, VF_PERM_RW, fd, 0) == -EEXIST);
+	CHECK(vf_iotlb_map(&tlb, 5, 4, VF_PERM_RW, fd, 0) == -EINVAL);
+	CHECK(vf_iotlb_map(&tlb, 0, 9, 0, fd, 0) == -EINVAL);
+	CHECK(vf_iotlb_map(&tlb, 0x9000, 0x9fff, VF_PERM_RW, -1, 0) == -EBADF);
+	CHECK(vf_iotlb_map(&tlb, 0, UINT64_MAX, VF_PERM_RO, fd, 0) < 0);
+	CHECK(vf_iotlb_map(&tlb, 0x8000, 0x8fff, VF_PERM_RO, fd, UINT64_MAX) == -EOVERFLOW);
+	CHECK(vf_iotlb_map(&tlb, 0x2000, 0x20ff, VF_PERM_RO, fd, 4096 + 8) == 0); /* an offset within a page */
+	CHECK(vf_iotlb_map(&tlb, UINT64_MAX - 99, UINT64_MAX, VF_PERM_WO, fd, 0) == 0);
+	CHECK(tlb.region_count == 3);
+	CHECK(vf_iotlb_translate(&tlb, 0x1ff0, 64, VF_PERM_RO, &run) && run == 16);
+	CHECK(vf_iotlb_translate(&tlb, 0x2000, 1, VF_PERM_WO, &run) == NULL);
+	CHECK(vf_iotlb_translate(&tlb, UINT64_MAX, 1, VF_PERM_WO, &run) && run == 1);
+	CHECK(vf_iotlb_translate(&tlb, UINT64_MAX, 1, VF_PERM_RO, &run) == NULL);
+	CHECK(vf_iotlb_translate(&tlb, 0x3000, 1, VF_PERM_RO, &run) == NULL);
+	CHECK(vf_iotlb_bury(&tlb, (uintptr_t)&tlb) == -1);
+
+	uint8_t bytes[32];
+	CHECK(pwrite(fd, "0123456789abcdef", 16, 4096 - 16) == 16 && pwrite(fd, "ghijklmnopqrstuv", 16, 4096 + 8) == 16);
+	CHECK(vf_iotlb_copy_from(&tlb, 0x1ff0, bytes, 32) == 0);
+	CHECK(memcmp(bytes, "0123456789abcdefghijklmnopqrstuv", 32) == 0);
+	CHECK(vf_iotlb_copy_from(&tlb, 0x20f0, bytes, 32) == -EFAULT);
+	CHECK(vf_iotlb_copy_from(&tlb, UINT64_MAX - 3, bytes, 32) == -EFAULT);
+	CHECK(vf_iotlb_drop(&tlb, 0x1fff, 0x2000) == 2 && tlb.region_count == 1);
+	CHECK(vf_iotlb_bury(&tlb, (uintptr_t)tlb.region[0].map + 1) == 0 && *(char *)tlb.region[0].map == 0);
+	CHECK(vf_iotlb_drop(&tlb, 0, UINT64_MAX) == 1);
+	close(fd);
+}
+
+static void test_iotlb_full(void)
+{
+	static uint8_t byte;
+
+	vf_iotlb_init(&tlb, &port);
+	for (uint32_t i = 0; i < VF_IOTLB_CAPACITY; i++) /* from the top, so that every entry moves */
+		CHECK(vf_iotlb_add(&tlb, 10u * (VF_IOTLB_CAPACITY - i), 10u * (VF_IOTLB_CAPACITY - i), VF_PERM_RO, &byte) == 0);
+	CHECK(vf_iotlb_add(&tlb, 5, 5, VF_PERM_RO, &byte) == -ENOSPC);
+	for (uint32_t i = 1; i <= VF_IOTLB_CAPACITY; i++)
+		CHECK(vf_iotlb_find(&tlb, 10u * i) && !vf_iotlb_find(&tlb, 10u * i + 1u));
+	CHECK(vf_iotlb_drop(&tlb, 0, UINT64_MAX) == VF_IOTLB_CAPACITY);
+}
+
+/* One answer of a bus, as transport/loopback.py sends it. */
+static void answer(int fd, int err, uint64_t start, uint64_t last, int region_fd)
+{
+	struct {
+		int32_t err;
+		uint32_t pad;
+		struct vf_vduse_iotlb_entry entry;
+	} body = { .err = err, .entry = { .start = start, .last = last, .perm = VF_PERM_RW } };
+	union {
+		char bytes[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control = { { 0 } };
+	struct iovec iov = { .iov_base = &body, .iov_len = sizeof(body) };
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+
+	if (region_fd >= 0) {
+		msg.msg_control = control.bytes;
+		msg.msg_controllen = sizeof(control.bytes);
+		*CMSG_FIRSTHDR(&msg) = (struct cmsghdr){ CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS };
+		memcpy(CMSG_DATA(CMSG_FIRSTHDR(&msg)), &region_fd, sizeof(int));
+	}
+	CHECK(sendmsg(fd, &msg, 0) == (ssize_t)sizeof(body));
+}
+
+static void test_fetching_port(void)
+{
+	int fd = memory_fd(4096), pair[2];
+
+	CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
+	vf_port_loopback_init(&port, pair[0], -1, 0);
+	vf_iotlb_init(&tlb, &port);
+	answer(pair[1], 0, 0x5000, 0x5fff, fd);
+	CHECK(vf_iotlb_find(&tlb, 0x5800) && tlb.miss_count == 1 && tlb.region_count == 1);
+	answer(pair[1], EINVAL, 0, 0, -1); /* there is none */
+	CHECK(!vf_iotlb_find(&tlb, 0x6000));
+	answer(pair[1], 0, 0x9000, 0x9fff, fd); /* not what was asked for */
+	CHECK(!vf_iotlb_find(&tlb, 0x6000));
+	answer(pair[1], 0, 0x5800, 0x6fff, fd); /* overlaps one that is there */
+	CHECK(!vf_iotlb_find(&tlb, 0x6000));
+	answer(pair[1], 0, 0x6000, 0x6fff, -1); /* without a descriptor */
+	CHECK(!vf_iotlb_find(&tlb, 0x6000));
+	answer(pair[1], EINVAL, 0x6000, 0x6fff, fd); /* an error with one */
+	CHECK(!vf_iotlb_find(&tlb, 0x6000));
+	CHECK(send(pair[1], "x", 1, 0) == 1);
+	CHECK(!vf_iotlb_find(&tlb, 0x6000));
+	close(pair[1]);
+	CHECK(!vf_iotlb_find(&tlb, 0x6000) && tlb.region_count == 1);
+	CHECK(vf_iotlb_drop(&tlb, 0, UINT64_MAX) == 1);
+	close(pair[0]);
+	close(fd);
+}
+
+static int store_do(struct vf_store *store, enum vf_op op, struct iovec *iov, uint32_t count, uint64_t at, uint64_t len)
+{
+	struct vf_req req = { .op = (uint8_t)op, .unmap = at & 1u, .iov = iov, .iov_count = count, .left_bytes = len };
+
+	req.offset_bytes = at & ~1ull;
+	return vf_store_do(store, &req);
+}
+
+static void test_store(enum vf_store_kind kind, uint32_t direct_align)
+{
+	struct vf_store store = { .fd = memory_fd(STORE_BYTES), .kind = kind, .size_bytes = STORE_BYTES };
+	size_t len = (2u << 20) + 4096u; /* more than the bounce buffer twice */
+	uint8_t *out = malloc(len + 1u), *in = malloc(len + 1u);
+
+	CHECK(out && in);
+	for (size_t i = 0; i < len; i++)
+		out[i] = (uint8_t)(i * 7u + i / 4096u);
+	CHECK(vf_store_open(&store) == 0);
+	store.direct_align = direct_align; /* misaligned memory goes by way of the bounce buffer */
+	struct iovec from[3] = { { out, 5 }, { out + 5, 4091 }, { out + 4096, len - 4096 } };
+	struct iovec to[2] = { { in + 1, 100 }, { in + 101, len - 100 } };
+	CHECK(store_do(&store, VF_OP_WRITE, from, 3, 512, len) == 0);
+	CHECK(store_do(&store, VF_OP_READ, to, 2, 512, len) == 0 && memcmp(out, in + 1, len) == 0);
+	CHECK(store_do(&store, VF_OP_FLUSH, NULL, 0, 0, 0) == 0);
+	CHECK(store_do(&store, VF_OP_DISCARD, NULL, 0, 512, 512) == 0);
+	CHECK(store_do(&store, VF_OP_WRITE_ZEROES, NULL, 0, 1024, 512) == 0);
+	CHECK(store_do(&store, VF_OP_WRITE_ZEROES, NULL, 0, 1536 | 1, 2u << 20) == 0);
+	store.no_punch_hole = store.no_zero_range = 1;
+	CHECK(store_do(&store, VF_OP_WRITE_ZEROES, NULL, 0, 1, 3u << 20) == 0);
+	to[0] = (struct iovec){ in, len };
+	CHECK(store_do(&store, VF_OP_READ, to, 1, 0, len) == 0);
+	for (size_t i = 0; i < len; i++)
+		CHECK(in[i] == 0);
+	if (kind == VF_STORE_FILE) {
+		to[0] = (struct iovec){ in, len };
+		CHECK(store_do(&store, VF_OP_READ, to, 1, STORE_BYTES - 512, 1024) == -EIO); /* beyond the end */
+	}
+	CHECK(store_do(&store, VF_OP_GET_ID, NULL, 0, 0, 0) == -EINVAL);
+	vf_store_close(&store);
+	vf_store_close(&store);
+	close(store.fd);
+	free(out);
+	free(in);
+}
+
+static void test_engine(const struct vf_engine_ops *ops)
+{
+	struct vf_engine engine;
+	struct vf_store store = { .fd = memory_fd(65536), .kind = VF_STORE_FILE, .size_bytes = 65536 };
+	uint8_t data[16][512];
+	struct iovec iov[16];
+	struct vf_req reqs[16], *done[16];
+	uint32_t finished = 0;
+
+	if (vf_engine_open(&engine, ops, &store, 8) != 0) { /* io_uring is forbidden here */
+		close(store.fd);
+		return;
+	}
+	memset(data, 0x5a, sizeof(data));
+	for (uint32_t i = 0; i < 16u; i++) {
+		iov[i] = (struct iovec){ data[i], 512 };
+		reqs[i] = (struct vf_req){ .op = i % 3u ? VF_OP_WRITE : VF_OP_FLUSH, .iov = &iov[i], .iov_count = 1 };
+		reqs[i].left_bytes = i % 3u ? 512u : 0u;
+		reqs[i].offset_bytes = 512u * i;
+		finished += (uint32_t)engine.ops->submit(&engine, &reqs[i]);
+	}
+	while (engine.inflight_count) {
+		engine.ops->flush(&engine);
+		uint32_t count = engine.ops->reap(&engine, done, 16);
+		finished += count;
+		if (!count)
+			engine.ops->wait(&engine);
+	}
+	CHECK(finished == 16);
+	for (uint32_t i = 0; i < 16u; i++)
+		CHECK(reqs[i].result == 0 && reqs[i].left_bytes == 0);
+	vf_engine_close(&engine);
+	vf_engine_close(&engine);
+	close(store.fd);
+}
+
+static void test_queue(void)
+{
+	struct vf_blk_device device = { .capacity_sectors = 8, .block_sectors = 1, .seg_max = VF_SEG_MAX_LIMIT };
+	const uint32_t sizes[] = { 2, 256, VF_QUEUE_SIZE_MAX };
+
+	for (uint32_t i = 0; i < 3u; i++) {
+		uint32_t stride = vf_shm_layout(sizes[i]).stride_bytes;
+		void *block = aligned_alloc(4096, stride);
+
+		memset(block, 0, stride);
+		struct vf_queue *q = vf_queue_create(&device, sizes[i], block);
+		CHECK(q && q->free_count == q->slot_count && q->slot_count <= VF_SLOT_MAX);
+		struct vf_store store = { .fd = -1, .kind = VF_STORE_NULL, .size_bytes = 4096 };
+		CHECK(vf_engine_open(&q->engine, &vf_engine_null, &store, q->slot_count) == 0);
+		CHECK(vf_queue_guard(q) == 0);
+		int fd = memory_fd(8192);
+		CHECK(vf_iotlb_map(&q->tlb, 0, 8191, VF_PERM_RW, fd, 0) == 0);
+		CHECK(ftruncate(fd, 0) == 0);
+		uint32_t run;
+		uint8_t *gone = vf_iotlb_translate(&q->tlb, 4100, 1, VF_PERM_RO, &run);
+		CHECK(*(volatile uint8_t *)gone == 0 && q->counters->memory_faults == 1);
+		vf_queue_destroy(q);
+		close(fd);
+		free(block);
+	}
+	device.seg_max++;
+	CHECK(!vf_queue_create(&device, 16, NULL) && errno == EINVAL);
+	device.seg_max = 1;
+	CHECK(!vf_queue_create(&device, 1, NULL) && !vf_queue_create(&device, VF_QUEUE_SIZE_MAX + 1u, NULL));
+	device.block_sectors = 0;
+	CHECK(!vf_queue_create(&device, 16, NULL));
+	vf_queue_destroy(NULL);
+}
+
+static void test_stop(void)
+{
+	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	uint64_t count = 0;
+
+	CHECK(vf_stop_install(fd) == 0 && !*vf_stop_flag());
+	CHECK(raise(SIGTERM) == 0 && *vf_stop_flag());
+	CHECK(read(fd, &count, sizeof(count)) == sizeof(count) && count == 1);
+	close(fd);
+}
+
+int main(void)
+{
+	test_iotlb_table();
+	test_iotlb_full();
+	test_fetching_port();
+	test_store(VF_STORE_FILE, 0);
+	test_store(VF_STORE_FILE, 512);
+	test_store(VF_STORE_MEMORY, 0);
+	test_engine(&vf_engine_sync);
+	test_engine(&vf_engine_uring);
+	test_queue();
+	test_stop();
+	return 0;
+}
