@@ -101,7 +101,7 @@ struct vf_drv_job {
 	uint64_t runtime_ns; /* 0 = no limit */
 	bool check_after; /* read back and verify what was written */
 	bool indirect;
-	bool moves_no_data; /* a null store: reads report the status byte only */
+	bool moves_no_data; /* a null store: reads report that nothing was written */
 	/* request memory; borrowed */
 	uint8_t *slot_va;
 	uint64_t slot_iova;
@@ -354,7 +354,7 @@ static inline bool vf_drv_job_answered_well(struct vf_drv_job *job, const struct
 {
 	bool reads = slot->op == VF_DRV_READ || slot->op == VF_DRV_CHECK;
 	uint32_t expected = reads ? job->block_bytes + 1u : 1u;
-	if (vf_likely(status == 0 && (written_bytes == expected || (written_bytes == 1 && job->moves_no_data))))
+	if (vf_likely(status == 0 && (written_bytes == expected || (written_bytes == 0 && job->moves_no_data))))
 		return true;
 	struct vf_drv_fault fault = { .op = slot->op, .offset_bytes = vf_drv_job_offset(job, slot->block) };
 	if (status)

@@ -63,6 +63,7 @@ struct vf_req {
 	uint8_t *status; /* NULL: the chain has no byte for it */
 	uint64_t start_ns;
 	uint64_t data_bytes; /* asked for; left_bytes at the start */
+	uint64_t writable_bytes; /* of the chain, with the status */
 	uint32_t range_count;
 	uint32_t range_at; /* the one the cursor stands for */
 	uint32_t stored_bytes; /* put into device-writable memory, from its start, without the status */

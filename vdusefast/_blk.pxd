@@ -260,6 +260,7 @@ cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
     req.range_count = 0
     req.range_at = 0
     req.stored_bytes = 0
+    req.writable_bytes = q.chain.writable_bytes
     blk_find_status(q, req)
     # Without a status the driver cannot be told, so that nothing is done.
     if vf_unlikely(req.status == NULL or q.chain.disorder or q.chain.readable_bytes < VF_BLK_HEADER_BYTES):

@@ -122,6 +122,7 @@ cdef extern from "request.h" nogil:
         uint8_t *status
         uint64_t start_ns
         uint64_t data_bytes
+        uint64_t writable_bytes
         uint32_t range_count
         uint32_t range_at
         uint32_t stored_bytes

@@ -84,7 +84,9 @@ cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
     cdef uint32_t written_bytes = req.stored_bytes
     if vf_likely(req.status != NULL):
         vf_store_relaxed_u8(req.status, req.blk_status)
-        written_bytes += 1
+        # used.len promises that so many bytes were written from the first writable one on (VIRTIO 1.3, 2.7.8.2): behind a
+        # gap, as after an error, the status does not count.
+        written_bytes += written_bytes + 1 == req.writable_bytes
     vf_vring_push(&q.vring, req.head, written_bytes)
     q.counters.requests += 1
     op.requests += 1

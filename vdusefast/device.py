@@ -79,9 +79,10 @@ class BlockDevice:
         write_zeroes = store.can_write_zeroes and not self.read_only
         self.discard_max_sectors = DISCARD_MAX_SECTORS if discard else 0
         self.discard_max_seg = DISCARD_MAX_SEG if discard else 0
-        zeroes_max_sectors = WRITE_ZEROES_MAX_SECTORS if discard else WRITE_ZEROES_SLOW_MAX_SECTORS
+        # What has to be written out must not take longer than a quiesce may.
+        zeroes_max_sectors = WRITE_ZEROES_MAX_SECTORS if store.zeroes_cheaply else WRITE_ZEROES_SLOW_MAX_SECTORS
         self.write_zeroes_max_sectors = zeroes_max_sectors if write_zeroes else 0
-        self.write_zeroes_max_seg = DISCARD_MAX_SEG if write_zeroes else 0
+        self.write_zeroes_max_seg = (DISCARD_MAX_SEG if store.zeroes_cheaply else 1) if write_zeroes else 0
         self.write_zeroes_may_unmap = discard
         self.writeback = store.cache != "writethrough"
         self.offered_features = self._features(config)

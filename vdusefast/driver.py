@@ -410,7 +410,7 @@ class LoopbackDriver:
             if status:
                 number = _ERRNO_BY_STATUS.get(status, errno.EPROTO)
                 raise OSError(number, f"request type {kind} at sector {sector}: {os.strerror(number)}")
-            if written_bytes not in (1, read_bytes + 1):
+            if written_bytes not in (0, read_bytes + 1):  # 0: a null store moves nothing
                 raise OSError(errno.EPROTO, f"device wrote {written_bytes} bytes where {read_bytes + 1} were due")
             return body.buf[:read_bytes]
 

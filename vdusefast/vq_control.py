@@ -76,7 +76,7 @@ class VqControl:
         self._failure_count = 0
         self._last_avail_idx: int | None = None  # where a quiesced queue stands; None = as the driver has set it up
         self._serving = False  # the worker alone knows where the queue stands
-        self._lost = False  # and it is gone
+        self._lost = ""  # why nobody knows any more; only a reset helps
         self._lock = asyncio.Lock()
         self._watching = False
 
@@ -115,7 +115,7 @@ class VqControl:
             if not 0 < info.size <= self._spec.queue_size or info.size & (info.size - 1):
                 return self._refuse(f"size {info.size} is no power of two up to {self._spec.queue_size}")
             if self._lost:
-                return self._refuse("where it stood went with its worker; reset the device")
+                return self._refuse(f"{self._lost}; reset the device")
             if not await self._revive():
                 return False
             failures = self._failure_count
@@ -171,7 +171,7 @@ class VqControl:
             self.unwatch_kick()
             if self._usable_worker() is not None:
                 await self._settle(Command.RESET)
-            self._last_avail_idx, self._serving, self._lost = None, False, False
+            self._last_avail_idx, self._serving, self._lost = None, False, ""
             if self.worker is not None and self.worker.hung:
                 return False
             if self.closing or await self._revive():
@@ -284,12 +284,14 @@ class VqControl:
         return False
 
     def _died(self, error: WorkerError) -> None:
-        self._lost |= self._serving
+        if self._serving:
+            self._lost = "where it stood went with its worker"
         self._fail(error)
 
     def _ring_failed(self, reason: str) -> None:
         pid = self.worker.pid if self.worker is not None else -1
         where = f"device {self._spec.device}: queue {self.index}: worker (pid {pid})"
+        self._lost = "its ring was found bad"  # where it stands may be what is wrong
         self._fail(WorkerError(f"{where} stopped serving: {reason}"))
 
     def _fail(self, error: WorkerError) -> None:

@@ -238,7 +238,9 @@ class DeviceModel:
             return 0
         data, at, _ = status_at
         data[at] = status
-        return stored + 1
+        # used.len counts from the first writable byte on: behind a gap the status does not count.
+        writable = sum(segment.len for segment in segments if segment.flags & WRITE)
+        return stored + 1 if stored + 1 == writable else stored
 
     def find_status(self, segments: list[Desc]) -> tuple[bytearray, int, int] | None:
         last = next((s for s in reversed(segments) if s.flags & WRITE and s.len), None)
@@ -333,9 +335,9 @@ class DeviceModel:
         if p.read_only or writable != 1 or payload == 0 or payload % 16 or payload // 16 > max_seg:
             raise BadRequest(IOERR)
         pieces = list(struct.iter_unpack("<QII", self.fetch(segments, HEADER_BYTES, payload)))
-        for sector, count, flags in pieces:
-            if flags & ~known:
-                raise BadRequest(UNSUPP)
+        if any(flags & ~known for _, _, flags in pieces):
+            raise BadRequest(UNSUPP)
+        for sector, count, _ in pieces:
             if count > max_sectors:
                 raise BadRequest(IOERR)
             self.check_range(sector, count)

@@ -250,6 +250,17 @@ def test_writes_are_durable_unless_the_driver_can_flush(image: Path, cache: str,
     assert out.split()[0] == ("sync" if flush and cache == "writeback" else "OSError")
 
 
+def test_sleeping_worker_is_woken_by_io_uring(image: Path) -> None:
+    """Not by the timer that looks at the ring every 100 ms: such a request counts as a relook."""
+    config = vdusefast.make_config(name="wake", uri=f"file:{image}", engine="uring", cache="none", poll_us=0)
+    with vdusefast.Device(config) as device, device.driver() as driver:
+        for block in range(64):
+            driver.read(block * 4096, 4096)
+        queue = device.stats().queues[0]
+    assert queue.sleeps > 16
+    assert queue.relooks < 5
+
+
 def test_auto_takes_io_uring_for_o_direct(image: Path) -> None:
     config = vdusefast.make_config(name="auto", uri=f"file:{image}", cache="none")
     with vdusefast.Device(config) as device:

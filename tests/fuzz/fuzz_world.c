@@ -118,6 +118,8 @@ void vf_fuzz_shared_read(const volatile void *address, size_t len_bytes)
 			fuzz_mutate((uint8_t *)(uintptr_t)address, len_bytes, value, width);
 		} else if (world.mutation[i].where == 1 && fuzz_region_of_address(last_read, last_read_len)) {
 			fuzz_mutate((uint8_t *)(uintptr_t)last_read, last_read_len, value, width);
+		} else if (world.mutation[i].where == 3) {
+			world.q->counters->memory_faults++; /* as the handler of SIGBUS does */
 		} else if (region->mem) {
 			size_t offset = world.mutation[i].offset % region->len;
 

@@ -41,7 +41,7 @@ struct fuzz_world {
 	uint64_t shared_reads; /* in this round */
 	struct {
 		bool armed;
-		uint8_t where; /* 0: what is about to be read, 1: what was read last, 2: a region */
+		uint8_t where; /* 0: what is about to be read, 1: what was read last, 2: a region, 3: a page vanishes */
 		uint8_t width;
 		uint32_t countdown; /* reads until it happens */
 		uint32_t region;

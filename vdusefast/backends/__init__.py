@@ -40,6 +40,7 @@ class Store:
     read_only: bool
     can_discard: bool
     can_write_zeroes: bool  # a worker can always write zeros itself, so: unless read-only
+    zeroes_cheaply: bool  # whether the store knows a way that does not write them out, with and without UNMAP
     direct_align: int  # alignment that O_DIRECT needs of offset, length and memory; 0 = not O_DIRECT
     cache: str
 

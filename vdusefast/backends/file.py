@@ -25,6 +25,7 @@ BLKPBSZGET = 0x127B
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
 
 DIRECT_ALIGN_MAX_BYTES = 4096
 PHYSICAL_BLOCK_MAX_BYTES = 4096  # of a file: st_blksize is a hint, some file systems say a megabyte
@@ -108,8 +109,9 @@ def _describe_file(fd: int, backend: BackendConfig, read_only: bool) -> Store:
         physical_block_size_bytes=max(block, min(preferred, PHYSICAL_BLOCK_MAX_BYTES)),
         opt_io_size_bytes=preferred if preferred > PHYSICAL_BLOCK_MAX_BYTES else 0,
         read_only=read_only,
-        can_discard=not read_only and _probe_punch(fd, status.st_size),
+        can_discard=not read_only and _probe_fallocate(fd, status.st_size, FALLOC_FL_PUNCH_HOLE),
         can_write_zeroes=not read_only,
+        zeroes_cheaply=not read_only and _probe_fallocate(fd, status.st_size, FALLOC_FL_ZERO_RANGE),
         direct_align=direct_align,
         cache=backend.cache,
     )
@@ -130,8 +132,9 @@ def _describe_block(fd: int, backend: BackendConfig, read_only: bool) -> Store:
         physical_block_size_bytes=max(block, _ioctl_int(fd, BLKPBSZGET)),
         opt_io_size_bytes=_ioctl_int(fd, BLKIOOPT),
         read_only=read_only,
-        can_discard=not read_only and _block_discards(os.fstat(fd).st_rdev),
+        can_discard=not read_only and _block_limit(os.fstat(fd).st_rdev, "discard_max_bytes") > 0,
         can_write_zeroes=not read_only,
+        zeroes_cheaply=not read_only and _block_limit(os.fstat(fd).st_rdev, "write_zeroes_max_bytes") > 0,
         direct_align=direct_align,
         cache=backend.cache,
     )
@@ -143,14 +146,14 @@ def _ioctl_int(fd: int, request: int) -> int:
     return int(value)
 
 
-def _block_discards(rdev: int, sysfs: Path = Path("/sys")) -> bool:
-    """Return whether the block device can discard. A partition has no queue of its own; its disk is the parent."""
+def _block_limit(rdev: int, name: str, sysfs: Path = Path("/sys")) -> int:
+    """Return a limit of the block device's queue. A partition has no queue of its own; its disk is the parent."""
     node = (sysfs / f"dev/block/{os.major(rdev)}:{os.minor(rdev)}").resolve()
     for directory in (node, node.parent):
-        limit = directory / "queue/discard_max_bytes"
+        limit = directory / "queue" / name
         if limit.exists():
-            return int(limit.read_text()) > 0
-    return False
+            return int(limit.read_text())
+    return 0
 
 
 def _probe_direct(fd: int, uri: str, smallest_bytes: int) -> int:
@@ -173,9 +176,12 @@ def _probe_direct(fd: int, uri: str, smallest_bytes: int) -> int:
     )
 
 
-def _probe_punch(fd: int, size_bytes: int) -> bool:
-    """Return whether the file system punches holes, by punching one past the end, where there is nothing."""
+def _probe_fallocate(fd: int, size_bytes: int, mode: int) -> bool:
+    """Return whether the file system can do `mode` to a range, by trying it past the end, where there is nothing."""
     libc = ctypes.CDLL(None, use_errno=True)
     offset = -(-size_bytes // 4096) * 4096
-    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    return bool(libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(4096)) == 0)
+    done = libc.fallocate64(fd, mode | FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(4096)) == 0
+    if done and mode == FALLOC_FL_ZERO_RANGE:  # which allocates; give that back
+        hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        libc.fallocate64(fd, hole, ctypes.c_int64(offset), ctypes.c_int64(4096))
+    return bool(done)

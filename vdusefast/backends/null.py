@@ -19,6 +19,7 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
         read_only=read_only,
         can_discard=not read_only,
         can_write_zeroes=not read_only,
+        zeroes_cheaply=True,
         direct_align=0,
         cache=backend.cache,
     )
