@@ -160,6 +160,19 @@ static inline int vf_drv_thread_wait(struct vf_drv_thread *t)
 	return 0;
 }
 
+/* Start loading the lines of the next finished requests, which the device has just written: their status will be read, and
+ * a new header written. */
+static inline void vf_drv_thread_prefetch(const struct vf_drv_thread *t, const struct vf_drv_vq *vq, int count)
+{
+	for (int k = 0; k < count; k++) {
+		uint32_t id = vf_load_relaxed_u32(&vq->used_ring[(vq->last_used_idx + (uint32_t)k) & vq->mask].id);
+		uint32_t cookie = vq->state[id & vq->mask].cookie;
+		__builtin_prefetch(&vq->desc[id & vq->mask], 1);
+		if (vf_likely(cookie >> 16 < t->job_count))
+			vf_drv_job_prefetch(t->jobs[cookie >> 16], cookie & 0xffffu);
+	}
+}
+
 /* Reap every queue. `*now_ns` is set at the first finished request: one look at the clock a batch. Returns how many, or
  * -EPROTO when the device broke the used ring. */
 static inline int vf_drv_thread_reap(struct vf_drv_thread *t, uint64_t *now_ns)
@@ -174,6 +187,7 @@ static inline int vf_drv_thread_reap(struct vf_drv_thread *t, uint64_t *now_ns)
 			*now_ns = vf_drv_now_ns();
 		if (count > VF_DRV_REAP_BATCH)
 			count = VF_DRV_REAP_BATCH;
+		vf_drv_thread_prefetch(t, &queue->vq, count);
 		for (int k = 0; k < count; k++) {
 			struct vf_drv_used used;
 			if (vf_unlikely(vf_drv_vq_reap(&queue->vq, &used))) {

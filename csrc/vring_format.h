@@ -90,9 +90,9 @@ static inline void vf_vring_unpop(struct vf_vring *vr)
 	vf_split_unpop(&vr->split);
 }
 
-static inline void vf_vring_prefetch(const struct vf_vring *vr, const struct vf_iotlb *tlb, uint32_t ahead)
+static inline void vf_vring_prefetch(const struct vf_vring *vr, const struct vf_iotlb *tlb, uint32_t count)
 {
-	vf_split_prefetch(&vr->split, tlb, ahead);
+	vf_split_prefetch(&vr->split, tlb, count);
 }
 
 static inline void vf_vring_push(struct vf_vring *vr, uint16_t head, uint32_t written_bytes)

@@ -22,7 +22,7 @@ cdef enum:
     RUN_STOP = 3  # SIGTERM or SIGINT
 
 cdef enum:
-    PREFETCH_AHEAD = 4
+    PREFETCH_COUNT = 16
     IRQ_DELAY_NS = 50000  # how long a sleeping driver waits at most for the rest of a round
     IRQ_RETRY_MS = 1
     RELOOK_MS = 100  # a kick can be lost with a worker that died; the ring is looked at this often anyway
@@ -151,6 +151,10 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
 
     if q.engine.inflight_count:
         moved = queue_reap(q)
+        if moved and q.unpublished_count:
+            # Before the next ones are submitted, which takes time: the driver prepares more meanwhile.
+            queue_publish(q)
+            queue_interrupt(q)
     count = vf_vring_available(&q.vring)
     if count > 0:
         limit = <uint32_t> count if <uint32_t> count < VF_BATCH_MAX else VF_BATCH_MAX
@@ -158,8 +162,8 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
             limit = q.free_count
         now_ns = vf_now_ns()
         for i in range(limit):
-            if i + 2 * PREFETCH_AHEAD < limit:
-                vf_vring_prefetch(&q.vring, &q.tlb, PREFETCH_AHEAD)
+            if i % PREFETCH_COUNT == 0:
+                vf_vring_prefetch(&q.vring, &q.tlb, limit - i if limit - i < PREFETCH_COUNT else PREFETCH_COUNT)
             err = queue_take(q, now_ns)
             if vf_unlikely(err or q.counters.memory_faults != q.faults_seen):
                 break
