@@ -100,8 +100,10 @@ def test_head_that_waits_for_storage_is_made_available_again(slow: SlowStore) ->
         assert rig.queue.poll() == 0
         assert rig.queue.inflight_count == 1
         rig.ring.make_available(head)
-        slow.end()  # or the failing queue would wait for the first
+        ending = threading.Timer(0.2, slow.end)  # the failing queue waits for the first
+        ending.start()
         assert rig.queue.poll() == -1
+        ending.join()
         assert rig.reason == Reason.HEAD_BUSY
         assert rig.queue.inflight_count == 0
         assert rig.ring.used_idx == 1
