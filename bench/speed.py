@@ -1,6 +1,6 @@
 """The comparisons of bench/README.md: run side by side, interleaved, medians with their spread, as a Markdown table.
 
-    python bench/speed.py [--repeats 5] [--seconds 3] [--only null,tmpfs,disk,idle] [--disk-dir DIR]
+    python bench/speed.py [--repeats 5] [--seconds 3] [--only null,tmpfs,disk,idle] [--worker-cpu N] [--disk-dir DIR]
 
 One worker on the first CPU, the driver on the second, as the two processes of the bare ring exchange. Each round runs
 every contestant once, so that a change of the machine's mood meets all of them. fio runs on the worker's CPU alone.
@@ -163,12 +163,12 @@ def print_tables(figures: dict[str, list[float]], rows: list[Row]) -> None:
     for name, values in figures.items():
         runs = ", ".join(f"{value / 1000:.0f}k" for value in values)
         print(f"| {name} | {statistics.median(values) / 1000:.0f}k IOPS | {spread(values)} | {runs} |")
-    print("\n| ratio | measured | wanted | moonshot |\n|---|---:|---:|---:|")
+    print("\n| ratio | measured | spread | wanted | moonshot |\n|---|---:|---:|---:|---:|")
     for row in rows:
         # Each round's ratio, then their median: what slows the machine for a while slows both sides of one ratio.
         ratios = [a / b for a, b in zip(figures[row.figure], figures[row.reference], strict=True)]
         goal = f"{row.moonshot:.2f}" if row.moonshot else ""
-        print(f"| {row.what} | {statistics.median(ratios):.2f} | {row.floor:.2f} | {goal} |")
+        print(f"| {row.what} | {statistics.median(ratios):.2f} | {spread(ratios)} | {row.floor:.2f} | {goal} |")
     print()
 
 
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--only", default="null,tmpfs,disk,idle", help="groups, separated by commas")
+    parser.add_argument("--worker-cpu", type=int, help="of the worker and of fio; the first CPU by default")
     parser.add_argument("--disk-dir", type=Path, default=Path(tempfile.gettempdir()), help="on a disk, with O_DIRECT")
     parser.add_argument("--tmpfs-dir", type=Path, default=Path("/dev/shm"))  # noqa: S108 -- a tmpfs is what is meant
     options = parser.parse_args()
@@ -220,7 +221,9 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="vdusefast-speed-", dir=options.disk_dir) as disk,
     ):
         paths = Path(tmpfs) / "speed.img", Path(disk) / "speed.img"
-        setup = Setup(options.seconds, options.repeats, cpus[0], cpus[1], *paths)
+        worker_cpu = cpus[0] if options.worker_cpu is None else options.worker_cpu
+        driver_cpu = next(cpu for cpu in cpus if cpu != worker_cpu)
+        setup = Setup(options.seconds, options.repeats, worker_cpu, driver_cpu, *paths)
         for path in paths:
             make_file(path)
         for group in options.only.split(","):

@@ -17,7 +17,9 @@
 
 #define VF_URING_RETRY_MAX 8u
 #define VF_REAP_MAX 64u
-#define VF_URING_BATCH 4u /* a device that idles waits for no more than these to be prepared */
+/* What is prepared goes to the kernel once it is this part of all that is in flight: an idle device starts on the first
+ * request at once, a busy one gets many by one system call. */
+#define VF_URING_SHARE 4u
 
 struct vf_uring {
 	struct io_uring ring;
@@ -162,7 +164,7 @@ static int vf_uring_submit(struct vf_engine *engine, struct vf_req *req)
 	sqe = io_uring_get_sqe(&uring->ring); /* never NULL: one for each slot, and a request has one at a time */
 	vf_uring_prepare(uring, &engine->store, sqe, req);
 	engine->inflight_count++;
-	if (io_uring_sq_ready(&uring->ring) >= VF_URING_BATCH)
+	if (io_uring_sq_ready(&uring->ring) * VF_URING_SHARE >= engine->inflight_count)
 		vf_uring_flush(engine);
 	return 0;
 }
