@@ -28,7 +28,7 @@ cdef enum:
     RELOOK_MS = 100  # a kick can be lost with a worker that died; the ring is looked at this often anyway
     SPIN_CLOCK_MASK = 31  # the clock is read once in so many turns of the spin
     SPIN_FAILS_MAX = 3  # spins in vain before spinning becomes rare
-    SPIN_RARE_MAX = 6  # at the rarest one idle period in 2^6
+    SPIN_RARE_MAX = 8  # at the rarest one idle period in 2^8
 
 # What waiting for one thing has taught.
 cdef struct loop_lesson:

@@ -348,10 +348,13 @@ void fuzz_world_round(void)
 	world.busy_popped = false;
 	moved = fuzz_queue_round(world.q);
 	FUZZ_ASSERT(moved <= (int)(2u * VF_BATCH_MAX));
-	FUZZ_ASSERT(!world.busy_popped || moved == -VF_RING_HEAD_BUSY);
 	FUZZ_ASSERT(moved > -(int)VF_RING_ERROR_COUNT);
+	/* A vanished page is what the round reports, whatever else went wrong in it. */
+	FUZZ_ASSERT((moved == -VF_RING_MEMORY_GONE) == (world.q->counters->memory_faults != world.q->faults_seen));
+	FUZZ_ASSERT(!world.busy_popped || moved == -VF_RING_HEAD_BUSY || moved == -VF_RING_MEMORY_GONE);
 	/* Given back within this round, but not yet published when it was taken again: that second chain never was. */
-	if (moved == -VF_RING_HEAD_BUSY && !world.busy_popped)
+	if ((moved == -VF_RING_HEAD_BUSY || moved == -VF_RING_MEMORY_GONE) &&
+	    !world.q->inflight_log[world.last_popped].order)
 		head_state[world.last_popped].out = false;
 	if (moved < 0)
 		fuzz_world_fail(moved);
