@@ -17,11 +17,6 @@
  *      other's store, so a request is either found by the second look or announced by a kick.
  *   D  the device publishes used->idx, full fence, looks at used_event or avail->flags; the driver arms the
  *      interrupt, full fence, looks at used->idx again. The mirror image of C.
- *
- * And one towards the kernel, in engine_uring.c:
- *
- *   E  the engine asks for an event, full fence, looks at the completion queue again; the kernel queues a completion and
- *      then looks whether an event was asked for.
  */
 #ifndef VF_BARRIER_H
 #define VF_BARRIER_H

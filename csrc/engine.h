@@ -11,6 +11,8 @@
 
 #include "store.h"
 
+#define VF_WATCH_MAX 4u
+
 struct vf_engine;
 
 struct vf_engine_ops {
@@ -25,10 +27,9 @@ struct vf_engine_ops {
 	uint32_t (*reap)(struct vf_engine *engine, struct vf_req **done, uint32_t max);
 	/* Block until one is finished, or a signal. NULL as reap. */
 	void (*wait)(struct vf_engine *engine);
-	/* Before a sleep: have poll_fd become readable when one finishes. 1: one has already. NULL as reap. */
-	int (*arm)(struct vf_engine *engine);
-	/* After it: leave poll_fd alone, which costs less. NULL as reap. */
-	void (*disarm)(struct vf_engine *engine);
+	/* Block until one is finished, one of count (at most VF_WATCH_MAX) descriptors is readable, or the time is up: 1 then,
+	 * else 0. The same descriptors each time. Which of them it was the next reap() puts into `readable`. NULL as reap. */
+	int (*sleep)(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms);
 	void (*close)(struct vf_engine *engine);
 	/* How many completions may wait for each other before the driver is shown them: few when each takes long. */
 	uint32_t publish_batch;
@@ -38,7 +39,7 @@ struct vf_engine {
 	const struct vf_engine_ops *ops;
 	struct vf_store store;
 	uint32_t inflight_count;
-	int poll_fd; /* see arm(); -1 = never */
+	uint32_t readable; /* bits of sleep()'s descriptors; the loop clears them */
 	void *state; /* the engine's own; owned */
 };
 

@@ -11,7 +11,7 @@ int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, co
 {
 	int err;
 
-	*engine = (struct vf_engine){ .store = *store, .poll_fd = -1 };
+	*engine = (struct vf_engine){ .store = *store };
 	err = vf_store_open(&engine->store);
 	if (err)
 		return err;

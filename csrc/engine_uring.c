@@ -9,9 +9,8 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <linux/falloc.h>
+#include <poll.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include "barrier.h"
 
@@ -23,7 +22,7 @@
 
 struct vf_uring {
 	struct io_uring ring;
-	int event_fd; /* owned: a ring whose work is deferred to its issuer does not make its own descriptor readable */
+	uint32_t watched; /* bits: descriptors of sleep() that have a poll in the ring */
 	uint8_t fixed_file;
 };
 
@@ -52,26 +51,21 @@ static int vf_uring_open(struct vf_engine *engine, uint32_t slot_count)
 
 	if (!uring)
 		return -ENOMEM;
-	err = vf_uring_init_ring(&uring->ring, slot_count);
+	/* A place for each request and for each descriptor watched. */
+	err = vf_uring_init_ring(&uring->ring, slot_count + VF_WATCH_MAX);
 	if (err) {
 		free(uring);
 		return err;
 	}
-	uring->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-	err = uring->event_fd < 0 ? -errno : io_uring_register_eventfd(&uring->ring, uring->event_fd);
-	if (!err)
-		err = io_uring_cq_eventfd_toggle(&uring->ring, false);
-	if (err) {
-		if (uring->event_fd >= 0)
-			close(uring->event_fd);
+	/* From 5.11 on, as VDUSE's 5.15 has it: before, a wait with a limit needs a request of its own. */
+	if (!(uring->ring.features & IORING_FEAT_EXT_ARG)) {
 		io_uring_queue_exit(&uring->ring);
 		free(uring);
-		return err;
+		return -ENOSYS;
 	}
 	/* A registered file saves a reference count per request; without it everything works the same. */
 	uring->fixed_file = io_uring_register_files(&uring->ring, &engine->store.fd, 1) == 0;
 	engine->state = uring;
-	engine->poll_fd = uring->event_fd;
 	return 0;
 }
 
@@ -161,7 +155,7 @@ static int vf_uring_submit(struct vf_engine *engine, struct vf_req *req)
 		req->result = vf_store_do(&engine->store, req);
 		return 1;
 	}
-	sqe = io_uring_get_sqe(&uring->ring); /* never NULL: one for each slot, and a request has one at a time */
+	sqe = io_uring_get_sqe(&uring->ring); /* never NULL: one for each slot, a request has one at a time */
 	vf_uring_prepare(uring, &engine->store, sqe, req);
 	engine->inflight_count++;
 	if (io_uring_sq_ready(&uring->ring) * VF_URING_SHARE >= engine->inflight_count)
@@ -207,11 +201,15 @@ static uint32_t vf_uring_reap(struct vf_engine *engine, struct vf_req **done, ui
 		max = VF_REAP_MAX;
 	n = io_uring_peek_batch_cqe(&uring->ring, cqes, max);
 	for (unsigned int i = 0; i < n; i++) {
-		struct vf_req *req = io_uring_cqe_get_data(cqes[i]);
+		uint64_t data = io_uring_cqe_get_data64(cqes[i]);
 		int res = cqes[i]->res;
 
-		if (vf_uring_digest(engine, req, res))
-			done[count++] = req;
+		if (vf_unlikely(data < VF_WATCH_MAX)) { /* a descriptor, and not the address of a request */
+			uring->watched &= ~(1u << data);
+			engine->readable |= 1u << data;
+		} else if (vf_uring_digest(engine, (struct vf_req *)(uintptr_t)data, res)) {
+			done[count++] = (struct vf_req *)(uintptr_t)data;
+		}
 	}
 	if (n)
 		io_uring_cq_advance(&uring->ring, n);
@@ -226,25 +224,36 @@ static void vf_uring_wait(struct vf_engine *engine)
 		vf_uring_check(io_uring_submit_and_wait(&uring->ring, 1));
 }
 
-/* The kernel adds work or a completion and then looks at the flag that we clear here; we look again behind a fence. */
-static int vf_uring_arm(struct vf_engine *engine)
+/* Have the ring watch fds, unless it still does from an earlier time. */
+static void vf_uring_watch(struct vf_engine *engine, const int *fds, uint32_t count)
 {
 	struct vf_uring *uring = engine->state;
 
-	io_uring_cq_eventfd_toggle(&uring->ring, true);
-	vf_fence_full(); /* Barrier E */
-	return io_uring_cq_ready(&uring->ring) || (IO_URING_READ_ONCE(*uring->ring.sq.kflags) & IORING_SQ_TASKRUN);
+	for (uint32_t i = 0; i < count; i++) {
+		struct io_uring_sqe *sqe;
+
+		if (uring->watched & (1u << i))
+			continue;
+		sqe = io_uring_get_sqe(&uring->ring); /* never NULL: see vf_uring_open() */
+		io_uring_prep_poll_add(sqe, fds[i], POLLIN);
+		io_uring_sqe_set_data64(sqe, i);
+		uring->watched |= 1u << i;
+	}
 }
 
-static void vf_uring_disarm(struct vf_engine *engine)
+static int vf_uring_sleep(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms)
 {
 	struct vf_uring *uring = engine->state;
-	uint64_t count;
+	struct __kernel_timespec timeout = { .tv_sec = timeout_ms / 1000, .tv_nsec = timeout_ms % 1000 * 1000000ll };
+	struct io_uring_cqe *cqe;
+	int rc;
 
-	io_uring_cq_eventfd_toggle(&uring->ring, false);
-	/* EAGAIN: nothing has finished. */
-	if (read(uring->event_fd, &count, sizeof(count)) < 0)
-		return;
+	vf_uring_watch(engine, fds, count);
+	rc = io_uring_submit_and_wait_timeout(&uring->ring, &cqe, 1, &timeout, NULL);
+	if (rc == -ETIME)
+		return 1;
+	vf_uring_check(rc);
+	return 0;
 }
 
 static void vf_uring_close(struct vf_engine *engine)
@@ -258,7 +267,6 @@ static void vf_uring_close(struct vf_engine *engine)
 		vf_uring_reap(engine, done, VF_REAP_MAX);
 	}
 	io_uring_queue_exit(&uring->ring);
-	close(uring->event_fd);
 	free(uring);
 	engine->state = NULL;
 }
@@ -270,8 +278,7 @@ const struct vf_engine_ops vf_engine_uring = {
 	.flush = vf_uring_flush,
 	.reap = vf_uring_reap,
 	.wait = vf_uring_wait,
-	.arm = vf_uring_arm,
-	.disarm = vf_uring_disarm,
+	.sleep = vf_uring_sleep,
 	.close = vf_uring_close,
 	.publish_batch = 16,
 };

@@ -156,14 +156,13 @@ cdef extern from "engine.h" nogil:
         void (*flush)(vf_engine *) noexcept nogil
         uint32_t (*reap)(vf_engine *, vf_req **, uint32_t) noexcept nogil
         void (*wait)(vf_engine *) noexcept nogil
-        int (*arm)(vf_engine *) noexcept nogil
-        void (*disarm)(vf_engine *) noexcept nogil
+        int (*sleep)(vf_engine *, const int *, uint32_t, int) noexcept nogil
         uint32_t publish_batch
     struct vf_engine:
         const vf_engine_ops *ops
         vf_store store
         uint32_t inflight_count
-        int poll_fd
+        uint32_t readable
     const vf_engine_ops vf_engine_sync
     const vf_engine_ops vf_engine_uring
     const vf_engine_ops vf_engine_memory

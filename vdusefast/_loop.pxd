@@ -16,6 +16,10 @@ cdef extern from "<poll.h>" nogil:
     enum:
         POLLIN
 
+cdef enum:  # the descriptors of a sleep, as bits in this order
+    WATCH_KICK = 1
+    WATCH_CTL = 2
+
 cdef enum:
     RUN_CONTROL = 1  # the supervisor has sent something
     RUN_FAILED = 2  # the ring is bad; vf_queue.ring_error says how
@@ -251,33 +255,36 @@ cdef inline bint loop_spin(loop_idle *idle, uint64_t poll_ns, bint for_storage) 
     return False
 
 
-cdef inline bint loop_sleep(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd) noexcept nogil:
-    """Ask for a kick, look once more, sleep. True when the sleep was ended by its timer."""
-    cdef pollfd fds[4]
+cdef inline void loop_hear(vf_queue *q, uint32_t readable, int kick_fd) noexcept nogil:
+    """Take note of the descriptors that became readable: bits WATCH_*."""
     cdef uint64_t kicks = 0
-    cdef int ready
-    cdef bint armed = q.engine.inflight_count != 0
+    if readable & WATCH_KICK and read(kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks):
+        q.counters.kicks += kicks
+    if readable & WATCH_CTL:
+        # A message, or the supervisor is gone: either way Python looks at it.
+        q.ctl_seen = vf_load_relaxed_u32(&q.ctl.ctl_seq) - 1
+
+
+cdef inline bint loop_sleep(vf_queue *q, const int *fds) noexcept nogil:
+    """Ask for a kick, look once more, sleep. True when the sleep was ended by its timer."""
+    cdef pollfd polled[3]
+    cdef uint32_t readable = 0
+    cdef int i, ready
+    cdef int timeout_ms = IRQ_RETRY_MS if q.irq_due else RELOOK_MS
     # With every slot taken the ring is of no interest: only storage can move things on.
     if q.free_count and vf_vring_kick_enable(&q.vring):
         return False
-    if armed and q.engine.ops.arm(&q.engine):
-        q.engine.ops.disarm(&q.engine)
-        return False
-    fds[0] = pollfd(kick_fd, POLLIN, 0)
-    fds[1] = pollfd(ctl_fd, POLLIN, 0)
-    fds[2] = pollfd(wake_fd, POLLIN, 0)
-    fds[3] = pollfd(q.engine.poll_fd if armed else -1, POLLIN, 0)
     queue_set_state(q, VF_QUEUE_RUNNING)
     q.counters.sleeps += 1
-    ready = poll(fds, 4, IRQ_RETRY_MS if q.irq_due else RELOOK_MS)
-    if armed:
-        q.engine.ops.disarm(&q.engine)
-    if ready > 0 and fds[0].revents:
-        if read(kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks):
-            q.counters.kicks += kicks
-    if ready > 0 and fds[1].revents:
-        # Readable, or the supervisor is gone: either way Python looks at it.
-        q.ctl_seen = vf_load_relaxed_u32(&q.ctl.ctl_seq) - 1
+    if q.engine.inflight_count:
+        return q.engine.ops.sleep(&q.engine, fds, 3, timeout_ms)
+    for i in range(3):
+        polled[i] = pollfd(fds[i], POLLIN, 0)
+    ready = poll(polled, 3, timeout_ms)
+    if ready > 0:
+        for i in range(3):
+            readable |= (polled[i].revents != 0) << i
+        loop_hear(q, readable, fds[0])
     return ready == 0
 
 
@@ -286,7 +293,11 @@ cdef inline int queue_run(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uin
     cdef loop_idle idle
     cdef bint timed_out = False
     cdef int moved
+    cdef int fds[3]
 
+    fds[0] = kick_fd
+    fds[1] = ctl_fd
+    fds[2] = wake_fd
     memset(&idle, 0, sizeof(idle))
     vf_vring_kick_disable(&q.vring)
     while True:
@@ -298,6 +309,9 @@ cdef inline int queue_run(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uin
         if vf_unlikely(moved < 0):
             queue_fail(q, moved)
             return RUN_FAILED
+        if vf_unlikely(q.engine.readable):
+            loop_hear(q, q.engine.readable, kick_fd)
+            q.engine.readable = 0
         if moved:
             if idle.since_ns:
                 if idle.spinning:
@@ -310,5 +324,5 @@ cdef inline int queue_run(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uin
             continue
         if loop_spin(&idle, poll_ns, q.engine.inflight_count != 0):
             continue
-        timed_out = loop_sleep(q, kick_fd, ctl_fd, wake_fd)
+        timed_out = loop_sleep(q, fds)
         vf_vring_kick_disable(&q.vring)

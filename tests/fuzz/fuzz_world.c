@@ -325,7 +325,7 @@ void fuzz_world_open(uint8_t which_queue, uint8_t device_bits)
 	q->device.discard_max_seg = device_bits & 32u ? 1u : VF_RANGE_MAX;
 	q->device.write_zeroes_max_sectors = device_bits & 64u ? 4u : UINT32_MAX;
 	q->device.write_zeroes_max_seg = device_bits & 128u ? 2u : VF_RANGE_MAX;
-	q->engine = (struct vf_engine){ .ops = &fuzz_engine, .poll_fd = -1 };
+	q->engine = (struct vf_engine){ .ops = &fuzz_engine };
 	q->engine.store = (struct vf_store){
 		.fd = -1,
 		.kind = VF_STORE_MEMORY,

@@ -16,7 +16,7 @@ tests/fuzz/build.sh
 mkdir -p build/fuzz/corpus
 pids=()
 for ((job = 0; job < jobs; job++)); do
-    build/fuzz/fuzz_queue "${budget[@]}" -max_len=320 -timeout=120 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0 \
+    build/fuzz/fuzz_queue "${budget[@]}" -max_len=320 -timeout=0 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0 \
         -artifact_prefix=build/fuzz/ build/fuzz/corpus tests/fuzz/corpus tests/fuzz/regressions >build/fuzz/run-$job.log 2>&1 &
     pids+=($!)
 done

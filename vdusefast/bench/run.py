@@ -16,7 +16,7 @@ from vdusefast.driver import LoopbackDriver
 from vdusefast.errors import VdusefastError
 
 POLL_S = 0.1
-SPIN_US = 200.0  # before the driver sleeps, where it has a CPU of its own
+SPIN_US = 1000.0  # before the driver sleeps, where it has a CPU of its own; longer than a batch of a disk takes
 STALL_S = 30.0
 
 
