@@ -161,7 +161,7 @@ cdef inline int blk_parse_rw(vf_queue *q, vf_req *req, uint64_t sector, bint wri
         data_bytes = q.chain.writable_bytes - 1
     if vf_unlikely(data_bytes % VF_SECTOR_BYTES or data_bytes > BLK_DATA_BYTES_MAX):
         return blk_fail(q, req, VF_BLK_S_IOERR)
-    if vf_unlikely(blk_outside(&q.device, sector, data_bytes / VF_SECTOR_BYTES)):
+    if vf_unlikely(blk_outside(&q.device, sector, data_bytes // VF_SECTOR_BYTES)):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if vf_unlikely(blk_map(q, req, not writing, VF_BLK_HEADER_BYTES if writing else 0, data_bytes)):
         return blk_fail(q, req, VF_BLK_S_IOERR)
@@ -220,11 +220,11 @@ cdef inline int blk_parse_ranges(vf_queue *q, vf_req *req, bint discard) noexcep
         return blk_fail(q, req, VF_BLK_S_UNSUPP)
     if q.device.read_only or q.chain.writable_bytes != 1:
         return blk_fail(q, req, VF_BLK_S_IOERR)
-    if data_bytes == 0 or data_bytes % sizeof(vf_blk_range) or data_bytes / sizeof(vf_blk_range) > max_seg:
+    if data_bytes == 0 or data_bytes % sizeof(vf_blk_range) or data_bytes // sizeof(vf_blk_range) > max_seg:
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if blk_copy_in(q, VF_BLK_HEADER_BYTES, req.ranges, data_bytes):
         return blk_fail(q, req, VF_BLK_S_IOERR)
-    req.range_count = <uint32_t> (data_bytes / sizeof(vf_blk_range))
+    req.range_count = <uint32_t> (data_bytes // sizeof(vf_blk_range))
     return blk_check_ranges(q, req, max_sectors)
 
 

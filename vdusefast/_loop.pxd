@@ -202,9 +202,6 @@ cdef inline void queue_drain(vf_queue *q) noexcept nogil:
         if q.unpublished_count:
             queue_publish(q)
             queue_interrupt(q)
-    if q.unpublished_count:
-        queue_publish(q)
-        queue_interrupt(q)
 
 
 cdef inline void queue_set_state(vf_queue *q, uint32_t state) noexcept nogil:

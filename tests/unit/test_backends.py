@@ -128,7 +128,7 @@ def test_direct_alignment_that_is_too_large_is_an_error(disk_image: Path, monkey
 
 def test_file_system_without_direct_io_is_named() -> None:
     with pytest.raises(BackendError, match=r"has no O_DIRECT; use another cache mode|neither a regular file"):
-        open_uri("file:/proc/version", cache="none")
+        open_uri("file:/proc/version", cache="none", read_only=True)
 
 
 def test_second_device_on_a_store_is_refused(image: Path) -> None:
