@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vdusefast.bench.baseline import command
-from vdusefast.bench.jobs import AUTO_QUEUES, JOB_OPTIONS, RUN_OPTIONS, JobSpec, option_help, parse_arguments
+from vdusefast.bench.help import JOB_HELP, RUN_HELP, option_help
+from vdusefast.bench.jobs import AUTO_QUEUES, JOB_OPTIONS, RUN_OPTIONS, JobSpec, parse_arguments
 from vdusefast.bench.plan import place_jobs, plan_threads, required_bytes
 from vdusefast.errors import ConfigError
 
@@ -121,10 +122,10 @@ def test_patterns_fill_a_block(text: str, start: bytes) -> None:
     assert job.verify_pattern == start * (512 // len(start))
 
 
-def test_help_names_every_option() -> None:
-    text = option_help()
-    assert all(f"--{name}" in text for name in JOB_OPTIONS)
-    assert all(f"--{name.replace('_', '-')}" in text for name in RUN_OPTIONS)
+def test_help_explains_every_option_and_no_other() -> None:
+    assert set(JOB_HELP) == {"name", *JOB_OPTIONS}
+    assert set(RUN_HELP) == set(RUN_OPTIONS)
+    assert all(f"--{name.replace('_', '-')} " in option_help() for name in RUN_OPTIONS)
 
 
 # -- placing

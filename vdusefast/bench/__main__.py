@@ -7,7 +7,8 @@ import sys
 
 import click
 
-from vdusefast.bench.jobs import option_help, parse_arguments
+from vdusefast.bench.help import option_help
+from vdusefast.bench.jobs import parse_arguments
 from vdusefast.errors import VdusefastError
 
 RAW = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}

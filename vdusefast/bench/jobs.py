@@ -343,12 +343,5 @@ def parse_arguments(arguments: Sequence[str]) -> Plan:
     return reader.plan()
 
 
-def option_help() -> str:
-    """Return the names of all options, for --help."""
-    job = " ".join(f"--{name}" for name in ["name", *JOB_OPTIONS])
-    run = " ".join(f"--{name.replace('_', '-')}" for name in RUN_OPTIONS)
-    return f"Job options, as in fio: {job}\n\nOptions of the run: {run}"
-
-
 JOB_FIELDS = frozenset(f.name for f in fields(JobSpec))
 assert set(JOB_OPTIONS) <= JOB_FIELDS, "every job option has its field"
