@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -132,6 +133,23 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         return  # its traceback keeps objects alive, and its own failure is what matters
     left = before.added_for_good()
     assert not left, "left behind by the test:\n" + "\n".join(left)
+
+
+@pytest.fixture
+def attach_loop() -> Iterator[Callable[[Path], str]]:
+    """Return a function that makes a loop device over a file and returns its node; for tests marked loop_device."""
+    nodes = []
+
+    def attach(path: Path) -> str:
+        words = ["losetup", "--find", "--show", str(path)]
+        nodes.append(subprocess.run(words, check=True, capture_output=True, text=True, timeout=20).stdout.strip())
+        return nodes[-1]
+
+    yield attach
+    for node in nodes:
+        # The flag would outlive the image: the next user of this node would get a read-only one.
+        subprocess.run(["blockdev", "--setrw", node], check=True, timeout=20)
+        subprocess.run(["losetup", "--detach", node], check=True, timeout=20)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -190,7 +190,12 @@ def _lists_module(index: str, name: str) -> bool:
 def _control_node(root: Path) -> Finding:
     node = root / "dev/vduse/control"
     if not node.exists():
-        return Finding("/dev/vduse", False, "absent; the kernel transport cannot be used", "modprobe vduse, where the kernel has it")
+        return Finding(
+            "/dev/vduse",
+            False,
+            "absent; the kernel transport cannot be used",
+            "modprobe vduse, where the kernel has it",
+        )
     if not os.access(node, os.R_OK | os.W_OK):
         return Finding("/dev/vduse", False, f"no permission for {node}", "be root, or change its owner by a udev rule")
     return Finding("/dev/vduse", True, f"{node} can be opened")

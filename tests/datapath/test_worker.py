@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -193,6 +194,31 @@ def test_idle_worker_sleeps(image: Path) -> None:
         used = [sum(worker.cpu_times()[:2]) - start for worker, start in zip(workers, before, strict=True)]
         assert max(used) <= 0.02 + 0.01  # 1 % of two seconds, and a clock tick
         assert all(worker.memory_info().rss < 24 * MIB for worker in workers)
+
+
+@pytest.mark.loop_device
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+@pytest.mark.parametrize("engine", ["sync", "uring"])
+def test_block_device_is_served(image: Path, attach_loop: Callable[[Path], str], cache: str, engine: str) -> None:
+    image.write_bytes(b"\xee" * 16 * MIB)
+    node = attach_loop(image)
+    config = vdusefast.make_config(name="bdev", uri=f"file:{node}", cache=cache, engine=engine)
+    data = os.urandom(65536)
+    with vdusefast.Device(config) as device, device.driver() as driver:
+        assert driver.capacity_bytes == 16 * MIB
+        driver.write(MIB, data)
+        driver.write_zeroes(MIB + 4096, 8192)
+        driver.write_zeroes(MIB + 16384, 8192, unmap=True)
+        driver.discard(8 * MIB, MIB)
+        driver.flush()
+        got = driver.read(MIB, len(data))
+        stats = device.stats()
+    assert got == data[:4096] + bytes(8192) + data[12288:16384] + bytes(8192) + data[24576:]
+    assert stats.errors == 0
+    written = image.read_bytes()
+    assert written[MIB : MIB + len(data)] == got
+    assert written[:MIB] == b"\xee" * MIB
+    assert not any(written[8 * MIB : 9 * MIB])  # the loop driver punched a hole
 
 
 # Loads the system call's number and its last argument; a number that matches fails with EPERM, all else is allowed.

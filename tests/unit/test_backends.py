@@ -8,7 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -286,16 +286,9 @@ def test_every_backend_opens_its_example_or_says_what_is_missing() -> None:
 
 
 @pytest.fixture
-def loop(disk_image: Path) -> Iterator[str]:
+def loop(disk_image: Path, attach_loop: Callable[[Path], str]) -> str:
     """Return the node of a loop device over an image."""
-    made = subprocess.run(
-        ["losetup", "--find", "--show", disk_image], check=True, capture_output=True, text=True, timeout=20
-    )
-    node = made.stdout.strip()
-    yield node
-    # The flag would outlive the image: the next user of this node would get a read-only one.
-    subprocess.run(["blockdev", "--setrw", node], check=True, timeout=20)
-    subprocess.run(["losetup", "--detach", node], check=True, timeout=20)
+    return attach_loop(disk_image)
 
 
 @pytest.mark.loop_device

@@ -150,6 +150,15 @@ def test_existing_file_is_never_grown(tmp_path: Path) -> None:
     assert path.stat().st_size == MIB
 
 
+def test_baseline_runs_the_real_fio_on_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    words = ["--name=b", "--rw=randread", "--bs=4k", "--iodepth=4", "--size=4m", "--runtime=0.3", "--time_based"]
+    data = report(*words, f"--backend=file:{path}", "--baseline=psync,io_uring")
+    lines = {line["engine"]: line for line in data["vdusefast"]["baseline"]}
+    assert set(lines) == {"psync", "io_uring"}
+    assert all(line["iops"] > 0 and line["ratio"] > 0 for line in lines.values())
+
+
 def test_missing_fio_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     done = fio(*["--name=a", "--rw=read", "--size=1m", "--baseline=psync"])
