@@ -181,7 +181,7 @@ def test_modules_are_found_loaded_built_in_and_on_disk(root: Path) -> None:
 
 
 def test_control_node_is_looked_at(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert finding(root, "/dev/vduse").remedy == "modprobe vduse"
+    assert finding(root, "/dev/vduse").remedy == "modprobe vduse, where the kernel has it"
     (root / "dev/vduse").mkdir()
     (root / "dev/vduse/control").touch()
     assert finding(root, "/dev/vduse").ok
