@@ -266,21 +266,16 @@ static inline void vf_drv_job_prepare(struct vf_drv_job *job, struct vf_drv_slot
 	*known |= VF_BLOCK_BUSY;
 }
 
-/* Put header, data and status on the vq. The caller has seen that there is room. */
-static inline void vf_drv_job_enqueue(struct vf_drv_job *job, struct vf_drv_vq *vq, uint32_t index)
+/* The rare shapes: no data, ranges, data in several segments, an indirect table. */
+static inline void vf_drv_job_enqueue_any(struct vf_drv_job *job, struct vf_drv_vq *vq, uint32_t index, uint64_t line_iova,
+					  uint64_t sector)
 {
-	struct vf_drv_slot *slot = &job->slots[index];
-	static const uint32_t types[VF_DRV_OP_COUNT] = { VF_DRV_BLK_T_IN, VF_DRV_BLK_T_OUT, VF_DRV_BLK_T_DISCARD,
-							 VF_DRV_BLK_T_FLUSH, VF_DRV_BLK_T_IN };
+	const struct vf_drv_slot *slot = &job->slots[index];
 	uint8_t *line = job->slot_va + (uint64_t)index * VF_DRV_SLOT_BYTES;
-	uint64_t line_iova = job->slot_iova + (uint64_t)index * VF_DRV_SLOT_BYTES;
-	uint64_t sector = vf_drv_job_offset(job, slot->block) >> 9;
+	uint32_t cookie = job->id << 16 | index;
 	struct vf_drv_segment segments[VF_DRV_SEGMENTS_MAX];
 	uint32_t count = 0;
 
-	bool ranged = slot->op == VF_DRV_TRIM || slot->op == VF_DRV_SYNC; /* the header names no sector */
-	*(struct vf_blk_header *)line = (struct vf_blk_header){ types[slot->op], 0, ranged ? 0 : sector };
-	vf_store_relaxed_u8(line + 32, VF_DRV_STATUS_UNSET);
 	segments[count++] = (struct vf_drv_segment){ line_iova, sizeof(struct vf_blk_header), 0 };
 	if (slot->op == VF_DRV_TRIM) {
 		*(struct vf_blk_range *)(line + 16) = (struct vf_blk_range){ sector, job->block_bytes >> 9, 0 };
@@ -288,7 +283,7 @@ static inline void vf_drv_job_enqueue(struct vf_drv_job *job, struct vf_drv_vq *
 	} else if (slot->op != VF_DRV_SYNC) {
 		uint64_t iova = job->data_iova + index * job->data_stride_bytes;
 		uint32_t left = job->block_bytes, writable = slot->op != VF_DRV_WRITE;
-		while (vf_unlikely(left > job->size_max_bytes)) {
+		while (left > job->size_max_bytes) {
 			segments[count++] = (struct vf_drv_segment){ iova, job->size_max_bytes, writable };
 			iova += job->size_max_bytes;
 			left -= job->size_max_bytes;
@@ -296,16 +291,34 @@ static inline void vf_drv_job_enqueue(struct vf_drv_job *job, struct vf_drv_vq *
 		segments[count++] = (struct vf_drv_segment){ iova, left, writable };
 	}
 	segments[count++] = (struct vf_drv_segment){ line_iova + 32, 1, 1 };
-	uint32_t cookie = job->id << 16 | index;
 	if (job->indirect) {
 		uint64_t at = index * job->table_stride_bytes;
 		vf_drv_vq_add_indirect(vq, (struct vf_desc *)(void *)(job->table_va + at), job->table_iova + at, segments,
 				       count, cookie);
-	} else if (vf_likely(count == 3)) {
-		vf_drv_vq_add(vq, segments, 3, cookie); /* a constant, so that the compiler unrolls it */
 	} else {
 		vf_drv_vq_add(vq, segments, count, cookie);
 	}
+}
+
+/* Put header, data and status on the vq. The caller has seen that there is room. */
+static inline void vf_drv_job_enqueue(struct vf_drv_job *job, struct vf_drv_vq *vq, uint32_t index)
+{
+	static const uint32_t types[VF_DRV_OP_COUNT] = { VF_DRV_BLK_T_IN, VF_DRV_BLK_T_OUT, VF_DRV_BLK_T_DISCARD,
+							 VF_DRV_BLK_T_FLUSH, VF_DRV_BLK_T_IN };
+	const struct vf_drv_slot *slot = &job->slots[index];
+	uint8_t *line = job->slot_va + (uint64_t)index * VF_DRV_SLOT_BYTES;
+	uint64_t line_iova = job->slot_iova + (uint64_t)index * VF_DRV_SLOT_BYTES;
+	uint64_t sector = vf_drv_job_offset(job, slot->block) >> 9;
+	bool plain = slot->op != VF_DRV_TRIM && slot->op != VF_DRV_SYNC; /* the others' header names no sector */
+
+	*(struct vf_blk_header *)line = (struct vf_blk_header){ types[slot->op], 0, plain ? sector : 0 };
+	vf_store_relaxed_u8(line + 32, VF_DRV_STATUS_UNSET);
+	if (vf_likely(plain && !job->indirect && job->block_bytes <= job->size_max_bytes))
+		vf_drv_vq_add_three(vq, line_iova, sizeof(struct vf_blk_header),
+				    job->data_iova + index * job->data_stride_bytes, job->block_bytes,
+				    slot->op != VF_DRV_WRITE ? VF_DESC_F_WRITE : 0, line_iova + 32, job->id << 16 | index);
+	else
+		vf_drv_job_enqueue_any(job, vq, index, line_iova, sector);
 }
 
 /* Issue one request on `vq`. Returns 1, or 0 when there is none to issue now. */

@@ -157,6 +157,26 @@ static inline int vf_drv_vq_add(struct vf_drv_vq *vq, const struct vf_drv_segmen
 	return head;
 }
 
+/* vf_drv_vq_add() for the commonest chain, header, data and status, with nothing to loop over. */
+static inline int vf_drv_vq_add_three(struct vf_drv_vq *vq, uint64_t header_iova, uint32_t header_bytes, uint64_t data_iova,
+				      uint32_t data_bytes, uint16_t data_flags, uint64_t status_iova, uint32_t cookie)
+{
+	if (vf_unlikely(vq->free_count < 3))
+		return -ENOSPC;
+	struct vf_drv_desc_state *state = vq->state;
+	uint16_t head = vq->free_head, second = state[head].next, tail = state[second].next;
+	vq->desc[head] = (struct vf_desc){ header_iova, header_bytes, VF_DESC_F_NEXT, second };
+	vq->desc[second] = (struct vf_desc){ data_iova, data_bytes, (uint16_t)(data_flags | VF_DESC_F_NEXT), tail };
+	vq->desc[tail] = (struct vf_desc){ status_iova, 1, VF_DESC_F_WRITE, 0 };
+	vq->free_head = state[tail].next;
+	vq->free_count = (uint16_t)(vq->free_count - 3u);
+	state[head].tail = tail;
+	state[head].count = 3;
+	state[head].cookie = cookie;
+	vf_drv_avail_put(vq, head);
+	return head;
+}
+
 /* Fill an indirect table of `count` descriptors. */
 static inline void vf_drv_table_fill(struct vf_desc *table, const struct vf_drv_segment *segments, uint32_t count)
 {

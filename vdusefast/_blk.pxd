@@ -81,6 +81,23 @@ cdef inline int blk_map(vf_queue *q, vf_req *req, uint32_t writable, uint64_t sk
     return 0
 
 
+cdef inline bint blk_map_whole(vf_queue *q, vf_req *req, uint32_t writable, uint64_t want) noexcept nogil:
+    """Do blk_map for the commonest chain: header, data, status, each in one segment. False: it is none such."""
+    cdef vf_segment *segment = &q.chain.segments[1]
+    cdef uint32_t run = 0
+    if q.chain.segment_count != 3 or want == 0 or segment.len != want or segment.writable != writable:
+        return False
+    # With 16 bytes in front, and sums that are right, what is in the middle is all of the data.
+    if q.chain.segments[0].len != VF_BLK_HEADER_BYTES or segment.iova > UINT64_MAX - want:
+        return False
+    req.iov = req.iov_base
+    req.iov.iov_base = vf_iotlb_translate(&q.tlb, segment.iova, segment.len, VF_PERM_WO if writable else VF_PERM_RO,
+                                          &run)
+    req.iov.iov_len = want
+    req.iov_count = 1
+    return req.iov.iov_base != NULL and run == segment.len
+
+
 cdef inline int blk_copy_in(vf_queue *q, uint64_t skip, void *to, uint64_t want) noexcept nogil:
     """Copy `want` readable bytes after the first `skip` into private memory, once. 0 or -1 as blk_map.
 
@@ -163,7 +180,8 @@ cdef inline int blk_parse_rw(vf_queue *q, vf_req *req, uint64_t sector, bint wri
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if vf_unlikely(blk_outside(&q.device, sector, data_bytes // VF_SECTOR_BYTES)):
         return blk_fail(q, req, VF_BLK_S_IOERR)
-    if vf_unlikely(blk_map(q, req, not writing, VF_BLK_HEADER_BYTES if writing else 0, data_bytes)):
+    if vf_unlikely(not blk_map_whole(q, req, not writing, data_bytes)) and blk_map(
+            q, req, not writing, VF_BLK_HEADER_BYTES if writing else 0, data_bytes):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     req.offset_bytes = sector * VF_SECTOR_BYTES
     req.left_bytes = data_bytes

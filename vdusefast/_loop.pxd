@@ -52,7 +52,9 @@ cdef struct loop_idle:
 cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
     """Show the driver what was pushed, clear the log, count. Returns the time in nanoseconds."""
     cdef uint32_t i
+    cdef uint32_t bucket = 0
     cdef uint64_t now_ns
+    cdef uint64_t start_ns = 0  # of the request before: those of one round share it, and with it the bucket
     cdef vf_req *req
     vf_vring_publish(&q.vring)
     # Only what the driver can see may leave the log: a crash here repeats a request, and never forgets one.
@@ -61,9 +63,13 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
     for i in range(q.unpublished_count):
         req = q.unpublished[i]
         vf_store_relaxed_u64(&q.inflight_log[req.head].order, 0)
-        q.hist.bucket[req.op][vf_hist_bucket(now_ns - req.start_ns)] += 1
+        if req.start_ns != start_ns:
+            start_ns = req.start_ns
+            bucket = vf_hist_bucket(now_ns - start_ns)
+        q.hist.bucket[req.op][bucket] += 1
         q.free_slots[q.free_count] = req.slot
         q.free_count += 1
+    q.counters.requests += q.unpublished_count
     q.unpublished_count = 0
     vf_fence_compiler()
     q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
@@ -92,7 +98,6 @@ cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
         # gap, as after an error, the status does not count.
         written_bytes += written_bytes + 1 == req.writable_bytes
     vf_vring_push(&q.vring, req.head, written_bytes)
-    q.counters.requests += 1
     op.requests += 1
     if vf_likely(req.blk_status == VF_BLK_S_OK):
         op.bytes += req.data_bytes
