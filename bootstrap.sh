@@ -17,13 +17,13 @@ header() { have cc && printf '#include <%s>\n' "$1" | cc -E -x c - >/dev/null 2>
 
 # Only one set-up of a tree at a time; the lock lies on this file and ends with the process.
 if have flock; then
-    exec 9<"$0"
+    exec 9<bootstrap.sh
     flock 9
 fi
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11; do
+    for candidate in ${PYTHON:+"$PYTHON"} python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11; do
         if have "$candidate" && python_ok "$candidate"; then
             command -v "$candidate"
             return
@@ -31,7 +31,8 @@ find_python() {
     done
 }
 
-if [ -x $venv/bin/python ] && python_ok $venv/bin/python; then
+# One that was interrupted half-way has no pip, and is made anew.
+if [ -x $venv/bin/python ] && python_ok $venv/bin/python && $venv/bin/python -c "import pip" 2>/dev/null; then
     python=$venv/bin/python
 else
     python=$(find_python)
@@ -68,7 +69,7 @@ list_missing() {
     if [ -z "$python" ]; then
         need "python3 python3-dev python3-venv" "Python 3.11 or newer with its headers"
     else
-        [ $python = $venv/bin/python ] || "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        [ "$python" = $venv/bin/python ] || "$python" -c 'import ensurepip, venv' 2>/dev/null ||
             need python3-venv "Python's venv and ensurepip modules"
         "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null ||
             need python3-dev "Python's headers (Python.h) for $python"

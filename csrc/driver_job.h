@@ -262,6 +262,12 @@ static inline void vf_drv_job_prepare(struct vf_drv_job *job, struct vf_drv_slot
 		}
 	} else {
 		slot->generation = *known;
+		/* What an earlier request left in the buffer must not pass for what was read. */
+		if (slot->op != VF_DRV_TRIM && job->verify == VF_VERIFY_PATTERN)
+			for (uint32_t i = 0; i < job->block_bytes; i++)
+				data[i] = (uint8_t)~job->pattern[i];
+		else if (slot->op != VF_DRV_TRIM)
+			memset(data, 0xa5, job->block_bytes);
 	}
 	*known |= VF_BLOCK_BUSY;
 }

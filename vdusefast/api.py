@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Coroutine
 from contextlib import ExitStack
 from pathlib import Path
@@ -102,6 +103,9 @@ class Device:
                 _log.warning("%s", warning)
             try:
                 self._start(timeout_s)
+            except OSError as error:
+                self._resources.close()
+                raise VdusefastError(f"device {self.name}: cannot start: {error.strerror or error}") from error
             except BaseException:
                 self._resources.close()
                 raise
@@ -211,13 +215,16 @@ class StopSignals:
     """Context manager: while it is entered, SIGTERM and SIGINT are noted rather than end the process.
 
     For commands that drain their devices and end with status 0. Enter it in the main thread; `requested` and `wait`
-    work in any. A second signal has its usual effect, for those who cannot wait.
+    work in any. A second signal has its usual effect, for those who cannot wait; one that comes within SAME_S of the
+    first is the same one, sent to a process and to its group.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SAME_S = 0.5
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._since_s = 0.0
         self._fd = -1
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -248,9 +255,12 @@ class StopSignals:
         return self.requested
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        os.eventfd_write(self._fd, 1)
-        self._restore()
+        if self.received is None:
+            self.received, self._since_s = signal.Signals(number), time.monotonic()
+            os.eventfd_write(self._fd, 1)
+        elif time.monotonic() - self._since_s > self.SAME_S:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

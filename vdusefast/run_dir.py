@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -73,7 +75,11 @@ class RunDirectory:
             self.pages_path.unlink(missing_ok=True)
             self.lock_path.unlink(missing_ok=True)
             self.path.rmdir()
+        except FileNotFoundError:
+            pass  # whoever took the name after us has removed it already
         except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                return  # whoever takes the name after us has it already
             raise VdusefastError(f"cannot remove the run directory {self.path}: {error.strerror}") from None
         finally:
             os.close(self._lock_fd)
@@ -88,18 +94,18 @@ class RunDirectory:
 
     def _remove_private(self) -> None:
         if self._private is not None:
-            self._private.rmdir()
+            shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
 
     def _acquire(self, name: str) -> int:
         """Return a descriptor that holds the lock. A file removed by its last holder meanwhile is tried again."""
         for _ in range(LOCK_TRIES_MAX):
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            self._check_private(name)
             try:
+                self.path.mkdir(mode=0o700, exist_ok=True)
+                self._check_private(name)
                 fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            except FileNotFoundError:
-                continue  # its holder removed the directory between mkdir and open
+            except (FileNotFoundError, FileExistsError):
+                continue  # its holder removed the directory meanwhile
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._names(fd):

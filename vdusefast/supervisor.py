@@ -88,7 +88,14 @@ class Supervisor:
         self._stopping = False
         self._ended = asyncio.Event()
         command = list(command) if command is not None else default_command()
-        self._vqs = [VqControl(spec, transport, pages, command, limits, self._record) for spec in specs]
+        self._vqs: list[VqControl] = []
+        try:
+            for spec in specs:
+                self._vqs.append(VqControl(spec, transport, pages, command, limits, self._record))
+        except OSError:
+            for vq in self._vqs:
+                vq.close()
+            raise
 
     async def start(self, timeout_s: float = 10.0) -> None:
         """Create the device, start its workers side by side, and show it to drivers.

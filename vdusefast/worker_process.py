@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from vdusefast import errors
@@ -62,8 +63,14 @@ class Pages(Protocol):
 
 
 def default_command() -> list[str]:
-    """Return the words that start a worker; those of its WorkerSpec follow."""
-    return [sys.executable, "-m", "vdusefast.worker"]
+    """Return the words that start a worker; those of its WorkerSpec follow.
+
+    Nothing is imported from the directory that we happen to be in (-P), and our own package from where it is, behind
+    the standard library.
+    """
+    here = str(Path(__file__).resolve().parent.parent)
+    code = f"import sys; sys.path.append({here!r}); from vdusefast.worker import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-P", "-c", code]
 
 
 class RefusedError(Exception):

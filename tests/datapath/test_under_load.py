@@ -108,3 +108,27 @@ def test_memory_that_vanishes_fails_the_queue_and_not_the_process(image: Path) -
         assert "vanished" in str(device.failure)
         assert driver.read(0, 4096, queue=1) == b"a" * 4096
         os.kill(device.queues()[0].pid, 0)
+
+
+@pytest.mark.parametrize("verify", ["crc32c", "pattern"])
+@pytest.mark.parametrize("depth", [1, 16])
+def test_device_that_moves_no_data_does_not_pass_verification(verify: str, depth: int) -> None:
+    """What an earlier write left in the driver's buffer must not be taken for what was read."""
+    config = vdusefast.make_config(name="empty", uri="null:1M")
+    pattern = b"\x5a" * 4096 if verify == "pattern" else b""
+    with vdusefast.Device(config) as device, device.driver() as driver:
+        job = make_job(
+            driver,
+            kind="write",
+            order="sequential",
+            block_bytes=4096,
+            depth=depth,
+            size_bytes=64 * 4096,
+            verify=verify,
+            pattern=pattern,
+            check_after=True,
+            moves_no_data=True,
+        )
+        _driver.DriverThread([driver.ring(0)], [job]).run()
+    assert job.results()["request_errors"] == 0
+    assert job.results()["verify_errors"] == 64

@@ -287,6 +287,13 @@ def test_sleeping_worker_is_woken_by_io_uring(image: Path) -> None:
     assert queue.relooks < 5
 
 
+def test_worker_imports_nothing_from_the_current_directory(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (image.parent / "mmap.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(image.parent)
+    with vdusefast.Device(vdusefast.make_config(name="cwd", uri=f"file:{image}")) as device, device.driver() as driver:
+        driver.write(0, b"x" * 512)
+
+
 def test_auto_takes_io_uring_for_o_direct(image: Path) -> None:
     config = vdusefast.make_config(name="auto", uri=f"file:{image}", cache="none")
     with vdusefast.Device(config) as device:

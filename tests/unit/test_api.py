@@ -146,6 +146,9 @@ def test_signal_is_noted_and_the_second_one_acts(number: signal.Signals) -> None
             timer.start()
             assert signals.wait(10)
             assert (signals.requested, signals.received, seen) == (True, number, [])
+            os.kill(os.getpid(), number)  # the same one, sent to the process and to its group
+            assert seen == []
+            signals.SAME_S = 0.0
             os.kill(os.getpid(), number)
             assert seen == [number]
             timer.join()
@@ -169,3 +172,23 @@ def test_command_that_is_told_to_stop_drains_and_ends_with_status_0(number: sign
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(number)
         assert process.wait(20) == 0
+
+
+def test_start_without_descriptors_left_is_one_error_and_leaks_none() -> None:
+    code = """
+import os, resource, vdusefast
+before = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (before + 24, before + 24))
+device = vdusefast.Device(vdusefast.make_config(name="few", uri="null:1M", queues=16))
+try:
+    device.start()
+except vdusefast.VdusefastError as error:
+    print(error)
+del device
+print(len(os.listdir("/proc/self/fd")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    message, leaked = done.stdout.splitlines()
+    assert "few" in message
+    assert "Too many open files" in message
+    assert leaked == "0"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from vdusefast import _driver
+from vdusefast.bench import baseline
+from vdusefast.errors import VdusefastError
 
 MIB = 1 << 20
 
@@ -157,6 +160,44 @@ def test_baseline_runs_the_real_fio_on_the_same_file(tmp_path: Path) -> None:
     lines = {line["engine"]: line for line in data["vdusefast"]["baseline"]}
     assert set(lines) == {"psync", "io_uring"}
     assert all(line["iops"] > 0 and line["ratio"] > 0 for line in lines.values())
+
+
+def test_baseline_takes_a_path_with_colons_for_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "c:d.img"
+    words = ["--name=b", "--rw=randread", "--bs=4k", "--size=1m", "--baseline=psync", f"--backend=file:{path}"]
+    assert report(*words)["vdusefast"]["baseline"][0]["iops"] > 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c:d.img"]
+
+
+def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    new = tmp_path / "new.img"
+    for words in (
+        [f"--backend=file:{new}", "--cpus=4097"],
+        [f"--backend=file:{new}", "--driver-cpus=4097"],
+        [f"--backend=file:{new}", "--output=/nonexistent/report"],
+        ["--backend=memory:1M", "--baseline=psync"],
+    ):
+        done = fio("--name=b", "--rw=write", "--size=1m", *words)
+        assert done.returncode == 2, words
+        assert len(done.stderr.splitlines()) == 1
+    assert not new.exists()
+
+
+def test_failed_baseline_does_not_cost_the_report(tmp_path: Path) -> None:
+    words = ["--name=b", "--rw=write", "--size=1m", f"--backend=file:{tmp_path / 'x'}", "--baseline=nosuch"]
+    done = fio(*words, "--output-format=json")
+    assert done.returncode == 1
+    assert "nosuch" in done.stderr
+    assert json.loads(done.stdout)["jobs"][0]["write"]["total_ios"] == 256
+
+
+def test_signal_during_the_baseline_ends_fio_too() -> None:
+    stop_fd = os.eventfd(1)
+    try:
+        with tempfile.TemporaryFile("w+") as out, pytest.raises(VdusefastError, match="stopped by a signal"):
+            baseline._run(["sh", "-c", "sleep 30 & sleep 30"], out, 60.0, stop_fd)
+    finally:
+        os.close(stop_fd)
 
 
 def test_missing_fio_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

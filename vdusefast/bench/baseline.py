@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import select
 import shutil
+import signal
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vdusefast.affinity import format_cpu_list
 from vdusefast.bench.jobs import JobSpec
@@ -30,7 +35,9 @@ def command(
 ) -> list[str]:
     """Return fio's command line for `jobs`. With more CPUs than processes, fio gets one process a CPU."""
     words = [fio, "--output-format=json", "--group_reporting", f"--ioengine={engine}", f"--direct={int(direct)}"]
-    words += [f"--filename={path}"] if path is not None else []
+    if path is not None:  # fio takes a colon for the end of one file's name
+        escaped = str(path).replace("\\", "\\\\").replace(":", "\\:")
+        words += [f"--filename={escaped}"]
     if cpus:
         words += [f"--cpus_allowed={format_cpu_list(cpus)}", "--cpus_allowed_policy=split"]
     for job in jobs:
@@ -48,26 +55,50 @@ def command(
     return words
 
 
+def _run(words: list[str], out: IO[str], limit_s: float, stop_fd: int) -> int:
+    """Run fio in a process group of its own, which is gone afterwards. Returns its status. Raises VdusefastError."""
+    process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, process_group=0)
+    pid_fd = os.pidfd_open(process.pid)
+    try:
+        ready, _, _ = select.select([pid_fd, *([stop_fd] if stop_fd >= 0 else [])], [], [], limit_s)
+        if pid_fd in ready:
+            return process.wait()
+        raise VdusefastError("fio was stopped by a signal" if ready else f"fio did not end within {limit_s:g} s")
+    finally:
+        os.close(pid_fd)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def run_baseline(
-    engine: str, jobs: Sequence[JobSpec], path: Path | None, *, cpus: list[int], direct: bool, ours_iops: float
+    engine: str,
+    jobs: Sequence[JobSpec],
+    path: Path | None,
+    *,
+    cpus: list[int],
+    direct: bool,
+    ours_iops: float,
+    stop_fd: int = -1,
 ) -> dict[str, Any]:
     """Run fio and return its IOPS, bandwidth, latencies and our ratio to it. Verification is left out.
 
-    Raises VdusefastError with fio's own words when it fails.
+    Raises VdusefastError with fio's own words when it fails, and when `stop_fd` (borrowed) becomes readable; fio is
+    gone then.
     """
     if path is None and engine != NULL_ENGINE:
         raise ConfigError(f"--baseline {engine} needs a file that fio can open: use --backend file:PATH")
     words = command(find_fio(), engine, jobs, path, cpus, direct)
     limit_s = MARGIN_S + sum(job.runtime + job.ramp_time for job in jobs) * (1 if jobs[0].time_based else 10)
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, check=False)
-    except subprocess.TimeoutExpired:
-        raise VdusefastError(f"fio --ioengine={engine} did not end within {limit_s:g} s") from None
-    start = done.stdout.find("{")
-    if done.returncode or start < 0:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
-        raise VdusefastError(f"fio --ioengine={engine} failed with status {done.returncode}: {said[-1]}")
-    results = json.loads(done.stdout[start:])["jobs"]
+    with tempfile.TemporaryFile("w+") as out:
+        status = _run(words, out, limit_s, stop_fd)
+        out.seek(0)
+        printed = out.read()
+    start = printed.find("{")
+    if status or start < 0:
+        said = (printed.strip() or "nothing").splitlines()
+        raise VdusefastError(f"fio --ioengine={engine} failed with status {status}: {said[-1]}")
+    results = json.loads(printed[start : printed.rfind("}") + 1])["jobs"]
     iops = sum(job[op]["iops"] for job in results for op in ("read", "write", "trim"))
     total = sum(job[op]["bw_bytes"] for job in results for op in ("read", "write", "trim"))
     weighed = [(job[op]["clat_ns"]["mean"], job[op]["total_ios"]) for job in results for op in ("read", "write")]

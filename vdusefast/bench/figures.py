@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 import time
 from collections.abc import Sequence
@@ -73,11 +74,13 @@ def job_report(runs: Sequence[JobRun]) -> Json:
     elapsed_ns = max(run.results["end_ns"] - run.results["start_ns"] + run.results["check_ns"] for run in runs)
     seconds = sum(r.results["end_ns"] - r.results["start_ns"] + r.results["check_ns"] for r in runs) / 1e9 or 1.0
     ops = {name: [run.results["ops"][name] for run in runs] for name in ("read", "write", "trim", "sync", "check")}
-    failed = any(run.results["request_errors"] or run.results["verify_errors"] for run in runs)
+    error = errno.EIO if any(run.results["request_errors"] for run in runs) else 0
+    if not error and any(run.results["verify_errors"] for run in runs):
+        error = errno.EILSEQ  # as fio calls it
     return {
         "jobname": one.instance.spec.name,
         "groupid": one.instance.group,
-        "error": 5 if failed else 0,  # EIO, as fio reports both kinds
+        "error": error,
         "eta": 0,
         "elapsed": round(elapsed_ns / 1e9),
         "job options": {"name": one.instance.spec.name, **one.instance.spec.options},

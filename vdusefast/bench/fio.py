@@ -8,19 +8,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vdusefast.affinity import check_cpu, parse_cpu_list, read_topology
 from vdusefast.api import Device, StopSignals
 from vdusefast.bench import figures
-from vdusefast.bench.baseline import find_fio, run_baseline
+from vdusefast.bench.baseline import NULL_ENGINE, find_fio, run_baseline
 from vdusefast.bench.jobs import AUTO_QUEUES, JobSpec, Plan, RunOptions
 from vdusefast.bench.plan import place_jobs, required_bytes
 from vdusefast.bench.report import INTRODUCTION, ProgressLine, bytes_text, print_report
 from vdusefast.bench.run import Control, JobRun, driver_cpus, run_group
-from vdusefast.bench.store import BenchStore
+from vdusefast.bench.store import BenchStore, StoppedError
 from vdusefast.config import Config, load_config, make_config, override, resolve_cpus
-from vdusefast.errors import BackendError, ConfigError, KernelSupportError
+from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
 from vdusefast.transport import uapi
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class _Outcome:
     queues: list[Json] = field(default_factory=list)
     engine_used: str = ""
     stopped_by: str = ""
+    failure: VdusefastError | None = None
 
 
 def choose_transport(wanted: str) -> tuple[str, str]:
@@ -96,30 +98,62 @@ def run_plan(plan: Plan) -> int:
     uri = run.backend
     if uri is None and run.config is not None:
         uri = load_config(run.config).backend.uri
+    _check_run(run, uri)
+    with StopSignals() as signals:
+        try:
+            return _run_on_store(plan, uri, transport, say, signals)
+        except StoppedError as error:
+            say(str(error))
+            return 0
+
+
+def _check_run(run: RunOptions, uri: str | None) -> None:
+    """Refuse what is known to be wrong before anything is made. Raises ConfigError."""
+    build_config(run, uri or "file:temporary")
+    for cpu in parse_cpu_list(run.driver_cpus) if run.driver_cpus else []:
+        check_cpu(cpu, read_topology(), "driver_cpus")
+    if uri is not None and not uri.startswith("file:") and set(run.baseline) - {NULL_ENGINE}:
+        raise ConfigError(
+            f"--baseline={','.join(run.baseline)} needs a file that fio can open: use --backend file:PATH"
+        )
+    directory = Path(run.output).absolute().parent if run.output is not None else None
+    if directory is not None and not os.access(directory, os.W_OK):
+        raise ConfigError(f"--output={run.output}: cannot write into {directory}")
+
+
+def _run_on_store(plan: Plan, uri: str | None, transport: str, say: Any, signals: StopSignals) -> int:
+    """Make the store, run, report. Raises StoppedError when a signal came before the device was there."""
+    run = plan.run
     reads = any(job.kind in ("read", "mixed") for job in plan.jobs)
     started_s = time.time()
-    with BenchStore(uri, required_bytes(plan.jobs), reads=reads, say=say) as store:
+    late: VdusefastError | None = None
+    size_bytes = required_bytes(plan.jobs)
+    with BenchStore(uri, size_bytes, reads=reads, say=say, stopped=lambda: signals.requested) as store:
         config = build_config(run, store.uri)
-        outcome = _run_device(plan, config, say)
-        extra = _extra(config, transport, outcome)
-        report = figures.fio_report(plan, outcome.runs, started_s, extra)
-        if not outcome.stopped_by:
-            _add_baselines(plan, config, store, report, say)
+        outcome = _run_device(plan, config, say, signals)
+        report = figures.fio_report(plan, outcome.runs, started_s, _extra(config, transport, outcome))
+        try:
+            if not outcome.stopped_by:
+                _add_baselines(plan, config, store, report, say, signals)
+        except VdusefastError as error:  # what was measured is reported all the same
+            late = error
         _write(report, run)
+    if late is None:
+        late = outcome.failure
+    if late is not None:
+        raise late
     failed = any(r.results["request_errors"] or r.results["verify_errors"] for r in outcome.runs)
     return 1 if failed else 0
 
 
-def _run_device(plan: Plan, config: Config, say: Any) -> _Outcome:
+def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> _Outcome:
     outcome = _Outcome()
-    with StopSignals() as signals, Device(config) as device, device.driver() as driver:
+    with Device(config) as device, device.driver() as driver:
         _describe(device, driver, config, plan, say)
         groups = place_jobs(plan.jobs, driver.capacity_bytes, driver.block_size_bytes)
         _check_abilities(plan.jobs, driver, keeps_data=not config.backend.uri.startswith("null:"))
         worker_cpus = [q.cpu for q in config.queue if q.cpu is not None]
         wanted = parse_cpu_list(plan.run.driver_cpus) if plan.run.driver_cpus else None
-        for cpu in wanted or []:
-            check_cpu(cpu, read_topology(), "driver_cpus")
         cpus = driver_cpus(wanted, worker_cpus, os.sched_getaffinity(0))
         before, begin = _cpu_seconds(device), time.monotonic()
         trimmed: list[tuple[int, int]] = []
@@ -142,6 +176,7 @@ def _run_device(plan: Plan, config: Config, say: Any) -> _Outcome:
         outcome.queues = _queues(device, before, after, passed)
         outcome.engine_used = device.queues()[0].engine
         outcome.stopped_by = signals.received.name if signals.received is not None else ""
+    outcome.failure = device.failure  # the drain at the end can fail, too
     return outcome
 
 
@@ -241,14 +276,16 @@ def _extra(config: Config, transport: str, outcome: _Outcome) -> Json:
     }
 
 
-def _add_baselines(plan: Plan, config: Config, store: BenchStore, report: Json, say: Any) -> None:
+def _add_baselines(plan: Plan, config: Config, store: BenchStore, report: Json, say: Any, signals: StopSignals) -> None:
     ours = sum(job[op]["iops"] for job in report["jobs"] for op in ("read", "write", "trim"))
     cpus = sorted({q.cpu for q in config.queue if q.cpu is not None})
     for engine in plan.run.baseline:
         say(f"baseline: the same job by fio, ioengine {engine}, CPU {','.join(map(str, cpus)) or 'any'}")
         try:
             direct = config.backend.cache == "none"
-            result = run_baseline(engine, plan.jobs, store.path, cpus=cpus, direct=direct, ours_iops=ours)
+            result = run_baseline(
+                engine, plan.jobs, store.path, cpus=cpus, direct=direct, ours_iops=ours, stop_fd=signals.fileno()
+            )
         finally:
             say("")
         report["vdusefast"]["baseline"].append(result)

@@ -10,24 +10,30 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
-from vdusefast.errors import BackendError, ConfigError
+from vdusefast.errors import BackendError, ConfigError, VdusefastError
 
 DEFAULT_BYTES = 256 << 20
 ALIGN_BYTES = 4096
 FILL_BYTES = 1 << 20
 
 Say = Callable[[str], None]
+Stopped = Callable[[], bool]
+
+
+class StoppedError(VdusefastError):
+    """A signal came before there was a device."""
 
 
 class BenchStore(AbstractContextManager["BenchStore"]):
     """Makes sure that the backend's file is there and large enough; removes what was temporary when it exits."""
 
-    def __init__(self, uri: str | None, size_bytes: int, *, reads: bool, say: Say) -> None:
+    def __init__(self, uri: str | None, size_bytes: int, *, reads: bool, say: Say, stopped: Stopped = lambda: False):
         """Prepare `uri`, or a temporary file when None, for jobs that need `size_bytes` bytes (0 = whatever is there).
 
         reads: some job reads what it has not written, so a new file is filled with data. Raises ConfigError when an
-        existing file is too small: it is never grown.
+        existing file is too small: it is never grown; StoppedError, without a file left, when `stopped()` says so.
         """
+        self._stopped = stopped
         self.temporary: Path | None = None
         self.uri = uri or ""
         wanted_bytes = -(-(size_bytes or DEFAULT_BYTES) // ALIGN_BYTES) * ALIGN_BYTES
@@ -36,7 +42,7 @@ class BenchStore(AbstractContextManager["BenchStore"]):
             self.temporary, self.uri = Path(name), f"file:{name}"
             say(f"store: a temporary file, {name}, {_human(wanted_bytes)}, removed at the end")
             try:
-                _fill(fd, wanted_bytes, reads)
+                _fill(fd, wanted_bytes, reads, stopped)
             except BaseException:
                 self.temporary.unlink()
                 raise
@@ -65,25 +71,26 @@ class BenchStore(AbstractContextManager["BenchStore"]):
                 "smaller --size, another file, or remove it"
             )
 
-    @staticmethod
-    def _create(path: Path, size_bytes: int, reads: bool) -> None:
+    def _create(self, path: Path, size_bytes: int, reads: bool) -> None:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise BackendError(f"{path}: cannot make the file: {error.strerror}") from None
         try:
-            _fill(fd, size_bytes, reads)
+            _fill(fd, size_bytes, reads, self._stopped)
         except BaseException:
             path.unlink()
             raise
 
 
-def _fill(fd: int, size_bytes: int, with_data: bool) -> None:
+def _fill(fd: int, size_bytes: int, with_data: bool, stopped: Stopped) -> None:
     """Give the file its size, and data that does not compress where it will be read. Consumes `fd`."""
     try:
         os.ftruncate(fd, size_bytes)
         chunk = os.urandom(FILL_BYTES) if with_data else b""
         for at in range(0, size_bytes if with_data else 0, FILL_BYTES):
+            if stopped():
+                raise StoppedError("stopped by a signal before anything ran")
             os.pwrite(fd, chunk[: size_bytes - at], at)
     except OSError as error:
         raise BackendError(f"cannot write a file of {size_bytes} bytes: {error.strerror}") from None

@@ -16,6 +16,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NoReturn
 
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, uapi
@@ -44,9 +45,13 @@ class _Queue:
     """
 
     def __init__(self, index: int):
-        self.idle_fd = os.eventfd(0, _EVENTFD_FLAGS)
-        self.kickfd = os.dup(self.idle_fd)
-        self.irqfd = os.eventfd(0, _EVENTFD_FLAGS)
+        with ExitStack() as opened:  # a failure half-way leaves nothing open
+            self.idle_fd = os.eventfd(0, _EVENTFD_FLAGS)
+            opened.callback(os.close, self.idle_fd)
+            self.kickfd = os.dup(self.idle_fd)
+            opened.callback(os.close, self.kickfd)
+            self.irqfd = os.eventfd(0, _EVENTFD_FLAGS)
+            opened.pop_all()
         self.kickfd_set = False
         self.info = VqInfo(index)
 
@@ -101,14 +106,23 @@ class LoopbackBus:
         self._ids = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._regions = RegionTable(spec.name)
-        self._queues = [_Queue(i) for i in range(spec.queue_count)]
-        self.config_irqfd = os.eventfd(0, _EVENTFD_FLAGS)
-        self._messages, self.device_messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ports: dict[int, socket.socket] = {}
+        self._queues: list[_Queue] = []
+        with ExitStack() as opened:  # a failure half-way leaves nothing open
+            for index in range(spec.queue_count):
+                self._queues.append(_Queue(index))
+                opened.callback(self._queues[-1].close)
+            self.config_irqfd = os.eventfd(0, _EVENTFD_FLAGS)
+            opened.callback(os.close, self.config_irqfd)
+            self._messages, self.device_messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            opened.callback(self._messages.close)
+            opened.callback(self.device_messages.close)
+            self._wake_fd = os.eventfd(0, _EVENTFD_FLAGS)
+            opened.callback(os.close, self._wake_fd)
+            self._epoll = select.epoll()
+            opened.pop_all()
         self._messages.setblocking(False)
         self.device_messages.setblocking(False)
-        self._wake_fd = os.eventfd(0, _EVENTFD_FLAGS)
-        self._ports: dict[int, socket.socket] = {}
-        self._epoll = select.epoll()
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._epoll.register(self._messages, select.EPOLLIN)
         self._thread = threading.Thread(target=self._serve, name=f"vdusefast-bus-{spec.name}", daemon=True)
