@@ -276,3 +276,33 @@ def test_memory_store_smaller_than_the_device_is_refused() -> None:
         queue.close()
         pages.close()
         os.close(fd)
+
+
+def test_interrupt_that_could_not_be_sent_is_tried_again_without_a_new_request(tmp_path: Path) -> None:
+    """A descriptor opened for reading takes no write: the interrupt fails until the port has a good one."""
+    path = tmp_path / "not-an-eventfd"
+    path.write_bytes(b"")
+    with Rig() as rig, opened(path, os.O_RDONLY) as bad_fd:
+        rig.queue.set_port_none(bad_fd)
+        rig.ring.make_available(rig.ring.put_chain(rig.request(T_FLUSH)))
+        assert rig.queue.poll() == 1
+        assert rig.counter("irqs") == 0
+        assert rig.queue.poll() == 0
+        assert rig.counter("irqs") == 0
+        rig.queue.set_port_none(rig.irq_fd)
+        assert rig.queue.poll() == 0
+        assert rig.counter("irqs") == 1
+        assert os.eventfd_read(rig.irq_fd) == 1
+        assert rig.queue.poll() == 0
+        assert rig.counter("irqs") == 1
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_refused_chain_counts_as_not_taken(again: bool) -> None:
+    """GET_VQ_STATE must not skip it: a head outside the table, with and without a good chain before it."""
+    with Rig() as rig:
+        if again:
+            assert rig.ask(rig.request(T_FLUSH)) == (1, OK)
+        rig.ring.make_available(rig.ring.size)
+        assert rig.queue.poll() == -1
+        assert rig.queue.quiesce() == (int(again), int(again))
