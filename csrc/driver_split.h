@@ -62,22 +62,6 @@ struct vf_drv_vq {
 	bool event_idx;
 };
 
-/* Bytes of the three areas of a split ring of `size` entries (VIRTIO 1.3, 2.7). */
-static inline uint64_t vf_drv_desc_area_bytes(uint32_t size)
-{
-	return 16ull * size;
-}
-
-static inline uint64_t vf_drv_avail_area_bytes(uint32_t size)
-{
-	return 6ull + 2ull * size;
-}
-
-static inline uint64_t vf_drv_used_area_bytes(uint32_t size)
-{
-	return 6ull + 8ull * size;
-}
-
 /* Take over zeroed ring memory. `state` holds `size` entries; both are borrowed for the vq's life. -EINVAL when the size
  * is no power of two from 2 to 32768 or an area is misaligned. */
 static inline int vf_drv_vq_init(struct vf_drv_vq *vq, uint32_t size, void *desc, void *avail, void *used,

@@ -189,7 +189,6 @@ cdef extern from "iotlb.h" nogil:
         uint64_t miss_count
         vf_iotlb_region region[1024]
     int vf_iotlb_map(vf_iotlb *, uint64_t, uint64_t, uint32_t, int, uint64_t)
-    int vf_iotlb_add(vf_iotlb *, uint64_t, uint64_t, uint32_t, void *)
     uint32_t vf_iotlb_drop(vf_iotlb *, uint64_t, uint64_t)
     void *vf_iotlb_translate(vf_iotlb *, uint64_t, uint32_t, uint32_t, uint32_t *)
     int vf_iotlb_copy_from(vf_iotlb *, uint64_t, void *, size_t)

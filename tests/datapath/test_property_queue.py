@@ -89,6 +89,15 @@ def test_large_queues_wrap_around(size: int) -> None:
     agree()
 
 
+def serve_burst(rig: Rig, count: int, distance: int, quiet: bool) -> None:
+    """Have `count` flushes served with the driver's wish for an interrupt `distance` from where it stands."""
+    parts = rig.request(4)  # FLUSH
+    rig.ring.set_wish(no_interrupt=quiet, used_event=rig.ring.avail_idx + distance)
+    for _ in range(count):
+        rig.ring.make_available(rig.ring.put_chain(parts))
+    rig.agree()
+
+
 @relaxed(60)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(-40, 40), st.booleans()), min_size=1, max_size=8),
@@ -100,12 +109,8 @@ def test_interrupts_are_sent_when_the_driver_asked(
 ) -> None:
     features = Params.features if event_idx else Params.features & ~F_EVENT_IDX
     with Rig(Params(features=features), size=64, start_idx=start_idx) as rig:
-        parts = rig.request(4)  # FLUSH
         for burst, distance, quiet in bursts:
-            rig.ring.set_wish(no_interrupt=quiet, used_event=rig.ring.avail_idx + distance)
-            for _ in range(burst):
-                rig.ring.make_available(rig.ring.put_chain(parts))
-            rig.agree()
+            serve_burst(rig, burst, distance, quiet)
         assert rig.model.least.count <= rig.counter("irqs") <= rig.model.most.count
         assert len(bursts) <= rig.counter("irqs") + rig.counter("irqs_suppressed") <= rig.counter("batches")
 
@@ -121,12 +126,8 @@ def test_interrupts_of_single_batches_are_exact(
 ) -> None:
     features = Params.features if event_idx else Params.features & ~F_EVENT_IDX
     with Rig(Params(features=features), size=64, start_idx=start_idx) as rig:
-        parts = rig.request(4)  # FLUSH
         for burst, distance, quiet in bursts:
-            rig.ring.set_wish(no_interrupt=quiet, used_event=rig.ring.avail_idx + distance)
-            for _ in range(burst):
-                rig.ring.make_available(rig.ring.put_chain(parts))
-            rig.agree()
+            serve_burst(rig, burst, distance, quiet)
             assert rig.counter("irqs") == rig.model.least.count == rig.model.most.count
 
 
