@@ -47,6 +47,7 @@ extern const struct vf_engine_ops vf_engine_sync;
 extern const struct vf_engine_ops vf_engine_uring;
 extern const struct vf_engine_ops vf_engine_memory;
 extern const struct vf_engine_ops vf_engine_null;
+extern const struct vf_engine_ops vf_engine_fail;
 
 /* Open the store and the engine. 0 or -errno; on an error nothing is held. */
 int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, const struct vf_store *store,

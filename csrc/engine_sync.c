@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Engines that finish a request within submit(): sync (preadv, pwritev), memory (a mapping) and null (nothing moves).
+ * Engines that finish a request within submit(): sync (preadv, pwritev), memory (a mapping), null (nothing moves) and
+ * fail (every request is an error).
  */
 #include "engine.h"
 
@@ -47,6 +48,13 @@ static int vf_null_submit(struct vf_engine *engine, struct vf_req *req)
 	return 1;
 }
 
+static int vf_fail_submit(struct vf_engine *engine, struct vf_req *req)
+{
+	(void)engine;
+	req->result = -EIO;
+	return 1;
+}
+
 const struct vf_engine_ops vf_engine_sync = {
 	.name = "sync",
 	.submit = vf_sync_submit,
@@ -62,5 +70,11 @@ const struct vf_engine_ops vf_engine_memory = {
 const struct vf_engine_ops vf_engine_null = {
 	.name = "null",
 	.submit = vf_null_submit,
+	.publish_batch = 16,
+};
+
+const struct vf_engine_ops vf_engine_fail = {
+	.name = "fail",
+	.submit = vf_fail_submit,
 	.publish_batch = 16,
 };

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The worker's door to its transport: fetch a region of the IOTLB, send an interrupt. One file per transport fills it
- * in (port_loopback.c; /dev/vduse will be the next).
+ * in: port_kernel.c, port_loopback.c.
  */
 #ifndef VF_PORT_H
 #define VF_PORT_H
@@ -17,7 +17,15 @@ struct vf_vduse_iotlb_entry {
 	uint8_t reserved[7];
 };
 
+/* struct vduse_iotlb_entry_v2: from API version 1 on. Address space 0 is the only one that a virtqueue of ours uses. */
+struct vf_vduse_iotlb_entry_v2 {
+	struct vf_vduse_iotlb_entry v1;
+	uint32_t asid;
+	uint32_t reserved[11];
+};
+
 _Static_assert(sizeof(struct vf_vduse_iotlb_entry) == 32, "linux/vduse.h");
+_Static_assert(sizeof(struct vf_vduse_iotlb_entry_v2) == 80, "linux/vduse.h");
 
 struct vf_port {
 	/* The first region that overlaps [start, last] into *entry; returns a descriptor, which the caller closes, or -errno. */
@@ -28,6 +36,9 @@ struct vf_port {
 	int irq_fd; /* borrowed */
 	uint32_t vq_index;
 };
+
+/* fd: a copy of the descriptor of /dev/vduse/NAME, which was created under api_version. */
+void vf_port_kernel_init(struct vf_port *port, int fd, uint32_t api_version, uint32_t vq_index);
 
 void vf_port_loopback_init(struct vf_port *port, int fd, int irq_fd, uint32_t vq_index);
 

@@ -85,6 +85,26 @@ static inline int vf_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, struct
 	return vf_split_pop(&vr->split, tlb, chain);
 }
 
+static inline int vf_vring_walk(struct vf_vring *vr, struct vf_iotlb *tlb, uint16_t head, struct vf_chain *chain)
+{
+	return vf_split_walk(&vr->split, tlb, head, chain);
+}
+
+static inline uint32_t vf_vring_size(const struct vf_vring *vr)
+{
+	return vr->split.size;
+}
+
+static inline int vf_vring_used_since(const struct vf_vring *vr, uint16_t logged_used_idx)
+{
+	return vf_split_used_since(&vr->split, logged_used_idx);
+}
+
+static inline uint32_t vf_vring_used_head(const struct vf_vring *vr, uint16_t idx)
+{
+	return vf_split_used_head(&vr->split, idx);
+}
+
 static inline void vf_vring_unpop(struct vf_vring *vr)
 {
 	vf_split_unpop(&vr->split);

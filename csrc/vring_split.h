@@ -144,12 +144,11 @@ static inline int vf_split_walk_indirect(struct vf_iotlb *tlb, const struct vf_d
 }
 
 /*
- * Take the next chain. The caller has seen vf_split_available() > 0. 0 or -enum vf_ring_error; on an error the entry
- * counts as not taken. At most size direct descriptors are followed, so that a loop ends.
+ * Copy the chain that begins at descriptor `head`. 0 or -enum vf_ring_error. At most size direct descriptors are
+ * followed, so that a loop ends.
  */
-static inline int vf_split_pop(struct vf_split *vr, struct vf_iotlb *tlb, struct vf_chain *chain)
+static inline int vf_split_walk(struct vf_split *vr, struct vf_iotlb *tlb, uint16_t head, struct vf_chain *chain)
 {
-	uint16_t head = vf_load_relaxed_u16(&vr->avail_ring[vr->last_avail_idx & vr->mask]);
 	uint32_t slot = head;
 
 	if (vf_unlikely(head >= vr->size))
@@ -163,24 +162,50 @@ static inline int vf_split_pop(struct vf_split *vr, struct vf_iotlb *tlb, struct
 				return -VF_RING_INDIRECT_NOT_OFFERED;
 			if (desc.flags & VF_DESC_F_NEXT)
 				return -VF_RING_INDIRECT_NEXT;
-			int err = vf_split_walk_indirect(tlb, &desc, chain);
-			if (err)
-				return err;
-			vr->last_avail_idx++;
-			return 0;
+			return vf_split_walk_indirect(tlb, &desc, chain);
 		}
 		if (vf_unlikely(chain->segment_count == chain->segment_max))
 			return -VF_RING_CHAIN_TOO_LONG;
 		vf_chain_add(chain, &desc);
-		if (!(desc.flags & VF_DESC_F_NEXT)) {
-			vr->last_avail_idx++;
+		if (!(desc.flags & VF_DESC_F_NEXT))
 			return 0;
-		}
 		if (vf_unlikely(desc.next >= vr->size))
 			return -VF_RING_NEXT_RANGE;
 		slot = desc.next;
 	}
 	return -VF_RING_CHAIN_TOO_LONG;
+}
+
+/*
+ * Take the next chain. The caller has seen vf_split_available() > 0. 0 or -enum vf_ring_error; on an error the entry
+ * counts as not taken.
+ */
+static inline int vf_split_pop(struct vf_split *vr, struct vf_iotlb *tlb, struct vf_chain *chain)
+{
+	uint16_t head = vf_load_relaxed_u16(&vr->avail_ring[vr->last_avail_idx & vr->mask]);
+	int err = vf_split_walk(vr, tlb, head, chain);
+
+	vr->last_avail_idx = (uint16_t)(vr->last_avail_idx + (err == 0));
+	return err;
+}
+
+/*
+ * How many entries the device has given back since `logged_used_idx`, which it noted at an earlier publication; -1 when
+ * that cannot be.
+ */
+static inline int vf_split_used_since(const struct vf_split *vr, uint16_t logged_used_idx)
+{
+	uint16_t count = (uint16_t)(vf_load_acquire_u16(vr->used_idx) - logged_used_idx);
+
+	return count <= vr->size ? count : -1;
+}
+
+/* The head in used entry `idx`; the size of the ring when it names none. */
+static inline uint32_t vf_split_used_head(const struct vf_split *vr, uint16_t idx)
+{
+	uint32_t head = vf_load_relaxed_u32(&vr->used_ring[idx & vr->mask].id);
+
+	return head < vr->size ? head : vr->size;
 }
 
 /* Give the chain that was popped last back to the ring: it counts as not taken. */

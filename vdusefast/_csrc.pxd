@@ -166,12 +166,14 @@ cdef extern from "engine.h" nogil:
     const vf_engine_ops vf_engine_sync
     const vf_engine_ops vf_engine_uring
     const vf_engine_ops vf_engine_memory
+    const vf_engine_ops vf_engine_fail
     const vf_engine_ops vf_engine_null
     int vf_engine_open(vf_engine *, const vf_engine_ops *, const vf_store *, uint32_t)
 
 cdef extern from "port.h" nogil:
     struct vf_port:
         int (*inject_irq)(vf_port *) noexcept nogil
+    void vf_port_kernel_init(vf_port *, int, uint32_t, uint32_t)
     void vf_port_loopback_init(vf_port *, int, int, uint32_t)
     void vf_port_none_init(vf_port *, int)
 
@@ -210,6 +212,7 @@ cdef extern from "vring_format.h" nogil:
         VF_RING_UNMAPPED
         VF_RING_MISALIGNED
         VF_RING_MEMORY_GONE
+        VF_RING_LOG
     struct vf_segment:
         uint64_t iova
         uint32_t len
@@ -229,6 +232,10 @@ cdef extern from "vring_format.h" nogil:
     void vf_vring_start(vf_vring *, uint16_t)
     int vf_vring_available(vf_vring *)
     int vf_vring_pop(vf_vring *, vf_iotlb *, vf_chain *)
+    int vf_vring_walk(vf_vring *, vf_iotlb *, uint16_t, vf_chain *)
+    uint32_t vf_vring_size(vf_vring *)
+    int vf_vring_used_since(vf_vring *, uint16_t)
+    uint32_t vf_vring_used_head(vf_vring *, uint16_t)
     void vf_vring_unpop(vf_vring *)
     void vf_vring_prefetch(const vf_vring *, const vf_iotlb *, uint32_t)
     void vf_vring_push(vf_vring *, uint16_t, uint32_t)

@@ -13,6 +13,7 @@ from vdusefast._loop cimport *
 CONTROL = RUN_CONTROL
 FAILED = RUN_FAILED
 STOP = RUN_STOP
+UNMAPPED = RUN_UNMAPPED
 
 PERM_RO = VF_PERM_RO
 PERM_WO = VF_PERM_WO
@@ -39,6 +40,7 @@ _RING_ERRORS = {
     VF_RING_UNMAPPED: "a ring area is not mapped by one region with the permissions it needs",
     VF_RING_MISALIGNED: "a ring area is not aligned as VIRTIO asks",
     VF_RING_MEMORY_GONE: "pages of the driver's memory vanished while in use",
+    VF_RING_LOG: "the in-flight log of the worker before it does not fit the ring",
 }
 
 _STORE_KINDS = {
@@ -156,7 +158,7 @@ cdef class Queue:
 
     def open_engine(self, str name, *, str store, int fd=-1, uint64_t size_bytes=0, str cache="writeback",
                     uint32_t direct_align=0):
-        """Open engine `name` (sync, uring, memory, null) over a store, whose descriptor is borrowed.
+        """Open engine `name` (sync, uring, memory, null, fail) over a store, whose descriptor is borrowed.
 
         Raises OSError when the kernel does not let us (ENOSYS, EPERM: no io_uring), ValueError for a name.
         """
@@ -173,9 +175,11 @@ cdef class Queue:
             ops = &vf_engine_memory
         elif name == "null":
             ops = &vf_engine_null
+        elif name == "fail":
+            ops = &vf_engine_fail
         else:
             raise ValueError(f"no engine is called {name!r}")
-        if _ENGINES_OF.get(store, _FILE_ENGINES).count(name) == 0:
+        if name != "fail" and name not in _ENGINES_OF.get(store, _FILE_ENGINES):
             raise ValueError(f"engine {name!r} cannot serve a store of kind {store!r}")
         if store == "memory" and size_bytes < q.device.capacity_sectors * VF_SECTOR_BYTES:
             raise ValueError(f"a memory of {size_bytes} bytes is smaller than the device")  # no read would notice
@@ -186,6 +190,10 @@ cdef class Queue:
         described.direct_align = direct_align
         described.size_bytes = size_bytes
         _check(vf_engine_open(&q.engine, ops, &described, q.slot_count), f"engine {name}")
+
+    def set_port_kernel(self, int fd, uint32_t api_version, uint32_t index):
+        """Fetch regions and interrupt through `fd`, a descriptor of /dev/vduse/NAME, which is borrowed."""
+        vf_port_kernel_init(&self._open().port, fd, api_version, index)
 
     def set_port_loopback(self, int fd, int irq_fd, uint32_t index):
         """Fetch regions over the bus socket `fd` and interrupt by the eventfd `irq_fd`; both are borrowed."""
@@ -215,8 +223,11 @@ cdef class Queue:
             queue_drain(self.q)
 
     def start(self, *, uint64_t acked_features, uint32_t size, uint64_t desc_addr, uint64_t driver_addr,
-              uint64_t device_addr, uint16_t last_avail_idx=0):
-        """Take the rings at these IOVAs and be ready to run. Raises OSError (EINVAL) for a bad size, RingError."""
+              uint64_t device_addr, uint16_t last_avail_idx=0, bint recover=False):
+        """Take the rings at these IOVAs and be ready to run. Raises OSError (EINVAL) for a bad size, RingError.
+
+        recover: go on where a worker that died stood, by its in-flight log; `last_avail_idx` does not count then.
+        """
         cdef vf_queue *q = self._open()
         cdef int err
         if q.engine.ops == NULL:
@@ -231,13 +242,18 @@ cdef class Queue:
         if err:
             raise RingError(_RING_ERRORS[-err])
         q.faults_seen = q.counters.memory_faults  # a fault from here on fails the queue
-        vf_vring_start(&q.vring, last_avail_idx)
+        if recover:
+            err = queue_adopt(q)
+            if err < 0:
+                raise RingError(_RING_ERRORS[-err])
+        else:
+            vf_vring_start(&q.vring, last_avail_idx)
+            memset(q.inflight_log, 0, sizeof(vf_inflight_entry) * q.queue_size_max)
         q.device.discard = bool(acked_features & _F_DISCARD)
         q.device.write_zeroes = bool(acked_features & _F_WRITE_ZEROES)
         # Without FLUSH the driver cannot ask for durability, so that every write has it (VIRTIO 1.3, 5.2.6.2).
         through = q.engine.store.cache == VF_CACHE_WRITETHROUGH or not acked_features & _F_FLUSH
         q.engine.store.write_flags = RWF_DSYNC if through and q.engine.store.cache != VF_CACHE_UNSAFE else 0
-        memset(q.inflight_log, 0, sizeof(vf_inflight_entry) * q.queue_size_max)
         q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
         q.inflight.last_used_idx = vf_vring_last_used_idx(&q.vring)
         q.irq_due = 0
@@ -245,28 +261,43 @@ cdef class Queue:
         q.shm_status.fail_reason = VF_RING_OK
         self.started = True
         queue_set_state(q, VF_QUEUE_RUNNING)
+        if recover:
+            with nogil:
+                err = queue_redo(q)
+                if err:
+                    queue_fail(q, err)
 
     def run(self, int kick_fd, int ctl_fd, int wake_fd, uint64_t poll_us):
-        """Serve the queue, without the GIL, until CONTROL, FAILED or STOP is returned."""
+        """Serve the queue, without the GIL, until CONTROL, FAILED, STOP or UNMAPPED is returned.
+
+        UNMAPPED: the rings lie in no region since an invalidation, as while a driver changes its map; run again later.
+        """
         cdef vf_queue *q = self._open()
         cdef uint64_t poll_ns = poll_us * 1000
         cdef int reason
         if not self.started:
             raise ValueError("the queue is not started")
-        if q.ring_error or not self._remap():
+        if q.ring_error:
             return FAILED
+        if not self._remap():
+            return UNMAPPED
         with nogil:
             reason = queue_run(q, kick_fd, ctl_fd, wake_fd, poll_ns)
         return reason
 
     def poll(self):
-        """Do one round and return how many requests were taken or finished; -1 when the ring has failed."""
+        """Do one round and return how many requests were taken or finished; -1 when the ring has failed.
+
+        Does nothing while the rings are unmapped.
+        """
         cdef vf_queue *q = self._open()
         cdef int moved
         if not self.started:
             raise ValueError("the queue is not started")
-        if q.ring_error or not self._remap():
+        if q.ring_error:
             return -1
+        if not self._remap():
+            return 0
         with nogil:
             moved = queue_round(q)
             if moved < 0:
@@ -274,17 +305,8 @@ cdef class Queue:
         return moved if moved >= 0 else -1
 
     cdef bint _remap(self):
-        """Map the rings again after an invalidation. False: the queue has failed."""
-        cdef int err
-        if self.q.vring.mapped:
-            return True
-        err = vf_vring_map(&self.q.vring, &self.q.tlb)
-        if err:
-            self.q.ring_error = <uint32_t> -err
-            self.q.counters.ring_errors += 1
-            self.q.shm_status.fail_reason = self.q.ring_error
-            queue_set_state(self.q, VF_QUEUE_FAILED)
-        return err == 0
+        """Map the rings again after an invalidation. False: they are not in the driver's map now."""
+        return self.q.vring.mapped or vf_vring_map(&self.q.vring, &self.q.tlb) == 0
 
     def quiesce(self):
         """Finish what is in flight and stop. Returns (last_avail_idx, last_used_idx)."""

@@ -24,6 +24,7 @@ cdef enum:
     RUN_CONTROL = 1  # the supervisor has sent something
     RUN_FAILED = 2  # the ring is bad; vf_queue.ring_error says how
     RUN_STOP = 3  # SIGTERM or SIGINT
+    RUN_UNMAPPED = 4  # the driver's map has changed and lacks the rings: look again later
 
 cdef enum:
     PREFETCH_COUNT = 16
@@ -127,15 +128,9 @@ cdef inline uint32_t queue_reap(vf_queue *q) noexcept nogil:
     return count
 
 
-cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """Pop one chain and start its request. 0, or -enum vf_ring_error."""
+cdef inline void queue_begin(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """Start the request in q.chain. There is a free slot."""
     cdef vf_req *req
-    cdef int err = vf_vring_pop(&q.vring, &q.tlb, &q.chain)
-    if vf_unlikely(err):
-        return err
-    if vf_unlikely(q.inflight_log[q.chain.head].order != 0):
-        vf_vring_unpop(&q.vring)
-        return -VF_RING_HEAD_BUSY
     q.free_count -= 1
     req = &q.reqs[q.free_slots[q.free_count]]
     req.head = q.chain.head
@@ -146,6 +141,76 @@ cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
         queue_submit(q, req)
     else:
         queue_finish(q, req)
+
+
+cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """Pop one chain and start its request. 0, or -enum vf_ring_error."""
+    cdef int err = vf_vring_pop(&q.vring, &q.tlb, &q.chain)
+    if vf_unlikely(err):
+        return err
+    if vf_unlikely(q.inflight_log[q.chain.head].order != 0):
+        vf_vring_unpop(&q.vring)
+        return -VF_RING_HEAD_BUSY
+    queue_begin(q, now_ns)
+    return 0
+
+
+cdef inline int queue_adopt(vf_queue *q) noexcept nogil:
+    """Take a mapped ring over from a worker that died: its cursors from the ring and the in-flight log.
+
+    The number of requests in flight, or -VF_RING_LOG. A batch that was shown to the driver may still be in the log: the
+    log's note of the used index, written after the clearing, tells how far back to look.
+    """
+    cdef uint32_t i, head
+    cdef uint32_t size = vf_vring_size(&q.vring)
+    cdef uint32_t count = 0
+    cdef uint16_t logged_used_idx = <uint16_t> q.inflight.last_used_idx
+    cdef int given_back = vf_vring_used_since(&q.vring, logged_used_idx)
+    if given_back < 0:
+        return -VF_RING_LOG
+    for i in range(<uint32_t> given_back):
+        head = vf_vring_used_head(&q.vring, <uint16_t> (logged_used_idx + i))
+        if head < size:
+            q.inflight_log[head].order = 0
+    for i in range(size):
+        count += q.inflight_log[i].order != 0
+    if count > q.slot_count:
+        return -VF_RING_LOG
+    # Everything made available before this index was either given back or is in the log.
+    vf_vring_start(&q.vring, <uint16_t> (logged_used_idx + given_back + count))
+    return <int> count
+
+
+cdef inline int queue_redo(vf_queue *q) noexcept nogil:
+    """Start the requests of the log again, in the order in which they were taken. 0, or -enum vf_ring_error."""
+    cdef uint32_t i, next_head
+    cdef uint32_t size = vf_vring_size(&q.vring)
+    cdef uint64_t last_order = 0
+    cdef uint64_t next_order
+    cdef uint64_t now_ns = vf_now_ns()
+    cdef int err
+    # Those started again get numbers above all that were there, so that the search passes over them.
+    for i in range(size):
+        if q.inflight_log[i].order > q.next_order:
+            q.next_order = q.inflight_log[i].order
+    cdef uint64_t end_order = q.next_order
+    while q.free_count:
+        next_order = end_order + 1
+        next_head = size
+        for i in range(size):
+            if last_order < q.inflight_log[i].order < next_order:
+                next_order = q.inflight_log[i].order
+                next_head = i
+        if next_head == size:
+            break
+        last_order = next_order
+        err = vf_vring_walk(&q.vring, &q.tlb, <uint16_t> next_head, &q.chain)
+        if err:
+            return err
+        queue_begin(q, now_ns)
+    if q.unpublished_count:
+        queue_publish(q)
+        queue_interrupt(q)
     return 0
 
 

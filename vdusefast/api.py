@@ -28,11 +28,11 @@ from vdusefast.backends import Store, open_store
 from vdusefast.config import Config, resolve_cpus, validate
 from vdusefast.control import WorkerSpec
 from vdusefast.device import BlockDevice
-from vdusefast.errors import KernelSupportError, TimedOutError, VdusefastError
+from vdusefast.errors import TimedOutError, VdusefastError
 from vdusefast.run_dir import RunDirectory
 from vdusefast.shm import SharedPages
 from vdusefast.stats import DeviceStats, read_stats
-from vdusefast.supervisor import DeviceState, Limits, QueueInfo, Supervisor
+from vdusefast.supervisor import LETTING_GO_S, DeviceState, Limits, QueueInfo, Supervisor
 from vdusefast.transport import Transport
 from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
 
@@ -64,11 +64,10 @@ class Device:
         limits: Limits | None = None,
         worker_command: list[str] | None = None,
     ):
-        """Check `config`; nothing is opened before `start`.
+        """Check `config`; nothing is opened before `start`. The transport is loopback unless `kernel` is asked for.
 
         run_dir: where the directory of the device is made; None chooses as `run_dir.base_directory` does. limits: how
-        long workers may take. worker_command: what to run in place of the real worker. Raises ConfigError,
-        KernelSupportError.
+        long workers may take. worker_command: what to run in place of the real worker. Raises ConfigError.
         """
         self._warnings = validate(config)
         self.config = resolve_cpus(config)
@@ -82,6 +81,7 @@ class Device:
         self._transport: Transport | None = None
         self._supervisor: Supervisor | None = None
         self._pages: SharedPages | None = None
+        self._model: BlockDevice | None = None
 
     def __enter__(self) -> Device:
         self.start()
@@ -93,8 +93,9 @@ class Device:
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Open the store, start the workers and show the device to its driver.
 
-        Raises VdusefastError: ConfigError, BackendError, DeviceBusyError for the name or the store, TimedOutError
-        when a worker is not ready after `timeout_s`, WorkerError. Nothing is left behind then.
+        timeout_s: for the workers to be ready; a kernel device also has `attach_timeout_s` for its driver.
+        Raises VdusefastError: ConfigError, BackendError, DeviceBusyError for the name or the store, TimedOutError,
+        WorkerError, KernelSupportError, TransportError. Nothing is left behind then.
         """
         with self._lock:
             if self._supervisor is not None:
@@ -110,17 +111,18 @@ class Device:
                 self._resources.close()
                 raise
 
-    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S, *, force: bool = False) -> None:
         """Let the workers finish what they have in flight, then release everything. A second call does nothing.
 
-        A worker that takes longer than `timeout_s` is killed; `failure` names it.
+        Requests that have not ended after `timeout_s` are failed, or soon with `force`; a worker that is not done by
+        then is killed. `failure` names what did not go well.
         """
         with self._lock:
             supervisor, loop = self._supervisor, self._loop
             if supervisor is None or loop is None or loop.is_closed():
                 return
             try:
-                self._call(supervisor.stop(timeout_s), timeout_s + MARGIN_S)
+                self._call(supervisor.stop(timeout_s, force=force), timeout_s + LETTING_GO_S + MARGIN_S)
             finally:
                 self._resources.close()
 
@@ -135,6 +137,11 @@ class Device:
         return self._supervisor.failure if self._supervisor is not None else None
 
     @property
+    def node(self) -> str:
+        """The file by which the device is used, such as "/dev/vdb"; "" while no driver has it, and for loopback."""
+        return self._transport.node if self._transport is not None else ""
+
+    @property
     def bus(self) -> LoopbackBus:
         """The driver's way to the device. Raises VdusefastError unless the device runs on the loopback transport."""
         if not isinstance(self._transport, LoopbackTransport):
@@ -146,6 +153,26 @@ class Device:
         from vdusefast.driver import LoopbackDriver
 
         return LoopbackDriver(self.bus)
+
+    def info(self) -> dict[str, Any]:
+        """Return all that is to be shown of the device, as plain values. Raises as `stats`."""
+        from vdusefast.describe import describe
+
+        stats = self.stats()
+        assert self._model is not None
+        assert self._transport is not None
+        return describe(self.config, self._model, self._transport, self.state, self.failure, stats)
+
+    def responds(self, timeout_s: float) -> bool:
+        """Return whether the loop that looks after the device answers within `timeout_s`; for watchdogs."""
+        if self._loop is None:
+            return False
+        answered = threading.Event()
+        try:
+            self._loop.call_soon_threadsafe(answered.set)
+        except RuntimeError:  # it has been closed
+            return False
+        return answered.wait(timeout_s)
 
     def queues(self) -> list[QueueInfo]:
         """Return one line for each queue; none before `start`."""
@@ -165,7 +192,7 @@ class Device:
         directory = RunDirectory(self.name, self._run_dir)
         self._resources.callback(directory.close)
         store = self._resources.enter_context(open_store(self.config.backend, read_only=device.read_only))
-        model = BlockDevice(self.config, store)
+        model = self._model = BlockDevice(self.config, store)
         pages = SharedPages.create(directory.pages_path, self.name, device.queues, device.queue_size)
         self._pages = self._resources.enter_context(pages)
         self._transport = _make_transport(self.config)
@@ -179,10 +206,11 @@ class Device:
         )
         self._start_loop()
         try:
-            self._call(supervisor.start(timeout_s), timeout_s + MARGIN_S)
+            attach_s = device.attach_timeout_s if device.transport == "kernel" else 0
+            self._call(supervisor.start(timeout_s), timeout_s + attach_s + MARGIN_S)
         except BaseException:
             # Where the wait was cut short the coroutine cleans up by itself; this waits for it.
-            self._call(supervisor.stop(), STOP_TIMEOUT_S)
+            self._call(supervisor.stop(), STOP_TIMEOUT_S + LETTING_GO_S + MARGIN_S)
             raise
         self._supervisor = supervisor
 
@@ -315,6 +343,17 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _make_transport(config: Config) -> Transport:
-    if config.device.transport in ("auto", "loopback"):
+    device = config.device
+    if device.transport != "kernel":
         return LoopbackTransport()
-    raise KernelSupportError(f"device.transport: {config.device.transport} is not supported yet; use loopback")
+    from vdusefast.transport.kernel import KernelOptions, KernelTransport
+
+    return KernelTransport(
+        KernelOptions(
+            bus=device.bus,
+            msg_timeout_s=device.msg_timeout_s,
+            bounce_size_bytes=device.bounce_size_bytes,
+            attach_timeout_s=device.attach_timeout_s,
+            irq_cpus=tuple(queue.irq_cpu for queue in config.queue),
+        )
+    )

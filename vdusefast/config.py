@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from vdusefast.errors import ConfigError, KernelSupportError
+from vdusefast.errors import ConfigError
 
 if TYPE_CHECKING:
     from vdusefast.affinity import Topology
@@ -26,10 +26,18 @@ SEG_MAX_LIMIT = 1022  # with header and status byte a chain of 1024
 SERIAL_MAX_BYTES = 20  # VIRTIO_BLK_ID_BYTES
 NAME_MAX_BYTES = 63  # with its terminating zero it fits the shared pages' header
 POLL_MAX_US = 1_000_000
+MSG_TIMEOUT_MAX_S = 3600
+ATTACH_TIMEOUT_MAX_S = 600
+MSG_TIMEOUT_MIN_S = 30
+BOUNCE_SIZE_MIN_BYTES = 1 << 20  # both limits are the kernel's
+BOUNCE_SIZE_MAX_BYTES = 1 << 30
+# A request that does not fit into the bounce pages waits for ever; one that fills them keeps every other out.
+BOUNCE_REQUESTS_MIN = 2
 CONFIG_MAX_BYTES = 1 << 20
 
 TransportName = Literal["auto", "loopback", "kernel"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
+BusName = Literal["virtio", "vhost"]
 EngineName = Literal["auto", "sync", "uring", "memory", "null"]
 
 
@@ -38,7 +46,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     name: str
     serial: str = ""
-    transport: TransportName = "loopback"
+    transport: TransportName = "auto"  # kernel for the commands `add` and `serve`, loopback for the Python API
+    bus: BusName = "virtio"  # kernel transport: virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N
     queues: int = 1
     queue_size: int = 256  # the largest that the driver may choose
     read_only: bool = False
@@ -48,11 +57,20 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     event_idx: bool = True
     indirect: bool = True
     cpus: str | list[int] = ""  # "auto", a list such as "0,2" or [0, 2] (one a queue), or "" = as the queues say
+    msg_timeout_s: int = 90  # kernel transport: a control message unanswered for so long breaks the device; 0 = never
+    bounce_size_bytes: int = 64 << 20  # kernel transport, bus virtio: memory that the kernel copies data through
+    attach_timeout_s: int = 30  # kernel transport: for the driver to come up
 
     @property
     def effective_seg_max(self) -> int:
-        """Return seg_max with its default filled in: a chain also holds the header and the status byte."""
-        return self.seg_max or min(SEG_MAX_DEFAULT, max(1, self.queue_size - 2))
+        """Return seg_max with its default filled in.
+
+        A chain also holds the header and the status byte; the largest request must fit into the kernel's bounce pages.
+        """
+        default = SEG_MAX_DEFAULT
+        if self.transport == "kernel":
+            default = min(default, self.bounce_size_bytes // (BOUNCE_REQUESTS_MIN * self.size_max_bytes))
+        return self.seg_max or max(1, min(default, self.queue_size - 2))
 
 
 class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -67,7 +85,7 @@ class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """One queue's worker."""
 
     cpu: int | None = None  # None = not pinned
-    irq_cpu: int | None = None  # where the driver's interrupts should go
+    irq_cpu: int | None = None  # kernel transport: where the driver's interrupts go
     poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once
 
 
@@ -146,7 +164,7 @@ def validate(config: Config, topology: Topology | None = None) -> list[str]:
     """Check everything that can be known without opening the store.
 
     topology: this machine's when None; it is read only when the configuration names CPUs.
-    Returns: warnings, one line each. Raises ConfigError naming the key; KernelSupportError for what is not supported.
+    Returns: warnings, one line each. Raises ConfigError naming the key.
     """
     _check_device(config.device)
     if not config.backend.uri:
@@ -217,8 +235,6 @@ def _check_device(device: DeviceConfig) -> None:
         raise ConfigError("device.name: 'control' is the name of the kernel's own node, choose another")
     if not device.serial.isascii() or not (device.serial or "x").isprintable() or len(device.serial) > SERIAL_MAX_BYTES:
         raise ConfigError(f"device.serial: {device.serial!r}; a serial is at most {SERIAL_MAX_BYTES} ASCII characters")
-    if device.transport == "kernel":
-        raise KernelSupportError("device.transport: the kernel transport is not supported yet; use loopback")
     _check_range("device.queues", device.queues, 1, QUEUE_COUNT_MAX)
     _check_power("device.queue_size", device.queue_size, 2, QUEUE_SIZE_MAX)
     if device.block_size_bytes:
@@ -228,6 +244,27 @@ def _check_device(device: DeviceConfig) -> None:
         raise ConfigError(f"device.size_max_bytes: {device.size_max_bytes} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
     if device.seg_max:
         _check_range("device.seg_max", device.seg_max, 1, min(SEG_MAX_LIMIT, max(1, device.queue_size - 2)))
+    _check_kernel(device)
+
+
+def _check_kernel(device: DeviceConfig) -> None:
+    """Check what the kernel transport alone uses."""
+    _check_range("device.msg_timeout_s", device.msg_timeout_s, 0, MSG_TIMEOUT_MAX_S)
+    if 0 < device.msg_timeout_s < MSG_TIMEOUT_MIN_S:
+        raise ConfigError(
+            f"device.msg_timeout_s: {device.msg_timeout_s} is below the {MSG_TIMEOUT_MIN_S} s that an answer may take"
+        )
+    _check_range("device.attach_timeout_s", device.attach_timeout_s, 1, ATTACH_TIMEOUT_MAX_S)
+    key, bounce = "device.bounce_size_bytes", device.bounce_size_bytes
+    _check_range(key, bounce, BOUNCE_SIZE_MIN_BYTES, BOUNCE_SIZE_MAX_BYTES)
+    if bounce % BLOCK_SIZE_MAX_BYTES:
+        raise ConfigError(f"{key}: {bounce} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
+    largest = device.size_max_bytes * device.effective_seg_max
+    if device.transport == "kernel" and largest * BOUNCE_REQUESTS_MIN > bounce:
+        raise ConfigError(
+            f"{key}: {bounce} does not hold {BOUNCE_REQUESTS_MIN} requests of size_max_bytes x seg_max = "
+            f"{largest} bytes; raise it, or lower one of these"
+        )
 
 
 def _range_problem(key: str, value: int, low: int, high: int) -> str:

@@ -51,6 +51,7 @@ class ToWorker(NamedTuple):
     last_avail_idx: int = 0
     start: int = 0
     last: int = 0
+    recover: int = 0  # START: go on by the in-flight log of the worker before, and not from last_avail_idx
 
 
 class FromWorker(NamedTuple):
@@ -64,7 +65,7 @@ class FromWorker(NamedTuple):
     text: str = ""
 
 
-_TO_WORKER = struct.Struct("=IIQQQQIIQQ")
+_TO_WORKER = struct.Struct("=IIQQQQIIQQI")
 _FROM_WORKER = struct.Struct("=IIIII")
 
 
@@ -112,7 +113,8 @@ class WorkerSpec(NamedTuple):
     shm_fd: int  # the shared pages of the device
     kick_fd: int  # eventfd, driver to device
     port: str = "loopback"  # how IOTLB misses and interrupts are done
-    port_fd: int = -1  # loopback: SOCK_SEQPACKET to the bus
+    port_fd: int = -1  # kernel: /dev/vduse/NAME; loopback: SOCK_SEQPACKET to the bus
+    port_api: int = 0  # kernel: VDUSE API version that the device was created under
     irq_fd: int = -1  # loopback: eventfd, device to driver
     cpu: int = -1  # -1: not pinned
     poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once

@@ -15,9 +15,20 @@ from typing import Any
 
 from vdusefast.control import WorkerSpec
 from vdusefast.device import BlockDevice, StatusChange, StatusRefusedError
-from vdusefast.errors import VdusefastError
+from vdusefast.errors import TimedOutError, VdusefastError
 from vdusefast.transport import Transport, TransportError
-from vdusefast.transport.uapi import GetVqState, Request, Response, SetStatus, UnknownRequest, UpdateIotlb
+from vdusefast.transport.uapi import (
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    GetVqState,
+    Request,
+    Response,
+    SetStatus,
+    SetVqGroupAsid,
+    SetVqReady,
+    Suspend,
+    UnknownRequest,
+    UpdateIotlb,
+)
 from vdusefast.vq_control import Limits, VqControl, VqState
 from vdusefast.worker_process import Pages, WorkerProcess, default_command
 
@@ -25,6 +36,8 @@ __all__ = ["DeviceState", "Limits", "QueueInfo", "Supervisor", "VqState"]
 
 MESSAGES_A_TURN_MAX = 64
 UNDO_TIMEOUT_S = 2.0  # for idle workers to end when the start fails
+FORCE_GRACE_S = 2.0  # a forced stop lets requests end by themselves for so long before they are failed
+LETTING_GO_S = 10.0  # for the driver's side to let go of the device once nothing of it is pending any more
 
 _log = logging.getLogger("vdusefast")
 
@@ -35,6 +48,7 @@ class DeviceState(StrEnum):
     CREATED = "created"
     ATTACHED = "attached"
     RUNNING = "running"
+    SUSPENDED = "suspended"
     BROKEN = "broken"
     STOPPED = "stopped"
 
@@ -87,6 +101,8 @@ class Supervisor:
         self._message_fd = -1
         self._stopping = False
         self._ended = asyncio.Event()
+        self._refusal = ""  # why the driver and we could not agree, last time it tried
+        self._refused = asyncio.Event()
         command = list(command) if command is not None else default_command()
         self._vqs: list[VqControl] = []
         try:
@@ -108,30 +124,29 @@ class Supervisor:
             await self._spawn_all(timeout_s)
             self._message_fd = self.transport.message_fd()
             asyncio.get_running_loop().add_reader(self._message_fd, self._on_messages)
-            await self.transport.attach()
+            await self._attach()
         except BaseException:
             await self.stop(UNDO_TIMEOUT_S)
             raise
-        self.state = DeviceState.ATTACHED
+        if self.state == DeviceState.CREATED:
+            self.state = DeviceState.ATTACHED
 
-    async def stop(self, timeout_s: float = 30.0) -> None:
+    async def stop(self, timeout_s: float = 30.0, *, force: bool = False) -> None:
         """Drain: take the device from its driver, let every worker finish what it has in flight, and release
         everything.
 
-        A worker that is not done after `timeout_s` is killed, which is recorded as a failure. A second call does
-        nothing.
+        A driver that has not let go after `timeout_s` (FORCE_GRACE_S with `force`) gets errors for all that it still
+        has pending, and a worker that is not done after `timeout_s` is killed; both are recorded as failures. A second
+        call does nothing.
         """
         if self._stopping:
             await self._ended.wait()
             return
         self._stopping = True
-        for vq in self._vqs:
-            vq.closing = True
         try:
-            try:
-                await self.transport.detach()
-            except TransportError as error:
-                self._record(error)
+            await self._detach(min(timeout_s, FORCE_GRACE_S) if force else timeout_s)
+            for vq in self._vqs:
+                vq.closing = True
             await asyncio.gather(*(vq.stop(timeout_s) for vq in self._vqs))
         finally:
             self._unwatch_messages()
@@ -141,7 +156,10 @@ class Supervisor:
             await asyncio.gather(*(vq.kill() for vq in self._vqs))
             for vq in self._vqs:
                 vq.close()
-            self.transport.close()
+            try:
+                self.transport.close()
+            except VdusefastError as error:
+                self._record(error)
             self.state = DeviceState.STOPPED
             self._ended.set()
 
@@ -150,6 +168,47 @@ class Supervisor:
         return [_describe(vq, vq.worker) for vq in self._vqs]
 
     # -- inside
+
+    async def _attach(self) -> None:
+        """Show the device to drivers, and stop waiting soon after one has refused it. Raises what `attach` does."""
+        attach = asyncio.create_task(self.transport.attach())
+        refused = asyncio.create_task(self._refused.wait())
+        try:
+            await asyncio.wait({attach, refused}, return_when=asyncio.FIRST_COMPLETED)
+            if not attach.done():
+                await asyncio.wait({attach}, timeout=UNDO_TIMEOUT_S)  # it may try again, with other features
+            if not attach.done():
+                raise TransportError(f"device {self.device.name}: its driver gave up: {self._refusal}")
+            attach.result()
+        finally:
+            for task in (attach, refused):
+                task.cancel()
+            await asyncio.gather(attach, refused, return_exceptions=True)
+
+    async def _detach(self, grace_s: float) -> None:
+        """Take the device from its driver, serving on meanwhile. What is pending after `grace_s` is failed."""
+        detach = asyncio.create_task(self.transport.detach())
+        done, _ = await asyncio.wait({detach}, timeout=grace_s)
+        if not done:
+            _log.warning("device %s: requests are still pending after %g s: failing them", self.device.name, grace_s)
+            await asyncio.gather(*(vq.fail_pending() for vq in self._vqs))
+            done, _ = await asyncio.wait({detach}, timeout=LETTING_GO_S)
+        if not done:
+            detach.cancel()
+        try:
+            await detach
+        except asyncio.CancelledError:
+            if done:
+                raise
+            why = f"its driver did not let go of it within {grace_s + LETTING_GO_S:g} s"
+            self._record(TimedOutError(f"device {self.device.name}: {why}; the kernel keeps it until then"))
+        except VdusefastError as error:
+            self._record(error)
+
+    def _refuse(self, why: str) -> None:
+        """Note why the driver could not take the device; a start that waits for it is told."""
+        self._refusal = why
+        self._refused.set()
 
     async def _spawn_all(self, timeout_s: float) -> None:
         """Start all workers; when one fails, take the others down and raise its error."""
@@ -209,6 +268,7 @@ class Supervisor:
             response = await self._answer(request)
         except StatusRefusedError as error:
             _log.warning("device %s: %s: answered FAILED", self.device.name, error)
+            self._refuse(str(error))
             response = Response(request.request_id, False)
         except Exception:
             _log.exception("device %s: %s: answered FAILED", self.device.name, request)
@@ -231,6 +291,15 @@ class Supervisor:
             case UpdateIotlb(request_id, start, last):
                 gone = await asyncio.gather(*(vq.invalidate(start, last) for vq in self._vqs))
                 return Response(request_id, all(gone))
+            case SetVqReady(request_id, vq_index, ready):
+                return Response(request_id, await self._set_vq_ready(vq_index, ready))
+            case SetVqGroupAsid(request_id, group, asid):
+                return Response(request_id, group == 0 and asid == 0)  # the only ones that the device was created with
+            case Suspend(request_id):
+                async with self._status_lock:
+                    stands = await asyncio.gather(*(vq.quiesce() for vq in self._vqs))
+                    self.state = DeviceState.SUSPENDED
+                return Response(request_id, None not in stands)
             case UnknownRequest(request_id, kind):
                 _log.error("device %s: message of unknown type %d: answered FAILED", self.device.name, kind)
                 return Response(request_id, False)
@@ -250,6 +319,7 @@ class Supervisor:
             self.state = DeviceState.RUNNING
         elif change == StatusChange.GAVE_UP:
             _log.warning("device %s: the driver gave the device up (status %#x)", self.device.name, status)
+            self._refuse(f"it set FAILED (status {status:#x})")
         self.device.status = status
         return True
 
@@ -275,6 +345,19 @@ class Supervisor:
             if not all(start.result() for start in done):
                 reasons = "; ".join(vq.reason for vq in self._vqs if vq.state == VqState.FAILED)
                 raise StatusRefusedError(f"DRIVER_OK: {reasons}")
+
+    async def _set_vq_ready(self, vq_index: int, ready: bool) -> bool:
+        """Start or quiesce one queue. Returns whether there is such a queue: a refusal breaks the device for good, so
+        that a queue that does not start is reported as failed instead.
+        """
+        if vq_index >= len(self._vqs):
+            return False
+        vq = self._vqs[vq_index]
+        if not ready:
+            await vq.quiesce()
+        elif self.device.status & VIRTIO_CONFIG_S_DRIVER_OK and self.state != DeviceState.SUSPENDED:
+            await vq.start(self.transport.acked_features(), self.transport.vq_info(vq_index))
+        return True
 
     def _on_early_kick(self, vq: VqControl) -> None:
         """Start a queue that the driver has made ready after DRIVER_OK."""

@@ -77,13 +77,15 @@ class VqControl:
         self._last_avail_idx: int | None = None  # where a quiesced queue stands; None = as the driver has set it up
         self._serving = False  # the worker alone knows where the queue stands
         self._lost = ""  # why nobody knows any more; only a reset helps
+        self._served: ToWorker | None = None  # the last START
+        self._hanging: list[WorkerProcess] = []  # killed, waiting in the kernel for their storage
         self._lock = asyncio.Lock()
         self._watching = False
 
     async def spawn(self, timeout_s: float) -> None:
         """Start a worker and wait until it is ready. Raises what WorkerProcess.wait_hello does; none is left then."""
         port = self._transport.worker_port(self.index)
-        spec = self._spec._replace(port=port.kind, port_fd=port.port_fd, irq_fd=port.irq_fd)
+        spec = self._spec._replace(port=port.kind, port_fd=port.port_fd, port_api=port.api_version, irq_fd=port.irq_fd)
         worker = WorkerProcess.spawn(self._command, spec, port, self._pages, self._ring_failed, self._died)
         self.worker = worker
         try:
@@ -95,8 +97,9 @@ class VqControl:
 
     async def kill(self) -> None:
         """Kill and reap the worker if there still is one."""
-        if self.worker is not None:
-            await self.worker.kill()
+        for worker in (self.worker, *self._hanging):
+            if worker is not None:
+                await worker.kill()
 
     def abort(self) -> None:
         """Kill the worker that `spawn` waits for."""
@@ -118,9 +121,7 @@ class VqControl:
                 return self._refuse(f"{self._lost}; reset the device")
             if not await self._revive():
                 return False
-            failures = self._failure_count
-            self._serving = True
-            event = await self._request(
+            return await self._serve(
                 ToWorker(
                     Command.START,
                     0,
@@ -132,11 +133,27 @@ class VqControl:
                     last_avail_idx=info.last_avail_idx if self._last_avail_idx is None else self._last_avail_idx,
                 )
             )
-            # A ring found bad at once is reported before we get here.
-            if event is None or failures != self._failure_count:
-                return False
-            self.state, self.reason = VqState.RUNNING, ""
-            return True
+
+    async def fail_pending(self) -> None:
+        """Have everything that is pending and that comes answered with IOERR, by a worker without a store.
+
+        For a driver that cannot let go of the device because its requests do not end. The worker that waits for them
+        is killed; should it hang in the kernel, that is reported, and the queue is taken over all the same.
+        """
+        if self.worker is not None:
+            self.worker.abort("held requests that did not end")  # first, as whoever has the lock may wait for it
+        async with self._lock:
+            worker = self.worker
+            if worker is not None and not await worker.kill():
+                self._hanging.append(worker)
+                self._on_failure(
+                    WorkerError(f"{worker.title} waits in the kernel for its storage and cannot be killed")
+                )
+            self.worker = None
+            self._spec = self._spec._replace(engine="fail", store_fd=-1, store="null")
+            if self._served is None or not await self._revive():
+                return
+            await self._serve(self._served._replace(recover=1))
 
     async def quiesce(self) -> int | None:
         """Stop the queue once it has finished what is in flight. Returns the avail index, None when that is lost."""
@@ -171,8 +188,8 @@ class VqControl:
             self.unwatch_kick()
             if self._usable_worker() is not None:
                 await self._settle(Command.RESET)
-            self._last_avail_idx, self._serving, self._lost = None, False, ""
-            if self.worker is not None and self.worker.hung:
+            self._last_avail_idx, self._serving, self._served, self._lost = None, False, None, ""
+            if any(worker is not None and worker.hung for worker in (self.worker, *self._hanging)):
                 return False
             if self.closing or await self._revive():
                 self.state, self.reason = VqState.STOPPED, ""
@@ -201,8 +218,9 @@ class VqControl:
     def close(self) -> None:
         """Close every descriptor; a second call does nothing."""
         self.unwatch_kick()
-        if self.worker is not None:
-            self.worker.close()
+        for worker in (self.worker, *self._hanging):
+            if worker is not None:
+                worker.close()
         if self.kick_fd >= 0:
             os.close(self.kick_fd)
             self.kick_fd = -1
@@ -227,6 +245,17 @@ class VqControl:
             asyncio.get_running_loop().remove_reader(self.kick_fd)
 
     # -- inside; the lock is held
+
+    async def _serve(self, start: ToWorker) -> bool:
+        """Have the worker serve as `start` says. Returns whether it does; a failure is reported."""
+        failures = self._failure_count
+        self._serving, self._served = True, start
+        event = await self._request(start)
+        # A ring found bad at once is reported before we get here.
+        if event is None or failures != self._failure_count:
+            return False
+        self.state, self.reason = VqState.RUNNING, ""
+        return True
 
     def _usable_worker(self) -> WorkerProcess | None:
         worker = self.worker

@@ -23,6 +23,8 @@ from vdusefast.errors import ConfigError, KernelSupportError, VdusefastError, Wo
 if TYPE_CHECKING:
     from vdusefast._datapath import Queue
 
+# How often to look whether the rings are in the driver's map again; an invalidation makes us look, too.
+_REMAP_MS = 100
 _IO_URING_REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOMEM)
 
 
@@ -97,9 +99,12 @@ class Worker:
             write_zeroes_max_seg=spec.write_zeroes_max_seg,
             serial=spec.serial,
         )
-        if spec.port != "loopback":
-            raise KernelSupportError(f"this worker has no port called {spec.port!r}")
-        self._queue.set_port_loopback(spec.port_fd, spec.irq_fd, spec.queue)
+        if spec.port == "kernel":
+            self._queue.set_port_kernel(spec.port_fd, spec.port_api, spec.queue)
+        elif spec.port == "loopback":
+            self._queue.set_port_loopback(spec.port_fd, spec.irq_fd, spec.queue)
+        else:
+            raise WorkerError(f"this worker has no port called {spec.port!r}")
         self.engine = _open_engine(self._queue, spec)
         self._queue.guard()
         self._queue.identify(os.getpid(), spec.cpu)
@@ -131,12 +136,14 @@ class Worker:
             self.send(FromWorker(Event.RING_FAILED, 0, text=self._queue.failure))
         elif reason == self._datapath.CONTROL:
             self._read_control()
+        elif reason == self._datapath.UNMAPPED:
+            self._wait_idle(_REMAP_MS)
 
-    def _wait_idle(self) -> None:
+    def _wait_idle(self, timeout_ms: int | None = None) -> None:
         waiting = select.poll()
         waiting.register(self._ctl, select.POLLIN)
         waiting.register(self._wake_fd, select.POLLIN)
-        waiting.poll()
+        waiting.poll(timeout_ms)
         self._read_control()
 
     def _read_control(self) -> None:
@@ -181,6 +188,7 @@ class Worker:
                 driver_addr=message.driver_addr,
                 device_addr=message.device_addr,
                 last_avail_idx=message.last_avail_idx & 0xFFFF,
+                recover=bool(message.recover),
             )
         except (OSError, self._datapath.RingError) as error:
             self.send(FromWorker(Event.REFUSED, message.seq, text=str(error)))

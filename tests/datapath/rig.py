@@ -16,7 +16,7 @@ RING_IOVA = 0x10_0000
 DATA_IOVA = 0x4000_0000
 IN_IOVA = DATA_IOVA  # what the device reads, in the plain set-up
 OUT_IOVA = DATA_IOVA + 0x10_0000  # what it writes
-PUBLISH_BATCH = {"memory": 8, "sync": 4, "uring": 16, "null": 16}
+PUBLISH_BATCH = {"memory": 8, "sync": 4, "uring": 16, "null": 16, "fail": 16}
 
 
 def file_engines() -> list[str]:

@@ -235,7 +235,15 @@ def test_ring_areas_gone_after_an_invalidation() -> None:
         assert rig.ask(rig.request(T_FLUSH)) == (1, OK)
         assert rig.queue.invalidate(rig.ring.used, rig.ring.used) == 1
         rig.ring.make_available(rig.ring.put_chain(rig.request(T_FLUSH)))
-        assert rig.break_ring() == Reason.UNMAPPED
+        for _ in range(3):  # nothing is touched, and nothing has failed: the driver may be changing its map
+            assert rig.queue.poll() == 0
+        assert rig.queue.failure == ""
+        assert rig.counter("requests") == 1
+        for region in rig.memory.regions:
+            if region.start <= rig.ring.used <= region.last:
+                rig.map(region)
+        assert rig.queue.poll() == 1
+        assert rig.counter("requests") == 2
 
 
 def test_ring_areas_mapped_again_after_an_invalidation() -> None:

@@ -90,9 +90,12 @@ def test_parts_of_a_device_that_does_not_run_are_refused() -> None:
         device.stats()
 
 
-def test_kernel_transport_is_refused_until_there_is_one() -> None:
-    with pytest.raises(KernelSupportError):
-        make_config(name="d0", uri="null:1M", transport="kernel")
+def test_kernel_transport_says_what_the_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vdusefast.transport.kernel.CONTROL_NODE", "/nonexistent/control")
+    monkeypatch.setattr("vdusefast.transport.sysfs.SYS", Path("/nonexistent"))
+    device = Device(make_config(name="d0", uri="memory:1M", transport="kernel"))
+    with pytest.raises(KernelSupportError, match="no vduse, virtio_vdpa, virtio_blk: modprobe -a vduse"):
+        device.start()
 
 
 def test_driver_may_be_closed_after_its_device() -> None:

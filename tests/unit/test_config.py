@@ -18,7 +18,7 @@ from vdusefast.config import (
     resolve_cpus,
     validate,
 )
-from vdusefast.errors import ConfigError, KernelSupportError
+from vdusefast.errors import ConfigError
 
 EXAMPLE = """\
 [device]
@@ -64,7 +64,7 @@ def test_smallest_file_has_sensible_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, '[device]\nname = "a"\n[backend]\nuri = "null:1G"\n')
     device = config.device
     assert (device.queues, device.queue_size, device.effective_seg_max) == (1, 256, 126)
-    assert (device.transport, config.backend.cache, config.backend.engine) == ("loopback", "writeback", "auto")
+    assert (device.transport, config.backend.cache, config.backend.engine) == ("auto", "writeback", "auto")
     assert config.queue == [QueueConfig(cpu=None, irq_cpu=None, poll_us=50)]
 
 
@@ -131,9 +131,19 @@ def test_file_that_is_missing_unreadable_or_no_text_is_named(tmp_path: Path) -> 
         load_config(tmp_path / "latin.toml")
 
 
-def test_kernel_transport_is_refused_clearly() -> None:
-    with pytest.raises(KernelSupportError, match=r"device\.transport: the kernel transport is not supported yet"):
-        make_config(name="a", uri="null:1M", transport="kernel")
+def test_kernel_transport_keeps_requests_well_below_the_bounce_size() -> None:
+    device = make_config(name="a", uri="null:1M", transport="kernel", bounce_size_bytes=1 << 20).device
+    assert device.effective_seg_max == 4
+    with pytest.raises(ConfigError, match=r"device\.bounce_size_bytes: 1048576 does not hold 2 requests of .* 1310720"):
+        make_config(name="a", uri="null:1M", transport="kernel", bounce_size_bytes=1 << 20, seg_max=10)
+    with pytest.raises(ConfigError, match=r"device\.bounce_size_bytes: .* no multiple of 4096"):
+        make_config(name="a", uri="null:1M", bounce_size_bytes=(1 << 20) + 512)
+
+
+def test_a_message_timeout_leaves_time_for_answers() -> None:
+    assert make_config(name="a", uri="null:1M", msg_timeout_s=0).device.msg_timeout_s == 0
+    with pytest.raises(ConfigError, match=r"device\.msg_timeout_s: 5 is below the 30 s"):
+        make_config(name="a", uri="null:1M", msg_timeout_s=5)
 
 
 def test_make_config_takes_fields_of_every_section() -> None:

@@ -226,8 +226,42 @@ def test_status_out_of_order_is_answered_failed(device: Device) -> None:
 
 
 def test_messages_of_unknown_type_are_answered_failed(device: Device) -> None:
-    response = device.bus._call("SUSPEND", lambda i: uapi.UnknownRequest(i, uapi.VDUSE_SUSPEND))
+    response = device.bus._call("TYPE 99", lambda i: uapi.UnknownRequest(i, 99))
     assert not response.ok
+
+
+def test_a_queue_is_taken_back_and_made_ready_again_by_messages(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    kick(device.bus, 1)
+    assert device.bus._call("SET_VQ_READY", lambda i: uapi.SetVqReady(i, 1, False)).ok
+    assert states(device) == ["running", "stopped"]
+    stood = device.bus.get_vq_state(1)
+    assert device.bus._call("SET_VQ_READY", lambda i: uapi.SetVqReady(i, 1, True)).ok
+    assert states(device) == ["running", "running"]
+    assert device.bus.get_vq_state(1) == stood
+    assert not device.bus._call("SET_VQ_READY", lambda i: uapi.SetVqReady(i, 2, True)).ok
+
+
+def test_a_queue_made_ready_before_driver_ok_starts_with_it(device: Device) -> None:
+    device.bus.negotiate(device.bus.offered_features)
+    assert device.bus._call("SET_VQ_READY", lambda i: uapi.SetVqReady(i, 0, True)).ok
+    assert states(device) == ["stopped", "stopped"]
+
+
+def test_suspend_stops_every_queue_where_it_stands(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    assert device.bus._call("SUSPEND", uapi.Suspend).ok
+    assert device.state == DeviceState.SUSPENDED
+    assert states(device) == ["stopped", "stopped"]
+    assert device.bus._call("SET_VQ_READY", lambda i: uapi.SetVqReady(i, 0, True)).ok
+    assert states(device) == ["stopped", "stopped"]
+    device.bus.reset()
+    assert device.state == DeviceState.ATTACHED
+
+
+@pytest.mark.parametrize(("group", "asid", "ok"), [(0, 0, True), (0, 1, False), (1, 0, False)])
+def test_there_is_one_group_of_queues_in_one_address_space(device: Device, group: int, asid: int, ok: bool) -> None:
+    assert device.bus._call("SET_VQ_GROUP_ASID", lambda i: uapi.SetVqGroupAsid(i, group, asid)).ok == ok
 
 
 def test_reset_stops_every_queue_and_keeps_the_workers(device: Device, caplog: pytest.LogCaptureFixture) -> None:

@@ -42,7 +42,11 @@ def test_layouts_are_the_system_headers(tmp_path: Path) -> None:
         uapi.GetVqState(7, 3),
         uapi.SetStatus(2**32 - 1, 0xCF),
         uapi.UpdateIotlb(1, 0x1000, uapi.IOVA_LAST),
-        uapi.UnknownRequest(9, uapi.VDUSE_SUSPEND),
+        uapi.SetVqGroupAsid(9, 1, 2),
+        uapi.SetVqReady(10, 63, True),
+        uapi.SetVqReady(11, 0, False),
+        uapi.Suspend(12),
+        uapi.UnknownRequest(13, 99),
     ],
 )
 def test_requests_survive_packing(request_: uapi.Request) -> None:

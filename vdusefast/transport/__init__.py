@@ -42,12 +42,13 @@ class WorkerPort:
 
     `kind` is the worker's word for it. `port_fd` and `irq_fd` are -1 where `kind` has no use for them. The
     descriptors in `owned_fds` belong to the holder, who closes this once the worker has its copies; the others are
-    the transport's.
+    the transport's. `api_version` is that of VDUSE, where `kind` has one.
     """
 
     kind: str
     port_fd: int = -1
     irq_fd: int = -1
+    api_version: int = 0
     owned_fds: list[int] = field(default_factory=list)
 
     def close(self) -> None:
@@ -61,6 +62,14 @@ class Transport(Protocol):
 
     kind: str
     msg_timeout_s: float  # a message unanswered for so long breaks the device; 0 = never
+
+    @property
+    def node(self) -> str:
+        """The file by which the driver's side is used, "" while there is none."""
+
+    @property
+    def driver(self) -> str:
+        """The name of the kernel's driver that has the device, "" while none has it."""
 
     def create(self, spec: DeviceSpec) -> None:
         """Create the device with its queues; no driver can see it yet. Raises TransportError."""

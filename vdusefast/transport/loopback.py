@@ -17,6 +17,8 @@ class LoopbackTransport:
     """The device's side of a loopback device; see `Transport` for the methods."""
 
     kind = "loopback"
+    node = ""
+    driver = ""
 
     def __init__(self, msg_timeout_s: float = MSG_TIMEOUT_S):
         """Make a transport whose bus gives the device up after `msg_timeout_s` seconds without an answer; 0 = never."""

@@ -324,7 +324,7 @@ class LoopbackBus:
             self._ports[ours.fileno()] = ours
             self._epoll.register(ours, select.EPOLLIN)
             port_fd = theirs.detach()
-            return WorkerPort("loopback", port_fd, self._queues[index].irqfd, [port_fd])
+            return WorkerPort("loopback", port_fd, self._queues[index].irqfd, owned_fds=[port_fd])
 
     def close(self) -> None:
         """Stop the thread, fail what waits, and close every descriptor; a second call does nothing."""

@@ -1,7 +1,7 @@
 """Structures and numbers of linux/vduse.h and of virtio, as far as the control plane needs them.
 
-Everything is in host byte order, which on the machines that have VDUSE is little-endian. A test compares the sizes with
-the compiler's where the system's header is installed.
+Everything is in host byte order, which on the machines that have VDUSE is little-endian. A test compares sizes, offsets
+and numbers with what the compiler makes of the kernels' own headers.
 
 Source: Linux 7.3, include/uapi/linux/vduse.h; VIRTIO 1.3, 2.1, 5.2.3 and 6.
 """
@@ -10,6 +10,13 @@ from __future__ import annotations
 
 import struct
 from typing import NamedTuple
+
+VDUSE_API_VERSION = 0
+VDUSE_API_VERSION_1 = 1  # groups of queues and address spaces
+
+# Features of VDUSE itself (not of virtio), as bit numbers
+VDUSE_F_QUEUE_READY = 0  # a message for each queue that becomes ready or ceases to be
+VDUSE_F_SUSPEND = 1  # a message when the driver suspends the device
 
 # Message types: enum vduse_req_type. The last three need API version 1 or a feature that has to be asked for.
 VDUSE_GET_VQ_STATE = 0
@@ -26,6 +33,8 @@ VDUSE_REQ_RESULT_FAILED = 1
 VDUSE_ACCESS_RO = 1
 VDUSE_ACCESS_WO = 2
 VDUSE_ACCESS_RW = 3
+
+VDUSE_IOVA_CAP_UMEM = 1  # vduse_iova_info.capability
 
 VDUSE_EVENTFD_DEASSIGN = -1
 VDUSE_NAME_MAX_BYTES = 256  # with the terminating NUL
@@ -64,6 +73,12 @@ VIRTIO_F_IN_ORDER = 1 << 35
 
 VIRTIO_ID_BLOCK = 2
 
+STATUS_NAMES = {
+    value: name.removeprefix("VIRTIO_CONFIG_S_")
+    for name, value in list(globals().items())
+    if name.startswith("VIRTIO_CONFIG_S_")
+}
+
 FEATURE_NAMES = {
     value: name.partition("_F_")[2]
     for name, value in list(globals().items())
@@ -72,14 +87,53 @@ FEATURE_NAMES = {
 
 REQUEST = struct.Struct("=II16x128s")  # type, request_id, body; 152 bytes
 RESPONSE = struct.Struct("=II16s128s")  # request_id, result, reserved, body; 152 bytes
+DEV_CONFIG = struct.Struct("=256sIIQIIII44xI")  # name, vendor_id, device_id, features, vq_num, vq_align, ngroups, nas,
+# config_size; 336 bytes, then the configuration space
+CONFIG_DATA = struct.Struct("=II")  # offset, length; 8 bytes, then the data
 IOTLB_ENTRY = struct.Struct("=QQQB7x")  # offset, start, last, perm; 32 bytes
+IOTLB_ENTRY_V2 = struct.Struct("=QQQB7xI44x")  # offset, start, last, perm, asid; 80 bytes
+IOVA_UMEM = struct.Struct("=QQQI20x")  # uaddr, iova, size, asid; 48 bytes
+IOVA_INFO = struct.Struct("=QQQI20x")  # start, last, capability, asid; 48 bytes
 VQ_CONFIG = struct.Struct("=IHHI20x")  # index, max_size, reserved, group; 32 bytes
 VQ_INFO = struct.Struct("=IIQQQH6xB7x")  # index, num, desc, driver, device, split.avail_index, ready; 48 bytes
-VQ_EVENTFD = struct.Struct("=Ii")  # index, fd
+VQ_EVENTFD = struct.Struct("=Ii")  # index, fd; 8 bytes
+
+
+def _ioc(direction: int, number: int, size_bytes: int) -> int:
+    """Return an ioctl number, as <asm-generic/ioctl.h> makes it."""
+    return direction << 30 | size_bytes << 16 | VDUSE_BASE << 8 | number
+
+
+VDUSE_BASE = 0x81
+_W, _R = 1, 2
+
+# On /dev/vduse/control
+VDUSE_GET_API_VERSION = _ioc(_R, 0x00, 8)
+VDUSE_SET_API_VERSION = _ioc(_W, 0x01, 8)
+VDUSE_CREATE_DEV = _ioc(_W, 0x02, DEV_CONFIG.size)
+VDUSE_DESTROY_DEV = _ioc(_W, 0x03, VDUSE_NAME_MAX_BYTES)
+VDUSE_GET_FEATURES = _ioc(_R, 0x04, 8)
+VDUSE_SET_FEATURES = _ioc(_W, 0x05, 8)
+
+# On /dev/vduse/NAME
+VDUSE_IOTLB_GET_FD = _ioc(_R | _W, 0x10, IOTLB_ENTRY.size)
+VDUSE_DEV_GET_FEATURES = _ioc(_R, 0x11, 8)
+VDUSE_DEV_SET_CONFIG = _ioc(_W, 0x12, CONFIG_DATA.size)
+VDUSE_DEV_INJECT_CONFIG_IRQ = _ioc(0, 0x13, 0)
+VDUSE_VQ_SETUP = _ioc(_W, 0x14, VQ_CONFIG.size)
+VDUSE_VQ_GET_INFO = _ioc(_R | _W, 0x15, VQ_INFO.size)
+VDUSE_VQ_SETUP_KICKFD = _ioc(_W, 0x16, VQ_EVENTFD.size)
+VDUSE_VQ_INJECT_IRQ = _ioc(_W, 0x17, 4)
+VDUSE_IOTLB_REG_UMEM = _ioc(_W, 0x18, IOVA_UMEM.size)
+VDUSE_IOTLB_DEREG_UMEM = _ioc(_W, 0x19, IOVA_UMEM.size)
+VDUSE_IOTLB_GET_INFO = _ioc(_R | _W, 0x1A, IOVA_INFO.size)
+VDUSE_IOTLB_GET_FD2 = _ioc(_R | _W, 0x1B, IOTLB_ENTRY_V2.size)
 
 _VQ_STATE = struct.Struct("=IH")  # index, split.avail_index
 _STATUS = struct.Struct("=B")
 _IOVA_RANGE = struct.Struct("=QQ")
+_VQ_GROUP_ASID = struct.Struct("=II")  # group, asid
+_VQ_READY = struct.Struct("=II")  # num, ready
 _RESERVED = bytes(16)
 
 
@@ -105,6 +159,28 @@ class UpdateIotlb(NamedTuple):
     last: int
 
 
+class SetVqGroupAsid(NamedTuple):
+    """The queues of `group` are to use address space `asid`."""
+
+    request_id: int
+    group: int
+    asid: int
+
+
+class SetVqReady(NamedTuple):
+    """The driver makes queue `vq_index` ready, or takes it back."""
+
+    request_id: int
+    vq_index: int
+    ready: bool
+
+
+class Suspend(NamedTuple):
+    """The driver stops the device, which keeps its state."""
+
+    request_id: int
+
+
 class UnknownRequest(NamedTuple):
     """A message of a type that was never asked for."""
 
@@ -112,7 +188,7 @@ class UnknownRequest(NamedTuple):
     type: int
 
 
-Request = GetVqState | SetStatus | UpdateIotlb | UnknownRequest
+Request = GetVqState | SetStatus | UpdateIotlb | SetVqGroupAsid | SetVqReady | Suspend | UnknownRequest
 
 
 class Response(NamedTuple):
@@ -158,6 +234,12 @@ def pack_request(request: Request) -> bytes:
             return REQUEST.pack(VDUSE_SET_STATUS, request_id, _STATUS.pack(status))
         case UpdateIotlb(request_id, start, last):
             return REQUEST.pack(VDUSE_UPDATE_IOTLB, request_id, _IOVA_RANGE.pack(start, last))
+        case SetVqGroupAsid(request_id, group, asid):
+            return REQUEST.pack(VDUSE_SET_VQ_GROUP_ASID, request_id, _VQ_GROUP_ASID.pack(group, asid))
+        case SetVqReady(request_id, vq_index, ready):
+            return REQUEST.pack(VDUSE_SET_VQ_READY, request_id, _VQ_READY.pack(vq_index, ready))
+        case Suspend(request_id):
+            return REQUEST.pack(VDUSE_SUSPEND, request_id, b"")
         case UnknownRequest(request_id, kind):
             return REQUEST.pack(kind, request_id, b"")
 
@@ -173,6 +255,13 @@ def unpack_request(packet: bytes) -> Request:
         return SetStatus(request_id, body[0])
     if kind == VDUSE_UPDATE_IOTLB:
         return UpdateIotlb(request_id, *_IOVA_RANGE.unpack_from(body))
+    if kind == VDUSE_SET_VQ_GROUP_ASID:
+        return SetVqGroupAsid(request_id, *_VQ_GROUP_ASID.unpack_from(body))
+    if kind == VDUSE_SET_VQ_READY:
+        vq_index, ready = _VQ_READY.unpack_from(body)
+        return SetVqReady(request_id, vq_index, bool(ready))
+    if kind == VDUSE_SUSPEND:
+        return Suspend(request_id)
     return UnknownRequest(request_id, kind)
 
 
@@ -196,7 +285,23 @@ def unpack_response(packet: bytes) -> Response:
     return Response(request_id, result == VDUSE_REQ_RESULT_OK, *_VQ_STATE.unpack_from(body))
 
 
-def feature_names(features: int) -> str:
-    """Return the names of the bits in `features`, for a message; a bit without a name is given as `bit N`."""
+def names_of(features: int) -> list[str]:
+    """Return the names of the bits in `features`, lowest first; a bit without a name is given as `bit N`."""
     bits = [1 << n for n in range(64) if features >> n & 1]
-    return ", ".join(FEATURE_NAMES.get(bit, f"bit {bit.bit_length() - 1}") for bit in bits)
+    return [FEATURE_NAMES.get(bit, f"bit {bit.bit_length() - 1}") for bit in bits]
+
+
+def feature_names(features: int) -> str:
+    """Return the names of the bits in `features`, for a message."""
+    return ", ".join(names_of(features))
+
+
+def status_names(status: int) -> list[str]:
+    """Return the names of the bits in a device status, lowest first."""
+    return [name for bit, name in STATUS_NAMES.items() if status & bit]
+
+
+def vduse_feature_names(vduse_features: int) -> list[str]:
+    """Return the names of VDUSE's own features in a mask; a bit without a name is given as `bit N`."""
+    named = {VDUSE_F_QUEUE_READY: "QUEUE_READY", VDUSE_F_SUSPEND: "SUSPEND"}
+    return [named.get(bit, f"bit {bit}") for bit in range(64) if vduse_features >> bit & 1]

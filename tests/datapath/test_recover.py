@@ -1,0 +1,142 @@
+"""A queue goes on where a worker that died stood, by the in-flight log and the ring; and the engine that only fails."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from model import SECTOR_BYTES, WRITE, Desc, header
+from rig import DATA_IOVA, IN_IOVA, OUT_IOVA, Rig
+
+from vdusefast import shm
+from vdusefast._datapath import RingError
+
+T_OUT = 1
+HEADER_BYTES = 64
+
+
+class Crashed(Rig):
+    """Five writes, each to the sector of its number, of which a worker that died left a log behind."""
+
+    COUNT = 5
+
+    def __init__(self, *, used: list[int], logged: dict[int, int], noted_used_idx: int = 0, start_idx: int = 0) -> None:
+        """used: which of the writes were shown as done. logged: order by write."""
+        super().__init__(start_idx=start_idx, start=False)
+        self.heads = []
+        for number in range(self.COUNT):
+            at = IN_IOVA + number * 0x1000
+            self.memory.write(at, header(T_OUT, number) + bytes([0x40 + number]) * SECTOR_BYTES)
+            parts = [Desc(at, 16), Desc(at + 16, SECTOR_BYTES), Desc(OUT_IOVA + number, 1, WRITE)]
+            self.memory.write(OUT_IOVA + number, b"\xff")
+            self.heads.append(self.ring.put_chain(parts))
+            self.ring.make_available(self.heads[-1])
+        for place, number in enumerate(used):
+            slot = (start_idx + place) % self.ring.size
+            self.memory.write(self.ring.used + 4 + 8 * slot, struct.pack("<II", self.heads[number], 1))
+        self.ring.put_u16(self.ring.used + 2, start_idx + len(used))
+        at = shm.INFLIGHT_OFFSET
+        self.pages[at + 8 : at + 16] = struct.pack("<II", 0, (start_idx + noted_used_idx) & 0xFFFF)
+        for number, order in logged.items():
+            entry = at + HEADER_BYTES + 8 * self.heads[number]
+            self.pages[entry : entry + 8] = struct.pack("<Q", order)
+
+    def recover(self) -> list[int]:
+        """Start from the log; the writes given back by that, in order."""
+        before = self.ring.used_idx
+        self.queue.start(
+            acked_features=self.params.features,
+            size=self.ring.size,
+            desc_addr=self.ring.desc,
+            driver_addr=self.ring.avail,
+            device_addr=self.ring.used,
+            last_avail_idx=12345,  # does not count
+            recover=True,
+        )
+        return self.given_back(before)
+
+    def given_back(self, since: int) -> list[int]:
+        count = (self.ring.used_idx - since) & 0xFFFF
+        return [self.heads.index(self.ring.used_elem((since + i) & 0xFFFF)[0]) for i in range(count)]
+
+    def statuses(self) -> bytes:
+        return self.memory.read(OUT_IOVA, self.COUNT)
+
+    def log(self) -> list[int]:
+        at = shm.INFLIGHT_OFFSET + HEADER_BYTES
+        return [*struct.unpack(f"<{self.ring.size}Q", self.pages[at : at + 8 * self.ring.size])]
+
+
+@pytest.mark.parametrize("start_idx", [0, 65534, 65535])
+def test_requests_in_flight_are_done_again_in_the_order_they_were_taken(start_idx: int) -> None:
+    with Crashed(used=[], logged={0: 30, 1: 9, 2: 12}, start_idx=start_idx) as rig:
+        assert rig.recover() == [1, 2, 0]
+        stood = rig.ring.used_idx
+        assert rig.queue.poll() == 2
+        assert rig.given_back(stood) == [3, 4]
+        assert rig.statuses() == bytes(5)
+        assert rig.irqs() > 0
+        assert rig.log() == [0] * 16
+        for number in range(rig.COUNT):
+            sector = rig.store_bytes()[number * SECTOR_BYTES : (number + 1) * SECTOR_BYTES]
+            assert sector == bytes([0x40 + number]) * SECTOR_BYTES
+
+
+@pytest.mark.parametrize("start_idx", [0, 65535])
+def test_a_batch_that_was_shown_but_is_still_logged_is_not_done_again(start_idx: int) -> None:
+    with Crashed(used=[2, 0], logged={0: 1, 1: 2, 2: 3}, start_idx=start_idx) as rig:
+        assert rig.recover() == [1]
+        stood = rig.ring.used_idx
+        assert rig.queue.poll() == 2
+        assert rig.given_back(stood) == [3, 4]
+        assert rig.statuses() == bytes([255, 0, 255, 0, 0])  # the first two were answered by the worker that died
+
+
+def test_a_request_taken_but_not_yet_logged_is_taken_again() -> None:
+    with Crashed(used=[0], logged={1: 2}, noted_used_idx=1) as rig:
+        assert rig.recover() == [1]
+        stood = rig.ring.used_idx
+        assert rig.queue.poll() == 3
+        assert rig.given_back(stood) == [2, 3, 4]
+
+
+def test_an_empty_log_goes_on_where_the_ring_says() -> None:
+    with Crashed(used=[0, 1, 2], logged={}, noted_used_idx=3) as rig:
+        assert rig.recover() == []
+        stood = rig.ring.used_idx
+        assert rig.queue.poll() == 2
+        assert rig.given_back(stood) == [3, 4]
+
+
+def test_new_requests_are_logged_behind_those_done_again() -> None:
+    with Crashed(used=[], logged={0: 100}) as rig:
+        rig.recover()
+        assert rig.queue.poll() == 4
+        rig.queue.quiesce()
+        assert rig.log() == [0] * 16
+
+
+def test_a_log_that_does_not_fit_the_ring_is_refused() -> None:
+    with Crashed(used=[], logged={}) as rig:
+        rig.ring.put_u16(rig.ring.used + 2, 17)  # more given back than the ring holds
+        with pytest.raises(RingError, match="in-flight log"):
+            rig.recover()
+
+
+def test_a_logged_chain_that_is_bad_by_now_stops_the_queue() -> None:
+    with Crashed(used=[], logged={0: 1}) as rig:
+        rig.ring.put_desc(rig.heads[0], Desc(DATA_IOVA, 16, 1, 99))
+        rig.recover()
+        assert "next field" in rig.queue.failure
+
+
+def test_the_engine_that_fails_answers_everything_with_an_error() -> None:
+    with Rig(engine="fail") as rig:
+        parts = [Desc(IN_IOVA, 16), Desc(OUT_IOVA, 512, WRITE), Desc(OUT_IOVA + 512, 1, WRITE)]
+        for kind in (0, T_OUT, 4):
+            rig.memory.write(IN_IOVA, header(kind, 0))
+            chain = (
+                parts if kind == 0 else [parts[0], Desc(IN_IOVA + 16, 512), parts[2]] if kind == T_OUT else parts[::2]
+            )
+            assert rig.ask(chain)[1] == 1
+        assert rig.counter("host_errors") == 3

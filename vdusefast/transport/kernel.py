@@ -1,0 +1,398 @@
+"""The real thing: a device of /dev/vduse, which the kernel shows to its own drivers over the vDPA bus.
+
+Source: Linux 7.3, include/uapi/linux/vduse.h and drivers/vdpa/vdpa_user/vduse_dev.c.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import select
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vdusefast.errors import DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
+from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, sysfs, uapi, vdpa
+from vdusefast.transport.uapi import Request, Response, VqInfo
+
+CONTROL_NODE = "/dev/vduse/control"
+# What of VDUSE's own features is of use to us, where the kernel has it.
+WANTED_FEATURES = 1 << uapi.VDUSE_F_QUEUE_READY | 1 << uapi.VDUSE_F_SUSPEND
+LATEST_API_VERSION = uapi.VDUSE_API_VERSION_1
+
+KERNEL_BOUNCE_SIZE_BYTES = 64 << 20
+
+REGION_COUNT_MAX = 1024
+
+NODE_LOOK_S = 0.005  # between two looks for what the kernel makes by itself
+NODE_WAIT_S = 2.0  # for /dev/vduse/NAME, which devtmpfs makes at once
+DESTROY_WAIT_S = 5.0  # for other processes' copies of the descriptor to be closed
+
+_U64 = struct.Struct("=Q")
+_U32 = struct.Struct("=I")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """How the kernel is to treat the device.
+
+    bus: `virtio` for /dev/vdX, `vhost` for /dev/vhost-vdpa-N. irq_cpus: one entry a queue, None = any CPU.
+    """
+
+    bus: str = "virtio"
+    msg_timeout_s: int = 90
+    bounce_size_bytes: int = 64 << 20
+    attach_timeout_s: float = 30.0
+    irq_cpus: tuple[int | None, ...] = ()
+
+
+def probe_control() -> tuple[int, int]:
+    """Return (the newest API version, the mask of VDUSE features) that this kernel and we know. Makes nothing.
+
+    Raises KernelSupportError, VdusefastError for a lack of permission.
+    """
+    fd = _open_control()
+    try:
+        return _negotiate(fd)
+    finally:
+        os.close(fd)
+
+
+class KernelTransport:
+    """The device's side of a VDUSE device; see `Transport` for the methods."""
+
+    kind = "kernel"
+
+    def __init__(self, options: KernelOptions | None = None):
+        """Prepare; nothing is opened before `create`."""
+        self.options = options or KernelOptions()
+        self.msg_timeout_s = float(self.options.msg_timeout_s)
+        self.api_version = 0
+        self.vduse_features = 0
+        self.name = ""
+        self._fd = -1
+        self._created = False
+        self._attached = False
+
+    @property
+    def node(self) -> str:
+        """The node by which the device is used, "" while no driver has it."""
+        return sysfs.node(self.name) if self.name else ""
+
+    @property
+    def driver(self) -> str:
+        """The bus driver that has the device, "" when none has."""
+        return sysfs.bound_driver(self.name) if self.name else ""
+
+    def create(self, spec: DeviceSpec) -> None:
+        """Make /dev/vduse/NAME with its queues and settings."""
+        self._check_drivers(spec.name)
+        control = _open_control()
+        try:
+            self.api_version, self.vduse_features = _negotiate(control)
+            _create_device(control, spec, self.api_version)
+            self.name, self._created = spec.name, True
+        finally:
+            os.close(control)
+        try:
+            self._fd = _open_device(spec.name)
+            for index in range(spec.queue_count):
+                self._ioctl(uapi.VDUSE_VQ_SETUP, uapi.VQ_CONFIG.pack(index, spec.queue_size_max, 0, 0))
+            self._set_attributes()
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise TransportError(f"device {spec.name}: cannot be set up: {error.strerror}{where}") from error
+
+    async def attach(self) -> None:
+        """Put the device on the vDPA bus, give it to the driver that was asked for, and wait until its node is there.
+
+        Raises TransportError, KernelSupportError, TimedOutError.
+        """
+        limit_s = self.options.attach_timeout_s
+        driver = sysfs.BUS_DRIVERS[self.options.bus]
+        try:
+            async with asyncio.timeout(limit_s):
+                self._attached = True  # whatever comes of it
+                await _in_thread(vdpa.device_new, self.name)
+                if self.driver != driver:
+                    await _in_thread(sysfs.bind, self.name, driver)
+                while not self.node:
+                    await asyncio.sleep(NODE_LOOK_S)
+        except TimeoutError:
+            raise TimedOutError(self._describe_timeout(driver, limit_s)) from None
+        except OSError as error:
+            raise self._attach_error(error) from error
+
+    async def detach(self) -> None:
+        """Take the device off the bus; the kernel waits for its driver, and that for its requests."""
+        if not self._attached:
+            return
+        try:
+            await _in_thread(vdpa.device_delete, self.name)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise TransportError(f"device {self.name}: cannot be detached: {error.strerror}") from error
+        self._attached = False
+
+    def message_fd(self) -> int:
+        """Return the descriptor of /dev/vduse/NAME."""
+        return self._fd
+
+    def receive(self) -> Request | None:
+        """Return the next message, None when there is none."""
+        try:
+            packet = os.read(self._fd, uapi.REQUEST.size)
+        except BlockingIOError:
+            self._check_whole()
+            return None
+        return uapi.unpack_request(packet)
+
+    def respond(self, response: Response) -> None:
+        """Answer a message."""
+        os.write(self._fd, uapi.pack_response(response))
+
+    def acked_features(self) -> int:
+        """Return the features that the driver has accepted."""
+        return int(_U64.unpack(self._ioctl(uapi.VDUSE_DEV_GET_FEATURES, bytes(_U64.size)))[0])
+
+    def vq_info(self, index: int) -> VqInfo:
+        """Return what the driver has set up for queue `index`."""
+        packed = self._ioctl(uapi.VDUSE_VQ_GET_INFO, uapi.VQ_INFO.pack(index, 0, 0, 0, 0, 0, 0))
+        vq_index, size, desc, driver, device, avail_index, ready = uapi.VQ_INFO.unpack(packed)
+        return VqInfo(vq_index, size, desc, driver, device, avail_index, bool(ready))
+
+    def set_kickfd(self, index: int, fd: int) -> None:
+        """Have the driver's kicks of queue `index` signal `fd` (borrowed)."""
+        wanted = fd if fd >= 0 else uapi.VDUSE_EVENTFD_DEASSIGN
+        self._ioctl(uapi.VDUSE_VQ_SETUP_KICKFD, uapi.VQ_EVENTFD.pack(index, wanted))
+
+    def inject_irq(self, index: int) -> None:
+        """Interrupt the driver for queue `index`."""
+        self._ioctl(uapi.VDUSE_VQ_INJECT_IRQ, _U32.pack(index))
+
+    def inject_config_irq(self) -> None:
+        """Tell the driver that the configuration space has changed."""
+        self._ioctl(uapi.VDUSE_DEV_INJECT_CONFIG_IRQ, b"")
+
+    def set_config(self, offset_bytes: int, data: bytes) -> None:
+        """Overwrite a part of the configuration space."""
+        self._ioctl(uapi.VDUSE_DEV_SET_CONFIG, uapi.CONFIG_DATA.pack(offset_bytes, len(data)) + data)
+
+    def region_count(self) -> int:
+        """Return how many regions of memory the driver shows us; 0 where the kernel cannot tell."""
+        count = start = 0
+        while count < REGION_COUNT_MAX and start <= uapi.IOVA_LAST:
+            try:
+                packed = self._ioctl(uapi.VDUSE_IOTLB_GET_INFO, uapi.IOVA_INFO.pack(start, uapi.IOVA_LAST, 0, 0))
+            except OSError:  # no region from here on, or a kernel without the call
+                break
+            start = uapi.IOVA_INFO.unpack(packed)[1] + 1
+            count += 1
+        return count
+
+    def worker_port(self, index: int) -> WorkerPort:
+        """Return the device's own descriptor: workers look up memory and interrupt by themselves."""
+        return WorkerPort(self.kind, port_fd=self._fd, api_version=self.api_version)
+
+    def close(self) -> None:
+        """Destroy the device. Raises DeviceBusyError while other processes hold it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._created:
+            _destroy_device(self.name)
+            self._created = False
+
+    # -- inside
+
+    def _ioctl(self, number: int, argument: bytes) -> bytes:
+        """Return what the kernel has made of `argument`. Raises OSError."""
+        buffer = bytearray(argument)
+        fcntl.ioctl(self._fd, number, buffer) if buffer else fcntl.ioctl(self._fd, number)
+        return bytes(buffer)
+
+    def _check_drivers(self, name: str) -> None:
+        """Refuse before anything is made what could never be attached."""
+        driver = sysfs.BUS_DRIVERS[self.options.bus]
+        missing = [] if sysfs.driver_loaded(self.options.bus) else [driver]
+        if self.options.bus == "virtio" and not sysfs.virtio_blk_loaded():
+            missing.append("virtio_blk")
+        if not os.path.exists(CONTROL_NODE):
+            missing.insert(0, "vduse")
+        if missing:
+            raise KernelSupportError(
+                f"device {name}: the kernel has no {', '.join(missing)}: modprobe -a {' '.join(missing)} "
+                "(`vdusefast check` says more)"
+            )
+
+    def _set_attributes(self) -> None:
+        """Set what is set through sysfs, where the configuration differs from what the kernel does by itself."""
+        options = self.options
+        settings = {"msg_timeout": str(options.msg_timeout_s)}
+        if options.bus == "virtio" and options.bounce_size_bytes != KERNEL_BOUNCE_SIZE_BYTES:
+            settings["bounce_size"] = str(options.bounce_size_bytes)
+        for index, cpu in enumerate(options.irq_cpus):
+            if cpu is not None:
+                settings[f"vq{index}/irq_cb_affinity"] = sysfs.cpu_mask(cpu)
+        for attribute, value in settings.items():
+            if not sysfs.has_attribute(self.name, attribute):
+                raise KernelSupportError(f"device {self.name}: this kernel cannot set {attribute}; Linux 6.4 can")
+            sysfs.set_attribute(self.name, attribute, value)
+
+    def _check_whole(self) -> None:
+        """Raise DeviceBrokenError when the kernel has given the device up."""
+        poll = select.poll()
+        poll.register(self._fd, 0)
+        if any(events & select.POLLERR for _fd, events in poll.poll(0)):
+            raise DeviceBrokenError(
+                f"device {self.name} is broken: a message was not answered within {self.msg_timeout_s:g} s; "
+                "remove it and add it again"
+            )
+
+    def _describe_timeout(self, driver: str, limit_s: float) -> str:
+        bound = self.driver
+        if not sysfs.attached(self.name):
+            what = "the kernel did not finish attaching it"
+        elif bound != driver:
+            what = f"it is bound to {bound or 'no driver'}, not to {driver}"
+        else:
+            what = f"{driver} has it, but it has made no usable node under {sysfs.DEV} (the kernel log may say why)"
+        return f"device {self.name}: not attached within {limit_s:g} s: {what}"
+
+    def _attach_error(self, error: OSError) -> VdusefastError:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            return VdusefastError(f"device {self.name}: not allowed to attach it: be root (CAP_NET_ADMIN is needed)")
+        if error.errno == errno.EEXIST:
+            return DeviceBusyError(f"device {self.name}: the vDPA bus has a device of this name; choose another name")
+        return TransportError(f"device {self.name}: the kernel refuses to attach it: {error.strerror}")
+
+
+def _open_control() -> int:
+    """Return a descriptor of the control node. Raises KernelSupportError, DeviceBusyError, VdusefastError."""
+    try:
+        return os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise KernelSupportError(
+            f"no {CONTROL_NODE}: modprobe vduse (Linux 5.15 or later has it; `vdusefast check` says more)"
+        ) from None
+    except PermissionError:
+        raise VdusefastError(f"no permission for {CONTROL_NODE}: be root, or change its owner by a udev rule") from None
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise DeviceBusyError(f"{CONTROL_NODE} is held by another program; try again when it is done") from None
+        raise KernelSupportError(f"{CONTROL_NODE} cannot be opened: {error.strerror}") from None
+
+
+def _negotiate(control: int) -> tuple[int, int]:
+    """Choose the newest protocol that both sides know, and return (API version, VDUSE features).
+
+    Raises KernelSupportError.
+    """
+    word = bytearray(_U64.size)
+    try:
+        fcntl.ioctl(control, uapi.VDUSE_GET_API_VERSION, word)
+        api_version = min(_U64.unpack(word)[0], LATEST_API_VERSION)
+        fcntl.ioctl(control, uapi.VDUSE_SET_API_VERSION, _U64.pack(api_version))
+    except OSError as error:
+        raise KernelSupportError(f"{CONTROL_NODE}: this kernel's VDUSE does not answer: {error.strerror}") from None
+    try:
+        fcntl.ioctl(control, uapi.VDUSE_GET_FEATURES, word)
+        features = _U64.unpack(word)[0] & WANTED_FEATURES
+        fcntl.ioctl(control, uapi.VDUSE_SET_FEATURES, _U64.pack(features))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTTY):
+            raise KernelSupportError(f"{CONTROL_NODE}: VDUSE features: {error.strerror}") from None
+        features = 0  # a kernel older than these calls
+    return api_version, features
+
+
+def _create_device(control: int, spec: DeviceSpec, api_version: int) -> None:
+    groups = 1 if api_version >= uapi.VDUSE_API_VERSION_1 else 0
+    described = uapi.DEV_CONFIG.pack(
+        spec.name.encode(),
+        0,
+        spec.device_id,
+        spec.offered_features,
+        spec.queue_count,
+        spec.vq_align_bytes,
+        groups,
+        groups,
+        len(spec.config),
+    )
+    try:
+        fcntl.ioctl(control, uapi.VDUSE_CREATE_DEV, bytearray(described + spec.config))
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            raise DeviceBusyError(
+                f"device {spec.name}: the kernel has a VDUSE device of this name already, of another program or left "
+                "by one that died; choose another name"
+            ) from None
+        raise TransportError(f"device {spec.name}: the kernel refuses to create it: {error.strerror}") from error
+
+
+def _open_device(name: str) -> int:
+    """Return a descriptor of /dev/vduse/NAME. Raises OSError, TransportError."""
+    path = f"/dev/vduse/{name}"
+    deadline = time.monotonic() + NODE_WAIT_S
+    while True:
+        try:
+            return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise TransportError(f"device {name}: no {path}; is /dev a devtmpfs here?") from None
+            time.sleep(NODE_LOOK_S)
+
+
+def _destroy_device(name: str) -> None:
+    """Destroy the device, waiting shortly for other processes' copies of its descriptor. Raises DeviceBusyError."""
+    control = _open_control()
+    deadline = time.monotonic() + DESTROY_WAIT_S
+    try:
+        while True:
+            try:
+                fcntl.ioctl(control, uapi.VDUSE_DESTROY_DEV, name.encode().ljust(uapi.VDUSE_NAME_MAX_BYTES, b"\0"))
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise TransportError(f"device {name}: cannot be destroyed: {error.strerror}") from error
+            if time.monotonic() > deadline:
+                held = "is still attached" if sysfs.attached(name) else "is held open by another process"
+                raise DeviceBusyError(f"device {name}: cannot be destroyed: it {held}")
+            time.sleep(NODE_LOOK_S)
+    finally:
+        os.close(control)
+
+
+async def _in_thread(function: Callable[..., _T], *args: str) -> _T:
+    """Run a call that blocks in a thread of its own, which never keeps the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def finish(result: _T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = function(*args)
+        except BaseException as error:
+            failure = error
+        try:
+            loop.call_soon_threadsafe(finish, result, failure)
+        except RuntimeError:
+            return  # the loop has ended: nobody waits for this any more
+
+    threading.Thread(target=run, name=f"vdusefast-{function.__name__}", daemon=True).start()
+    return await future
