@@ -1,0 +1,298 @@
+"""The kernel transport's conversation with /dev/vduse, with the kernel's answers played; guests test the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vdusefast.errors import DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
+from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, kernel, sysfs, uapi, vdpa
+from vdusefast.transport.kernel import KernelOptions, KernelTransport
+
+Ioctl = Callable[[int, bytearray], None]
+SPEC = DeviceSpec("vd0", uapi.VIRTIO_F_ACCESS_PLATFORM, b"config", queue_count=3, queue_size_max=256)
+
+
+class FakeKernel:
+    """Answers ioctls: `answers` maps a number to what it fills in, or to an errno that it refuses with."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, bytes]] = []
+        self.answers: dict[int, bytes | int] = {
+            uapi.VDUSE_GET_API_VERSION: struct.pack("=Q", 1),
+            uapi.VDUSE_GET_FEATURES: struct.pack("=Q", 0xFF),
+        }
+
+    def ioctl(self, fd: int, number: int, argument: bytearray | bytes = b"") -> int:
+        self.asked.append((number, bytes(argument)))
+        answer = self.answers.get(number, b"")
+        if isinstance(answer, int):
+            raise OSError(answer, os.strerror(answer))
+        if answer:
+            assert isinstance(argument, bytearray)
+            argument[:] = answer
+        return 0
+
+    def words(self, number: int) -> list[bytes]:
+        return [argument for asked, argument in self.asked if asked == number]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeKernel:
+    made = FakeKernel()
+    monkeypatch.setattr(fcntl, "ioctl", made.ioctl)
+    monkeypatch.setattr(kernel, "CONTROL_NODE", os.devnull)
+    monkeypatch.setattr(kernel, "_open_device", lambda name: os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+    monkeypatch.setattr(sysfs, "SYS", tmp_path)
+    for path in ("bus/vdpa/drivers/virtio_vdpa", "bus/virtio/drivers/virtio_blk", "class/vduse/vd0"):
+        (tmp_path / path).mkdir(parents=True)
+    for attribute in ("msg_timeout", "bounce_size"):
+        (tmp_path / "class/vduse/vd0" / attribute).touch()
+    return made
+
+
+def test_the_newest_protocol_that_both_know_is_used(fake: FakeKernel) -> None:
+    assert kernel.probe_control() == (1, 3)
+    assert fake.words(uapi.VDUSE_SET_API_VERSION) == [struct.pack("=Q", 1)]
+    assert fake.words(uapi.VDUSE_SET_FEATURES) == [struct.pack("=Q", 3)]
+
+
+def test_a_newer_kernel_is_asked_for_what_we_know(fake: FakeKernel) -> None:
+    fake.answers[uapi.VDUSE_GET_API_VERSION] = struct.pack("=Q", 7)
+    assert kernel.probe_control() == (1, 3)
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTTY])
+def test_an_old_kernel_gets_the_old_protocol(fake: FakeKernel, refusal: int) -> None:
+    fake.answers[uapi.VDUSE_GET_API_VERSION] = bytes(8)
+    fake.answers[uapi.VDUSE_GET_FEATURES] = refusal
+    assert kernel.probe_control() == (0, 0)
+    # A version that is not set binds the newest, under which the old form of CREATE_DEV is refused.
+    assert fake.words(uapi.VDUSE_SET_API_VERSION) == [bytes(8)]
+
+
+@pytest.mark.parametrize("api_version", [0, 1])
+def test_the_device_is_created_with_its_queues_and_settings(fake: FakeKernel, tmp_path: Path, api_version: int) -> None:
+    fake.answers[uapi.VDUSE_GET_API_VERSION] = struct.pack("=Q", api_version)
+    affinity = tmp_path / "class/vduse/vd0/vq1/irq_cb_affinity"
+    affinity.parent.mkdir()
+    affinity.touch()
+    options = KernelOptions(msg_timeout_s=60, bounce_size_bytes=1 << 20, irq_cpus=(None, 33, None))
+    transport = KernelTransport(options)
+    transport.create(SPEC)
+    try:
+        (created,) = fake.words(uapi.VDUSE_CREATE_DEV)
+        fields = uapi.DEV_CONFIG.unpack_from(created)
+        assert fields[0].rstrip(b"\0") == b"vd0"
+        assert fields[1:] == (0, 2, SPEC.offered_features, 3, 4096, api_version, api_version, len(SPEC.config))
+        assert created[uapi.DEV_CONFIG.size :] == SPEC.config
+        assert [uapi.VQ_CONFIG.unpack(words)[:2] for words in fake.words(uapi.VDUSE_VQ_SETUP)] == [
+            (0, 256),
+            (1, 256),
+            (2, 256),
+        ]
+        settings = tmp_path / "class/vduse/vd0"
+        assert (settings / "msg_timeout").read_text() == "60"
+        assert (settings / "bounce_size").read_text() == "1048576"
+        assert affinity.read_text() == "2,0"
+        port = transport.worker_port(2)
+        assert (port.kind, port.port_fd, port.api_version, port.owned_fds) == (
+            "kernel",
+            transport.message_fd(),
+            api_version,
+            [],
+        )
+    finally:
+        transport.close()
+    assert fake.words(uapi.VDUSE_DESTROY_DEV) == [b"vd0".ljust(256, b"\0")]
+    transport.close()
+    assert len(fake.words(uapi.VDUSE_DESTROY_DEV)) == 1
+
+
+def test_a_kernel_that_cannot_set_what_was_asked_for(fake: FakeKernel) -> None:
+    transport = KernelTransport(KernelOptions(irq_cpus=(1, None, None)))
+    with pytest.raises(KernelSupportError, match="this kernel cannot set vq0/irq_cb_affinity"):
+        transport.create(SPEC)
+    transport.close()
+    assert len(fake.words(uapi.VDUSE_DESTROY_DEV)) == 1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind", "words"),
+    [
+        (errno.EEXIST, DeviceBusyError, "has a VDUSE device of this name already"),
+        (errno.EINVAL, TransportError, "the kernel refuses to create it: Invalid argument"),
+        (errno.ENOSPC, TransportError, "the kernel refuses to create it: No space"),
+    ],
+)
+def test_a_refused_creation_leaves_nothing_to_destroy(
+    fake: FakeKernel, refusal: int, kind: type[VdusefastError], words: str
+) -> None:
+    fake.answers[uapi.VDUSE_CREATE_DEV] = refusal
+    transport = KernelTransport()
+    with pytest.raises(kind, match=f"device vd0: .*{words}"):
+        transport.create(SPEC)
+    transport.close()
+    assert fake.words(uapi.VDUSE_DESTROY_DEV) == []
+
+
+def test_a_device_that_others_hold_cannot_be_destroyed(fake: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "DESTROY_WAIT_S", 0.02)
+    transport = KernelTransport()
+    transport.create(SPEC)
+    fake.answers[uapi.VDUSE_DESTROY_DEV] = errno.EBUSY
+    with pytest.raises(DeviceBusyError, match="held open by another process"):
+        transport.close()
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("bus/vdpa/drivers/virtio_vdpa", "no virtio_vdpa: modprobe -a virtio_vdpa"),
+        ("bus/virtio/drivers/virtio_blk", "no virtio_blk: modprobe -a virtio_blk"),
+    ],
+)
+def test_a_missing_driver_is_named_before_anything_is_made(
+    fake: FakeKernel, tmp_path: Path, missing: str, words: str
+) -> None:
+    (tmp_path / missing).rmdir()
+    with pytest.raises(KernelSupportError, match=words):
+        KernelTransport().create(SPEC)
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind", "words"),
+    [
+        (errno.ENOENT, KernelSupportError, "modprobe vduse"),
+        (errno.EACCES, VdusefastError, "no permission for .*be root"),
+        (errno.EBUSY, DeviceBusyError, "held by another program"),
+        (errno.ENXIO, KernelSupportError, "cannot be opened"),
+    ],
+)
+def test_a_control_node_that_cannot_be_opened(
+    monkeypatch: pytest.MonkeyPatch, refusal: int, kind: type[VdusefastError], words: str
+) -> None:
+    def refuse(*_args: object) -> int:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(kernel.os, "open", refuse)
+    with pytest.raises(kind, match=words):
+        kernel.probe_control()
+
+
+# -- attach
+
+
+@pytest.fixture
+def created(fake: FakeKernel) -> Iterator[KernelTransport]:
+    transport = KernelTransport(KernelOptions(attach_timeout_s=0.1))
+    transport.create(SPEC)
+    yield transport
+    transport.close()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind", "words"),
+    [
+        (errno.EPERM, VdusefastError, "be root"),
+        (errno.EEXIST, DeviceBusyError, "choose another name"),
+        (errno.EINVAL, TransportError, "refuses to attach it: Invalid"),
+    ],
+)
+def test_a_refused_attach(
+    created: KernelTransport,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: int,
+    kind: type[VdusefastError],
+    words: str,
+) -> None:
+    def refuse(_name: str) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(vdpa, "device_new", refuse)
+    with pytest.raises(kind, match=f"device vd0: .*{words}"):
+        asyncio.run(created.attach())
+
+
+@pytest.mark.parametrize(
+    ("bound", "words"),
+    [
+        (None, "did not finish attaching"),
+        ("", "bound to no driver, not to virtio_vdpa"),
+        ("virtio_vdpa", "virtio_vdpa has it, but it has made no usable node"),
+    ],
+)
+def test_an_attach_that_takes_too_long_says_what_is_missing(
+    created: KernelTransport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bound: str | None, words: str
+) -> None:
+    device = tmp_path / "bus/vdpa/devices/vd0"
+    if bound is not None:
+        device.mkdir(parents=True)
+    if bound:
+        (device / "driver").symlink_to(tmp_path / "bus/vdpa/drivers" / bound)
+    monkeypatch.setattr(vdpa, "device_new", lambda _name: None)
+    monkeypatch.setattr(sysfs, "bind", lambda _name, _driver: None)
+    with pytest.raises(TimedOutError, match=f"not attached within 0.1 s: .*{words}"):
+        asyncio.run(created.attach())
+
+
+def test_a_device_that_is_gone_already_counts_as_detached(
+    created: KernelTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_name: str) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(vdpa, "device_new", lambda _name: None)
+    monkeypatch.setattr(sysfs, "bind", lambda _name, _driver: None)
+    monkeypatch.setattr(vdpa, "device_delete", gone)
+    with pytest.raises(TimedOutError):
+        asyncio.run(created.attach())
+    asyncio.run(created.detach())
+
+
+# -- messages
+
+
+def test_a_broken_device_is_told_from_a_silent_one(created: KernelTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(writer, "wb"), monkeypatch.context() as patch:
+        patch.setattr(created, "_fd", reader)
+        assert created.receive() is None
+        os.write(writer, uapi.pack_request(uapi.Suspend(5)))
+        assert created.receive() == uapi.Suspend(5)
+        os.close(reader)
+        patch.setattr(created, "_fd", writer)  # a pipe without a reader polls as in error
+        patch.setattr(kernel.os, "read", _would_block)
+        with pytest.raises(DeviceBrokenError, match="not answered within 90 s; remove it and add it again"):
+            created.receive()
+
+
+def _would_block(*_args: object) -> bytes:
+    raise BlockingIOError(errno.EAGAIN, "again")
+
+
+def test_regions_are_counted_one_after_the_other(created: KernelTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+    regions = [(0, 0xFFF), (0x10000, 0x1FFFF)]
+
+    def ioctl(_fd: int, number: int, argument: bytearray) -> int:
+        assert number == uapi.VDUSE_IOTLB_GET_INFO
+        start = uapi.IOVA_INFO.unpack(argument)[0]
+        found = next((region for region in regions if region[1] >= start), None)
+        if found is None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        argument[:] = uapi.IOVA_INFO.pack(*found, 0, 0)
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "ioctl", ioctl)
+        assert created.region_count() == 2
+        regions.append((1 << 63, uapi.IOVA_LAST))
+        assert created.region_count() == 3

@@ -1,0 +1,97 @@
+"""What is read and written under /sys, over a copy of its shape."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vdusefast.transport import sysfs
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sysfs, "SYS", tmp_path / "sys")
+    monkeypatch.setattr(sysfs, "DEV", tmp_path / "dev")
+    for driver in ("virtio_vdpa", "vhost_vdpa"):
+        path = tmp_path / "sys/bus/vdpa/drivers" / driver
+        path.mkdir(parents=True)
+        (path / "bind").touch()
+        (path / "unbind").touch()
+    device = tmp_path / "sys/bus/vdpa/devices/vd0"
+    device.mkdir(parents=True)
+    (device / "driver_override").touch()
+    (tmp_path / "dev").mkdir()
+    return tmp_path
+
+
+def bind_to(root: Path, driver: str) -> None:
+    (root / "sys/bus/vdpa/devices/vd0/driver").symlink_to(root / "sys/bus/vdpa/drivers" / driver)
+
+
+def read(root: Path, path: str) -> str:
+    return (root / "sys/bus/vdpa" / path).read_text()
+
+
+def add_node(root: Path, entry: str, number: str, target: str) -> None:
+    shown = root / "sys/bus/vdpa/devices/vd0" / entry
+    shown.mkdir(parents=True)
+    (shown / "dev").write_text(number + "\n")
+    (root / "dev" / shown.name).symlink_to(target)
+
+
+def number_of(path: str) -> str:
+    number = os.stat(path).st_rdev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def test_a_device_is_taken_from_the_wrong_driver_and_given_to_the_right_one(root: Path) -> None:
+    bind_to(root, "vhost_vdpa")
+    sysfs.bind("vd0", "virtio_vdpa")
+    assert read(root, "devices/vd0/driver_override") == "virtio_vdpa"
+    assert read(root, "drivers/vhost_vdpa/unbind") == "vd0"
+    assert read(root, "drivers/virtio_vdpa/bind") == "vd0"
+
+
+def test_a_device_that_has_its_driver_keeps_it(root: Path) -> None:
+    bind_to(root, "virtio_vdpa")
+    sysfs.bind("vd0", "virtio_vdpa")
+    assert read(root, "devices/vd0/driver_override") == "virtio_vdpa"
+    assert read(root, "drivers/virtio_vdpa/bind") == ""
+
+
+def test_a_device_without_a_driver_is_only_bound(root: Path) -> None:
+    assert sysfs.bound_driver("vd0") == ""
+    sysfs.bind("vd0", "vhost_vdpa")
+    assert read(root, "drivers/vhost_vdpa/bind") == "vd0"
+    assert read(root, "drivers/virtio_vdpa/unbind") == ""
+
+
+@pytest.mark.parametrize("entry", ["virtio3/block/vdq", "vhost-vdpa-7"])
+def test_the_node_is_found_by_its_number(root: Path, entry: str) -> None:
+    assert sysfs.node("vd0") == ""
+    add_node(root, entry, number_of("/dev/null"), "/dev/null")
+    assert sysfs.node("vd0") == str(root / "dev" / Path(entry).name)
+    assert sysfs.node("vd1") == ""
+
+
+def test_a_stale_node_does_not_pass(root: Path) -> None:
+    add_node(root, "virtio3/block/vdq", number_of("/dev/null"), "/dev/zero")
+    assert sysfs.node("vd0") == ""
+
+
+def test_a_node_that_is_not_there_yet(root: Path) -> None:
+    add_node(root, "virtio3/block/vdq", "254:0", "nowhere")
+    assert sysfs.node("vd0") == ""
+
+
+def test_a_refused_attribute_is_named(root: Path) -> None:
+    (root / "sys/class/vduse/vd0").mkdir(parents=True)
+    with pytest.raises(OSError, match="bounce_size"):
+        sysfs.set_attribute("vd0", "bounce_size", "1")
+
+
+@pytest.mark.parametrize(("cpu", "mask"), [(0, "1"), (31, "80000000"), (32, "1,0"), (65, "2,0,0")])
+def test_a_cpu_mask_has_words_of_32_bits(cpu: int, mask: str) -> None:
+    assert sysfs.cpu_mask(cpu) == mask
