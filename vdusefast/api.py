@@ -44,7 +44,7 @@ __all__ = ["Device", "DeviceState", "DeviceStats", "QueueInfo", "StopSignals"]
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 30.0
 # Beyond what the supervisor bounds by itself: killing, reaping and closing.
-MARGIN_S = 15.0
+MARGIN_S = 30.0
 
 _log = logging.getLogger("vdusefast")
 _T = TypeVar("_T")

@@ -143,11 +143,14 @@ class Supervisor:
             await self._ended.wait()
             return
         self._stopping = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
         try:
             await self._detach(min(timeout_s, FORCE_GRACE_S) if force else timeout_s)
             for vq in self._vqs:
                 vq.closing = True
-            await asyncio.gather(*(vq.stop(timeout_s) for vq in self._vqs))
+            left_s = max(deadline - loop.time(), min(timeout_s, UNDO_TIMEOUT_S))
+            await asyncio.gather(*(vq.stop(left_s) for vq in self._vqs))
         finally:
             self._unwatch_messages()
             for task in self._tasks:

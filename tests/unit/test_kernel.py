@@ -258,6 +258,23 @@ def test_a_device_that_is_gone_already_counts_as_detached(
     asyncio.run(created.detach())
 
 
+def test_a_vhost_client_keeps_the_device_in_the_kernel(
+    created: KernelTransport, monkeypatch: pytest.MonkeyPatch, fake: FakeKernel
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(vdpa, "device_new", lambda _name: None)
+        patch.setattr(sysfs, "bind", lambda _name, _driver: None)
+        with pytest.raises(TimedOutError):
+            asyncio.run(created.attach())
+        patch.setattr(sysfs, "bound_driver", lambda _name: "vhost_vdpa")
+        patch.setattr(sysfs, "node", lambda _name: "/dev/vhost-vdpa-0")
+        patch.setattr(kernel.usage, "find_users", lambda _node: ["open by pid 7 (qemu)"])
+        with pytest.raises(DeviceBusyError, match=r"vhost-vdpa-0 is open by pid 7 \(qemu\).*vdpa dev del vd0"):
+            asyncio.run(created.detach())
+        created.close()
+    assert fake.words(uapi.VDUSE_DESTROY_DEV) == []
+
+
 # -- messages
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from vdusefast import usage
 from vdusefast.errors import DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, sysfs, uapi, vdpa
 from vdusefast.transport.uapi import Request, Response, VqInfo
@@ -131,10 +132,22 @@ class KernelTransport:
             raise self._attach_error(error) from error
 
     async def detach(self) -> None:
-        """Take the device off the bus; the kernel waits for its driver, and that for its requests."""
+        """Take the device from its driver, which waits for its requests, and then off the bus.
+
+        In two steps, as removal holds a lock that every other vDPA command of the machine needs. A client of vhost-vdpa
+        that does not let go would be waited for without any limit: DeviceBusyError names it, and the device stays.
+        """
         if not self._attached:
             return
+        if self.driver == sysfs.BUS_DRIVERS["vhost"]:
+            users = usage.find_users(self.node)
+            if users:
+                raise DeviceBusyError(
+                    f"device {self.name}: {self.node} is {usage.describe(users)}, which the kernel would wait for: the "
+                    f"device stays in the kernel; end its client, then: vdpa dev del {self.name}"
+                )
         try:
+            await _in_thread(sysfs.unbind, self.name)
             await _in_thread(vdpa.device_delete, self.name)
         except OSError as error:
             if error.errno != errno.ENODEV:
@@ -202,12 +215,12 @@ class KernelTransport:
         return WorkerPort(self.kind, port_fd=self._fd, api_version=self.api_version)
 
     def close(self) -> None:
-        """Destroy the device. Raises DeviceBusyError while other processes hold it."""
+        """Destroy the device, unless it could not be detached. Raises DeviceBusyError while other processes hold it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if self._created:
-            _destroy_device(self.name)
+        if self._created and not self._attached:
+            destroy_device(self.name)
             self._created = False
 
     # -- inside
@@ -350,7 +363,7 @@ def _open_device(name: str) -> int:
             time.sleep(NODE_LOOK_S)
 
 
-def _destroy_device(name: str) -> None:
+def destroy_device(name: str) -> None:
     """Destroy the device, waiting shortly for other processes' copies of its descriptor. Raises DeviceBusyError."""
     control = _open_control()
     deadline = time.monotonic() + DESTROY_WAIT_S

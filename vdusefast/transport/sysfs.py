@@ -5,6 +5,7 @@ udev has no part in it: a device is usable when the kernel has made its node, un
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -50,12 +51,21 @@ def bind(name: str, driver: str) -> None:
     Blocks until both drivers are done: messages must be answered meanwhile. Raises OSError.
     """
     _write(_device_path(name) / "driver_override", driver)
-    bound = bound_driver(name)
-    if bound == driver:
+    if bound_driver(name) == driver:
         return
-    if bound:
-        _write(_driver_path(bound) / "unbind", name)
+    unbind(name)
     _write(_driver_path(driver) / "bind", name)
+
+
+def unbind(name: str) -> None:
+    """Take the device from its driver, if it has one. Blocks until the driver has let go. Raises OSError."""
+    bound = bound_driver(name)
+    if bound:
+        try:
+            _write(_driver_path(bound) / "unbind", name)
+        except OSError as error:
+            if error.errno != errno.ENODEV:  # somebody else has unbound it meanwhile
+                raise
 
 
 def node(name: str) -> str:
