@@ -19,6 +19,8 @@ from vdusefast.transport import Transport
 from vdusefast.transport.uapi import VqInfo
 from vdusefast.worker_process import REAP_TIMEOUT_S, Pages, RefusedError, WorkerProcess
 
+FAIL_REAP_S = 1.0  # for a worker that is killed to fail its requests; a longer wait is for the kernel's storage
+
 
 class VqState(StrEnum):
     """Where a queue stands."""
@@ -96,10 +98,9 @@ class VqControl:
             raise
 
     async def kill(self) -> None:
-        """Kill and reap the worker if there still is one."""
-        for worker in (self.worker, *self._hanging):
-            if worker is not None:
-                await worker.kill()
+        """Kill and reap the worker if there still is one. One that hangs in the kernel has been waited for already."""
+        if self.worker is not None:
+            await self.worker.kill()
 
     def abort(self) -> None:
         """Kill the worker that `spawn` waits for."""
@@ -144,7 +145,7 @@ class VqControl:
             self.worker.abort("held requests that did not end")  # first, as whoever has the lock may wait for it
         async with self._lock:
             worker = self.worker
-            if worker is not None and not await worker.kill():
+            if worker is not None and not await worker.kill(timeout_s=FAIL_REAP_S):
                 self._hanging.append(worker)
                 self._on_failure(
                     WorkerError(f"{worker.title} waits in the kernel for its storage and cannot be killed")

@@ -221,12 +221,12 @@ class WorkerProcess:
             self._end_reason = why or self._end_reason
             self._process.kill()
 
-    async def kill(self, why: str = "") -> bool:
+    async def kill(self, why: str = "", timeout_s: float = REAP_TIMEOUT_S) -> bool:
         """Kill the process and reap it. Returns whether it is gone: not if it hangs in the kernel, for its storage."""
         if not self.alive:
             return True
         self.abort(why)
-        return await self._wait_exit(REAP_TIMEOUT_S)
+        return await self._wait_exit(timeout_s)
 
     def cause(self) -> str:
         """Return why the process ended, as the rest of a sentence that begins with its name."""

@@ -148,7 +148,7 @@ def test_a_device_that_others_hold_cannot_be_destroyed(fake: FakeKernel, monkeyp
     transport = KernelTransport()
     transport.create(SPEC)
     fake.answers[uapi.VDUSE_DESTROY_DEV] = errno.EBUSY
-    with pytest.raises(DeviceBusyError, match="held open by another process"):
+    with pytest.raises(DeviceBusyError, match="a process holds /dev/vduse/vd0 open"):
         transport.close()
 
 

@@ -33,7 +33,7 @@ REGION_COUNT_MAX = 1024
 
 NODE_LOOK_S = 0.005  # between two looks for what the kernel makes by itself
 NODE_WAIT_S = 2.0  # for /dev/vduse/NAME, which devtmpfs makes at once
-DESTROY_WAIT_S = 5.0  # for other processes' copies of the descriptor to be closed
+DESTROY_WAIT_S = 1.0  # for other processes' copies of the descriptor to be closed
 
 _U64 = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
@@ -140,7 +140,8 @@ class KernelTransport:
         if not self._attached:
             return
         if self.driver == sysfs.BUS_DRIVERS["vhost"]:
-            users = usage.find_users(self.node)
+            # Not in this thread: to look at such a node may reset the device, which this thread answers.
+            users = await _in_thread(usage.find_users, self.node)
             if users:
                 raise DeviceBusyError(
                     f"device {self.name}: {self.node} is {usage.describe(users)}, which the kernel would wait for: the "
@@ -376,8 +377,14 @@ def destroy_device(name: str) -> None:
                 if error.errno != errno.EBUSY:
                     raise TransportError(f"device {name}: cannot be destroyed: {error.strerror}") from error
             if time.monotonic() > deadline:
-                held = "is still attached" if sysfs.attached(name) else "is held open by another process"
-                raise DeviceBusyError(f"device {name}: cannot be destroyed: it {held}")
+                if sysfs.attached(name):
+                    raise DeviceBusyError(
+                        f"device {name}: cannot be destroyed: it is on the vDPA bus: vdpa dev del {name}"
+                    )
+                raise DeviceBusyError(
+                    f"device {name}: cannot be destroyed: a process holds /dev/vduse/{name} open, perhaps a worker "
+                    "that waits in the kernel for its storage"
+                )
             time.sleep(NODE_LOOK_S)
     finally:
         os.close(control)
