@@ -335,6 +335,10 @@ class Supervisor:
         """
         acked_features = self.transport.acked_features()
         self.device.judge_features(acked_features)
+        try:
+            self.transport.place_irqs()
+        except OSError as error:
+            _log.warning("device %s: interrupts go to any CPU: %s", self.device.name, error.strerror)
         starts = []
         for vq in self._vqs:
             info = self.transport.vq_info(vq.index)

@@ -72,7 +72,7 @@ def _find_users(node: str, root: Path) -> list[_User]:
         users += _swaps(target, root)
         users += _holders(target, root)
     users += _openers(target, root)
-    if not users and _is_exclusive(node, target):
+    if target.block and not users and _is_exclusive(node, target):
         users.append(_User("held by a process or a mount that cannot be seen from here", passing=True))
     return users
 
@@ -148,8 +148,12 @@ def _unescape(text: str) -> str:
 
 
 def _mounts(target: _Target, root: Path) -> Iterator[_User]:
-    """Find mounts, in every mount namespace that /proc shows; each namespace is read once, ours first."""
+    """Find mounts, in every mount namespace that /proc shows; each namespace is read once, ours first.
+
+    A mount that has spread to another namespace is named once.
+    """
     seen = set()
+    points = set()
     for process in (root / "proc/self", *_processes(root)):
         namespace = _namespace(process)
         if namespace in seen:
@@ -158,7 +162,10 @@ def _mounts(target: _Target, root: Path) -> Iterator[_User]:
         where = "" if len(seen) == 1 else f" in the mount namespace of {_command(process)}"
         for mount in _read_mounts(_read(process / "mountinfo")):
             # btrfs and others show a number of their own there: the source tells then.
+            if mount.point in points:
+                continue
             if mount.number in target.numbers or _is_node(mount.source, target):
+                points.add(mount.point)
                 yield _User(f"mounted on {mount.point}{where}")
 
 
@@ -231,11 +238,11 @@ def _leads_to(descriptor: Path, target: _Target, remote: tuple[str, ...]) -> boo
 
 
 def _is_exclusive(node: str, target: _Target) -> bool:
-    """Return whether somebody holds it exclusively: a mount, swap, dm, or the only client of vhost-vdpa.
+    """Return whether somebody holds a block device exclusively, in whatever namespace: a mount, swap, dm.
 
-    A block device opened exclusively is nobody else's, whatever its namespace; /dev/vhost-vdpa-N opens once.
+    Never asked of /dev/vhost-vdpa-N: opening that resets the device.
     """
-    flags = os.O_RDONLY | os.O_EXCL if target.block else os.O_RDWR
+    flags = os.O_RDONLY | os.O_EXCL
     try:
         status = os.stat(node)
         if not target.matches(status):

@@ -98,6 +98,9 @@ class Transport(Protocol):
     def set_kickfd(self, index: int, fd: int) -> None:
         """Have the driver's kicks of queue `index` signal eventfd `fd` (borrowed); -1 takes it away. Raises OSError."""
 
+    def place_irqs(self) -> None:
+        """Send interrupts where the configuration says; at each DRIVER_OK, as drivers overwrite it. Raises OSError."""
+
     def inject_irq(self, index: int) -> None:
         """Interrupt the driver for queue `index`. Raises OSError: EINVAL before DRIVER_OK."""
 

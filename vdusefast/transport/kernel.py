@@ -187,6 +187,12 @@ class KernelTransport:
         wanted = fd if fd >= 0 else uapi.VDUSE_EVENTFD_DEASSIGN
         self._ioctl(uapi.VDUSE_VQ_SETUP_KICKFD, uapi.VQ_EVENTFD.pack(index, wanted))
 
+    def place_irqs(self) -> None:
+        """Let each queue's interrupts go to the CPU that the configuration names."""
+        for index, cpu in enumerate(self.options.irq_cpus):
+            if cpu is not None:
+                sysfs.set_attribute(self.name, f"vq{index}/irq_cb_affinity", sysfs.cpu_mask(cpu))
+
     def inject_irq(self, index: int) -> None:
         """Interrupt the driver for queue `index`."""
         self._ioctl(uapi.VDUSE_VQ_INJECT_IRQ, _U32.pack(index))
@@ -252,13 +258,13 @@ class KernelTransport:
         settings = {"msg_timeout": str(options.msg_timeout_s)}
         if options.bus == "virtio" and options.bounce_size_bytes != KERNEL_BOUNCE_SIZE_BYTES:
             settings["bounce_size"] = str(options.bounce_size_bytes)
-        for index, cpu in enumerate(options.irq_cpus):
-            if cpu is not None:
-                settings[f"vq{index}/irq_cb_affinity"] = sysfs.cpu_mask(cpu)
-        for attribute, value in settings.items():
+        placed = [f"vq{index}/irq_cb_affinity" for index, cpu in enumerate(options.irq_cpus) if cpu is not None]
+        for attribute in (*settings, *placed):
             if not sysfs.has_attribute(self.name, attribute):
                 raise KernelSupportError(f"device {self.name}: this kernel cannot set {attribute}; Linux 6.4 can")
+        for attribute, value in settings.items():
             sysfs.set_attribute(self.name, attribute, value)
+        self.place_irqs()  # a CPU that is refused is better known now
 
     def _check_whole(self) -> None:
         """Raise DeviceBrokenError when the kernel has given the device up."""
