@@ -172,7 +172,7 @@ def test_a_missing_driver_is_named_before_anything_is_made(
     ("refusal", "kind", "words"),
     [
         (errno.ENOENT, KernelSupportError, "modprobe vduse"),
-        (errno.EACCES, VdusefastError, "no permission for .*be root"),
+        (errno.EACCES, KernelSupportError, "no permission for .*be root"),
         (errno.EBUSY, DeviceBusyError, "held by another program"),
         (errno.ENXIO, KernelSupportError, "cannot be opened"),
     ],
@@ -202,7 +202,7 @@ def created(fake: FakeKernel) -> Iterator[KernelTransport]:
 @pytest.mark.parametrize(
     ("refusal", "kind", "words"),
     [
-        (errno.EPERM, VdusefastError, "be root"),
+        (errno.EPERM, KernelSupportError, "be root"),
         (errno.EEXIST, DeviceBusyError, "choose another name"),
         (errno.EINVAL, TransportError, "refuses to attach it: Invalid"),
     ],
@@ -220,6 +220,10 @@ def test_a_refused_attach(
     monkeypatch.setattr(vdpa, "device_new", refuse)
     with pytest.raises(kind, match=f"device vd0: .*{words}"):
         asyncio.run(created.attach())
+    deleted: list[str] = []
+    monkeypatch.setattr(vdpa, "device_delete", deleted.append)
+    asyncio.run(created.detach())
+    assert deleted == []  # a device of that name on the bus is somebody else's
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class KernelOptions:
 def probe_control() -> tuple[int, int]:
     """Return (the newest API version, the mask of VDUSE features) that this kernel and we know. Makes nothing.
 
-    Raises KernelSupportError, VdusefastError for a lack of permission.
+    Raises KernelSupportError, also for a lack of permission, DeviceBusyError.
     """
     fd = _open_control()
     try:
@@ -120,8 +120,7 @@ class KernelTransport:
         driver = sysfs.BUS_DRIVERS[self.options.bus]
         try:
             async with asyncio.timeout(limit_s):
-                self._attached = True  # whatever comes of it
-                await _in_thread(vdpa.device_new, self.name)
+                await self._put_on_bus()
                 if self.driver != driver:
                     await _in_thread(sysfs.bind, self.name, driver)
                 while not self.node:
@@ -154,6 +153,14 @@ class KernelTransport:
             if error.errno != errno.ENODEV:
                 raise TransportError(f"device {self.name}: cannot be detached: {error.strerror}") from error
         self._attached = False
+
+    async def _put_on_bus(self) -> None:
+        self._attached = True  # also when this is cut short
+        try:
+            await _in_thread(vdpa.device_new, self.name)
+        except (OSError, VdusefastError):
+            self._attached = False
+            raise
 
     def message_fd(self) -> int:
         """Return the descriptor of /dev/vduse/NAME."""
@@ -288,14 +295,16 @@ class KernelTransport:
 
     def _attach_error(self, error: OSError) -> VdusefastError:
         if error.errno in (errno.EPERM, errno.EACCES):
-            return VdusefastError(f"device {self.name}: not allowed to attach it: be root (CAP_NET_ADMIN is needed)")
+            return KernelSupportError(
+                f"device {self.name}: not allowed to attach it: be root (CAP_NET_ADMIN is needed)"
+            )
         if error.errno == errno.EEXIST:
             return DeviceBusyError(f"device {self.name}: the vDPA bus has a device of this name; choose another name")
         return TransportError(f"device {self.name}: the kernel refuses to attach it: {error.strerror}")
 
 
 def _open_control() -> int:
-    """Return a descriptor of the control node. Raises KernelSupportError, DeviceBusyError, VdusefastError."""
+    """Return a descriptor of the control node. Raises KernelSupportError, DeviceBusyError."""
     try:
         return os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -303,7 +312,9 @@ def _open_control() -> int:
             f"no {CONTROL_NODE}: modprobe vduse (Linux 5.15 or later has it; `vdusefast check` says more)"
         ) from None
     except PermissionError:
-        raise VdusefastError(f"no permission for {CONTROL_NODE}: be root, or change its owner by a udev rule") from None
+        raise KernelSupportError(
+            f"no permission for {CONTROL_NODE}: be root, or change its owner by a udev rule"
+        ) from None
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise DeviceBusyError(f"{CONTROL_NODE} is held by another program; try again when it is done") from None
