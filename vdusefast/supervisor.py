@@ -35,6 +35,8 @@ from vdusefast.worker_process import Pages, WorkerProcess, default_command
 __all__ = ["DeviceState", "Limits", "QueueInfo", "Supervisor", "VqState"]
 
 MESSAGES_A_TURN_MAX = 64
+READY_LOOK_S = 0.001
+READY_LOOK_COUNT = 1000
 UNDO_TIMEOUT_S = 2.0  # for idle workers to end when the start fails
 FORCE_GRACE_S = 2.0  # a forced stop lets requests end by themselves for so long before they are failed
 LETTING_GO_S = 10.0  # for the driver's side to let go of the device once nothing of it is pending any more
@@ -346,7 +348,7 @@ class Supervisor:
             if info.ready:
                 starts.append(self._run(vq.start(acked_features, info)))
             else:
-                vq.watch_kick(self._on_early_kick)
+                vq.watch_kick(self._start_if_ready)
         if starts:
             done, _late = await asyncio.wait(starts, timeout=self._limits.start_grace_s)
             if not all(start.result() for start in done):
@@ -363,20 +365,29 @@ class Supervisor:
         if not ready:
             await vq.quiesce()
         elif self.device.status & VIRTIO_CONFIG_S_DRIVER_OK and self.state != DeviceState.SUSPENDED:
-            await vq.start(self.transport.acked_features(), self.transport.vq_info(vq_index))
+            self._run(self._start_when_ready(vq))
         return True
 
-    def _on_early_kick(self, vq: VqControl) -> None:
-        """Start a queue that the driver has made ready after DRIVER_OK."""
+    async def _start_when_ready(self, vq: VqControl) -> None:
+        """Start a queue once the kernel has taken our answer: until then it drops the queue's interrupts."""
+        for _ in range(READY_LOOK_COUNT):
+            if self._start_if_ready(vq):
+                return
+            await asyncio.sleep(READY_LOOK_S)
+        vq.watch_kick(self._start_if_ready)
+
+    def _start_if_ready(self, vq: VqControl) -> bool:
+        """Start a queue that became ready after DRIVER_OK. Returns whether there is nothing (more) to wait for."""
         try:
             info = self.transport.vq_info(vq.index)
             acked_features = self.transport.acked_features()
         except OSError as error:  # the device is broken, which is reported through its messages
             _log.debug("device %s: queue %d: %s", self.device.name, vq.index, error.strerror)
-            return
+            return True
         if info.ready:
             vq.unwatch_kick()
             self._run(vq.start(acked_features, info))
+        return info.ready
 
 
 def _describe(vq: VqControl, worker: WorkerProcess | None) -> QueueInfo:

@@ -226,7 +226,7 @@ class VqControl:
             os.close(self.kick_fd)
             self.kick_fd = -1
 
-    def watch_kick(self, on_kick: Callable[[VqControl], None]) -> None:
+    def watch_kick(self, on_kick: Callable[[VqControl], object]) -> None:
         """Call `on_kick` at each kick while the queue is not served: the driver may have made it ready."""
 
         def kicked() -> None:
