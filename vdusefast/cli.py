@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 import vdusefast
+from vdusefast import cli_manage, cli_serve, cli_systemd
 from vdusefast.errors import KernelSupportError, VdusefastError
 
 EXIT_USAGE = 2
@@ -19,6 +20,18 @@ EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 @click.version_option(vdusefast.__version__, prog_name="vdusefast", message="%(prog)s %(version)s")
 def cli() -> None:
     """Serve VDUSE block devices from Python at the speed of C."""
+
+
+for _command in (
+    cli_serve.add,
+    cli_serve.serve,
+    cli_manage.delete,
+    cli_manage.list_devices,
+    cli_manage.show,
+    cli_manage.stats,
+    cli_systemd.systemd_unit,
+):
+    cli.add_command(_command)
 
 
 @cli.command()
@@ -43,9 +56,9 @@ def check(as_json: bool) -> None:
 
 def _print_finding(finding: vdusefast.doctor.Finding) -> None:
     mark, colour = ("ok", "green") if finding.ok else ("NO", "red") if finding.needed else ("no", "yellow")
-    click.echo(f"{click.style(f'{mark:3}', fg=colour)}{finding.name:16} {finding.text}")
+    click.echo(f"{click.style(f'{mark:3}', fg=colour)}{finding.name:18} {finding.text}")
     if finding.remedy:
-        click.echo(f"{'':19} remedy: {finding.remedy}")
+        click.echo(f"{'':21} remedy: {finding.remedy}")
 
 
 def run(args: Sequence[str] | None = None) -> int:

@@ -21,7 +21,17 @@ KERNEL_MODULES = {
     "vduse": "devices served from user space",
     "virtio_vdpa": "such devices as disks of this machine",
     "vhost_vdpa": "such devices for virtual machines",
+    "virtio_blk": "virtio block devices",
 }
+# Where a module shows itself when it is built in and has no parameters.
+MODULE_TRACES = {
+    "vdpa": "sys/bus/vdpa",
+    "vduse": "sys/class/vduse",
+    "virtio_vdpa": "sys/bus/vdpa/drivers/virtio_vdpa",
+    "vhost_vdpa": "sys/bus/vdpa/drivers/vhost_vdpa",
+    "virtio_blk": "sys/bus/virtio/drivers/virtio_blk",
+}
+CAP_NET_ADMIN = 12  # linux/capability.h
 KERNEL_MIN = (5, 15)  # the first with VDUSE
 SYS_IO_URING_SETUP = 425  # the same on every architecture
 IMPORT_TIMEOUT_S = 20
@@ -53,7 +63,27 @@ def examine(root: Path = Path("/")) -> list[Finding]:
         _kernel(release),
         *(_module(name, purpose, release, root) for name, purpose in KERNEL_MODULES.items()),
         _control_node(root),
+        _vduse(root),
+        _netlink(root),
+        _net_admin(root),
+        _kernel_transport(root),
     ]
+
+
+def kernel_usable(root: Path = Path("/")) -> tuple[bool, str]:
+    """Return whether a device with a node /dev/vdX can be made here, and the reason in one line."""
+    release = os.uname().release
+    missing = [name for name in ("vduse", "virtio_vdpa", "virtio_blk") if not _is_loaded(name, root)]
+    absent = [name for name in missing if not _module(name, "", release, root).remedy.startswith("modprobe")]
+    if absent:
+        return False, f"this kernel, {release}, has no {', '.join(absent)}"
+    if missing:
+        return False, f"not loaded: {', '.join(missing)}; modprobe -a {' '.join(missing)}"
+    for look in (_control_node, _vduse, _netlink, _net_admin):
+        finding = look(root)
+        if not finding.ok:
+            return False, f"{finding.text}; {finding.remedy}" if finding.remedy else finding.text
+    return True, _vduse(root).text
 
 
 def to_dict(findings: list[Finding]) -> dict[str, Any]:
@@ -62,6 +92,7 @@ def to_dict(findings: list[Finding]) -> dict[str, Any]:
         "version": vdusefast.__version__,
         "kernel": os.uname().release,
         "loopback": all(finding.ok for finding in findings if finding.needed),
+        "kernel_transport": all(finding.ok for finding in findings if finding.name == "kernel transport"),
         "findings": [asdict(finding) for finding in findings],
     }
 
@@ -169,7 +200,7 @@ def _kernel(release: str) -> Finding:
 
 
 def _module(name: str, purpose: str, release: str, root: Path) -> Finding:
-    if (root / "sys/module" / name).is_dir():
+    if _is_loaded(name, root):
         return Finding(name, True, f"loaded: {purpose}")
     modules = root / "lib/modules" / release
     for index, text in (("modules.builtin", "built in"), ("modules.dep", "not loaded")):
@@ -179,6 +210,10 @@ def _module(name: str, purpose: str, release: str, root: Path) -> Finding:
             return Finding(name, not remedy, f"{text}: {purpose}", remedy)
     remedy = "a kernel with CONFIG_VDPA, VDPA_USER, VIRTIO_VDPA, VHOST_VDPA; in Debian 12: one of bookworm-backports"
     return Finding(name, False, f"not in this kernel: {purpose}", remedy)
+
+
+def _is_loaded(name: str, root: Path) -> bool:
+    return (root / "sys/module" / name).is_dir() or (root / MODULE_TRACES[name]).is_dir()
 
 
 def _lists_module(index: str, name: str) -> bool:
@@ -199,3 +234,49 @@ def _control_node(root: Path) -> Finding:
     if not os.access(node, os.R_OK | os.W_OK):
         return Finding("/dev/vduse", False, f"no permission for {node}", "be root, or change its owner by a udev rule")
     return Finding("/dev/vduse", True, f"{node} can be opened")
+
+
+def _vduse(root: Path) -> Finding:
+    """Ask the control node what it can do."""
+    from vdusefast.transport import kernel, uapi
+
+    if not (root / "dev/vduse/control").exists():
+        return Finding("VDUSE", False, "cannot be asked: there is no /dev/vduse/control")
+    try:
+        api_version, features = kernel.probe_control()
+    except VdusefastError as error:
+        return Finding("VDUSE", False, str(error))
+    names = " ".join(uapi.vduse_feature_names(features)) or "none"
+    return Finding("VDUSE", True, f"API version {api_version}, features {names}")
+
+
+def _netlink(root: Path) -> Finding:
+    """Look for the netlink family by which devices come onto the vDPA bus."""
+    from vdusefast.transport import vdpa
+
+    if not (root / "sys/bus/vdpa").is_dir():
+        return Finding("netlink vdpa", False, "absent: the vDPA bus is not loaded", "modprobe vduse")
+    try:
+        number = vdpa.family_id()
+    except VdusefastError:
+        remedy = "run in the host's network namespace"
+        return Finding("netlink vdpa", False, "the family vdpa does not show in this network namespace", remedy)
+    except OSError as error:
+        remedy = "allow AF_NETLINK in the sandbox of this container or service"
+        return Finding("netlink vdpa", False, f"netlink is refused: {error.strerror}", remedy)
+    return Finding("netlink vdpa", True, f"answers (family {number})")
+
+
+def _net_admin(root: Path) -> Finding:
+    """Look for the right to add devices to the bus."""
+    status = root / "proc/self/status"
+    lines = status.read_text().splitlines() if status.exists() else []
+    effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    if effective >> CAP_NET_ADMIN & 1:
+        return Finding("permission", True, "CAP_NET_ADMIN: devices can be attached to the vDPA bus")
+    return Finding("permission", False, "no CAP_NET_ADMIN: devices cannot be attached to the vDPA bus", "be root")
+
+
+def _kernel_transport(root: Path) -> Finding:
+    usable, reason = kernel_usable(root)
+    return Finding("kernel transport", usable, f"{'usable' if usable else 'not usable'}: {reason}")

@@ -45,3 +45,13 @@ class BackendError(VdusefastError):
 
 class WorkerError(VdusefastError):
     """A worker process failed; the message names its queue, pid and cause."""
+
+
+_BY_EXIT_CODE = {
+    cls.exit_code: cls for cls in (ConfigError, DeviceNotFoundError, DeviceBusyError, KernelSupportError, TimedOutError)
+}
+
+
+def from_exit_code(message: str, exit_code: int, otherwise: type[VdusefastError] = VdusefastError) -> VdusefastError:
+    """Return the exception that ends with `exit_code`, as another process reported it; `otherwise` for 1."""
+    return _BY_EXIT_CODE.get(exit_code, otherwise)(message)

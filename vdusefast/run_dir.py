@@ -8,12 +8,18 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 
 from vdusefast.errors import DeviceBusyError, VdusefastError
 
 LOCK_TRIES_MAX = 16
+# `is_held` takes a shared lock for a moment: who wants the name at that moment looks again.
+BLOCKED_TRIES_MAX = 3
+BLOCKED_PAUSE_S = 0.02
+CONTENTS = ("pages", "socket", "log", "log.1", "lock")
+SYSTEM_BASE = Path("/run/vdusefast")
 
 
 def base_directory() -> Path | None:
@@ -23,12 +29,55 @@ def base_directory() -> Path | None:
     """
     if named := os.environ.get("VDUSEFAST_RUN_DIR"):
         return Path(named)
-    system = Path("/run/vdusefast")
+    system = SYSTEM_BASE
     if os.access(system if system.exists() else system.parent, os.W_OK | os.X_OK):
         return system
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime) / "vdusefast"
     return None
+
+
+def device_names(base: Path) -> list[str]:
+    """Return the names of the run directories below `base`, sorted; none where it does not exist.
+
+    Raises VdusefastError when it cannot be read.
+    """
+    try:
+        return sorted(entry.name for entry in os.scandir(base) if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise VdusefastError(f"cannot list the devices in {base}: {error.strerror}") from None
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a living process holds the run directory at `path`.
+
+    Raises VdusefastError when its lock cannot be opened.
+    """
+    try:
+        fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise VdusefastError(
+            f"{path.name}: cannot look at {path}: {error.strerror}; be the user who added it"
+        ) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def holder_pid(path: Path) -> int:
+    """Return the process that took the run directory at `path` last, 0 where that is not known."""
+    try:
+        return int((path / "lock").read_text() or 0)
+    except (OSError, ValueError):
+        return 0
 
 
 class RunDirectory:
@@ -72,8 +121,8 @@ class RunDirectory:
         if self._lock_fd < 0:
             return
         try:
-            self.pages_path.unlink(missing_ok=True)
-            self.lock_path.unlink(missing_ok=True)
+            for name in CONTENTS:
+                (self.path / name).unlink(missing_ok=True)
             self.path.rmdir()
         except FileNotFoundError:
             pass  # whoever took the name after us has removed it already
@@ -82,9 +131,14 @@ class RunDirectory:
                 return  # whoever takes the name after us has it already
             raise VdusefastError(f"cannot remove the run directory {self.path}: {error.strerror}") from None
         finally:
+            self.release()
+        self._remove_private()
+
+    def release(self) -> None:
+        """Give the name back and leave the directory as it is. Idempotent."""
+        if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
-        self._remove_private()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -98,7 +152,11 @@ class RunDirectory:
             self._private = None
 
     def _acquire(self, name: str) -> int:
-        """Return a descriptor that holds the lock. A file removed by its last holder meanwhile is tried again."""
+        """Return a descriptor that holds the lock, with our pid written into the file.
+
+        A file removed by its last holder meanwhile is tried again.
+        """
+        blocked = 0
         for _ in range(LOCK_TRIES_MAX):
             try:
                 self.path.mkdir(mode=0o700, exist_ok=True)
@@ -109,9 +167,15 @@ class RunDirectory:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._names(fd):
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
                     return fd
             except BlockingIOError:
                 os.close(fd)
+                blocked += 1
+                if blocked < BLOCKED_TRIES_MAX:
+                    time.sleep(BLOCKED_PAUSE_S)
+                    continue
                 raise DeviceBusyError(
                     f"{name}: a device of this name is being served already ({self.path}); choose another name"
                 ) from None

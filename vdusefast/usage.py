@@ -148,18 +148,19 @@ def _unescape(text: str) -> str:
 
 
 def _mounts(target: _Target, root: Path) -> Iterator[_User]:
-    """Find mounts, in every mount namespace that /proc shows; each namespace is read once, ours first.
+    """Find mounts, in every mount namespace that /proc shows; each namespace is read once.
 
-    A mount that has spread to another namespace is named once.
+    The machine's own and ours come first: a mount that has spread from there is named once, without a namespace.
     """
     seen = set()
     points = set()
-    for process in (root / "proc/self", *_processes(root)):
+    known = (root / "proc/1", root / "proc/self")
+    for process in (*known, *_processes(root)):
         namespace = _namespace(process)
         if namespace in seen:
             continue
         seen.add(namespace)
-        where = "" if len(seen) == 1 else f" in the mount namespace of {_command(process)}"
+        where = "" if process in known else f" in the mount namespace of {_command(process)}"
         for mount in _read_mounts(_read(process / "mountinfo")):
             # btrfs and others show a number of their own there: the source tells then.
             if mount.point in points:

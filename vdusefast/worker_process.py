@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from vdusefast import errors
 from vdusefast.control import (
     MESSAGE_MAX_BYTES,
     Command,
@@ -30,7 +29,7 @@ from vdusefast.control import (
     pack_command,
     unpack_event,
 )
-from vdusefast.errors import TimedOutError, VdusefastError, WorkerError
+from vdusefast.errors import TimedOutError, VdusefastError, WorkerError, from_exit_code
 from vdusefast.transport import WorkerPort
 
 STDERR_LINE_COUNT_MAX = 16
@@ -40,17 +39,6 @@ EXIT_GRACE_S = 1.0
 REAP_TIMEOUT_S = 5.0  # a killed process that stays longer waits inside the kernel, for its storage
 
 _log = logging.getLogger("vdusefast")
-
-_EXCEPTIONS: dict[int, type[VdusefastError]] = {
-    cls.exit_code: cls
-    for cls in (
-        errors.ConfigError,
-        errors.DeviceNotFoundError,
-        errors.DeviceBusyError,
-        errors.KernelSupportError,
-        errors.TimedOutError,
-    )
-}
 
 
 class Pages(Protocol):
@@ -336,8 +324,8 @@ class WorkerProcess:
                 self._hello.set_result(event.text)
         elif event.event == Event.STARTUP_FAILED:
             if not self._hello.done():
-                cls = _EXCEPTIONS.get(event.exit_code, WorkerError)
-                self._fail_hello(cls(f"device {self.spec.device}: queue {self.spec.queue}: {event.text}"))
+                told = f"device {self.spec.device}: queue {self.spec.queue}: {event.text}"
+                self._fail_hello(from_exit_code(told, event.exit_code, WorkerError))
         elif event.event == Event.RING_FAILED:
             self._on_ring_failed(event.text)
         elif event.event in (Event.DONE, Event.REFUSED):

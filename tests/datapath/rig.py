@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -151,7 +152,8 @@ class Rig:
     def poll(self) -> int:
         """Poll until nothing is in flight; what the first poll returned."""
         moved = self.queue.poll()
-        for _ in range(100_000):
+        deadline = time.monotonic() + 20  # what the ring cannot do at once is done by a thread of the kernel's
+        while time.monotonic() < deadline:
             if not self.queue.inflight_count or self.queue.failure:
                 return moved
             self.queue.poll()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import vdusefast
-from vdusefast import cli, doctor, errors
+from vdusefast import cli, cli_systemd, doctor, errors
 
 
 def make_root(root: Path) -> Path:
@@ -248,3 +251,116 @@ def test_limit_of_locked_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert doctor._memlock().text == "limit 8192 KiB"
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
     assert doctor._memlock().text == "limit unlimited"
+
+
+# -- the kernel transport
+
+
+@pytest.fixture
+def kernel_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a / where the kernel transport can be used, with a kernel that answers."""
+    for trace in doctor.MODULE_TRACES.values():
+        (root / trace).mkdir(parents=True, exist_ok=True)
+    (root / "dev/vduse").mkdir()
+    (root / "dev/vduse/control").touch()
+    (root / "proc/self").mkdir()
+    (root / "proc/self/status").write_text("Name:\tx\nCapEff:\t000001ffffffffff\n")
+    monkeypatch.setattr("vdusefast.transport.kernel.probe_control", lambda: (1, 0b11))
+    monkeypatch.setattr("vdusefast.transport.vdpa.family_id", lambda: 21)
+    return root
+
+
+def test_kernel_transport_that_works_is_told(kernel_root: Path) -> None:
+    assert finding(kernel_root, "VDUSE").text == "API version 1, features QUEUE_READY SUSPEND"
+    assert finding(kernel_root, "netlink vdpa").text == "answers (family 21)"
+    assert finding(kernel_root, "virtio_blk").text.startswith("loaded")
+    assert doctor.kernel_usable(kernel_root) == (True, "API version 1, features QUEUE_READY SUSPEND")
+    found = finding(kernel_root, "kernel transport")
+    assert (found.ok, found.text) == (True, "usable: API version 1, features QUEUE_READY SUSPEND")
+    assert doctor.to_dict(doctor.examine(kernel_root))["kernel_transport"] is True
+
+
+def test_kernel_without_the_modules_says_which(kernel_root: Path) -> None:
+    (kernel_root / "sys/bus/vdpa/drivers/virtio_vdpa").rmdir()
+    usable, reason = doctor.kernel_usable(kernel_root)
+    assert not usable
+    assert reason == f"this kernel, {os.uname().release}, has no virtio_vdpa"
+    modules = kernel_root / f"lib/modules/{os.uname().release}/modules.dep"
+    modules.write_text("kernel/drivers/virtio/virtio_vdpa.ko.xz:\n")
+    assert doctor.kernel_usable(kernel_root) == (False, "not loaded: virtio_vdpa; modprobe -a virtio_vdpa")
+    found = finding(kernel_root, "kernel transport")
+    assert (found.ok, found.text) == (False, "not usable: not loaded: virtio_vdpa; modprobe -a virtio_vdpa")
+    assert doctor.to_dict(doctor.examine(kernel_root))["kernel_transport"] is False
+
+
+def refuse(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "reason"),
+    [
+        ("kernel.probe_control", errors.VdusefastError("no permission for X: be root"), "no permission for X: be root"),
+        (
+            "vdpa.family_id",
+            errors.KernelSupportError("x"),
+            "does not show in this network namespace; run in the host's",
+        ),
+        ("vdpa.family_id", PermissionError(1, "Operation not permitted"), "Operation not permitted; allow AF_NETLINK"),
+    ],
+)
+def test_kernel_that_refuses_is_told_with_the_remedy(
+    kernel_root: Path, where: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"vdusefast.transport.{where}", lambda: refuse(error))
+    usable, text = doctor.kernel_usable(kernel_root)
+    assert not usable
+    assert reason in text
+
+
+def test_lack_of_rights_is_told(kernel_root: Path) -> None:
+    (kernel_root / "proc/self/status").write_text("CapEff:\t0000000000000000\n")
+    assert doctor.kernel_usable(kernel_root) == (
+        False,
+        "no CAP_NET_ADMIN: devices cannot be attached to the vDPA bus; be root",
+    )
+
+
+# -- systemd
+
+
+def test_unit_starts_this_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["systemd-unit"]) == 0
+    unit = capsys.readouterr().out
+    (start,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    *words, command, config = start.split()
+    assert (command, config) == ("serve", "/etc/vdusefast/%i.toml")
+    done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True, timeout=20)
+    assert done.stdout == f"vdusefast {vdusefast.__version__}\n"
+    assert {"Type=notify", "NotifyAccess=main", "KillMode=mixed"} <= set(unit.splitlines())
+
+
+def test_unit_names_an_absolute_path_without_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python3")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert cli_systemd.installed_command() == "/nowhere/python3 -m vdusefast"
+    monkeypatch.setattr("shutil.which", lambda _: "/some where/vdusefast")
+    with pytest.raises(errors.VdusefastError, match="a unit file cannot hold this path"):
+        cli_systemd.installed_command()
+
+
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    path = tmp_path / "vdusefast@.service"
+    path.write_text(cli_systemd.unit_text(cli_systemd.installed_command()))
+    verify = shutil.which("systemd-analyze")
+    if verify is None:
+        # Where there is no systemd the unit is of no use either; what can be known of it is that it can be read.
+        parser = configparser.RawConfigParser(strict=False, allow_no_value=False)
+        parser.optionxform = str  # type: ignore[assignment,method-assign]
+        assert parser.read(path) == [str(path)]
+        assert parser.sections() == ["Unit", "Service", "Install"]
+        return
+    words = [verify, "verify", "--man=no", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=50)
+    mine = [line for line in done.stderr.splitlines() if "vdusefast" in line]
+    assert (done.returncode, mine) == (0, [])

@@ -78,7 +78,7 @@ def test_wheel_holds_modules_types_and_extensions_and_no_sources(archives: tuple
         metadata = archive.read(f"vdusefast-{vdusefast.__version__}.dist-info/METADATA").decode()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vdusefast").rglob("*.py")}
     stubs = {str(path.relative_to(ROOT)) for path in (ROOT / "vdusefast").rglob("*.pyi")}
-    assert modules | stubs | {"vdusefast/py.typed"} <= names
+    assert modules | stubs | {"vdusefast/py.typed", "vdusefast/systemd/vdusefast@.service"} <= names
     for extension in ("_datapath", "_driver"):
         assert [name for name in names if name.startswith(f"vdusefast/{extension}.") and name.endswith(".so")]
     assert not [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxd"))]
@@ -173,6 +173,31 @@ def test_set_up_names_what_is_missing_with_the_command_to_type(bare: Path) -> No
     assert command
     assert {"gcc", "libc6-dev", "make", "liburing-dev", "fio", "clang", "python3-venv"} <= set(command[1].split())
     assert not (bare / ".venv").exists()
+
+
+def test_set_up_for_the_tests_names_what_guests_need_too(bare: Path) -> None:
+    tool(bare, "id", "echo 1000")
+    tool(bare, "apt-get", "exit 1")
+    script = bare / "bootstrap.sh"
+    script.write_text(script.read_text().replace("/bin/busybox /usr/bin/busybox", f"{bare}/bin/busybox"))
+    shutil.copy(Path("/bin/true").resolve(), bare / "bin/busybox")  # it is there, but needs a loader
+
+    def packages(*words: str) -> set[str]:
+        done = run([bare / "bin/bash", script, *words], bare, env={"PATH": str(bare / "bin")}, check=False)
+        assert done.returncode == 1
+        command = re.search(r"sudo apt-get update && sudo apt-get install (.*)", done.stderr)
+        assert command
+        return set(command[1].split())
+
+    for_guests = {"qemu-system-x86", "qemu-system-common", "qemu-utils", "nbdkit", "busybox-static", "kmod", "xfsprogs"}
+    assert for_guests <= packages("test")
+    assert not for_guests & packages()
+
+
+def test_set_up_refuses_what_it_does_not_know() -> None:
+    done = run([ROOT / "bootstrap.sh", "tests"], ROOT, check=False)
+    assert done.returncode == 2
+    assert "usage: ./bootstrap.sh [test]" in done.stderr
 
 
 def test_set_up_without_apt_says_so(bare: Path) -> None:

@@ -1,0 +1,146 @@
+"""The commands `add` and `serve`: from a configuration file, or a name and options, to a device that is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from vdusefast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vdusefast.config import Config
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# (option, type, help); the keyword is the name of the configuration's key. None of them has a default of its own:
+# what is not given is what the file says, or the configuration's default.
+_OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
+    (("--backend", "uri"), str, "What holds the bytes: file:PATH (a file or a block device), memory:SIZE, null:SIZE."),
+    (("--bus",), click.Choice(["virtio", "vhost"]), "virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N."),
+    (("--queues",), int, "Virtqueues, each with a worker process of its own."),
+    (("--queue-size",), int, "Largest number of entries of a virtqueue, a power of two."),
+    (("--cpus",), str, 'CPUs of the workers, one a queue: 0,1 or 0-3; or "auto".'),
+    (("--irq-cpus",), str, "CPUs that the queues' interrupts go to, one a queue."),
+    (("--serial",), str, "Serial number that the driver sees."),
+    (("--read-only/--read-write", "read_only"), bool, "Whether writing is refused."),
+    (("--block-size", "block_size_bytes"), int, "Logical blocks of so many bytes: 512 to 4096."),
+    (("--cache",), click.Choice(["writeback", "writethrough", "none", "unsafe"]), "none is O_DIRECT."),
+    (("--engine",), click.Choice(["auto", "sync", "uring"]), "How a worker reaches a file."),
+    (("--poll-us",), int, "Microseconds that an idle worker spins at most before it sleeps."),
+    (("--msg-timeout", "msg_timeout_s"), int, "Seconds until the kernel gives up a server that is silent; 0 = never."),
+    (("--bounce-size", "bounce_size_bytes"), str, "Memory that the kernel copies data through, such as 64M."),
+    (("--timeout", "attach_timeout_s"), int, "Seconds for the node to come up."),
+]
+
+
+def _device_options(command: _F) -> _F:
+    for names, kind, text in reversed(_OPTIONS):
+        flag = {"is_flag": True} if kind is bool else {"type": kind}
+        command = click.option(*names, default=None, help=text, **flag)(command)
+    return click.argument("target", metavar="CONFIG.toml|NAME")(command)
+
+
+@click.command()
+@_device_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the node.")
+def add(target: str, as_json: bool, **options: Any) -> None:
+    """Serve a device in the background, and print its node once it is usable.
+
+    The device is what CONFIG.toml says, with the options in place of the file's keys, or NAME with --backend.
+    """
+    from vdusefast import background
+
+    config = read_config(target, options)
+    info = background.start(config, config.device.attach_timeout_s + background.START_MARGIN_S)
+    _print_ready(info, as_json)
+
+
+@click.command()
+@_device_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the node.")
+def serve(target: str, as_json: bool, **options: Any) -> None:
+    """Serve a device in the foreground until SIGTERM or SIGINT.
+
+    Prints the node once it is usable, and messages on standard error. Told by systemd, it tells systemd (Type=notify).
+    """
+    from vdusefast import logs, registry
+    from vdusefast.daemon import Service
+
+    config = read_config(target, options)
+    with logs.log_to_stderr():
+        Service(config, registry.base_directory()).run(lambda info: _print_ready(info, as_json))
+
+
+def read_config(target: str, options: dict[str, Any]) -> Config:
+    """Return the configuration that the words of a command line stand for.
+
+    target: a file, or a device's name when there is `uri`. options: keys of the configuration and `irq_cpus`; None is
+    what was not given. The transport is the kernel's unless the file names one. Raises ConfigError.
+    """
+    from vdusefast import config as configuration
+
+    overrides = {key: value for key, value in options.items() if value is not None}
+    irq_cpus = overrides.pop("irq_cpus", None)
+    if (size := overrides.get("bounce_size_bytes")) is not None:
+        overrides["bounce_size_bytes"] = configuration.parse_size(size)
+    if _is_file(target, "uri" in overrides):
+        config = configuration.load_config(target)
+    else:
+        config = configuration.make_config(name=target, uri=overrides.pop("uri"))
+    if config.device.transport == "auto":
+        overrides["transport"] = "kernel"
+    config = configuration.override(config, **overrides)
+    if irq_cpus is not None:
+        config = _with_irq_cpus(config, irq_cpus)
+    return _with_absolute_path(configuration.resolve_cpus(config))
+
+
+def _is_file(target: str, has_backend: bool) -> bool:
+    """Return whether a command's first word names a configuration file rather than a device. Raises ConfigError."""
+    if target.endswith(".toml"):
+        return True
+    if has_backend:
+        return False
+    if Path(target).is_file():
+        return True
+    raise ConfigError(
+        f"{target}: no such configuration file; for a device of that name say what holds its bytes: --backend file:PATH"
+    )
+
+
+def _with_irq_cpus(config: Config, text: str) -> Config:
+    import msgspec
+
+    from vdusefast.affinity import parse_cpu_list
+    from vdusefast.config import validate
+
+    cpus = parse_cpu_list(text, "--irq-cpus: ")
+    if len(cpus) != len(config.queue):
+        raise ConfigError(f"--irq-cpus: {len(cpus)} CPUs for {len(config.queue)} queues; name one a queue")
+    queues = [msgspec.structs.replace(queue, irq_cpu=cpu) for queue, cpu in zip(config.queue, cpus, strict=True)]
+    config = msgspec.structs.replace(config, queue=queues)
+    validate(config)
+    return config
+
+
+def _with_absolute_path(config: Config) -> Config:
+    """Return `config` with a file's path that means the same in a process that has gone elsewhere."""
+    import msgspec
+
+    scheme, _, path = config.backend.uri.partition(":")
+    if scheme != "file" or not path:
+        return config
+    uri = f"file:{Path(path).absolute()}"
+    return msgspec.structs.replace(config, backend=msgspec.structs.replace(config.backend, uri=uri))
+
+
+def _print_ready(info: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        import json
+
+        click.echo(json.dumps(info))
+    else:
+        click.echo(info["node"] or f"{info['name']}: no node, the transport is {info['transport']}")

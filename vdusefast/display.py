@@ -1,0 +1,171 @@
+"""What the commands print about devices: plain aligned text out of the servers' `info` and `stats`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Json = dict[str, Any]
+
+LINE_COLUMNS = 100
+LABEL_COLUMNS = 12
+# The counters that everybody wants, and what they are called here; `stats` shows all.
+MAIN_COUNTERS = {
+    "requests": "requests",
+    "bytes_read": "read",
+    "bytes_written": "written",
+    "errors": "errors",
+    "kicks": "kicks",
+    "irqs": "irqs",
+}
+STATS_FIXED = ("index", "pid", "cpu", "engine", "state", "reason", "ops")
+
+
+def size_text(size_bytes: int) -> str:
+    """Return a size as people write it: 512 B, 64 MiB, 1.5 GiB."""
+    value, unit = float(size_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if value < 1024 or unit == "PiB":
+            break
+        value /= 1024
+    return f"{value:.4g} {unit}"
+
+
+def table(rows: Sequence[Sequence[object]], left: Iterable[int] = ()) -> str:
+    """Return rows as aligned columns, the first row being the heading. `left`: columns that are not numbers."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[place]) for row in texts) for place in range(len(texts[0]))]
+    kept_left = set(left)
+    lines = []
+    for row in texts:
+        cells = (
+            cell.ljust(width) if place in kept_left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def list_text(infos: Sequence[Json]) -> str:
+    """Return one line for each device."""
+    if not infos:
+        return "no devices"
+    rows = [["NAME", "STATE", "NODE", "BUS", "SIZE", "QUEUES", "BACKEND"]]
+    for info in infos:
+        size = size_text(info["size_bytes"]) if "size_bytes" in info else "-"
+        queues = str(len(info["queues"])) if "queues" in info else "-"
+        texts = [str(info.get(key) or "-") for key in ("name", "state", "node", "bus")]
+        rows.append([*texts, size, queues, str(info.get("backend") or "-")])
+    return table(rows, left=(0, 1, 2, 3, 6))
+
+
+def show_text(info: Json) -> str:
+    """Return everything that is known of a device."""
+    lines = [info["name"]]
+    lines += [line for label, text in _facts(info) if text for line in _labelled(label, text)]
+    if info.get("queues"):
+        lines += ["", _queue_table(info)]
+    return "\n".join(lines)
+
+
+def stats_text(stats: Json) -> str:
+    """Return all counters, a column for each queue and one for their sum; latencies of what has been done below."""
+    columns = [*stats["queues"], stats["total"]]
+    heading = ["", *(f"queue {queue['index']}" for queue in stats["queues"]), "total"]
+    names = [name for name in stats["total"] if name not in STATS_FIXED]
+    rows = [heading, *([name, *(column[name] for column in columns)] for name in names)]
+    done = [(name, op) for name, op in stats["total"]["ops"].items() if op["requests"]]
+    if not done:
+        return table(rows, left=(0,))
+    percentiles = list(done[0][1]["latency_ns"])
+    latencies: list[list[object]] = [["", "requests", "bytes", "errors", *(f"{name} us" for name in percentiles)]]
+    for name, op in done:
+        times = [f"{op['latency_ns'][percentile] / 1000:.1f}" for percentile in percentiles]
+        latencies.append([name, op["requests"], op["bytes"], op["errors"], *times])
+    return f"{table(rows, left=(0,))}\n\n{table(latencies, left=(0,))}"
+
+
+def _facts(info: Json) -> list[tuple[str, str]]:
+    """Return the facts about a device in the order that they are shown in; those without a text are left out."""
+    get = info.get
+    driver = f" (driver {info['driver']})" if get("driver") else ""
+    transport = get("transport", "")
+    if get("api_version") is not None:
+        transport += f", VDUSE API {info['api_version']}"
+    if get("vduse_features"):
+        transport += f" with {' '.join(info['vduse_features'])}"
+    size = ""
+    if "size_bytes" in info:
+        size = f"{size_text(info['size_bytes'])} ({info['size_bytes']} bytes), blocks of {get('block_size_bytes')}"
+        size += ", read-only" if get("read_only") else ""
+    backend = f"{info['backend']}, cache {get('cache')}" if get("backend") else ""
+    uptime = f", up {duration_text(info['uptime_s'])}" if "uptime_s" in info else ""
+    status = f"{info['status']:#x} {' '.join(get('status_names', []))}".rstrip() if "status" in info else ""
+    offered, acked = get("offered_features", []), get("acked_features", [])
+    limits = ""
+    if get("msg_timeout_s") is not None and get("transport") == "kernel":
+        limits = f"messages {info['msg_timeout_s'] or 'no limit'} s"
+        limits += f", bounce pages {size_text(info['bounce_size_bytes'])}" if get("bus") == "virtio" else ""
+    return [
+        ("state", get("state", "")),
+        ("failure", get("failure", "")),
+        ("node", f"{get('node') or 'none'}{driver}"),
+        ("bus", get("bus", "")),
+        ("transport", transport),
+        ("server", f"pid {info['pid']}{uptime}" if get("pid") else ""),
+        ("size", size),
+        ("serial", get("serial", "")),
+        ("backend", backend),
+        ("status", status),
+        ("acked", " ".join(acked) or ("none" if offered else "")),
+        ("not acked", " ".join(name for name in offered if name not in acked)),
+        ("limits", limits),
+        ("run dir", get("run_dir", "")),
+    ]
+
+
+def _labelled(label: str, text: str) -> list[str]:
+    """Return a label and its text, broken into lines between words."""
+    lines, line = [], ""
+    for word in text.split(" "):
+        if line and LABEL_COLUMNS + 2 + len(line) + 1 + len(word) > LINE_COLUMNS:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}" if line else word
+    lines.append(line)
+    labels = [label] + [""] * (len(lines) - 1)
+    return [f"  {name:{LABEL_COLUMNS}}{part}" for name, part in zip(labels, lines, strict=True)]
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in its two largest units."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    left = int(seconds)
+    first = next((place for place, (_, length) in enumerate(units) if left >= length), len(units) - 1)
+    parts = []
+    for unit, length in units[first : first + 2]:
+        parts.append(f"{left // length} {unit}")
+        left %= length
+    return " ".join(parts)
+
+
+def _queue_table(info: Json) -> str:
+    heading = ["queue", "pid", "cpu", "irq cpu", "size", "engine", "state", *MAIN_COUNTERS.values()]
+    rows: list[list[object]] = [list(heading)]
+    for queue in info["queues"]:
+        state = queue["state"] + (f": {queue['reason']}" if queue.get("reason") else "")
+        fixed = [queue["index"], *(_known(queue.get(key, -1)) for key in ("pid", "cpu", "irq_cpu", "size"))]
+        rows.append([*fixed, queue.get("engine") or "-", state, *_counters(queue)])
+    if len(info["queues"]) > 1 and "total" in info:
+        rows.append(["total", *[""] * 6, *_counters(info["total"])])
+    return table(rows, left=(5, 6))
+
+
+def _known(number: int) -> object:
+    return "-" if number < 0 else number
+
+
+def _counters(counted: Json) -> list[object]:
+    values = [(name, counted.get(name, 0)) for name in MAIN_COUNTERS]
+    return [size_text(value) if name.startswith("bytes") else value for name, value in values]

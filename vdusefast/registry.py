@@ -1,0 +1,186 @@
+"""The devices of this machine as their run directories tell: which there are, who serves them, what a dead one left."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vdusefast import run_dir
+from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
+from vdusefast.rpc_client import NoServerError, RpcClient
+from vdusefast.transport import sysfs
+
+Json = dict[str, Any]
+
+LIST_TIMEOUT_S = 2.0  # for all devices together
+NAMES_SHOWN_MAX = 8
+# States beside those of a device that answers (api.DeviceState).
+DEAD = "dead"  # its server has died
+SILENT = "silent"  # its server does not answer
+EMBEDDED = "embedded"  # held by a program that takes no commands, or that is still starting
+
+
+def base_directory() -> Path:
+    """Return where run directories live. Raises VdusefastError where there is no place for them."""
+    base = run_dir.base_directory()
+    if base is None:
+        raise VdusefastError(
+            f"{run_dir.SYSTEM_BASE} cannot be written, $XDG_RUNTIME_DIR is not set: be root, or set VDUSEFAST_RUN_DIR"
+        )
+    return base
+
+
+def find(name: str) -> Path:
+    """Return the run directory of a device. Raises DeviceNotFoundError; VdusefastError when it is another user's."""
+    base = base_directory()
+    if name not in ("", ".", "..") and "/" not in name:
+        if (base / name).is_dir():
+            return base / name
+        if (run_dir.SYSTEM_BASE / name).is_dir():
+            raise VdusefastError(f"{name}: no permission for {run_dir.SYSTEM_BASE / name}; be root")
+    names = run_dir.device_names(base)
+    shown = ", ".join(names[:NAMES_SHOWN_MAX]) + (", ..." if len(names) > NAMES_SHOWN_MAX else "")
+    foreign = f"; /dev/vduse/{name} belongs to another program" if sysfs.created(name) else ""
+    raise DeviceNotFoundError(
+        f"{name}: no such device; {f'served here: {shown}' if names else 'none is served here'}{foreign}"
+    )
+
+
+def connect(name: str) -> RpcClient:
+    """Return a connection to the server of a device.
+
+    Raises DeviceNotFoundError, DeviceBusyError when its holder takes no commands, VdusefastError when it has died.
+    """
+    path = find(name)
+    try:
+        return RpcClient(path)
+    except NoServerError:
+        if run_dir.is_held(path):
+            raise DeviceBusyError(embedded_text(path)) from None
+        raise VdusefastError(f"{name}: its server has died; `vdusefast del {name}` cleans up") from None
+
+
+def embedded_text(path: Path) -> str:
+    """Return what is to be said of a device whose holder takes no commands."""
+    pid = run_dir.holder_pid(path)
+    return (
+        f"{path.name}: held by {f'pid {pid}' if pid else 'a process'}, which takes no commands: "
+        "it is still starting, or a program of its own; try again, or end that process"
+    )
+
+
+def describe_all() -> list[Json]:
+    """Return one object for each device, as its server's `info` has it; others have name, state and node at least.
+
+    All servers are asked before the first answer is awaited, so that one that hangs costs the others nothing.
+    """
+    asked: list[tuple[Path, RpcClient | None, str]] = []
+    found = []
+    try:
+        for name in run_dir.device_names(base := base_directory()):
+            asked.append(_ask(base / name))
+        until = time.monotonic() + LIST_TIMEOUT_S
+        for path, client, state in asked:
+            found.append(_collect(path, client, state, max(0.05, until - time.monotonic())))
+    finally:
+        for _path, client, _state in asked:
+            if client is not None:
+                client.close()
+    return [each for each in found if each is not None]
+
+
+def describe(name: str) -> Json:
+    """Return the `info` of one device; name, state and node when its server has died. Raises as `connect` does."""
+    path = find(name)
+    try:
+        with RpcClient(path) as client:
+            info: Json = client.call("info")
+            return info
+    except NoServerError:
+        return _without_server(path, EMBEDDED if run_dir.is_held(path) else DEAD)
+
+
+def remove_dead(path: Path) -> None:
+    """Remove the run directory of a server that has died, and a kernel device that nothing is attached to.
+
+    Raises DeviceBusyError when a process holds it, or when the kernel's device is still attached: detaching that
+    without a server waits in the kernel for ever when requests are pending, and keeps every other vDPA device of
+    the machine from being added or removed.
+    """
+    name = path.name
+    directory = run_dir.RunDirectory(name, path.parent)
+    try:
+        if sysfs.attached(name):
+            raise DeviceBusyError(left_text(name))
+        if sysfs.created(name):
+            from vdusefast.transport.kernel import destroy_device
+
+            destroy_device(name)
+    except BaseException:
+        directory.release()
+        raise
+    directory.close()
+
+
+def left_text(name: str) -> str:
+    """Return what is to be done about a kernel device that has lost its server."""
+    node = sysfs.node(name)
+    return (
+        f"{name}: its server has died, and the kernel still has the device{f' as {node}' if node else ''}; "
+        "removing it now may hang every vDPA command of this machine. Reboot; or, if nothing has used it since: "
+        f"vdpa dev del {name}, then vdusefast del {name}"
+    )
+
+
+def kernel_device_left(name: str) -> bool:
+    """Return whether the kernel has a VDUSE device of that name, or a device on the vDPA bus."""
+    return sysfs.created(name) or sysfs.attached(name)
+
+
+def _ask(path: Path) -> tuple[Path, RpcClient | None, str]:
+    """Send `info` to a device's server; without one, return the state to show."""
+    try:
+        client = RpcClient(path)
+    except NoServerError:
+        try:
+            return path, None, EMBEDDED if run_dir.is_held(path) else DEAD
+        except VdusefastError:
+            return path, None, "hidden"
+    except TimedOutError:
+        return path, None, SILENT
+    except VdusefastError:
+        return path, None, "hidden"  # another user's
+    try:
+        client.send("info")
+    except TimedOutError:
+        client.close()
+        return path, None, SILENT
+    return path, client, ""
+
+
+def _collect(path: Path, client: RpcClient | None, state: str, timeout_s: float) -> Json | None:
+    """Return what a device's server answers, None when the device has gone meanwhile."""
+    if client is not None:
+        try:
+            info: Json = client.receive(timeout_s)
+        except TimedOutError:
+            state = SILENT
+        except VdusefastError:
+            if not path.exists():
+                return None
+            state = DEAD
+        else:
+            return info
+    return _without_server(path, state) if path.exists() else None
+
+
+def _without_server(path: Path, state: str) -> Json:
+    return {
+        "name": path.name,
+        "state": state,
+        "node": sysfs.node(path.name),
+        "pid": run_dir.holder_pid(path) if state in (EMBEDDED, SILENT) else 0,
+        "run_dir": os.fspath(path),
+    }

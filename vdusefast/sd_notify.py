@@ -1,0 +1,42 @@
+"""What systemd is told about a service: sd_notify(3) over a datagram socket."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+_log = logging.getLogger("vdusefast")
+
+
+class Notifier:
+    """Tells the service manager named by $NOTIFY_SOCKET; does nothing where there is none.
+
+    The variables are taken out of the environment: workers are not the service.
+    """
+
+    def __init__(self) -> None:
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
+        watchdog_pid = os.environ.pop("WATCHDOG_PID", "")
+        # An abstract name is written with @ in place of its zero byte.
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        meant = not watchdog_pid or watchdog_pid == str(os.getpid())
+        self.watchdog_s = int(watchdog_us) / 1e6 if self._address and meant and watchdog_us.isdecimal() else 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether somebody listens."""
+        return bool(self._address)
+
+    def send(self, **fields: str | int) -> None:
+        """Send fields such as READY=1, STATUS="..."; a manager that is gone is logged, no more."""
+        if not self._address:
+            return
+        text = "\n".join(f"{key}={str(value).replace(chr(10), ' ')}" for key, value in fields.items())
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+                connection.setblocking(False)
+                connection.sendto(text.encode(), self._address)
+        except OSError as error:
+            _log.warning("cannot tell the service manager %s: %s", text.partition("\n")[0], error.strerror)
