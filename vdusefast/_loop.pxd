@@ -188,7 +188,7 @@ cdef inline int queue_redo(vf_queue *q) noexcept nogil:
     cdef uint64_t last_order = 0
     cdef uint64_t next_order
     cdef uint64_t now_ns = vf_now_ns()
-    cdef int err
+    cdef int err = 0
     # Those started again get numbers above all that were there, so that the search passes over them.
     for i in range(size):
         if q.inflight_log[i].order > q.next_order:
@@ -206,12 +206,18 @@ cdef inline int queue_redo(vf_queue *q) noexcept nogil:
         last_order = next_order
         err = vf_vring_walk(&q.vring, &q.tlb, <uint16_t> next_head, &q.chain)
         if err:
-            return err
+            break
         queue_begin(q, now_ns)
+        if q.unpublished_count >= q.engine.ops.publish_batch:
+            queue_publish(q)
+    if q.engine.ops.flush != NULL:
+        q.engine.ops.flush(&q.engine)
     if q.unpublished_count:
         queue_publish(q)
-        queue_interrupt(q)
-    return 0
+    queue_interrupt(q)  # whatever the worker before has published and not told
+    if q.counters.memory_faults != q.faults_seen:
+        err = -VF_RING_MEMORY_GONE
+    return err
 
 
 cdef inline int queue_round(vf_queue *q) noexcept nogil:

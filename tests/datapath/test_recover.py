@@ -123,11 +123,12 @@ def test_a_log_that_does_not_fit_the_ring_is_refused() -> None:
             rig.recover()
 
 
-def test_a_logged_chain_that_is_bad_by_now_stops_the_queue() -> None:
-    with Crashed(used=[], logged={0: 1}) as rig:
+def test_a_logged_chain_that_is_bad_by_now_stops_the_queue_behind_the_good_ones() -> None:
+    with Crashed(used=[], logged={0: 2, 1: 1}) as rig:
         rig.ring.put_desc(rig.heads[0], Desc(DATA_IOVA, 16, 1, 99))
-        rig.recover()
+        assert rig.recover() == [1]
         assert "next field" in rig.queue.failure
+        assert rig.queue.poll() == -1
 
 
 def test_the_engine_that_fails_answers_everything_with_an_error() -> None:

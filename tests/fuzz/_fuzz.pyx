@@ -12,6 +12,14 @@ cdef public int fuzz_queue_round(vf_queue *q) noexcept nogil:
     return queue_round(q)
 
 
+cdef public int fuzz_queue_adopt(vf_queue *q) noexcept nogil:
+    return queue_adopt(q)
+
+
+cdef public int fuzz_queue_redo(vf_queue *q) noexcept nogil:
+    return queue_redo(q)
+
+
 cdef public void fuzz_queue_drain(vf_queue *q) noexcept nogil:
     queue_drain(q)
 

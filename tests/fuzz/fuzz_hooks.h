@@ -9,6 +9,7 @@
 #include "queue.h"
 
 void fuzz_popped(const struct vf_chain *chain);
+void fuzz_walked(const struct vf_chain *chain);
 void fuzz_pushed(uint16_t head, uint32_t written_bytes);
 
 static inline int fuzz_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, struct vf_chain *chain)
@@ -20,6 +21,15 @@ static inline int fuzz_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, stru
 	return err;
 }
 
+static inline int fuzz_vring_walk(struct vf_vring *vr, struct vf_iotlb *tlb, uint16_t head, struct vf_chain *chain)
+{
+	int err = vf_vring_walk(vr, tlb, head, chain);
+
+	if (!err)
+		fuzz_walked(chain);
+	return err;
+}
+
 static inline void fuzz_vring_push(struct vf_vring *vr, uint16_t head, uint32_t written_bytes)
 {
 	fuzz_pushed(head, written_bytes);
@@ -27,6 +37,7 @@ static inline void fuzz_vring_push(struct vf_vring *vr, uint16_t head, uint32_t 
 }
 
 #define vf_vring_pop fuzz_vring_pop
+#define vf_vring_walk fuzz_vring_walk
 #define vf_vring_push fuzz_vring_push
 
 #endif

@@ -324,7 +324,11 @@ static void driver_step(uint8_t step)
 	case 5:
 		driver_poke();
 		break;
-	case 6: /* as loop_sleep and its waking do */
+	case 6: /* as loop_sleep and its waking do; or the worker dies */
+		if (step & 128u) {
+			fuzz_world_crash();
+			break;
+		}
 		vf_vring_kick_enable(&world.q->vring);
 		vf_vring_kick_disable(&world.q->vring);
 		break;

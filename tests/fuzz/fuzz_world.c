@@ -22,6 +22,8 @@
 
 /* _fuzz.pyx */
 int fuzz_queue_round(struct vf_queue *q);
+int fuzz_queue_adopt(struct vf_queue *q);
+int fuzz_queue_redo(struct vf_queue *q);
 void fuzz_queue_drain(struct vf_queue *q);
 void fuzz_queue_fail(struct vf_queue *q, int err);
 
@@ -141,6 +143,17 @@ void fuzz_popped(const struct vf_chain *chain)
 	if (world.busy_popped)
 		return; /* what is known of the chain in flight stays */
 	head_state[chain->head].out = true;
+	head_state[chain->head].writable_bytes = 0;
+	for (uint32_t i = 0; i < chain->segment_count; i++) {
+		if (chain->segments[i].writable)
+			head_state[chain->head].writable_bytes += chain->segments[i].len;
+	}
+}
+
+/* A chain that a worker before had taken is looked at again, as the driver has it by now. */
+void fuzz_walked(const struct vf_chain *chain)
+{
+	FUZZ_ASSERT(chain->head < world.q->vring.split.size && head_state[chain->head].out);
 	head_state[chain->head].writable_bytes = 0;
 	for (uint32_t i = 0; i < chain->segment_count; i++) {
 		if (chain->segments[i].writable)
@@ -382,6 +395,49 @@ void fuzz_world_drain(void)
 	world.shared_reads = 0;
 	fuzz_queue_drain(world.q);
 	fuzz_check_idle();
+}
+
+/* The log is all that a worker leaves behind. What it says is what is out: the ring may say anything. */
+static void fuzz_forget(bool log_too)
+{
+	struct vf_queue *q = world.q;
+
+	q->engine.inflight_count = 0;
+	q->unpublished_count = 0;
+	q->irq_due = 0;
+	q->free_count = q->slot_count;
+	for (uint32_t i = 0; i < q->slot_count; i++)
+		q->free_slots[i] = (uint16_t)i;
+	for (uint32_t i = 0; i < q->queue_size_max; i++) {
+		if (log_too)
+			q->inflight_log[i].order = 0;
+		head_state[i].out = q->inflight_log[i].order != 0;
+	}
+}
+
+/* The worker dies between two rounds, and another one takes the ring over, as Queue.start(recover=True) does. */
+void fuzz_world_crash(void)
+{
+	int err;
+
+	world.shared_reads = 0;
+	fuzz_forget(false);
+	err = fuzz_queue_adopt(world.q);
+	FUZZ_ASSERT(err == -VF_RING_LOG || (err >= 0 && (uint32_t)err <= world.q->slot_count));
+	if (err >= 0) {
+		fuzz_forget(false); /* the adoption has taken out what the used ring names */
+		err = fuzz_queue_redo(world.q);
+		FUZZ_ASSERT(err <= 0 && err > -(int)VF_RING_ERROR_COUNT);
+	}
+	if (err == 0)
+		return;
+	/* What could not be started again stays in the log; it is nobody's any more. */
+	engine_must_finish = false;
+	world.failed = true;
+	fuzz_queue_fail(world.q, err);
+	FUZZ_ASSERT(world.q->engine.inflight_count == 0 && world.q->unpublished_count == 0);
+	FUZZ_ASSERT(world.q->free_count == world.q->slot_count);
+	fuzz_forget(true);
 }
 
 void fuzz_world_fail(int err)

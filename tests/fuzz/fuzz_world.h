@@ -68,6 +68,7 @@ void fuzz_write(uint64_t iova, const void *from, size_t len);
 void fuzz_world_open(uint8_t which_queue, uint8_t device_bits);
 void fuzz_world_round(void);
 void fuzz_world_drain(void);
+void fuzz_world_crash(void);
 void fuzz_world_fail(int err);
 void fuzz_world_close(void);
 
