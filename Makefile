@@ -18,11 +18,12 @@ build: ## Set up .venv and build the extensions
 fio: build ## Serve a temporary file as a block device, load it and verify every byte
 	@$(PYTHON) -m vdusefast.bench fio bench/jobs/default.fio
 
-test: build ## Run every test, with a minute of fuzzing
+test: ## Run every test, with a minute of fuzzing and guests of two kernels
+	@./bootstrap.sh test
 	@$(PYTHON) -m pytest tests
 
 check: lint ## The fast inner loop: lint, then the tests that take no time
-	@$(PYTHON) -m pytest tests -q -m "not slow"
+	@$(PYTHON) -m pytest tests -q -m "not slow and not vm"
 
 lint: build ## ruff, mypy --strict and the C compiler's opinion of csrc
 	@$(PYTHON) -m ruff check .

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
 # Make everything that building and testing needs: Debian packages where this user may install them, .venv, and the
-# extensions, in place. Quick when nothing changed. PYTHON=... chooses the interpreter.
+# extensions, in place. Quick when nothing changed. PYTHON=... chooses the interpreter. With the argument "test" also what
+# only the tests need: an emulator, and what runs in its guests.
 set -euo pipefail
 cd "$(dirname "$0")"
 export PATH="$PATH:/usr/sbin:/sbin"
+
+case "$*" in
+    "") for_tests="" ;;
+    test) for_tests=yes ;;
+    *) echo "usage: ./bootstrap.sh [test]" >&2; exit 2 ;;
+esac
 
 venv=.venv
 deps_stamp=$venv/.vdusefast-deps
@@ -66,6 +73,7 @@ list_missing() {
         major=$(clang_major || true)
         need "libclang-rt-${major:-14}-dev" "clang's sanitizer and fuzzer runtime"
     fi
+    [ -z "$for_tests" ] || list_missing_for_tests
     if [ -z "$python" ]; then
         need "python3 python3-dev python3-venv" "Python 3.11 or newer with its headers"
     else
@@ -74,6 +82,31 @@ list_missing() {
         "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null ||
             need python3-dev "Python's headers (Python.h) for $python"
     fi
+}
+
+list_missing_for_tests() {
+    have qemu-system-x86_64 || need qemu-system-x86 "qemu-system-x86_64, the emulator of the test guests"
+    have qemu-storage-daemon || need qemu-system-common "qemu-storage-daemon, to compare with"
+    have qemu-nbd || need qemu-utils "qemu-nbd, to compare with"
+    have nbdkit || need nbdkit "nbdkit, to compare with"
+    static_busybox || need busybox-static "busybox, linked statically"
+    have depmod || need kmod "depmod and modprobe"
+    have setpriv || need util-linux "setpriv"
+    have dpkg-deb || need dpkg "dpkg-deb, to unpack the guests' kernels"
+    have mkfs.ext4 || need e2fsprogs "mkfs.ext4"
+    have mkfs.xfs || need xfsprogs "mkfs.xfs"
+    have vdpa || need iproute2 "ip and vdpa"
+}
+
+# A dynamically linked one names its loader.
+static_busybox() {
+    local file
+    for file in /bin/busybox /usr/bin/busybox; do
+        if [ -e $file ] && [ -z "$(head -c 4096 $file | LC_ALL=C sed -n '/[/]ld-linux/ s/.*/yes/p')" ]; then
+            return 0
+        fi
+    done
+    return 1
 }
 
 install_missing() {

@@ -1,0 +1,16 @@
+"""What can go wrong with a guest, apart from what its command does."""
+
+from __future__ import annotations
+
+
+class GuestError(Exception):
+    """No guest can be had, or it ended without saying how its command did; the message says why and what to do."""
+
+    exit_status = 125
+    kernel_log = ""  # as far as there was one
+
+
+class GuestTimeoutError(GuestError):
+    """The guest did not end in time."""
+
+    exit_status = 124

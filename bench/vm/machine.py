@@ -1,0 +1,185 @@
+"""The guest as qemu sees it: its command line, and the initramfs with the scripts that run inside."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.vm import cache, initramfs
+from bench.vm.errors import GuestError
+from bench.vm.tools import search_path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = "/run/results"
+DISK = "/dev/vda"
+HIDDEN = ("/tmp", "/run", "/var/tmp", "/dev/shm")  # noqa: S108 (in the guest these are its own, and empty)
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+KERNEL_ARGUMENTS = (
+    *("console=ttyS0", "rdinit=/init", "panic=-1", "loglevel=7"),
+    *("mitigations=off", "nokaslr", "tsc=reliable", "no_timer_check", "random.trust_cpu=on"),
+    *("apparmor=0", "audit=0", "ipv6.disable=1", "8250.nr_uarts=1", "hostname=guest"),
+)
+
+
+@dataclass(frozen=True)
+class GuestConfig:
+    """What kind of guest. Sizes are as qemu writes them: 3G, 512M."""
+
+    kernel: str = cache.KERNELS[0]
+    cpus: int = 2
+    memory: str = "3G"
+    timeout_s: float = 120.0  # for all of it, from the start of qemu; fetching a kernel does not count
+    disk: str = ""  # size of an empty virtio-blk disk, /dev/vda
+    icount: bool = False  # time is a count of instructions
+    accel: str = "tcg"  # or "kvm"
+    kernel_arguments: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()  # loaded before the command: "NAME" or "NAME PARAMETER=VALUE"
+    results: Path | None = None  # a directory of the host that the guest may write to
+    directory: Path = ROOT  # where the command runs
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def command_line(config: GuestConfig, image: Path, initrd_fd: int, ports: Sequence[int], log_fd: int) -> list[str]:
+    """Return qemu's command line.
+
+    Args:
+        image: the kernel, as ELF.
+        initrd_fd: a descriptor that qemu inherits, with the initramfs.
+        ports: descriptors of pipes for /dev/vport0p1 and so on, inherited.
+        log_fd: one for the serial port, that is, the kernel log.
+    """
+    return [
+        *("setpriv", "--pdeathsig", "KILL"),
+        *("qemu-system-x86_64", "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
+        *("-machine", "pc,usb=off,vmport=off", "-rtc", "base=utc"),
+        *_cpu(config),
+        *("-m", config.memory, "-smp", str(config.cpus)),
+        *("-kernel", str(image), "-initrd", _path(initrd_fd)),
+        *("-append", " ".join([*KERNEL_ARGUMENTS, *config.kernel_arguments])),
+        *("-chardev", f"file,id=log,path={_path(log_fd)}", "-serial", "chardev:log"),
+        *("-device", "virtio-serial-pci"),
+        *(word for number, fd in enumerate(ports, 1) for word in _port(number, fd)),
+        *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
+        *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
+        *(_results(config.results) if config.results else ()),
+    ]
+
+
+def disk_words(disk_fd: int) -> list[str]:
+    """Return the part of the command line for a disk whose image is an inherited descriptor."""
+    drive = f"if=none,id=disk,format=raw,cache=unsafe,discard=unmap,detect-zeroes=off,file={_path(disk_fd)}"
+    return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+
+
+def _path(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
+
+
+def _cpu(config: GuestConfig) -> list[str]:
+    if config.accel == "kvm":
+        return ["-accel", "kvm", "-cpu", "EPYC,-arch-capabilities"]
+    # Nehalem is the least that today's numpy runs on; with rdrand the kernel has random numbers at once.
+    if config.icount:
+        return ["-accel", "tcg,thread=single", "-icount", "shift=2,sleep=off", "-cpu", "Nehalem,+rdrand"]
+    return ["-accel", "tcg,thread=multi", "-cpu", "Nehalem,+rdrand"]
+
+
+def _port(number: int, fd: int) -> list[str]:
+    name = f"port{number}"
+    return ["-chardev", f"file,id={name},path={_path(fd)}", "-device", f"virtserialport,chardev={name},nr={number}"]
+
+
+def _results(directory: Path) -> list[str]:
+    path = str(directory.resolve()).replace(",", ",,")
+    fsdev = f"local,id=results,path={path},security_model=none,multidevs=remap"
+    return ["-fsdev", fsdev, "-device", "virtio-9p-pci,fsdev=results,mount_tag=results"]
+
+
+def initrd(config: GuestConfig, kernel: cache.Kernel, command: Sequence[str], token: bytes) -> bytes:
+    """Return the initramfs: busybox, the modules that the root needs, the scripts, and the command.
+
+    `token` is what the guest ends the command's output with.
+    """
+    virtio_blk = [] if not config.disk or any(m.split()[0] == "virtio_blk" for m in config.modules) else ["virtio_blk"]
+    settings = {
+        "release": kernel.release,
+        "modules": str(kernel.modules),
+        "results": RESULTS if config.results else "",
+        "token": token.decode(),
+        "preload": "\n".join([*config.modules, *virtio_blk]),
+    }
+    lines = [f"{name}={shlex.quote(value)}\n" for name, value in settings.items()]
+    keep = " ".join(str(path) for path in _needed(config) if str(path).startswith(tuple(f"{h}/" for h in HIDDEN)))
+    files = {
+        "busybox": _busybox(),
+        "init": (HERE / "init.sh").read_bytes(),
+        "session.sh": (HERE / "session.sh").read_bytes(),
+        "settings": "".join([*lines, f"keep={shlex.quote(keep)}\n"]).encode(),
+        "command": _command(config, command).encode(),
+    }
+    for number, module in enumerate(kernel.boot_modules):
+        files[f"boot/{number:02}-{module.name}"] = module.read_bytes()
+    return initramfs.archive(files, executables=("busybox", "init"))
+
+
+def _needed(config: GuestConfig) -> list[Path]:
+    """Return the directories of the host that the guest needs, wherever they are."""
+    return list(dict.fromkeys([ROOT, config.directory.resolve(), _python_prefix(), cache.directory()]))
+
+
+def _python_prefix() -> Path:
+    """Return where the real Python of the checkout's environment is installed: python3 on PATH may be a slow shim."""
+    settings = ROOT / ".venv/pyvenv.cfg"
+    if settings.exists() and (home := re.search(r"^home\s*=\s*(.+)$", settings.read_text(), re.MULTILINE)):
+        return Path(home[1].strip()).parent
+    return Path(sys.base_prefix)
+
+
+def _command(config: GuestConfig, command: Sequence[str]) -> str:
+    """Return the shell script that runs the command in its directory and environment."""
+    environment = {
+        "PATH": f"{ROOT}/.venv/bin:{_python_prefix()}/bin:{PATH}",
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "VDUSEFAST_VM": config.kernel,
+        "VDUSEFAST_LIBBLKIO": str(cache.libblkio()),
+        **({"VDUSEFAST_VM_RESULTS": RESULTS} if config.results else {}),
+        **({"VDUSEFAST_VM_DISK": DISK} if config.disk else {}),
+        **config.environment,
+    }
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    enter = f"cd {shlex.quote(str(config.directory))} || exit 125"
+    return "\n".join([*exports, enter, f"exec {shlex.join(command)}", ""])
+
+
+def missing_tools() -> list[str]:
+    """Return the programs that a guest needs and this machine lacks."""
+    missing = [
+        name for name in ("qemu-system-x86_64", "setpriv", "depmod") if not shutil.which(name, path=search_path())
+    ]
+    return missing if _busybox() else [*missing, "busybox (statically linked)"]
+
+
+def check_tools(accel: str) -> None:
+    """Raise GuestError where this machine lacks a program or a right that a guest needs."""
+    if missing := missing_tools():
+        raise GuestError(f"{', '.join(missing)} missing; ./bootstrap.sh test installs or names what a guest needs")
+    if accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        raise GuestError("/dev/kvm is not there or not for this user; leave --accel kvm out")
+
+
+def _busybox() -> bytes:
+    """Return a busybox that needs no loader; nothing where there is none."""
+    for path in map(Path, ("/bin/busybox", "/usr/bin/busybox")):
+        if path.exists() and b"/ld-linux" not in (program := path.read_bytes())[:4096]:
+            return program
+    return b""
