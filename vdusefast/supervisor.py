@@ -302,8 +302,8 @@ class Supervisor:
                 return Response(request_id, group == 0 and asid == 0)  # the only ones that the device was created with
             case Suspend(request_id):
                 async with self._status_lock:
-                    stands = await asyncio.gather(*(vq.quiesce() for vq in self._vqs))
                     self.state = DeviceState.SUSPENDED
+                    stands = await asyncio.gather(*(vq.quiesce() for vq in self._vqs))
                 return Response(request_id, None not in stands)
             case UnknownRequest(request_id, kind):
                 _log.error("device %s: message of unknown type %d: answered FAILED", self.device.name, kind)
@@ -378,6 +378,8 @@ class Supervisor:
 
     def _start_if_ready(self, vq: VqControl) -> bool:
         """Start a queue that became ready after DRIVER_OK. Returns whether there is nothing (more) to wait for."""
+        if vq.state == VqState.RUNNING or self.device.status == 0 or self.state == DeviceState.SUSPENDED:
+            return True
         try:
             info = self.transport.vq_info(vq.index)
             acked_features = self.transport.acked_features()

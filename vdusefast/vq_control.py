@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from vdusefast.control import Command, FromWorker, ToWorker, WorkerSpec
 from vdusefast.errors import VdusefastError, WorkerError
@@ -76,6 +78,7 @@ class VqControl:
         self._limits = limits
         self._on_failure = on_failure
         self._failure_count = 0
+        self._stop_count = 0  # resets and quiesces asked for; a start of before does not count
         self._last_avail_idx: int | None = None  # where a quiesced queue stands; None = as the driver has set it up
         self._serving = False  # the worker alone knows where the queue stands
         self._lost = ""  # why nobody knows any more; only a reset helps
@@ -107,15 +110,21 @@ class VqControl:
         if self.worker is not None:
             self.worker.abort()
 
-    async def start(self, acked_features: int, info: VqInfo) -> bool:
+    def start(self, acked_features: int, info: VqInfo) -> Coroutine[Any, Any, bool]:
         """Serve the queue that `info` describes, from where it was quiesced if it was. Returns whether it runs.
 
-        A failure is reported through `on_failure`. A worker that has died is replaced first.
+        A failure is reported through `on_failure`. A worker that has died is replaced first. A reset or quiesce that is
+        going on, or comes before this has its turn, leaves the queue stopped.
         """
+        return self._start(acked_features, info, self._stop_count)
+
+    async def _start(self, acked_features: int, info: VqInfo, stop_count: int) -> bool:
         async with self._lock:
             self.unwatch_kick()
-            if self.state == VqState.RUNNING or self.closing:
-                return self.state == VqState.RUNNING
+            if self.state == VqState.RUNNING:
+                return True
+            if self.closing or stop_count != self._stop_count:
+                return False
             if not 0 < info.size <= self._spec.queue_size or info.size & (info.size - 1):
                 return self._refuse(f"size {info.size} is no power of two up to {self._spec.queue_size}")
             if self._lost:
@@ -158,7 +167,7 @@ class VqControl:
 
     async def quiesce(self) -> int | None:
         """Stop the queue once it has finished what is in flight. Returns the avail index, None when that is lost."""
-        async with self._lock:
+        async with self._stopping():
             worker = self._usable_worker()
             if self._lost:
                 return None
@@ -181,16 +190,16 @@ class VqControl:
                 await self._settle(Command.INVALIDATE, start, last)
                 if self.state == VqState.QUIESCING:
                     self.state = VqState.RUNNING
-            return self.worker is None or not self.worker.hung
+            return not self._hangs()
 
     async def reset(self) -> bool:
         """Stop the queue and drop every mapping, with a living worker at the end. Returns whether they are gone."""
-        async with self._lock:
+        async with self._stopping():
             self.unwatch_kick()
             if self._usable_worker() is not None:
                 await self._settle(Command.RESET)
             self._last_avail_idx, self._serving, self._served, self._lost = None, False, None, ""
-            if any(worker is not None and worker.hung for worker in (self.worker, *self._hanging)):
+            if self._hangs():
                 return False
             if self.closing or await self._revive():
                 self.state, self.reason = VqState.STOPPED, ""
@@ -245,7 +254,24 @@ class VqControl:
             self._watching = False
             asyncio.get_running_loop().remove_reader(self.kick_fd)
 
+    @asynccontextmanager
+    async def _stopping(self) -> AsyncIterator[None]:
+        """Hold the lock, and make every start void that was asked for before or meanwhile.
+
+        Until it has our answer the driver's side still shows the queue as ready.
+        """
+        self._stop_count += 1
+        async with self._lock:
+            try:
+                yield
+            finally:
+                self._stop_count += 1
+
     # -- inside; the lock is held
+
+    def _hangs(self) -> bool:
+        """Tell whether a process that was killed may still touch the driver's memory."""
+        return any(worker is not None and worker.hung for worker in (self.worker, *self._hanging))
 
     async def _serve(self, start: ToWorker) -> bool:
         """Have the worker serve as `start` says. Returns whether it does; a failure is reported."""

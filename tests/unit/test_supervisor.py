@@ -246,6 +246,30 @@ def test_a_queue_is_taken_back_and_made_ready_again_by_messages(device: Device) 
     assert not device.bus._call("SET_VQ_READY", lambda i: uapi.SetVqReady(i, 2, True)).ok
 
 
+def test_a_queue_that_is_being_reset_is_not_started_though_it_still_shows_as_ready(device: Device) -> None:
+    device.bus.negotiate(device.bus.offered_features)
+    device.bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA, 0)
+    device.bus.driver_ok()
+    vq, supervisor = device._supervisor._vqs[0], device._supervisor
+    device.bus.set_vq_ready(0)
+    started: list[bool] = []
+
+    async def race() -> None:
+        async with vq._lock:  # a reset has begun, and waits for its turn or for the worker
+            reset = asyncio.ensure_future(vq.reset())
+            await asyncio.sleep(0)
+            start = asyncio.ensure_future(
+                vq.start(supervisor.transport.acked_features(), supervisor.transport.vq_info(0))
+            )
+            await asyncio.sleep(0)
+        assert await reset
+        started.append(await start)
+
+    asyncio.run_coroutine_threadsafe(race(), device._loop).result(WAIT_S)
+    assert started == [False]
+    assert states(device)[0] == "stopped"
+
+
 def test_a_queue_made_ready_before_driver_ok_starts_with_it(device: Device) -> None:
     device.bus.negotiate(device.bus.offered_features)
     assert device.bus._call("SET_VQ_READY", lambda i: uapi.SetVqReady(i, 0, True)).ok
