@@ -67,6 +67,7 @@ def _json(words: list[str]) -> Any:
 def vdusefast(setup: Setup, backend: str, *options: str) -> float:
     """Return IOPS of our device under 4 KiB random reads, one queue."""
     words = [sys.executable, "-m", "vdusefast.bench", "fio", "--name=speed", "--rw=randread", "--bs=4k"]
+    words += ["--transport=loopback"]
     words += [f"--iodepth={IODEPTH}", "--time_based", f"--runtime={setup.seconds:g}", "--ramp_time=500ms"]
     words += [f"--cpus={setup.worker_cpu}", f"--driver-cpus={setup.driver_cpu}", f"--backend={backend}"]
     report = _json([*words, "--output-format=json", *options])

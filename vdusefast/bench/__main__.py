@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,6 +34,46 @@ def fio(arguments: tuple[str, ...]) -> None:
         from vdusefast.bench.fio import run_plan
 
         status = run_plan(parse_arguments(arguments))
+    except VdusefastError as error:
+        click.echo(f"vdusefast.bench: {error}", err=True)
+        status = error.exit_code
+    sys.exit(status)
+
+
+PATH = click.Path(path_type=Path)
+
+
+@main.command(short_help="compare with other ways to serve a file")
+@click.option("--job", "jobs", multiple=True, metavar="OPTIONS", help="See above; may be repeated.")
+@click.option("--peers", metavar="LIST", help="Names, with commas. Default: all that can run here.")
+@click.option("--runtime", metavar="TIME", help="Of one measurement. Default: 2s.")
+@click.option("--ramp", metavar="TIME", help="Before each measurement, not counted. Default: 300ms.")
+@click.option("--rounds", type=click.IntRange(1, 1000), help="How often each peer runs each job. Default: 5.")
+@click.option("--size", metavar="SIZE", help="Of the file that each peer serves. Default: 64M.")
+@click.option("--backing", metavar="DIR", type=PATH, help="Where these files are made. Default: a tmpfs.")
+@click.option("--queues", type=click.IntRange(1, 64), help="Of each peer. Default: 2 where there are 2 CPUs.")
+@click.option("--server-cpus", default="", metavar="LIST", help="CPUs of the servers. Default: any.")
+@click.option("--driver-cpus", default="", metavar="LIST", help="CPUs of fio. Default: any.")
+@click.option("--ioengine", type=click.Choice(["io_uring", "libaio"]), help="Of fio. Default: io_uring if it is there.")
+@click.option("--load-modules", is_flag=True, help="Load the kernel modules that peers need.")
+@click.option("--json", "json_path", metavar="FILE", type=PATH, help="Write everything measured there.")
+@click.option("--plot", metavar="FILE", type=PATH, help="Draw it: FILE.png, .svg or .pdf.")
+@click.option("--markdown", is_flag=True, help="Print Markdown.")
+@click.option("--vm", type=click.Choice(["6.12", "7.3"]), help="In a guest with this kernel, from a source tree.")
+@click.option("--icount", is_flag=True, help="With --vm: time is a count of instructions, one boot a measurement.")
+@click.option("--note", default="", hidden=True)
+@click.option("--keep-awake", is_flag=True, hidden=True)
+def peers(**options: Any) -> None:
+    """Run the same jobs by fio on vdusefast and on other ways to serve a file, and compare.
+
+    A job is written in fio's options: --job "rw=randread bs=4k iodepth=32 numjobs=2". Without any there are eight:
+    random reads and writes of 4 KiB, iodepth 1 and 32, 1 and 2 jobs.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        from vdusefast.bench.peers_options import run_command
+
+        status = run_command(**options)
     except VdusefastError as error:
         click.echo(f"vdusefast.bench: {error}", err=True)
         status = error.exit_code

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
-import shutil
-import signal
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from vdusefast.affinity import format_cpu_list
+from vdusefast.bench.fio_words import file_name, milliseconds
 from vdusefast.bench.jobs import JobSpec
+from vdusefast.bench.real_fio import find_fio, job_figures, problem, run_fio
 from vdusefast.errors import ConfigError, VdusefastError
 
 MARGIN_S = 120.0
 NULL_ENGINE = "null"
-
-
-def find_fio() -> str:
-    """Return the path of fio. Raises ConfigError that says how to get it."""
-    path = shutil.which("fio")
-    if path is None:
-        raise ConfigError("--baseline needs the real fio, which is not installed; type: sudo apt-get install fio")
-    return path
 
 
 def command(
@@ -35,9 +21,7 @@ def command(
 ) -> list[str]:
     """Return fio's command line for `jobs`. With more CPUs than processes, fio gets one process a CPU."""
     words = [fio, "--output-format=json", "--group_reporting", f"--ioengine={engine}", f"--direct={int(direct)}"]
-    if path is not None:  # fio takes a colon for the end of one file's name
-        escaped = str(path).replace("\\", "\\\\").replace(":", "\\:")
-        words += [f"--filename={escaped}"]
+    words += [] if path is None else [file_name(path)]
     if cpus:
         words += [f"--cpus_allowed={format_cpu_list(cpus)}", "--cpus_allowed_policy=split"]
     for job in jobs:
@@ -46,29 +30,13 @@ def command(
         words += [f"--numjobs={clones}", f"--offset={job.offset}"]
         words += [f"--size={job.size}"] if job.size else []
         words += [f"--rwmixread={job.rwmixread}"] if job.kind == "mixed" else []
-        words += [f"--runtime={job.runtime:g}"] if job.runtime else []
+        words += [f"--runtime={milliseconds(job.runtime)}"] if job.runtime else []
         words += ["--time_based"] if job.time_based else []
-        words += [f"--ramp_time={job.ramp_time:g}"] if job.ramp_time else []
+        words += [f"--ramp_time={milliseconds(job.ramp_time)}"] if job.ramp_time else []
         words += [f"--fsync={job.fsync}"] if job.fsync else []
         words += ["--norandommap"] if job.norandommap else []
         words += ["--stonewall"] if job.stonewall else []
     return words
-
-
-def _run(words: list[str], out: IO[str], limit_s: float, stop_fd: int) -> int:
-    """Run fio in a process group of its own, which is gone afterwards. Returns its status. Raises VdusefastError."""
-    process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, process_group=0)
-    pid_fd = os.pidfd_open(process.pid)
-    try:
-        ready, _, _ = select.select([pid_fd, *([stop_fd] if stop_fd >= 0 else [])], [], [], limit_s)
-        if pid_fd in ready:
-            return process.wait()
-        raise VdusefastError("fio was stopped by a signal" if ready else f"fio did not end within {limit_s:g} s")
-    finally:
-        os.close(pid_fd)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def run_baseline(
@@ -88,28 +56,16 @@ def run_baseline(
     """
     if path is None and engine != NULL_ENGINE:
         raise ConfigError(f"--baseline {engine} needs a file that fio can open: use --backend file:PATH")
-    words = command(find_fio(), engine, jobs, path, cpus, direct)
+    words = command(find_fio("--baseline"), engine, jobs, path, cpus, direct)
     limit_s = MARGIN_S + sum(job.runtime + job.ramp_time for job in jobs) * (1 if jobs[0].time_based else 10)
-    with tempfile.TemporaryFile("w+") as out:
-        status = _run(words, out, limit_s, stop_fd)
-        out.seek(0)
-        printed = out.read()
-    start = printed.find("{")
-    if status or start < 0:
-        said = (printed.strip() or "nothing").splitlines()
-        raise VdusefastError(f"fio --ioengine={engine} failed with status {status}: {said[-1]}")
-    results = json.loads(printed[start : printed.rfind("}") + 1])["jobs"]
-    iops = sum(job[op]["iops"] for job in results for op in ("read", "write", "trim"))
-    total = sum(job[op]["bw_bytes"] for job in results for op in ("read", "write", "trim"))
-    weighed = [(job[op]["clat_ns"]["mean"], job[op]["total_ios"]) for job in results for op in ("read", "write")]
-    count = sum(n for _mean, n in weighed)
+    outcome = run_fio(words, limit_s=limit_s, stop_fd=stop_fd)
+    if why := problem(outcome):
+        raise VdusefastError(f"fio --ioengine={engine}: {why}")
+    figures = job_figures(outcome.report["jobs"])
+    iops = figures["iops"]
     return {
         "engine": engine,
-        "iops": iops,
-        "bw_bytes": total,
-        "clat_mean_ns": sum(mean * n for mean, n in weighed) / count if count else 0.0,
-        "usr_cpu": sum(job["usr_cpu"] for job in results) / len(results),
-        "sys_cpu": sum(job["sys_cpu"] for job in results) / len(results),
+        **{key: figures[key] for key in ("iops", "bw_bytes", "clat_mean_ns", "usr_cpu", "sys_cpu")},
         "ratio": ours_iops / iops if iops else 0.0,
         "command": words,
     }

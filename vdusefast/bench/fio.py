@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vdusefast.affinity import check_cpu, parse_cpu_list, read_topology
 from vdusefast.api import Device, StopSignals
 from vdusefast.bench import figures
-from vdusefast.bench.baseline import NULL_ENGINE, find_fio, run_baseline
+from vdusefast.bench.baseline import NULL_ENGINE, run_baseline
 from vdusefast.bench.jobs import AUTO_QUEUES, JobSpec, Plan, RunOptions
+from vdusefast.bench.kernel_fio import has_failed, kernel_report, run_on_kernel
+from vdusefast.bench.measured import Outcome, cpu_seconds, job_lines, queue_figures, queue_lines
 from vdusefast.bench.plan import place_jobs, required_bytes
+from vdusefast.bench.real_fio import find_fio
 from vdusefast.bench.report import INTRODUCTION, ProgressLine, bytes_text, print_report
 from vdusefast.bench.run import Control, JobRun, driver_cpus, run_group
 from vdusefast.bench.store import BenchStore, StoppedError
@@ -30,33 +33,25 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 
-@dataclass
-class _Outcome:
-    """What is known when the device has stopped."""
-
-    runs: list[JobRun] = field(default_factory=list)
-    queues: list[Json] = field(default_factory=list)
-    engine_used: str = ""
-    stopped_by: str = ""
-    failure: VdusefastError | None = None
-
-
 def choose_transport(wanted: str) -> tuple[str, str]:
-    """Return the transport to use and the reason. Raises KernelSupportError for one that is not there.
-
-    The one place that changes when the kernel transport comes.
-    """
-    if wanted == "kernel":
-        raise KernelSupportError(
-            "--transport kernel: this version drives devices through the loopback transport only; "
-            "use --transport loopback, and `vdusefast check` to see what the kernel offers"
-        )
+    """Return the transport to use and the reason. Raises KernelSupportError for one that cannot be used here."""
     if wanted == "loopback":
         return "loopback", "as asked"
-    return "loopback", "the only transport of this version; it needs no kernel module"
+    from vdusefast.doctor import kernel_usable
+
+    usable, reason = kernel_usable()
+    if wanted == "kernel":
+        if not usable:
+            raise KernelSupportError(f"--transport=kernel: {reason}; --transport=loopback needs no kernel module")
+        return "kernel", "as asked"
+    if not usable:
+        return "loopback", f"it needs no kernel module; the kernel's VDUSE cannot be used: {reason}"
+    if shutil.which("fio") is None:
+        return "loopback", "VDUSE can be used here, but fio, which would load the device, is not installed"
+    return "kernel", reason or "VDUSE can be used here"
 
 
-def build_config(run: RunOptions, uri: str | None) -> Config:
+def build_config(run: RunOptions, uri: str | None, transport: str = "loopback") -> Config:
     """Return the device's configuration: the file of --config, options over it, `uri` (the store) over both."""
     overrides: Json = {
         "queues": min(2, len(os.sched_getaffinity(0))) if run.queues == AUTO_QUEUES else run.queues,
@@ -70,11 +65,11 @@ def build_config(run: RunOptions, uri: str | None) -> Config:
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if run.config is None:
         overrides.setdefault("cpus", "auto")
-        return resolve_cpus(make_config(name=f"bench-{os.getpid()}", transport="loopback", **overrides))
+        return resolve_cpus(make_config(name=f"bench-{os.getpid()}", transport=transport, **overrides))
     config = load_config(run.config)
     if run.cpus is not None:
         overrides["cpu"] = None  # of each queue: the list on the command line decides
-    return resolve_cpus(override(config, transport="loopback", **overrides))
+    return resolve_cpus(override(config, transport=transport, **overrides))
 
 
 def run_plan(plan: Plan) -> int:
@@ -85,7 +80,9 @@ def run_plan(plan: Plan) -> int:
     run = plan.run
     transport, reason = choose_transport(run.transport)
     if run.baseline:
-        find_fio()
+        find_fio("--baseline")
+    if run.transport == "loopback" and (run.direct is not None or run.ioengine is not None):
+        raise ConfigError("direct and ioengine are the real fio's, which loads devices of --transport=kernel only")
     quiet = run.output_format == "json" and run.output is None
     notes: TextIO = sys.stderr if quiet else sys.stdout
 
@@ -98,7 +95,7 @@ def run_plan(plan: Plan) -> int:
     uri = run.backend
     if uri is None and run.config is not None:
         uri = load_config(run.config).backend.uri
-    _check_run(run, uri)
+    _check_run(run, uri, transport)
     with StopSignals() as signals:
         try:
             return _run_on_store(plan, uri, transport, say, signals)
@@ -107,9 +104,9 @@ def run_plan(plan: Plan) -> int:
             return 0
 
 
-def _check_run(run: RunOptions, uri: str | None) -> None:
+def _check_run(run: RunOptions, uri: str | None, transport: str) -> None:
     """Refuse what is known to be wrong before anything is made. Raises ConfigError."""
-    build_config(run, uri or "file:temporary")
+    build_config(run, uri or "file:temporary", transport)
     for cpu in parse_cpu_list(run.driver_cpus) if run.driver_cpus else []:
         check_cpu(cpu, read_topology(), "driver_cpus")
     if uri is not None and not uri.startswith("file:") and set(run.baseline) - {NULL_ENGINE}:
@@ -129,9 +126,13 @@ def _run_on_store(plan: Plan, uri: str | None, transport: str, say: Any, signals
     late: VdusefastError | None = None
     size_bytes = required_bytes(plan.jobs)
     with BenchStore(uri, size_bytes, reads=reads, say=say, stopped=lambda: signals.requested) as store:
-        config = build_config(run, store.uri)
-        outcome = _run_device(plan, config, say, signals)
-        report = figures.fio_report(plan, outcome.runs, started_s, _extra(config, transport, outcome))
+        config = build_config(run, store.uri, transport)
+        if transport == "kernel":
+            outcome = run_on_kernel(plan, config, say, signals)
+            report = kernel_report(plan, outcome, _extra(config, transport, outcome))
+        else:
+            outcome = _run_device(plan, config, say, signals)
+            report = figures.fio_report(plan, outcome.runs, started_s, _extra(config, transport, outcome))
         try:
             if not outcome.stopped_by:
                 _add_baselines(plan, config, store, report, say, signals)
@@ -143,11 +144,11 @@ def _run_on_store(plan: Plan, uri: str | None, transport: str, say: Any, signals
     if late is not None:
         raise late
     failed = any(r.results["request_errors"] or r.results["verify_errors"] for r in outcome.runs)
-    return 1 if failed else 0
+    return 1 if failed or has_failed(outcome) else 0
 
 
-def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> _Outcome:
-    outcome = _Outcome()
+def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> Outcome:
+    outcome = Outcome()
     with Device(config) as device, device.driver() as driver:
         _describe(device, driver, config, plan, say)
         groups = place_jobs(plan.jobs, driver.capacity_bytes, driver.block_size_bytes)
@@ -155,7 +156,7 @@ def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> _
         worker_cpus = [q.cpu for q in config.queue if q.cpu is not None]
         wanted = parse_cpu_list(plan.run.driver_cpus) if plan.run.driver_cpus else None
         cpus = driver_cpus(wanted, worker_cpus, os.sched_getaffinity(0))
-        before, begin = _cpu_seconds(device), time.monotonic()
+        before, begin = cpu_seconds(device), time.monotonic()
         trimmed: list[tuple[int, int]] = []
         with ProgressLine() as line:
             control = Control(lambda: signals.requested, lambda: device.failure, line.update)
@@ -172,8 +173,8 @@ def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> _
                 trimmed = _still_trimmed(trimmed, outcome.runs[-len(group) :])
                 if signals.requested:
                     break
-        passed, after = time.monotonic() - begin, _cpu_seconds(device)
-        outcome.queues = _queues(device, before, after, passed)
+        passed, after = time.monotonic() - begin, cpu_seconds(device)
+        outcome.queues = queue_figures(device.stats(), before, after, passed)
         outcome.engine_used = device.queues()[0].engine
         outcome.stopped_by = signals.received.name if signals.received is not None else ""
     outcome.failure = device.failure  # the drain at the end can fail, too
@@ -213,54 +214,11 @@ def _describe(device: Device, driver: LoopbackDriver, config: Config, plan: Plan
         f"device: {bytes_text(driver.capacity_bytes)} on {backend.uri}, cache {backend.cache}, "
         f"engine {queues[0].engine}, {len(queues)} queue(s) of {driver.queue_size}"
     )
-    for queue in queues:
-        where = f"pinned to CPU {queue.cpu}" if queue.cpu >= 0 else "on any CPU"
-        say(f"  queue {queue.index}: worker process {queue.pid}, {where}")
-    for job in plan.jobs:
-        clones = f"{job.numjobs} x " if job.numjobs > 1 else ""
-        length = f"{job.runtime:g} s" if job.time_based else bytes_text(job.size or driver.capacity_bytes - job.offset)
-        mix = f" ({job.rwmixread} % reads)" if job.kind == "mixed" else ""
-        verify = f", verified by {job.verify}" if job.verify != "none" else ""
-        say(f"job: {clones}{job.name}: {job.rw}{mix}, {job.bs} bytes, {job.iodepth} in flight, {length}{verify}")
+    for line in [*queue_lines(device), *job_lines(plan.jobs, driver.capacity_bytes)]:
+        say(line)
 
 
-def _cpu_seconds(device: Device) -> dict[int, float]:
-    """Return the CPU time that each worker has used, by pid."""
-    import psutil
-
-    out = {}
-    for queue in device.queues():
-        try:
-            times = psutil.Process(queue.pid).cpu_times()
-            out[queue.pid] = times.user + times.system
-        except psutil.NoSuchProcess:
-            continue  # the device's failure names it
-    return out
-
-
-def _queues(device: Device, before: dict[int, float], after: dict[int, float], passed_s: float) -> list[Json]:
-    queues = []
-    for stats in device.stats().queues:
-        used_s = after.get(stats.pid, 0.0) - before.get(stats.pid, 0.0)
-        queues.append(
-            {
-                "index": stats.index,
-                "pid": stats.pid,
-                "cpu": stats.cpu,
-                "cpu_percent": 100 * used_s / passed_s if passed_s else 0.0,
-                "requests": stats.requests,
-                "bytes_read": stats.bytes_read,
-                "bytes_written": stats.bytes_written,
-                "errors": stats.errors,
-                "kicks": stats.kicks,
-                "irqs": stats.irqs,
-                "batches": stats.batches,
-            }
-        )
-    return queues
-
-
-def _extra(config: Config, transport: str, outcome: _Outcome) -> Json:
+def _extra(config: Config, transport: str, outcome: Outcome) -> Json:
     return {
         "transport": transport,
         "backend": config.backend.uri,

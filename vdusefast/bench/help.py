@@ -27,7 +27,7 @@ JOB_HELP = {
 }
 
 RUN_HELP = {
-    "transport": "auto, loopback or kernel",
+    "transport": "kernel (a real /dev/vdX, loaded by the real fio), loopback, or auto: kernel where it works",
     "queues": "virtqueues, each with a worker process of its own; auto = 2 where there are 2 CPUs",
     "cpus": "CPUs of the workers, one a queue: 0,1 or 0-3; or auto",
     "driver_cpus": "CPUs of the load; those that no worker has unless given",
@@ -41,6 +41,8 @@ RUN_HELP = {
     "output": "write the report to this file",
     "output_format": "normal or json",
     "explain": "end with a paragraph that says what the figures mean",
+    "direct": "kernel transport: 1 (unless set to 0) passes the page cache of /dev/vdX by",
+    "ioengine": "kernel transport: io_uring or libaio, whichever is there, or psync, posixaio",
 }
 
 

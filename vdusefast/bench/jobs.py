@@ -93,6 +93,8 @@ class RunOptions:
     output: str | None = None
     output_format: str = "normal"
     explain: bool = False
+    direct: bool | None = None  # of the real fio, which the kernel transport runs
+    ioengine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def _parse_bool(text: str) -> bool:
     return text in ("1", "true")
 
 
-def _parse_seconds(text: str) -> float:
+def parse_seconds(text: str) -> float:
+    """Return the seconds that `text` stands for: 10, 500ms or 2m. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h|d)?", text)
     if not match:
         raise ConfigError(f"{text!r} is not a time; write for example 10, 500ms or 2m")
@@ -142,8 +145,8 @@ def _parse_block_size(text: str) -> int:
     return size
 
 
-def _parse_pattern(text: str) -> bytes:
-    """Return the bytes of a pattern: 0xHEX, a decimal number, or "text" in quotes."""
+def parse_pattern(text: str) -> bytes:
+    """Return the bytes of a pattern: 0xHEX, a decimal number, or "text" in quotes. Raises ConfigError."""
     if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
         digits = text[2:]
         return bytes.fromhex(digits if len(digits) % 2 == 0 else "0" + digits)
@@ -176,11 +179,11 @@ JOB_OPTIONS: dict[str, Parser] = {
     "offset": parse_size,
     "iodepth": _parse_int(1, 32768),
     "numjobs": _parse_int(1, 1024),
-    "runtime": _parse_seconds,
+    "runtime": parse_seconds,
     "time_based": _parse_bool,
-    "ramp_time": _parse_seconds,
+    "ramp_time": parse_seconds,
     "verify": _parse_choice("crc32c", "pattern"),
-    "verify_pattern": _parse_pattern,
+    "verify_pattern": parse_pattern,
     "do_verify": _parse_bool,
     "fsync": _parse_int(0, 1 << 31),
     "randrepeat": _parse_bool,
@@ -205,6 +208,8 @@ RUN_OPTIONS: dict[str, Parser] = {
     "output": str,
     "output_format": _parse_choice("normal", "json"),
     "explain": _parse_bool,
+    "direct": _parse_bool,
+    "ioengine": _parse_choice("io_uring", "libaio", "psync", "posixaio"),
 }
 ALIASES = {"readwrite": "rw", "blocksize": "bs"}
 FLAGS = {name for name, parser in (JOB_OPTIONS | RUN_OPTIONS).items() if parser is _parse_bool}

@@ -1,0 +1,397 @@
+"""`python -m vdusefast.bench peers`: one job after another, side by side on several ways to serve a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vdusefast.affinity import check_cpu, parse_cpu_list, read_topology
+from vdusefast.api import StopSignals
+from vdusefast.bench import data_check, figures, peer_kinds, rounds
+from vdusefast.bench.awake import Awake
+from vdusefast.bench.fio_words import measure_words, verify_words
+from vdusefast.bench.jobs import JobSpec, RunOptions, parse_arguments
+from vdusefast.bench.peer import Peer, PeerSetup, first_line, load_modules
+from vdusefast.bench.peers_report import OURS, print_peers
+from vdusefast.bench.real_fio import (
+    KILL_S,
+    FioOutcome,
+    FioStuckError,
+    choose_engine,
+    find_fio,
+    job_figures,
+    problem,
+    run_fio,
+)
+from vdusefast.bench.report import bytes_text, count_text
+from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
+
+Json = dict[str, Any]
+Say = Callable[[str], None]
+
+MARGIN_S = 120.0  # for fio to start and to end on a slow machine
+CHECK_DEPTH = 32
+CHECK_BYTES = 2 << 20
+SEED = 0x5EED
+SHM = Path("/dev/shm")  # noqa: S108 (a directory of our own is made there)
+ROOM = 1.1  # of a file system, as a multiple of what the files take
+DEFAULT_SIZE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class PeersOptions:
+    """What one command asks for. peers: None = all that can run here. backing: None = a tmpfs."""
+
+    jobs: tuple[JobSpec, ...]
+    peers: tuple[str, ...] | None = None
+    runtime_s: float = 2.0
+    ramp_s: float = 0.3
+    rounds: int = 5
+    size_bytes: int = DEFAULT_SIZE_BYTES
+    backing: Path | None = None
+    queues: int = 0  # 0 = two where there are two CPUs, else one
+    server_cpus: str = ""
+    driver_cpus: str = ""
+    ioengine: str | None = None
+    load_modules: bool = False
+    json: Path | None = None
+    plot: Path | None = None
+    markdown: bool = False
+    note: str = ""
+    keep_awake: bool = False  # see `awake`
+
+
+def standard_jobs() -> tuple[JobSpec, ...]:
+    """Return the eight jobs that are run unless others are given."""
+    return tuple(
+        named(JobSpec(name="", rw=rw, iodepth=iodepth, numjobs=numjobs))
+        for rw in ("randread", "randwrite")
+        for iodepth in (1, 32)
+        for numjobs in (1, 2)
+    )
+
+
+def parse_job(text: str) -> JobSpec:
+    """Return the job that `text` describes: "rw=randread bs=4k iodepth=32 numjobs=2". Raises ConfigError."""
+    plan = parse_arguments([f"--{word}" for word in shlex.split(text)])
+    if len(plan.jobs) != 1 or plan.run != RunOptions():
+        raise ConfigError(f"--job {text!r}: write one job's own options, such as rw=randread bs=4k iodepth=32")
+    job = plan.jobs[0]
+    if job.verify != "none" or job.kind == "trim":
+        raise ConfigError(f"--job {text!r}: only reads and writes are timed; data is verified apart from that")
+    if job.runtime or job.time_based or job.ramp_time:
+        raise ConfigError(f"--job {text!r}: --runtime and --ramp of the command say how long all jobs run")
+    return named(job)
+
+
+def named(job: JobSpec) -> JobSpec:
+    """Return `job` with the name that tables show: "randread 4k qd32 x2" for 32 in flight in each of two jobs."""
+    size = f"{job.bs >> 10}k" if job.bs % 1024 == 0 else f"{job.bs}"
+    mix = f" {job.rwmixread}%" if job.kind == "mixed" else ""
+    return replace(job, name=f"{job.rw}{mix} {size} qd{job.iodepth} x{job.numjobs}")
+
+
+def run_peers(options: PeersOptions) -> int:
+    """Run everything, print and write the report; return 1 when a peer failed, or one that was named did not run.
+
+    Raises VdusefastError for what keeps it from running at all.
+    """
+    if os.geteuid() != 0:
+        raise KernelSupportError("bench peers makes block devices, for which it has to be root; use sudo")
+    check_outputs(options)
+    with StopSignals() as signals, Awake(options.keep_awake) as awake:
+        report = _compare(options, signals, awake)
+    emit(report, options)
+    named_absent = options.peers is not None and bool(report["not_run"])
+    return 1 if report["failed"] or named_absent else 0
+
+
+def _compare(options: PeersOptions, signals: StopSignals, awake: Awake) -> Json:
+    """Find out what can run, run it, and return the report. Raises VdusefastError when nothing can."""
+    fio = find_fio("bench peers")
+    engine = choose_engine(fio, options.ioengine)
+    wanted = [peer for peer in peer_kinds.ALL if options.peers is None or peer.name in options.peers]
+    if options.load_modules:
+        load_modules([module for peer in wanted for module in peer.modules])
+    absent = {peer.name: reason for peer in wanted if (reason := peer.missing())}
+    runnable = [peer for peer in wanted if peer.name not in absent]
+    if not runnable:
+        raise KernelSupportError("no peer can run here: " + "; ".join(f"{k}: {v}" for k, v in absent.items()))
+    with backing_directory(options, len(runnable)) as directory:
+        return Session(options, fio, engine, directory, signals, awake).run(runnable, absent)
+
+
+def check_outputs(options: PeersOptions) -> None:
+    """Refuse, before anything runs, what could not be written afterwards. Raises ConfigError."""
+    for option, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is not None and not os.access(path.absolute().parent, os.W_OK):
+            raise ConfigError(f"{option} {path}: cannot write into {path.absolute().parent}")
+    if options.plot is not None:
+        from vdusefast.bench.peers_plot import check_plot
+
+        check_plot(options.plot)
+    for option, text in (("--server-cpus", options.server_cpus), ("--driver-cpus", options.driver_cpus)):
+        for cpu in parse_cpu_list(text, f"{option}: ") if text else []:
+            check_cpu(cpu, read_topology(), option)
+
+
+def emit(report: Json, options: PeersOptions) -> None:
+    """Print the tables, write JSON and plot. Raises BackendError."""
+    print_peers(report, sys.stdout, markdown=options.markdown)
+    try:
+        if options.json is not None:
+            options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if options.plot is not None:
+            from vdusefast.bench.peers_plot import plot
+
+            plot(report, options.plot)
+    except OSError as error:
+        raise BackendError(f"{error.filename}: cannot write the report: {error.strerror}") from None
+
+
+@contextmanager
+def backing_directory(options: PeersOptions, file_count: int) -> Iterator[Path]:
+    """Yield a directory for the peers' files, removed with all that is in it. Raises ConfigError without room."""
+    needed = int(file_count * options.size_bytes * ROOM)
+    parent = options.backing
+    if parent is None:
+        candidates = [SHM, Path(tempfile.gettempdir())]
+        fitting = [path for path in candidates if file_system(path) == "tmpfs" and _room_bytes(path) >= needed]
+        if not fitting:
+            raise ConfigError(
+                f"no tmpfs has {bytes_text(needed)} free for the peers' files; give --backing DIR or --size"
+            )
+        parent = fitting[0]
+    if not parent.is_dir():
+        raise ConfigError(f"--backing {parent}: no such directory; the peers' files are made in it")
+    if _room_bytes(parent) < needed:
+        raise ConfigError(f"--backing {parent}: less than {bytes_text(needed)} free for the peers' files; see --size")
+    with tempfile.TemporaryDirectory(prefix="vdusefast-peers-", dir=parent) as directory:
+        yield Path(directory)
+
+
+def file_system(path: Path) -> str:
+    """Return the type of the file system that holds `path`, "" when the kernel does not show it."""
+    place, kind = Path("/"), ""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _device, point, name, *_rest = line.split()
+        here = Path(point.replace("\\040", " "))
+        if path.resolve().is_relative_to(here) and len(here.parts) >= len(place.parts):
+            place, kind = here, name
+    return kind
+
+
+def _room_bytes(path: Path) -> int:
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return 0
+
+
+@dataclass
+class Session:
+    """One run of the comparison: which peers live, what has been measured, what failed."""
+
+    options: PeersOptions
+    fio: str
+    engine: str
+    directory: Path
+    signals: StopSignals
+    awake: Awake
+    peers: dict[str, Peer] = field(default_factory=dict)
+    described: list[Json] = field(default_factory=list)
+    runs: list[Json] = field(default_factory=list)
+    failed: list[Json] = field(default_factory=list)
+
+    def run(self, kinds: Sequence[type[Peer]], absent: dict[str, str]) -> Json:
+        """Start, check, time and remove the peers, and return the report. Nothing of them is left, whatever happens."""
+        with ExitStack() as stack:
+            stack.callback(self._stop_all)
+            for number, kind in enumerate(kinds):
+                if self.signals.requested:
+                    break
+                self._start(kind, number)
+            if self.peers and not self.signals.requested:
+                self._measure()
+                self._check_again()
+        return self._report(absent)
+
+    def _start(self, kind: type[Peer], number: int) -> None:
+        """Make a peer with its file, and look whether its data is right. One that fails is noted and removed."""
+        options = self.options
+        path = self.directory / f"{kind.name}.img"
+        peer: Peer | None = None
+        try:
+            if kind.keeps_data:
+                data_check.make_file(path, options.size_bytes, SEED)
+            cpus = tuple(parse_cpu_list(options.server_cpus)) if options.server_cpus else ()
+            tag = f"{os.getpid()}-{number}"
+            peer = kind(PeerSetup(path, options.size_bytes, self.queues, cpus, self.directory, tag))
+            peer.start()
+            self.peers[kind.name] = peer
+            say(f"{kind.name}: {peer.node}" + ("" if kind.keeps_data else ", which keeps no data to check"))
+            description = peer.describe()
+            self.described.append(description)
+            if kind.keeps_data:
+                self._check(peer)
+                description["checked"] = True
+        except (VdusefastError, OSError) as error:
+            self._give_up(kind.name, "", error)
+
+    def _check(self, peer: Peer) -> None:
+        setup = peer.setup
+        data_check.compare(peer.node, setup.path, setup.size_bytes)
+        data_check.check_writes(peer.node, setup.path, setup.size_bytes, SEED)
+        size = min(CHECK_BYTES, setup.size_bytes)
+        words = verify_words(
+            self.fio, peer.node, engine=self.engine, size_bytes=size, iodepth=CHECK_DEPTH, cpus=self._driver_cpus()
+        )
+        outcome = self._fio(peer, words, MARGIN_S)
+        if why := problem(outcome):
+            raise data_check.DataError(f"{peer.node}: verification: {why}")
+
+    def _measure(self) -> None:
+        options = self.options
+        names = list(self.peers)
+        for number, job, order in rounds.schedule(options.jobs, names, options.rounds):
+            line = []
+            for name in order:
+                if self.signals.requested:
+                    return
+                if name not in self.peers:
+                    continue
+                run = self._measure_one(self.peers[name], job, number)
+                if run is not None:
+                    self.runs.append(run)
+                    line.append(f"{name} {count_text(run['iops'])}")
+            say(f"{job.name}, round {number + 1} of {options.rounds}: {', '.join(line)}")
+
+    def _measure_one(self, peer: Peer, job: JobSpec, number: int) -> Json | None:
+        """Time one job on one peer. Returns None when it failed, which is noted, or was stopped by a signal."""
+        options = self.options
+        words = measure_words(
+            self.fio,
+            peer.node,
+            job,
+            engine=self.engine,
+            direct=True,
+            cpus=self._driver_cpus(),
+            size_bytes=options.size_bytes,
+            runtime_s=options.runtime_s,
+            ramp_s=options.ramp_s,
+        )
+        try:
+            self._settle(peer)
+            with self.awake.paused():
+                outcome = self._fio(peer, words, MARGIN_S + options.runtime_s + options.ramp_s)
+            if why := problem(outcome):
+                raise VdusefastError(why)
+            figures_of_run = job_figures(outcome.report["jobs"])
+            if not figures_of_run["total_ios"]:
+                raise VdusefastError("fio finished no request")
+        except (VdusefastError, OSError) as error:
+            if not self.signals.requested:
+                self._give_up(peer.name, job.name, error)
+            return None
+        return {"job": job.name, "peer": peer.name, "round": number, **figures_of_run}
+
+    def _settle(self, peer: Peer) -> None:
+        """Write back what the peer's file has in the page cache: it must not be written in the next one's time."""
+        if peer.keeps_data:
+            fd = os.open(peer.setup.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def _fio(self, peer: Peer, words: list[str], limit_s: float) -> FioOutcome:
+        """Run fio on a peer. One whose requests are never answered loses its device, so that fio can end."""
+        try:
+            return run_fio(words, limit_s=limit_s, stop_fd=self.signals.fileno(), tick=lambda _passed: peer.check())
+        except FioStuckError as stuck:
+            peer.stop(force=True)
+            stuck.fio.reap(KILL_S)
+            raise VdusefastError(str(stuck.cause or stuck)) from None
+
+    def _check_again(self) -> None:
+        """Look whether the devices still return what their files hold, now that they have been written to."""
+        for peer in list(self.peers.values()):
+            if not peer.keeps_data or self.signals.requested:
+                continue
+            try:
+                data_check.compare(peer.node, peer.setup.path, peer.setup.size_bytes)
+            except (VdusefastError, OSError) as error:
+                self._give_up(peer.name, "the check after the last job", error)
+
+    def _give_up(self, name: str, job: str, error: Exception) -> None:
+        """Note why a peer is out, and remove it."""
+        reason = f"{error.strerror or error}" if isinstance(error, OSError) else str(error)
+        self.failed.append({"peer": name, "job": job, "reason": reason})
+        say(f"{name}: failed{f' in {job}' if job else ''}: {reason}")
+        peer = self.peers.pop(name, None)
+        if peer is not None:
+            self._stop(peer, force=True)
+
+    def _stop_all(self) -> None:
+        while self.peers:
+            self._stop(self.peers.popitem()[1], force=False)
+
+    def _stop(self, peer: Peer, *, force: bool) -> None:
+        try:
+            peer.stop(force=force)
+        except (VdusefastError, OSError) as error:
+            self.failed.append({"peer": peer.name, "job": "its removal", "reason": str(error)})
+            say(f"{peer.name}: cannot be removed: {error}")
+
+    @property
+    def queues(self) -> int:
+        """How many queues each peer gets."""
+        return self.options.queues or min(2, len(os.sched_getaffinity(0)))
+
+    def _driver_cpus(self) -> list[int]:
+        return parse_cpu_list(self.options.driver_cpus) if self.options.driver_cpus else []
+
+    def _report(self, absent: dict[str, str]) -> Json:
+        options = self.options
+        names = [peer["name"] for peer in self.described]
+        jobs = [job.name for job in options.jobs]
+        backing = file_system(self.directory) or "unknown file system"
+        return {
+            "host": figures.host(),
+            "method": {
+                "fio": first_line([self.fio, "--version"]),
+                "ioengine": self.engine,
+                "direct": True,
+                "jobs": jobs,
+                "rounds": options.rounds,
+                "runtime_s": options.runtime_s,
+                "ramp_s": options.ramp_s,
+                "size_bytes": options.size_bytes,
+                "backing": backing,
+                "queues": self.queues,
+                "cpu_count": os.cpu_count() or 1,
+                "server_cpus": options.server_cpus,
+                "driver_cpus": options.driver_cpus,
+                "note": options.note,
+            },
+            "peers": self.described,
+            "not_run": [{"name": name, "reason": reason} for name, reason in absent.items()],
+            "failed": self.failed,
+            "runs": self.runs,
+            "table": rounds.table(self.runs, jobs, names, OURS),
+            "stopped_by": self.signals.received.name if self.signals.received is not None else "",
+        }
+
+
+def say(text: str) -> None:
+    """Tell how far it has come."""
+    print(text, file=sys.stderr, flush=True)

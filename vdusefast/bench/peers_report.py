@@ -1,0 +1,105 @@
+"""The report of `bench peers`: tables for a terminal, Markdown for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from vdusefast.bench.report import Table, bytes_text, count_text, latency_text, print_tables
+
+Json = dict[str, Any]
+
+OURS = "vdusefast"
+
+
+def spread_text(spread: float) -> str:
+    """Return a spread as "±3 %"."""
+    return f"±{100 * spread:.0f} %"
+
+
+def iops_table(report: Json) -> Table:
+    """Return IOPS with their spread: a row for each job, a column for each peer."""
+    return _pivot(report, "IOPS", lambda row: f"{count_text(row['iops'])} {spread_text(row['iops_spread'])}")
+
+
+def latency_table(report: Json) -> Table:
+    """Return the 99th percentile of latency in the same form."""
+    return _pivot(report, "p99", lambda row: latency_text(row["clat_p99_ns"]))
+
+
+def ratio_table(report: Json) -> Table | None:
+    """Return our IOPS to those of each other peer, the median of the rounds' ratios; None without any."""
+    if not any(row["ratio"] is not None for row in report["table"]):
+        return None
+    headings, rows = _pivot(
+        report,
+        f"{OURS} /",
+        lambda row: f"{row['ratio']:.2f} {spread_text(row['ratio_spread'])}" if row["ratio"] is not None else "",
+    )
+    place = headings.index(OURS)
+    return headings[:place] + headings[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
+
+
+def _pivot(report: Json, corner: str, cell: Any) -> Table:
+    peers = [peer["name"] for peer in report["peers"] if any(row["peer"] == peer["name"] for row in report["table"])]
+    cells = {(row["job"], row["peer"]): cell(row) for row in report["table"]}
+    jobs = list(dict.fromkeys(row["job"] for row in report["table"]))
+    return (corner, *peers), [(job, *(cells.get((job, peer), "") for peer in peers)) for job in jobs]
+
+
+def tables(report: Json) -> list[Table]:
+    """Return all tables of a report."""
+    ratio = ratio_table(report)
+    return [iops_table(report), *([ratio] if ratio is not None else []), latency_table(report)]
+
+
+def notes(report: Json) -> list[str]:
+    """Return the lines below the tables: what each peer is, what did not run, what failed."""
+    lines = [
+        f"{peer['name']}: {peer['title']}; {peer['version'] or 'part of this kernel'}; {peer['cache']}"
+        for peer in report["peers"]
+    ]
+    lines += [f"not run: {peer['name']}: {peer['reason']}" for peer in report["not_run"]]
+    for failed in report["failed"]:
+        where = f" in {failed['job']}" if failed["job"] else ""
+        lines.append(f"failed: {failed['peer']}{where}: {failed['reason']}")
+    if report["stopped_by"]:
+        lines.append(f"stopped early by {report['stopped_by']}: what had been measured is above")
+    return lines
+
+
+def method_text(report: Json) -> str:
+    """Return how it was measured, in one paragraph."""
+    method, host = report["method"], report["host"]
+    fio_cpus = f"fio on CPU {method['driver_cpus']}" if method["driver_cpus"] else "fio on any CPU"
+    servers = f"servers on CPU {method['server_cpus']}" if method["server_cpus"] else "servers on any CPU"
+    text = (
+        f"{host['cpu']}, {method['cpu_count']} CPUs, Linux {host['kernel']}; {method['fio']}, "
+        f"ioengine {method['ioengine']}, direct=1; {method['rounds']} rounds of {method['runtime_s']:g} s after "
+        f"{method['ramp_s']:g} s, interleaved; {bytes_text(method['size_bytes'])} files on {method['backing']}, one a "
+        f"peer; {method['queues']} queue(s); {servers}, {fio_cpus}."
+    )
+    return f"{text} {method['note']}" if method["note"] else text
+
+
+def print_peers(report: Json, stream: TextIO, *, markdown: bool = False) -> None:
+    """Print method, tables and notes."""
+    if markdown:
+        print(method_text(report), file=stream)
+        for headings, rows in tables(report):
+            _print_markdown(headings, rows, stream)
+        print(file=stream)
+        for line in notes(report):
+            print(f"- {line}", file=stream)
+        return
+    print(f"\n{method_text(report)}\n", file=stream)
+    print_tables(tables(report), stream)
+    for line in notes(report):
+        print(line, file=stream)
+
+
+def _print_markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO) -> None:
+    print(f"\n| {' | '.join(headings)} |", file=stream)
+    print(f"|---|{'---:|' * (len(headings) - 1)}", file=stream)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", file=stream)

@@ -1,0 +1,246 @@
+"""The real fio: finding it, its engines, and running it so that nothing of it is left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any
+
+from vdusefast.errors import ConfigError, VdusefastError
+
+Json = dict[str, Any]
+
+SYS_IO_URING_SETUP = 425  # the same on every architecture
+IO_URING_PARAMS_BYTES = 120
+FINISH_S = 20.0  # how long fio may take to finish what is in flight once it was told to stop
+KILL_S = 5.0  # how long a killed process may take to be gone, unless a device holds it
+TICK_S = 0.1
+PERCENTILE_99 = "99.000000"
+DIRECTIONS = ("read", "write", "trim")
+
+
+class FioStuckError(VdusefastError):
+    """A killed fio is not gone: requests of it wait in the kernel, and their device has to go first.
+
+    fio: to `reap` then. cause: why it was killed, None when it was not for an error.
+    """
+
+    def __init__(self, message: str, fio: FioProcess):
+        super().__init__(message)
+        self.fio = fio
+        self.cause: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class FioOutcome:
+    """How a run ended: exit status, the JSON report ({} when it printed none), and every other line that it printed."""
+
+    status: int
+    report: Json
+    messages: list[str]
+
+
+def find_fio(purpose: str) -> str:
+    """Return the path of fio. Raises ConfigError that says what needs it and how to get it."""
+    path = shutil.which("fio")
+    if path is None:
+        raise ConfigError(f"{purpose} needs the real fio, which is not installed; type: sudo apt-get install fio")
+    return path
+
+
+def choose_engine(fio: str, wanted: str | None = None) -> str:
+    """Return the ioengine to use: `wanted`, else io_uring where kernel and fio have it, else libaio.
+
+    Raises ConfigError when fio or the kernel does not have it.
+    """
+    listed = subprocess.run([fio, "--enghelp"], capture_output=True, text=True, timeout=60, check=False).stdout
+    known = set(listed.split())
+    if wanted is None:
+        wanted = "io_uring" if "io_uring" in known and kernel_has_io_uring() else "libaio"
+    if wanted not in known:
+        raise ConfigError(f"ioengine={wanted}: this fio does not have it; type: fio --enghelp")
+    if wanted == "io_uring" and not kernel_has_io_uring():
+        raise ConfigError("ioengine=io_uring: this kernel does not have it, or forbids it; use ioengine=libaio")
+    return wanted
+
+
+def kernel_has_io_uring() -> bool:
+    """Return whether this process may set up an io_uring."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(SYS_IO_URING_SETUP, 1, ctypes.create_string_buffer(IO_URING_PARAMS_BYTES))
+    if fd >= 0:
+        os.close(fd)
+        return True
+    return ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM)
+
+
+class FioProcess:
+    """A running fio. A context manager: when it exits, fio and the processes of its jobs are gone.
+
+    Raises FioStuckError on exit when they are not: the device that they use has to go first, then `reap`.
+    """
+
+    def __init__(self, words: Sequence[str]):
+        """Start `words`, a complete command line with --output-format=json. Raises VdusefastError."""
+        self._words = list(words)
+        self._out: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
+        try:
+            # A group of its own: a terminal's Ctrl-C is ours to pass on.
+            self._process = subprocess.Popen(
+                self._words, stdin=subprocess.DEVNULL, stdout=self._out, stderr=subprocess.STDOUT, process_group=0
+            )
+        except OSError as error:
+            self._out.close()
+            raise VdusefastError(f"{self._words[0]}: cannot be started: {error.strerror}") from None
+        self._pid_fd = os.pidfd_open(self._process.pid)
+
+    def __enter__(self) -> FioProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.kill()
+        try:
+            self.reap(KILL_S)
+        except FioStuckError as stuck:
+            stuck.cause = error
+            raise
+
+    def wait(self, timeout_s: float, stop_fd: int = -1) -> bool:
+        """Wait until fio has ended, `stop_fd` (borrowed) is readable, or `timeout_s` is over; return whether it has."""
+        if self._pid_fd < 0:
+            return True
+        watched = [self._pid_fd, *([stop_fd] if stop_fd >= 0 else [])]
+        ready, _, _ = select.select(watched, [], [], max(0.0, timeout_s))
+        return self._pid_fd in ready
+
+    def interrupt(self) -> None:
+        """Ask fio to finish what is in flight and to print its report."""
+        self._process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """Kill fio and the processes of its jobs, which have left its process group. Does not wait for them."""
+        if self._pid_fd < 0:
+            return
+        import psutil
+
+        family: list[psutil.Process] = []
+        try:
+            parent = psutil.Process(self._process.pid)
+            family = [parent, *parent.children(recursive=True)] if self._process.poll() is None else []
+        except psutil.NoSuchProcess:
+            family = []
+        for one in family:
+            try:
+                one.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+    def reap(self, timeout_s: float) -> None:
+        """Wait until a killed or ended fio is gone. Raises FioStuckError after `timeout_s`."""
+        if self._pid_fd < 0:
+            return
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise FioStuckError(
+                f"fio (pid {self._process.pid}) was killed and is not gone: requests of it wait for an answer", self
+            ) from None
+        os.close(self._pid_fd)
+        self._pid_fd = -1
+        self._out.close()
+
+    def outcome(self) -> FioOutcome:
+        """Return how it went, once `wait` has returned true."""
+        status = self._process.wait()
+        self._out.seek(0)
+        report, messages = split_output(self._out.read())
+        return FioOutcome(status, report, messages)
+
+
+def split_output(text: str) -> tuple[Json, list[str]]:
+    """Return the report within what fio printed ({} when there is none), and the other lines that are not empty."""
+    lines = text.splitlines(keepends=True)
+    for first, line in enumerate(lines):
+        if not line.startswith("{"):
+            continue
+        try:
+            report, end = json.JSONDecoder().raw_decode("".join(lines[first:]))
+        except ValueError:
+            break
+        rest = "".join(lines[:first]) + "".join(lines[first:])[end:]
+        return report, [other.strip() for other in rest.splitlines() if other.strip()]
+    return {}, [line.strip() for line in lines if line.strip()]
+
+
+def run_fio(
+    words: Sequence[str],
+    *,
+    limit_s: float,
+    stop_fd: int = -1,
+    finish: bool = False,
+    tick: Callable[[float], None] | None = None,
+) -> FioOutcome:
+    """Run fio to its end and return how it went.
+
+    limit_s: it is killed after so many seconds. stop_fd: borrowed; when it becomes readable fio is told to finish, and
+    its report so far returned, if `finish`; else it is killed. tick: called ten times a second with the seconds passed;
+    what it raises ends fio. Raises VdusefastError, FioStuckError.
+    """
+    began = time.monotonic()
+    with FioProcess(words) as fio:
+        asked_s = 0.0
+        while True:
+            passed = time.monotonic() - began
+            if passed > limit_s or (asked_s and passed - asked_s > FINISH_S):
+                raise VdusefastError(f"fio did not end within {passed:.0f} s")
+            if fio.wait(TICK_S, -1 if asked_s else stop_fd):
+                return fio.outcome()
+            if tick is not None:
+                tick(passed)
+            if not asked_s and _readable(stop_fd):
+                if not finish:
+                    raise VdusefastError("fio was stopped by a signal")
+                asked_s = max(passed, 1e-9)
+                fio.interrupt()
+
+
+def _readable(fd: int) -> bool:
+    return fd >= 0 and bool(select.select([fd], [], [], 0)[0])
+
+
+def job_figures(jobs: Sequence[Json]) -> Json:
+    """Return IOPS, bandwidth, mean and 99th percentile of latency over all jobs of a report, in fio's own units.
+
+    The percentile is that of the slowest direction or job: percentiles cannot be added up.
+    """
+    sides = [job[op] for job in jobs for op in DIRECTIONS if job[op]["total_ios"]]
+    count = sum(side["total_ios"] for side in sides)
+    weighed = sum(side["clat_ns"]["mean"] * side["total_ios"] for side in sides)
+    return {
+        "iops": sum(side["iops"] for side in sides),
+        "bw_bytes": sum(side["bw_bytes"] for side in sides),
+        "total_ios": count,
+        "clat_mean_ns": weighed / count if count else 0.0,
+        "clat_p99_ns": max((side["clat_ns"].get("percentile", {}).get(PERCENTILE_99, 0) for side in sides), default=0),
+        "usr_cpu": sum(job["usr_cpu"] for job in jobs) / len(jobs) if jobs else 0.0,
+        "sys_cpu": sum(job["sys_cpu"] for job in jobs) / len(jobs) if jobs else 0.0,
+    }
+
+
+def problem(outcome: FioOutcome) -> str:
+    """Return in a few words why fio failed, "" when it did not."""
+    if outcome.status == 0 and outcome.report:
+        return ""
+    said = outcome.messages[-1] if outcome.messages else "it printed nothing"
+    return f"fio ended with status {outcome.status}: {said}"
