@@ -14,14 +14,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import select
-import signal
 import threading
-import time
 from collections.abc import Coroutine
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vdusefast.backends import Store, open_store
@@ -39,7 +36,7 @@ from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
 if TYPE_CHECKING:
     from vdusefast.driver import LoopbackDriver
 
-__all__ = ["Device", "DeviceState", "DeviceStats", "QueueInfo", "StopSignals"]
+__all__ = ["Device", "DeviceState", "DeviceStats", "QueueInfo"]
 
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 30.0
@@ -237,63 +234,6 @@ class Device:
             raise TimedOutError(f"device {self.name}: the supervisor did not answer within {timeout_s:g} s") from None
         finally:
             future.cancel()
-
-
-class StopSignals:
-    """Context manager: while it is entered, SIGTERM and SIGINT are noted rather than end the process.
-
-    For commands that drain their devices and end with status 0. Enter it in the main thread; `requested` and `wait`
-    work in any. A second signal has its usual effect, for those who cannot wait; one that comes within SAME_S of the
-    first is the same one, sent to a process and to its group.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-    SAME_S = 0.5
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._since_s = 0.0
-        self._fd = -1
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        # An eventfd and not a threading.Event, whose lock the handler might find held by the wait that it interrupts.
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._restore()
-        os.close(self._fd)
-        self._fd = -1
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self.received is not None
-
-    def fileno(self) -> int:
-        """Return a descriptor (its own) that polls readable once a signal has come."""
-        return self._fd
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for a signal; returns whether one has come."""
-        if not self.requested:
-            select.select([self._fd], [], [], timeout_s)
-        return self.requested
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._since_s = signal.Signals(number), time.monotonic()
-            os.eventfd_write(self._fd, 1)
-        elif time.monotonic() - self._since_s > self.SAME_S:
-            self._restore()
-            signal.raise_signal(number)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
 
 
 def worker_specs(config: Config, device: BlockDevice, store: Store, pages: SharedPages) -> list[WorkerSpec]:

@@ -21,7 +21,7 @@ import msgspec
 from vdusefast import logs, registry, run_dir
 from vdusefast.config import Config
 from vdusefast.errors import TimedOutError, VdusefastError, from_exit_code
-from vdusefast.signals import StopSignals
+from vdusefast.signals import PatientStopSignals
 
 START_MARGIN_S = 20.0  # beyond the limit for the attach: starting, and undoing what was begun
 END_TIMEOUT_S = 75.0  # what the server allows itself to undo a start
@@ -60,7 +60,7 @@ def start(config: Config, timeout_s: float, command: Sequence[str] | None = None
     log_fd = os.memfd_create("vdusefast-log", os.MFD_CLOEXEC)
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     try:
-        with StopSignals() as signals:
+        with PatientStopSignals() as signals:
             try:
                 process = _spawn(list(command or _default_command()), config, write_fd, log_fd)
             finally:
@@ -111,7 +111,7 @@ def _spawn(command: list[str], config: Config, write_fd: int, log_fd: int) -> su
     return process
 
 
-def _wait(read_fd: int, signals: StopSignals, name: str, until: float) -> bytes:
+def _wait(read_fd: int, signals: PatientStopSignals, name: str, until: float) -> bytes:
     """Return what the process reports, empty when it has ended without. Raises TimedOutError, InterruptedStartError."""
     poll = select.poll()
     poll.register(read_fd, select.POLLIN)
@@ -121,7 +121,7 @@ def _wait(read_fd: int, signals: StopSignals, name: str, until: float) -> bytes:
     while not line.endswith(b"\n"):
         ready = poll.poll(max(0.0, until - time.monotonic()) * 1000)
         if signals.received:
-            raise InterruptedStartError(f"{name}: interrupted by {signals.received}; it was not added")
+            raise InterruptedStartError(f"{name}: interrupted by {signals.received.name}; it was not added")
         if not ready:
             raise TimedOutError(
                 f"{name}: not usable within {time.monotonic() - began:.3g} s and not added; see the kernel log, and "

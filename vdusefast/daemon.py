@@ -22,7 +22,7 @@ from vdusefast.config import Config
 from vdusefast.errors import DeviceBusyError, VdusefastError
 from vdusefast.rpc import Method, NoParams, RpcServer
 from vdusefast.sd_notify import Notifier
-from vdusefast.signals import StopRequestedError, StopSignals
+from vdusefast.signals import PatientStopSignals, StopRequestedError
 
 STOP_TIMEOUT_S = 30.0
 TICK_S = 5.0  # how often a service manager is told of failures
@@ -79,7 +79,7 @@ class Service:
         self._config = config
         self._device = (make_device or _make_device)(config, base)
         self._notifier = Notifier()
-        self._signals = StopSignals()
+        self._signals = PatientStopSignals()
         self._deleting = threading.Lock()
         self._deleted_fd = -1
         self._since_s = 0.0

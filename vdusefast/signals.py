@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 
 class StopRequestedError(Exception):
@@ -15,41 +17,76 @@ class StopRequestedError(Exception):
 
 
 class StopSignals:
-    """Notes the first of SIGTERM, SIGINT and SIGHUP while entered; further ones change nothing.
+    """Context manager: while it is entered, SIGTERM and SIGINT are noted rather than end the process.
 
-    For what must clean up whatever comes: there is no second signal that ends the process at once. A context
-    manager, for the main thread.
+    For commands that drain their devices and end with status 0. Enter it in the main thread; `requested` and `wait`
+    work in any. A second signal has its usual effect, for those who cannot wait; one that comes within SAME_S of the
+    first is the same one, sent to a process and to its group.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
+    SAME_S = 0.5
 
     def __init__(self) -> None:
-        self.received = ""  # the name of the first
-        self._interrupting = False
+        self.received: signal.Signals | None = None
+        self._since_s = 0.0
         self._fd = -1
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         # An eventfd and not a threading.Event, whose lock the handler might find held by the wait that it interrupts.
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._previous = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._restore()
         os.close(self._fd)
         self._fd = -1
 
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.received is not None
+
     def fileno(self) -> int:
-        """Return a descriptor that polls readable once a signal has come."""
+        """Return a descriptor (its own) that polls readable once a signal has come."""
         return self._fd
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for a signal; returns whether one has come."""
+        if not self.requested:
+            select.select([self._fd], [], [], timeout_s)
+        return self.requested
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since_s = signal.Signals(number), time.monotonic()
+            os.eventfd_write(self._fd, 1)
+        elif time.monotonic() - self._since_s > self.SAME_S:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class PatientStopSignals(StopSignals):
+    """The same for what must clean up whatever comes: no second signal ends the process at once. Notes SIGHUP, too."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._interrupting = False
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
         """Within it, the first signal raises StopRequestedError, to cut short what cleans up by itself."""
-        if self.received:
-            raise StopRequestedError(self.received)
+        if self.received is not None:
+            raise StopRequestedError(self.received.name)
         self._interrupting = True
         try:
             yield
@@ -57,9 +94,9 @@ class StopSignals:
             self._interrupting = False
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if not self.received:
-            self.received = signal.Signals(number).name
+        if self.received is None:
+            self.received = signal.Signals(number)
             os.eventfd_write(self._fd, 1)
         if self._interrupting:
             self._interrupting = False
-            raise StopRequestedError(self.received)
+            raise StopRequestedError(self.received.name)

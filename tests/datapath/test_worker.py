@@ -122,7 +122,7 @@ def test_worker_told_to_end_drains_and_ends_with_status_0(image: Path) -> None:
 
 SERVE = """
 import sys, vdusefast
-from vdusefast.api import StopSignals
+from vdusefast.signals import StopSignals
 config = vdusefast.make_config(name=sys.argv[1], uri="file:" + sys.argv[2], queues=2)
 with StopSignals() as stop, vdusefast.Device(config) as device, device.driver() as driver:
     driver.write(0, b"z" * 512)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from vdusefast import Device, DeviceBusyError, KernelSupportError, VdusefastError, make_config
-from vdusefast.api import StopSignals
+from vdusefast.signals import StopSignals
 
 UNWANTED = ("numpy", "rich", "psutil", "click")
 
@@ -164,7 +164,7 @@ def test_command_that_is_told_to_stop_drains_and_ends_with_status_0(number: sign
     code = """
         import sys
         from vdusefast import Device, make_config
-        from vdusefast.api import StopSignals
+        from vdusefast.signals import StopSignals
         with StopSignals() as signals, Device(make_config(name="d0", uri="null:1M", queues=2)) as device:
             print("ready", flush=True)
             signals.wait()

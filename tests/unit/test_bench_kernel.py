@@ -17,7 +17,6 @@ import psutil
 import pytest
 
 from vdusefast import doctor
-from vdusefast.api import StopSignals
 from vdusefast.bench import block_node, kernel_fio, real_fio
 from vdusefast.bench.fio import build_config, choose_transport, run_plan
 from vdusefast.bench.fio_words import VERIFY_BACKLOG_COUNT, device_words, file_name, milliseconds
@@ -27,6 +26,7 @@ from vdusefast.bench.plan import place_jobs
 from vdusefast.bench.real_fio import FioOutcome, FioProcess, FioStuckError, run_fio, split_output
 from vdusefast.bench.report import job_rows, verify_lines
 from vdusefast.errors import ConfigError, KernelSupportError, VdusefastError
+from vdusefast.signals import StopSignals
 
 MIB = 1 << 20
 NODE = "/dev/vdx"

@@ -20,7 +20,6 @@ import fake_fio
 import psutil
 import pytest
 
-from vdusefast.api import StopSignals
 from vdusefast.bench import data_check, nbd, peer_kinds, peers, peers_options, peers_plot, peers_vm, rounds
 from vdusefast.bench.awake import Awake
 from vdusefast.bench.peer import Peer, PeerSetup, ServerProcess, first_line, run_tool
@@ -28,6 +27,8 @@ from vdusefast.bench.peers import PeersOptions, Session, parse_job, standard_job
 from vdusefast.bench.peers_report import method_text, notes, print_peers, ratio_table
 from vdusefast.bench.real_fio import FioStuckError
 from vdusefast.errors import ConfigError, KernelSupportError, TimedOutError, VdusefastError
+from vdusefast.signals import StopSignals
+from vdusefast.transport import genl
 
 MIB = 1 << 20
 Json = dict[str, Any]
@@ -538,10 +539,10 @@ def test_nbd_refuses_what_is_no_server() -> None:
 
 
 def test_nbd_attributes_are_aligned_and_nested() -> None:
-    item = nbd._attribute(nbd._SOCK_ITEM | nbd._NESTED, nbd._u32(nbd._SOCK_FD, 5))
-    packed = nbd._u64(nbd._ATTR_SIZE_BYTES, MIB) + nbd._attribute(9, b"abc") + item
+    item = genl.attribute(nbd._SOCK_ITEM | genl.NESTED, nbd._u32(nbd._SOCK_FD, 5))
+    packed = nbd._u64(nbd._ATTR_SIZE_BYTES, MIB) + genl.attribute(9, b"abc") + item
     assert len(packed) % 4 == 0
-    found = nbd._attributes(packed)
+    found = genl._unpack(packed)
     assert found == {nbd._ATTR_SIZE_BYTES: MIB.to_bytes(8, "little"), 9: b"abc", nbd._SOCK_ITEM: nbd._u32(1, 5)}
 
 

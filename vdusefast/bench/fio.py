@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vdusefast.affinity import check_cpu, parse_cpu_list, read_topology
-from vdusefast.api import Device, StopSignals
+from vdusefast.api import Device
 from vdusefast.bench import figures
 from vdusefast.bench.baseline import NULL_ENGINE, run_baseline
 from vdusefast.bench.jobs import AUTO_QUEUES, JobSpec, Plan, RunOptions
@@ -25,6 +25,7 @@ from vdusefast.bench.run import Control, JobRun, driver_cpus, run_group
 from vdusefast.bench.store import BenchStore, StoppedError
 from vdusefast.config import Config, load_config, make_config, override, resolve_cpus
 from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
+from vdusefast.signals import StopSignals
 from vdusefast.transport import uapi
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vdusefast.affinity import parse_cpu_list
-from vdusefast.api import Device, StopSignals
+from vdusefast.api import Device
 from vdusefast.bench import block_node
 from vdusefast.bench.fio_words import device_words
 from vdusefast.bench.jobs import JobSpec, Plan
@@ -20,6 +20,7 @@ from vdusefast.bench.report import ProgressLine, bytes_text
 from vdusefast.bench.run import Progress, driver_cpus
 from vdusefast.config import Config
 from vdusefast.errors import ConfigError, VdusefastError
+from vdusefast.signals import StopSignals
 
 Json = dict[str, Any]
 Say = Callable[[str], None]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vdusefast.errors import KernelSupportError, TimedOutError, VdusefastError
+from vdusefast.transport import genl
 
 BLOCK_BYTES = 512
 FLAG_CAN_MULTI_CONN = 1 << 8
@@ -33,18 +34,9 @@ _INFO_EXPORT = 0
 _REPLY = struct.Struct(">QIII")  # magic, option, type, length
 _REPLY_MAX_BYTES = 4096
 
-_NETLINK_GENERIC = 16
-_GENL_ID_CTRL, _CTRL_CMD_GETFAMILY, _CTRL_ATTR_FAMILY_ID, _CTRL_ATTR_FAMILY_NAME = 0x10, 3, 1, 2
 _CMD_CONNECT, _CMD_DISCONNECT = 1, 2
 _ATTR_INDEX, _ATTR_SIZE_BYTES, _ATTR_BLOCK_SIZE_BYTES, _ATTR_SERVER_FLAGS, _ATTR_SOCKETS = 1, 2, 3, 5, 7
 _SOCK_ITEM, _SOCK_FD = 1, 1
-_NESTED = 1 << 15
-_REQUEST_ACK = 1 | 4
-_ERROR_MESSAGE = 2
-_NLMSGHDR = struct.Struct("=IHHII")  # len, type, flags, seq, pid
-_GENLMSGHDR = struct.Struct("=BBH")  # cmd, version, reserved
-_NLATTR = struct.Struct("=HH")  # len, type
-_ANSWER_MAX_BYTES = 16384
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Export:
 def usable() -> bool:
     """Return whether the kernel has nbd with its netlink family."""
     try:
-        with _open() as sock:
+        with genl.open_socket() as sock:
             _family(sock)
     except (OSError, KernelSupportError):
         return False
@@ -86,8 +78,8 @@ def connect(path: Path, connection_count: int) -> tuple[int, Export]:
 
 def disconnect(index: int, timeout_s: float = 10.0) -> None:
     """Take /dev/nbd`index` off its server and wait until it is gone. Raises OSError, TimedOutError."""
-    with _open() as sock:
-        _ask(sock, _family(sock), _GENLMSGHDR.pack(_CMD_DISCONNECT, 1, 0) + _u32(_ATTR_INDEX, index))
+    with genl.open_socket() as sock:
+        genl.ask(sock, _family(sock), _CMD_DISCONNECT, _u32(_ATTR_INDEX, index))
     end = time.monotonic() + timeout_s
     while Path(f"/sys/block/nbd{index}/pid").exists():
         if time.monotonic() > end:
@@ -141,74 +133,26 @@ def _receive(sock: socket.socket, size: int) -> bytes:
 
 
 def _attach(export: Export, fds: Sequence[int]) -> int:
-    items = b"".join(_attribute(_SOCK_ITEM | _NESTED, _u32(_SOCK_FD, fd)) for fd in fds)
-    body = _GENLMSGHDR.pack(_CMD_CONNECT, 1, 0)
-    body += _u64(_ATTR_SIZE_BYTES, export.size_bytes) + _u64(_ATTR_BLOCK_SIZE_BYTES, BLOCK_BYTES)
-    body += _u64(_ATTR_SERVER_FLAGS, export.flags) + _attribute(_ATTR_SOCKETS | _NESTED, items)
-    with _open() as sock:
-        answer = _ask(sock, _family(sock), body)
-    index = _attributes(answer[_GENLMSGHDR.size :]).get(_ATTR_INDEX)
+    items = b"".join(genl.attribute(_SOCK_ITEM | genl.NESTED, _u32(_SOCK_FD, fd)) for fd in fds)
+    body = _u64(_ATTR_SIZE_BYTES, export.size_bytes) + _u64(_ATTR_BLOCK_SIZE_BYTES, BLOCK_BYTES)
+    body += _u64(_ATTR_SERVER_FLAGS, export.flags) + genl.attribute(_ATTR_SOCKETS | genl.NESTED, items)
+    with genl.open_socket() as sock:
+        index = genl.ask(sock, _family(sock), _CMD_CONNECT, body).get(_ATTR_INDEX)
     if index is None:
         raise VdusefastError("nbd: the kernel did not say which device it has connected")
     return int.from_bytes(index, "little")
 
 
-def _open() -> socket.socket:
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_GENERIC)
-    sock.bind((0, 0))
-    return sock
-
-
 def _family(sock: socket.socket) -> int:
-    request = _GENLMSGHDR.pack(_CTRL_CMD_GETFAMILY, 1, 0) + _attribute(_CTRL_ATTR_FAMILY_NAME, b"nbd\0")
     try:
-        answer = _ask(sock, _GENL_ID_CTRL, request)
+        return genl.family_id(sock, "nbd")
     except FileNotFoundError:
         raise KernelSupportError("the kernel has no nbd: modprobe nbd") from None
-    return int.from_bytes(_attributes(answer[_GENLMSGHDR.size :])[_CTRL_ATTR_FAMILY_ID], "little")
-
-
-def _ask(sock: socket.socket, kind: int, body: bytes) -> bytes:
-    """Send one message, return the body of its answer. Raises OSError with the kernel's errno."""
-    sock.send(_NLMSGHDR.pack(_NLMSGHDR.size + len(body), kind, _REQUEST_ACK, 1, 0) + body)
-    answer = b""
-    while True:
-        packet = sock.recv(_ANSWER_MAX_BYTES)
-        while len(packet) >= _NLMSGHDR.size:
-            size, message, *_rest = _NLMSGHDR.unpack_from(packet)
-            content, packet = packet[_NLMSGHDR.size : size], packet[max(_aligned(size), _NLMSGHDR.size) :]
-            if message != _ERROR_MESSAGE:
-                answer = content
-                continue
-            (negative,) = struct.unpack_from("=i", content)
-            if negative:
-                raise OSError(-negative, f"nbd: {os.strerror(-negative)}")
-            return answer
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    size = _NLATTR.size + len(value)
-    return (_NLATTR.pack(size, kind) + value).ljust(_aligned(size), b"\0")
 
 
 def _u32(kind: int, value: int) -> bytes:
-    return _attribute(kind, struct.pack("=I", value))
+    return genl.attribute(kind, struct.pack("=I", value))
 
 
 def _u64(kind: int, value: int) -> bytes:
-    return _attribute(kind, struct.pack("=Q", value))
-
-
-def _attributes(data: bytes) -> dict[int, bytes]:
-    found = {}
-    while len(data) >= _NLATTR.size:
-        size, kind = _NLATTR.unpack_from(data)
-        if not _NLATTR.size <= size <= len(data):
-            break
-        found[kind & ~_NESTED] = data[_NLATTR.size : size]
-        data = data[_aligned(size) :]
-    return found
-
-
-def _aligned(size: int) -> int:
-    return (size + 3) & ~3
+    return genl.attribute(kind, struct.pack("=Q", value))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from vdusefast.affinity import check_cpu, parse_cpu_list, read_topology
-from vdusefast.api import StopSignals
 from vdusefast.bench import data_check, figures, peer_kinds, rounds
 from vdusefast.bench.awake import Awake
 from vdusefast.bench.fio_words import measure_words, verify_words
@@ -34,6 +33,7 @@ from vdusefast.bench.real_fio import (
 )
 from vdusefast.bench.report import bytes_text, count_text
 from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
+from vdusefast.signals import StopSignals
 
 Json = dict[str, Any]
 Say = Callable[[str], None]

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vdusefast.api import StopSignals
 from vdusefast.bench import peer_kinds, rounds
 from vdusefast.bench.jobs import JobSpec
 from vdusefast.bench.peers import PeersOptions, check_outputs, emit, say, standard_jobs
 from vdusefast.bench.peers_report import OURS
 from vdusefast.errors import ConfigError, VdusefastError
+from vdusefast.signals import StopSignals
 
 Json = dict[str, Any]
 
