@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from vdusefast.errors import DeviceBusyError, TimedOutError, VdusefastError
+from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
 
 DELETE_TIMEOUT_S = 30.0
 # Beyond the server's own limit: its look for users, killing workers, destroying the device.
@@ -71,7 +71,13 @@ def delete(name: str, force: bool, timeout_s: float, as_json: bool) -> None:
     from vdusefast import registry, run_dir
     from vdusefast.rpc_client import NoServerError, RpcClient
 
-    path = registry.find(name)
+    try:
+        path = registry.find(name)
+    except DeviceNotFoundError:
+        if not force or not registry.remove_left(name):
+            raise
+        _print_deleted(name, as_json)
+        return
     try:
         client = RpcClient(path)
     except NoServerError:
@@ -80,6 +86,10 @@ def delete(name: str, force: bool, timeout_s: float, as_json: bool) -> None:
         registry.remove_dead(path)
     else:
         _delete_served(client, path, force, timeout_s)
+    _print_deleted(name, as_json)
+
+
+def _print_deleted(name: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"name": name, "deleted": True}))
 
@@ -108,7 +118,10 @@ def _delete_served(client: Any, path: Path, force: bool, timeout_s: float) -> No
 
 def _check_gone(path: Path, kernel_device_left: bool) -> None:
     if kernel_device_left:
-        raise VdusefastError(f"{path.name}: its server has ended, but the kernel still has /dev/vduse/{path.name}")
+        raise VdusefastError(
+            f"{path.name}: its server has ended, but the kernel still has /dev/vduse/{path.name}; try "
+            f"vdusefast del {path.name} --force in a while"
+        )
     if path.is_dir():
         from vdusefast import run_dir
 

@@ -42,7 +42,12 @@ def find(name: str) -> Path:
             raise VdusefastError(f"{name}: no permission for {run_dir.SYSTEM_BASE / name}; be root")
     names = run_dir.device_names(base)
     shown = ", ".join(names[:NAMES_SHOWN_MAX]) + (", ..." if len(names) > NAMES_SHOWN_MAX else "")
-    foreign = f"; /dev/vduse/{name} belongs to another program" if sysfs.created(name) else ""
+    foreign = (
+        f"; /dev/vduse/{name} is another program's, or was left by a worker that could not be killed: "
+        f"vdusefast del {name} --force"
+        if sysfs.created(name)
+        else ""
+    )
     raise DeviceNotFoundError(
         f"{name}: no such device; {f'served here: {shown}' if names else 'none is served here'}{foreign}"
     )
@@ -122,6 +127,19 @@ def remove_dead(path: Path) -> None:
         directory.release()
         raise
     directory.close()
+
+
+def remove_left(name: str) -> bool:
+    """Destroy a kernel device that has no run directory and no place on the bus. Returns whether there is such a one.
+
+    Raises DeviceBusyError when a process holds it.
+    """
+    if not sysfs.created(name) or sysfs.attached(name):
+        return False
+    from vdusefast.transport.kernel import destroy_device
+
+    destroy_device(name)
+    return True
 
 
 def left_text(name: str) -> str:

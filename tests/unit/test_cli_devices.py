@@ -512,3 +512,21 @@ def test_a_look_at_the_lock_does_not_refuse_who_wants_the_name(tmp_path: Path) -
     threading.Timer(0.01, os.close, (fd,)).start()
     with RunDirectory("vd0", tmp_path) as directory:
         assert directory.path.is_dir()
+
+
+def test_a_kernel_device_without_a_server_is_destroyed_by_force_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    destroyed: list[str] = []
+    monkeypatch.setattr("vdusefast.transport.sysfs.created", lambda name: name == "left")
+    monkeypatch.setattr("vdusefast.transport.sysfs.attached", lambda _name: False)
+    monkeypatch.setattr("vdusefast.transport.kernel.destroy_device", destroyed.append)
+    assert cli.run(["del", "left"]) == 3
+    assert "vdusefast del left --force" in capsys.readouterr().err
+    assert destroyed == []
+    assert cli.run(["del", "left", "--force"]) == 0
+    assert destroyed == ["left"]
+    assert cli.run(["del", "other", "--force"]) == 3
+    monkeypatch.setattr("vdusefast.transport.sysfs.attached", lambda _name: True)
+    assert cli.run(["del", "left", "--force"]) == 3
+    assert destroyed == ["left"]

@@ -400,7 +400,7 @@ def destroy_device(name: str) -> None:
                     )
                 raise DeviceBusyError(
                     f"device {name}: cannot be destroyed: a process holds /dev/vduse/{name} open, perhaps a worker "
-                    "that waits in the kernel for its storage"
+                    f"that waits in the kernel for its storage; when that has ended: vdusefast del {name} --force"
                 )
             time.sleep(NODE_LOOK_S)
     finally:
