@@ -53,6 +53,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeKernel:
     monkeypatch.setattr(sysfs, "SYS", tmp_path)
     for path in ("bus/vdpa/drivers/virtio_vdpa", "bus/virtio/drivers/virtio_blk", "class/vduse/vd0"):
         (tmp_path / path).mkdir(parents=True)
+    online = tmp_path / "devices/system/cpu/online"
+    online.parent.mkdir(parents=True)
+    online.write_text("0-1,33\n")
     for attribute in ("msg_timeout", "bounce_size"):
         (tmp_path / "class/vduse/vd0" / attribute).touch()
     return made
@@ -101,7 +104,7 @@ def test_the_device_is_created_with_its_queues_and_settings(fake: FakeKernel, tm
         settings = tmp_path / "class/vduse/vd0"
         assert (settings / "msg_timeout").read_text() == "60"
         assert (settings / "bounce_size").read_text() == "1048576"
-        assert affinity.read_text() == "2,0"
+        assert affinity.read_text() == "00000002,00000000"
         port = transport.worker_port(2)
         assert (port.kind, port.port_fd, port.api_version, port.owned_fds) == (
             "kernel",
@@ -114,6 +117,22 @@ def test_the_device_is_created_with_its_queues_and_settings(fake: FakeKernel, tm
     assert fake.words(uapi.VDUSE_DESTROY_DEV) == [b"vd0".ljust(256, b"\0")]
     transport.close()
     assert len(fake.words(uapi.VDUSE_DESTROY_DEV)) == 1
+
+
+def test_no_queue_is_left_with_interrupts_for_absent_cpus_alone(fake: FakeKernel, tmp_path: Path) -> None:
+    transport = KernelTransport(KernelOptions(irq_cpus=(None, None, 7)))
+    affinities = [tmp_path / f"class/vduse/vd0/vq{index}/irq_cb_affinity" for index in range(3)]
+    for affinity in affinities:
+        affinity.parent.mkdir()
+        affinity.write_text("ffff\n")
+    transport.create(SPEC)
+    try:
+        for affinity, mask in zip(affinities, ("3\n", "c\n", "80\n"), strict=True):
+            affinity.write_text(mask)
+        transport.place_irqs()
+        assert [affinity.read_text() for affinity in affinities] == ["3\n", "00000002,00000003", "00000002,00000003"]
+    finally:
+        transport.close()
 
 
 def test_a_kernel_that_cannot_set_what_was_asked_for(fake: FakeKernel) -> None:

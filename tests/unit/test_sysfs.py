@@ -92,6 +92,24 @@ def test_a_refused_attribute_is_named(root: Path) -> None:
         sysfs.set_attribute("vd0", "bounce_size", "1")
 
 
-@pytest.mark.parametrize(("cpu", "mask"), [(0, "1"), (31, "80000000"), (32, "1,0"), (65, "2,0,0")])
-def test_a_cpu_mask_has_words_of_32_bits(cpu: int, mask: str) -> None:
-    assert sysfs.cpu_mask(cpu) == mask
+@pytest.mark.parametrize(
+    ("cpus", "mask"),
+    [
+        ([0], "00000001"),
+        ([31], "80000000"),
+        ([32], "00000001,00000000"),
+        ([0, 65], "00000002,00000000,00000001"),
+        ([], "0" * 8),
+    ],
+)
+def test_a_cpu_mask_has_words_of_32_bits(cpus: list[int], mask: str) -> None:
+    assert sysfs.pack_mask(cpus) == mask
+    assert sysfs.unpack_mask(mask) == set(cpus)
+
+
+def test_masks_are_read_as_the_kernel_writes_them(root: Path) -> None:
+    assert sysfs.unpack_mask("00000002,00000003") == {0, 1, 33}
+    online = root / "sys/devices/system/cpu/online"
+    online.parent.mkdir(parents=True)
+    online.write_text("0-2,5,8-9\n")
+    assert sysfs.online_cpus() == {0, 1, 2, 5, 8, 9}

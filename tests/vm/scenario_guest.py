@@ -34,6 +34,8 @@ class ScenarioGuest:
             # Ends, with its guest, when pytest is killed.
             *("setpriv", "--pdeathsig", "TERM", sys.executable, str(RUN)),
             *("--kernel", kernel, "--timeout", str(LIMIT_S), "--verbose", *load),
+            # Two CPUs, and two that are offline until a check needs them: drivers count what the machine may have.
+            *("--cpus", "4", "--append", "maxcpus=2"),
             *("--results", str(directory), "--log", str(directory / "log")),
             *("--", "python", str(RUNNER), machine.RESULTS, *only),
         ]

@@ -195,10 +195,21 @@ class KernelTransport:
         self._ioctl(uapi.VDUSE_VQ_SETUP_KICKFD, uapi.VQ_EVENTFD.pack(index, wanted))
 
     def place_irqs(self) -> None:
-        """Let each queue's interrupts go to the CPU that the configuration names."""
+        """Let each queue's interrupts go to the CPU that the configuration names, and none to CPUs that are not there.
+
+        The kernel's driver spreads queues over all CPUs that there could be, and for a queue whose mask holds none that
+        is online the injection of an interrupt loops in the kernel for ever.
+        """
+        online = sysfs.online_cpus()
         for index, cpu in enumerate(self.options.irq_cpus):
-            if cpu is not None:
-                sysfs.set_attribute(self.name, f"vq{index}/irq_cb_affinity", sysfs.cpu_mask(cpu))
+            attribute = f"vq{index}/irq_cb_affinity"
+            if cpu is not None and cpu in online:
+                sysfs.set_attribute(self.name, attribute, sysfs.pack_mask([cpu]))
+                continue
+            if not sysfs.has_attribute(self.name, attribute):
+                continue  # a kernel that does not place interrupts either
+            if not sysfs.unpack_mask(sysfs.attribute(self.name, attribute)) & online:
+                sysfs.set_attribute(self.name, attribute, sysfs.pack_mask(online))
 
     def inject_irq(self, index: int) -> None:
         """Interrupt the driver for queue `index`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 SYS = Path("/sys")
@@ -99,10 +100,31 @@ def has_attribute(name: str, attribute: str) -> bool:
     return (SYS / "class/vduse" / name / attribute).exists()
 
 
-def cpu_mask(cpu: int) -> str:
-    """Return the mask with CPU number `cpu` alone, as the kernel reads masks: words of 32 bits, highest first."""
-    words = [f"{1 << cpu % 32:x}"] + ["0"] * (cpu // 32)
-    return ",".join(words)
+def attribute(name: str, attribute: str) -> str:
+    """Return the value of an attribute of a VDUSE device. Raises OSError."""
+    return (SYS / "class/vduse" / name / attribute).read_text().strip()
+
+
+def online_cpus() -> set[int]:
+    """Return the CPUs that are online. Raises OSError."""
+    cpus: set[int] = set()
+    for part in (SYS / "devices/system/cpu/online").read_text().strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def pack_mask(cpus: Iterable[int]) -> str:
+    """Return CPU numbers as the kernel writes masks: words of 8 hexadecimal digits, highest first."""
+    bits = sum(1 << cpu for cpu in set(cpus))
+    words = [f"{bits >> 32 * index & 0xFFFFFFFF:08x}" for index in range(max(1, (bits.bit_length() + 31) // 32))]
+    return ",".join(reversed(words))
+
+
+def unpack_mask(text: str) -> set[int]:
+    """Return the CPU numbers in a mask as the kernel writes it."""
+    bits = int(text.replace(",", ""), 16)
+    return {cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1}
 
 
 def _device_path(name: str) -> Path:
