@@ -8,6 +8,8 @@
 
 #include <stdint.h>
 
+#include "barrier.h"
+
 #define VF_INFLIGHT_VERSION 1u
 
 struct vf_inflight_header {
@@ -22,5 +24,11 @@ struct vf_inflight_header {
 struct vf_inflight_entry {
 	uint64_t order;
 };
+
+/* Each change of an entry is one store: a worker may be killed before and after it, and never within. */
+static inline void vf_log_set(struct vf_inflight_entry *entry, uint64_t order)
+{
+	vf_store_relaxed_u64(&entry->order, order);
+}
 
 #endif

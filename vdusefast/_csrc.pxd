@@ -84,6 +84,7 @@ cdef extern from "inflight.h" nogil:
         uint32_t last_used_idx
     struct vf_inflight_entry:
         uint64_t order
+    void vf_log_set(vf_inflight_entry *, uint64_t)
 
 cdef extern from "request.h" nogil:
     enum:

@@ -256,7 +256,6 @@ cdef class Queue:
         q.engine.store.write_flags = RWF_DSYNC if through and q.engine.store.cache != VF_CACHE_UNSAFE else 0
         q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
         q.inflight.last_used_idx = vf_vring_last_used_idx(&q.vring)
-        q.irq_due = 0
         q.ring_error = VF_RING_OK
         q.shm_status.fail_reason = VF_RING_OK
         self.started = True
@@ -274,13 +273,17 @@ cdef class Queue:
         """
         cdef vf_queue *q = self._open()
         cdef uint64_t poll_ns = poll_us * 1000
-        cdef int reason
+        cdef int reason, err
         if not self.started:
             raise ValueError("the queue is not started")
         if q.ring_error:
             return FAILED
-        if not self._remap():
+        err = self._remap()
+        if err == -VF_RING_UNMAPPED:
             return UNMAPPED
+        if err:
+            queue_fail(q, err)
+            return FAILED
         with nogil:
             reason = queue_run(q, kick_fd, ctl_fd, wake_fd, poll_ns)
         return reason
@@ -291,32 +294,42 @@ cdef class Queue:
         Does nothing while the rings are unmapped.
         """
         cdef vf_queue *q = self._open()
-        cdef int moved
+        cdef int moved, err
         if not self.started:
             raise ValueError("the queue is not started")
         if q.ring_error:
             return -1
-        if not self._remap():
+        err = self._remap()
+        if err == -VF_RING_UNMAPPED:
             return 0
+        if err:
+            queue_fail(q, err)
+            return -1
         with nogil:
             moved = queue_round(q)
             if moved < 0:
                 queue_fail(q, moved)
         return moved if moved >= 0 else -1
 
-    cdef bint _remap(self):
-        """Map the rings again after an invalidation. False: they are not in the driver's map now."""
-        return self.q.vring.mapped or vf_vring_map(&self.q.vring, &self.q.tlb) == 0
+    cdef int _remap(self):
+        """Map the rings again after an invalidation. 0, or -enum vf_ring_error: UNMAPPED may pass."""
+        return 0 if self.q.vring.mapped else vf_vring_map(&self.q.vring, &self.q.tlb)
 
     def quiesce(self):
-        """Finish what is in flight and stop. Returns (last_avail_idx, last_used_idx)."""
+        """Finish what is in flight and stop; kicks are asked for again.
+
+        Returns (last_avail_idx, last_used_idx, whether requests wait that nobody will be kicked for).
+        """
         cdef vf_queue *q = self._open()
+        cdef bint waiting = False
         with nogil:
             queue_set_state(q, VF_QUEUE_QUIESCING)
             self._drain()
+            if self.started and q.vring.mapped and not q.ring_error:
+                waiting = vf_vring_kick_enable(&q.vring)
             queue_set_state(q, VF_QUEUE_STOPPED)
         self.started = False
-        return vf_vring_last_avail_idx(&q.vring), vf_vring_last_used_idx(&q.vring)
+        return vf_vring_last_avail_idx(&q.vring), vf_vring_last_used_idx(&q.vring), waiting
 
     def control_seen(self):
         """Take note of the control word: messages up to now are about to be read."""

@@ -28,7 +28,7 @@ cdef enum:
 
 cdef enum:
     PREFETCH_COUNT = 16
-    IRQ_DELAY_NS = 50000  # how long a sleeping driver waits at most for the rest of a round
+    IRQ_DELAY_NS = 50000  # a sleeping driver waits so long, and for one request more, for the rest of a round
     IRQ_RETRY_MS = 1
     RELOOK_MS = 100  # a kick can be lost with a worker that died; the ring is looked at this often anyway
     SPIN_CLOCK_MASK = 31  # the clock is read once in so many turns of the spin
@@ -63,7 +63,7 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
     now_ns = vf_now_ns()
     for i in range(q.unpublished_count):
         req = q.unpublished[i]
-        vf_store_relaxed_u64(&q.inflight_log[req.head].order, 0)
+        vf_log_set(&q.inflight_log[req.head], 0)
         if req.start_ns != start_ns:
             start_ns = req.start_ns
             bucket = vf_hist_bucket(now_ns - start_ns)
@@ -75,6 +75,7 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
     vf_fence_compiler()
     q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
     q.inflight.last_used_idx = vf_vring_last_used_idx(&q.vring)
+    vf_fence_compiler()  # the next entry may be of a head that this note is about
     q.counters.batches += 1
     return now_ns
 
@@ -136,7 +137,7 @@ cdef inline void queue_begin(vf_queue *q, uint64_t now_ns) noexcept nogil:
     req.head = q.chain.head
     req.start_ns = now_ns
     q.next_order += 1
-    vf_store_relaxed_u64(&q.inflight_log[req.head].order, q.next_order)
+    vf_log_set(&q.inflight_log[req.head], q.next_order)
     if vf_likely(blk_parse(q, req) == BLK_SUBMIT):
         queue_submit(q, req)
     else:
@@ -171,7 +172,7 @@ cdef inline int queue_adopt(vf_queue *q) noexcept nogil:
     for i in range(<uint32_t> given_back):
         head = vf_vring_used_head(&q.vring, <uint16_t> (logged_used_idx + i))
         if head < size:
-            q.inflight_log[head].order = 0
+            vf_log_set(&q.inflight_log[head], 0)
     for i in range(size):
         count += q.inflight_log[i].order != 0
     if count > q.slot_count:
@@ -225,6 +226,7 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
     cdef uint32_t moved = 0
     cdef uint32_t i, limit
     cdef uint64_t now_ns
+    cdef uint64_t done_ns = 0
     cdef int count
     cdef int err = 0
     cdef bint published = False
@@ -247,13 +249,16 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
             err = queue_take(q, now_ns)
             if vf_unlikely(err or q.counters.memory_faults != q.faults_seen):
                 break
+            # A driver that spins sees these at once. One that sleeps is woken once for many, unless that takes long:
+            # on a CPU shared with it, each wake-up would end our turn.
             if q.unpublished_count >= q.engine.ops.publish_batch:
-                # A driver that spins sees these at once. One that sleeps is woken once for many, unless that takes long:
-                # on a CPU shared with it, each wake-up would end our turn.
+                done_ns = queue_publish(q)
                 published = True
-                if queue_publish(q) - now_ns > IRQ_DELAY_NS:
-                    queue_interrupt(q)
-                    published = False
+            elif published:
+                done_ns = vf_now_ns()
+            if published and done_ns - now_ns > IRQ_DELAY_NS:
+                queue_interrupt(q)
+                published = False
         moved += limit
     elif vf_unlikely(count < 0):
         err = count

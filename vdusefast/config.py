@@ -68,7 +68,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         A chain also holds the header and the status byte; the largest request must fit into the kernel's bounce pages.
         """
         default = SEG_MAX_DEFAULT
-        if self.transport == "kernel":
+        if self.transport == "kernel" and self.bus == "virtio":
             default = min(default, self.bounce_size_bytes // (BOUNCE_REQUESTS_MIN * self.size_max_bytes))
         return self.seg_max or max(1, min(default, self.queue_size - 2))
 
@@ -260,7 +260,7 @@ def _check_kernel(device: DeviceConfig) -> None:
     if bounce % BLOCK_SIZE_MAX_BYTES:
         raise ConfigError(f"{key}: {bounce} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
     largest = device.size_max_bytes * device.effective_seg_max
-    if device.transport == "kernel" and largest * BOUNCE_REQUESTS_MIN > bounce:
+    if device.transport == "kernel" and device.bus == "virtio" and largest * BOUNCE_REQUESTS_MIN > bounce:
         raise ConfigError(
             f"{key}: {bounce} does not hold {BOUNCE_REQUESTS_MIN} requests of size_max_bytes x seg_max = "
             f"{largest} bytes; raise it, or lower one of these"

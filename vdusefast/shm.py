@@ -63,6 +63,8 @@ INFLIGHT_ENTRY_BYTES = 8
 
 _HEADER = struct.Struct("=8s10IQ64s")
 _STATUS = struct.Struct("=IIiIIII")
+_LOG_PLACE = struct.Struct("=II")  # last_avail_idx, last_used_idx of the log's header
+_LOG_PLACE_OFFSET = 8
 
 
 def _round_up(value: int, step: int) -> int:
@@ -199,6 +201,14 @@ class SharedPages:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def reset_log(self, queue: int, last_idx: int) -> None:
+        """Empty the in-flight log of `queue`, which stands at `last_idx` (free-running u16); no worker may serve it."""
+        offset = self._offset(queue) + INFLIGHT_OFFSET
+        entries = offset + INFLIGHT_HEADER_BYTES
+        length = self.queue_size * INFLIGHT_ENTRY_BYTES
+        self.map[entries : entries + length] = bytes(length)
+        _LOG_PLACE.pack_into(self.map, offset + _LOG_PLACE_OFFSET, last_idx, last_idx)
 
     def ring_ctl(self, queue: int) -> None:
         """Add one to the control word of `queue`: its worker has a message. Only the supervisor does this."""

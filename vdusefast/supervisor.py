@@ -292,6 +292,7 @@ class Supervisor:
                 if vq_index >= len(self._vqs):
                     return Response(request_id, False)
                 last_avail_idx = await self._vqs[vq_index].quiesce()
+                self._go_on_when_kicked(self._vqs[vq_index])
                 return Response(request_id, last_avail_idx is not None, vq_index, last_avail_idx or 0)
             case UpdateIotlb(request_id, start, last):
                 gone = await asyncio.gather(*(vq.invalidate(start, last) for vq in self._vqs))
@@ -302,9 +303,7 @@ class Supervisor:
                 return Response(request_id, group == 0 and asid == 0)  # the only ones that the device was created with
             case Suspend(request_id):
                 async with self._status_lock:
-                    self.state = DeviceState.SUSPENDED
-                    stands = await asyncio.gather(*(vq.quiesce() for vq in self._vqs))
-                return Response(request_id, None not in stands)
+                    return Response(request_id, await self._suspend())
             case UnknownRequest(request_id, kind):
                 _log.error("device %s: message of unknown type %d: answered FAILED", self.device.name, kind)
                 return Response(request_id, False)
@@ -319,6 +318,10 @@ class Supervisor:
             return all(await asyncio.gather(*(vq.reset() for vq in self._vqs)))
         if change == StatusChange.FEATURES_OK:
             self.device.judge_features(self.transport.acked_features())
+            # The last step that a driver can be refused: it takes no notice of how DRIVER_OK is answered.
+            if not all(await asyncio.gather(*(vq.revive() for vq in self._vqs))):
+                reasons = "; ".join(vq.reason for vq in self._vqs if vq.state == VqState.FAILED)
+                raise StatusRefusedError(f"FEATURES_OK: {reasons}")
         elif change == StatusChange.DRIVER_OK:
             await self._driver_ok()
             self.state = DeviceState.RUNNING
@@ -332,8 +335,9 @@ class Supervisor:
         """Set every queue's kick eventfd and start the ready ones; those that are not yet are looked at with each kick.
 
         Waits shortly for the starts, which are quick unless a worker has to be replaced first: a worker starts late
-        rather than the message is answered late. Raises StatusRefusedError when a queue is known not to start; the
-        others serve on.
+        rather than the message is answered late. A queue that does not start has failed, and the others serve: the
+        kernel's driver goes on whatever we answer, but would never be interrupted by a device that refused it. Raises
+        StatusRefusedError for features that were changed since they were accepted.
         """
         acked_features = self.transport.acked_features()
         self.device.judge_features(acked_features)
@@ -352,8 +356,23 @@ class Supervisor:
         if starts:
             done, _late = await asyncio.wait(starts, timeout=self._limits.start_grace_s)
             if not all(start.result() for start in done):
-                reasons = "; ".join(vq.reason for vq in self._vqs if vq.state == VqState.FAILED)
-                raise StatusRefusedError(f"DRIVER_OK: {reasons}")
+                self._refuse("; ".join(vq.reason for vq in self._vqs if vq.state == VqState.FAILED))
+
+    async def _suspend(self) -> bool:
+        """Stop every queue where it stands. Returns whether that is known of all; the device goes on otherwise."""
+        before, self.state = self.state, DeviceState.SUSPENDED
+        stands = await asyncio.gather(*(vq.quiesce() for vq in self._vqs))
+        if None not in stands:
+            return True
+        self.state = before
+        for vq in self._vqs:
+            self._go_on_when_kicked(vq)
+        return False
+
+    def _go_on_when_kicked(self, vq: VqControl) -> None:
+        """Let a queue that was stopped by a question go on, should its driver do so."""
+        if vq.state == VqState.STOPPED and self.device.status & VIRTIO_CONFIG_S_DRIVER_OK:
+            vq.watch_kick(self._start_if_ready)
 
     async def _set_vq_ready(self, vq_index: int, ready: bool) -> bool:
         """Start or quiesce one queue. Returns whether there is such a queue: a refusal breaks the device for good, so
@@ -370,8 +389,9 @@ class Supervisor:
 
     async def _start_when_ready(self, vq: VqControl) -> None:
         """Start a queue once the kernel has taken our answer: until then it drops the queue's interrupts."""
+        asked = vq.stop_count
         for _ in range(READY_LOOK_COUNT):
-            if self._start_if_ready(vq):
+            if vq.stop_count != asked or self._start_if_ready(vq):
                 return
             await asyncio.sleep(READY_LOOK_S)
         vq.watch_kick(self._start_if_ready)

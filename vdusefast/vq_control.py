@@ -78,7 +78,7 @@ class VqControl:
         self._limits = limits
         self._on_failure = on_failure
         self._failure_count = 0
-        self._stop_count = 0  # resets and quiesces asked for; a start of before does not count
+        self.stop_count = 0  # changes with resets and quiesces; a start asked for before does not count
         self._last_avail_idx: int | None = None  # where a quiesced queue stands; None = as the driver has set it up
         self._serving = False  # the worker alone knows where the queue stands
         self._lost = ""  # why nobody knows any more; only a reset helps
@@ -96,9 +96,16 @@ class VqControl:
         try:
             await worker.wait_hello(timeout_s)
         except BaseException:
-            if not worker.hung:
+            if worker.alive:
+                worker.abort()  # the wait was cut short; whoever ends the queue reaps it
+            else:
                 self.worker = None
             raise
+
+    async def revive(self) -> bool:
+        """Make sure that there is a worker to serve the queue. Returns whether there is one; a failure is reported."""
+        async with self._lock:
+            return self.closing or await self._revive()
 
     async def kill(self) -> None:
         """Kill and reap the worker if there still is one. One that hangs in the kernel has been waited for already."""
@@ -116,33 +123,37 @@ class VqControl:
         A failure is reported through `on_failure`. A worker that has died is replaced first. A reset or quiesce that is
         going on, or comes before this has its turn, leaves the queue stopped.
         """
-        return self._start(acked_features, info, self._stop_count)
+        return self._start(acked_features, info, self.stop_count)
 
     async def _start(self, acked_features: int, info: VqInfo, stop_count: int) -> bool:
         async with self._lock:
             self.unwatch_kick()
             if self.state == VqState.RUNNING:
                 return True
-            if self.closing or stop_count != self._stop_count:
+            if self.closing or stop_count != self.stop_count:
                 return False
+            # Known from here on: should it never run, its requests can still be failed.
+            self._served = start = ToWorker(
+                Command.START,
+                0,
+                acked_features=acked_features,
+                desc_addr=info.desc_addr,
+                driver_addr=info.driver_addr,
+                device_addr=info.device_addr,
+                queue_size=info.size,
+                last_avail_idx=info.last_avail_idx if self._last_avail_idx is None else self._last_avail_idx,
+            )
+            if not self._serving:
+                # Nothing is in flight: all that was taken has been given back. A worker that is killed before it has
+                # written its own log must not leave that of an earlier one.
+                self._pages.reset_log(self.index, start.last_avail_idx)
             if not 0 < info.size <= self._spec.queue_size or info.size & (info.size - 1):
                 return self._refuse(f"size {info.size} is no power of two up to {self._spec.queue_size}")
             if self._lost:
                 return self._refuse(f"{self._lost}; reset the device")
             if not await self._revive():
                 return False
-            return await self._serve(
-                ToWorker(
-                    Command.START,
-                    0,
-                    acked_features=acked_features,
-                    desc_addr=info.desc_addr,
-                    driver_addr=info.driver_addr,
-                    device_addr=info.device_addr,
-                    queue_size=info.size,
-                    last_avail_idx=info.last_avail_idx if self._last_avail_idx is None else self._last_avail_idx,
-                )
-            )
+            return await self._serve(start)
 
     async def fail_pending(self) -> None:
         """Have everything that is pending and that comes answered with IOERR, by a worker without a store.
@@ -168,6 +179,7 @@ class VqControl:
     async def quiesce(self) -> int | None:
         """Stop the queue once it has finished what is in flight. Returns the avail index, None when that is lost."""
         async with self._stopping():
+            self.unwatch_kick()
             worker = self._usable_worker()
             if self._lost:
                 return None
@@ -260,12 +272,12 @@ class VqControl:
 
         Until it has our answer the driver's side still shows the queue as ready.
         """
-        self._stop_count += 1
+        self.stop_count += 1
         async with self._lock:
             try:
                 yield
             finally:
-                self._stop_count += 1
+                self.stop_count += 1
 
     # -- inside; the lock is held
 
@@ -276,7 +288,7 @@ class VqControl:
     async def _serve(self, start: ToWorker) -> bool:
         """Have the worker serve as `start` says. Returns whether it does; a failure is reported."""
         failures = self._failure_count
-        self._serving, self._served = True, start
+        self._serving = True
         event = await self._request(start)
         # A ring found bad at once is reported before we get here.
         if event is None or failures != self._failure_count:

@@ -168,8 +168,10 @@ class Worker:
         elif message.command == Command.INVALIDATE:
             queue.invalidate(message.start, message.last)
         elif message.command in (Command.QUIESCE, Command.RESET, Command.STOP):
-            last_avail_idx, last_used_idx = queue.quiesce()
+            last_avail_idx, last_used_idx, waiting = queue.quiesce()
             self._running = False
+            if waiting:  # the kick for these is ours already: whoever goes on gets it again
+                os.eventfd_write(self._spec.kick_fd, 1)
             if message.command == Command.RESET:
                 queue.invalidate(0, 2**64 - 1)
             self._done = message.command == Command.STOP

@@ -49,6 +49,9 @@ class Pages(Protocol):
     def ring_ctl(self, queue: int) -> None:
         """Tell the worker of `queue` that a message waits."""
 
+    def reset_log(self, queue: int, last_idx: int) -> None:
+        """Empty the in-flight log of `queue`, which stands at `last_idx` (free-running u16)."""
+
 
 def default_command() -> list[str]:
     """Return the words that start a worker; those of its WorkerSpec follow.

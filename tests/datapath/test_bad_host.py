@@ -305,4 +305,4 @@ def test_refused_chain_counts_as_not_taken(again: bool) -> None:
             assert rig.ask(rig.request(T_FLUSH)) == (1, OK)
         rig.ring.make_available(rig.ring.size)
         assert rig.queue.poll() == -1
-        assert rig.queue.quiesce() == (int(again), int(again))
+        assert rig.queue.quiesce()[:2] == (int(again), int(again))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast.errors import DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
+from vdusefast.errors import ConfigError, DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, kernel, sysfs, uapi, vdpa
 from vdusefast.transport.kernel import KernelOptions, KernelTransport
 
@@ -120,19 +120,37 @@ def test_the_device_is_created_with_its_queues_and_settings(fake: FakeKernel, tm
 
 
 def test_no_queue_is_left_with_interrupts_for_absent_cpus_alone(fake: FakeKernel, tmp_path: Path) -> None:
-    transport = KernelTransport(KernelOptions(irq_cpus=(None, None, 7)))
+    transport = KernelTransport(KernelOptions(irq_cpus=(None, None, 33)))
     affinities = [tmp_path / f"class/vduse/vd0/vq{index}/irq_cb_affinity" for index in range(3)]
     for affinity in affinities:
         affinity.parent.mkdir()
         affinity.write_text("ffff\n")
     transport.create(SPEC)
     try:
+        (tmp_path / "devices/system/cpu/online").write_text("0-1\n")  # CPU 33 has gone meanwhile
         for affinity, mask in zip(affinities, ("3\n", "c\n", "80\n"), strict=True):
             affinity.write_text(mask)
         transport.place_irqs()
-        assert [affinity.read_text() for affinity in affinities] == ["3\n", "00000002,00000003", "00000002,00000003"]
+        assert [affinity.read_text() for affinity in affinities] == ["3\n", "00000003", "00000003"]
     finally:
         transport.close()
+
+
+def test_a_cpu_that_is_not_online_gets_no_interrupts(fake: FakeKernel, tmp_path: Path) -> None:
+    affinity = tmp_path / "class/vduse/vd0/vq0/irq_cb_affinity"
+    affinity.parent.mkdir()
+    affinity.touch()
+    transport = KernelTransport(KernelOptions(irq_cpus=(7, None, None)))
+    with pytest.raises(ConfigError, match="device vd0: irq_cpu: CPU 7 is not online"):
+        transport.create(SPEC)
+    transport.close()
+
+
+def test_a_device_of_that_name_on_the_bus_is_somebody_elses(fake: FakeKernel, tmp_path: Path) -> None:
+    (tmp_path / "bus/vdpa/devices/vd0").mkdir(parents=True)
+    with pytest.raises(DeviceBusyError, match="the vDPA bus has a device of this name"):
+        KernelTransport().create(SPEC)
+    assert fake.asked == []
 
 
 def test_a_kernel_that_cannot_set_what_was_asked_for(fake: FakeKernel) -> None:

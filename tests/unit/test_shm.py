@@ -329,3 +329,18 @@ def test_without_a_base_a_private_directory_is_made_and_removed(
     with RunDirectory("vd0") as run:
         assert run.path.parent.parent == tmp_path
     assert os.listdir(tmp_path) == []
+
+
+def test_reset_log_empties_one_queues_log_and_notes_where_it_stands() -> None:
+    with SharedPages.create(None, "a", 2, 16) as pages:
+        for queue in (0, 1):
+            at = shm.queue_offset(queue, 16) + shm.INFLIGHT_OFFSET
+            pages.map[at : at + shm.INFLIGHT_HEADER_BYTES + 16 * 8] = b"\xff" * (shm.INFLIGHT_HEADER_BYTES + 16 * 8)
+        pages.reset_log(1, 0xFFFE)
+        for queue, order, idx in ((0, 2**64 - 1, 2**32 - 1), (1, 0, 0xFFFE)):
+            at = shm.queue_offset(queue, 16) + shm.INFLIGHT_OFFSET
+            header = np.frombuffer(pages.map, shm.inflight_header_dtype(), 1, at)[0].copy()
+            entries = np.frombuffer(pages.map, "<u8", 16, at + shm.INFLIGHT_HEADER_BYTES).copy()
+            assert (header["last_avail_idx"], header["last_used_idx"]) == (idx, idx)
+            assert (entries == order).all()
+            assert header["version"] == 2**32 - 1

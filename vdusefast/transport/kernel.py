@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vdusefast import usage
-from vdusefast.errors import DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
+from vdusefast.errors import ConfigError, DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, sysfs, uapi, vdpa
 from vdusefast.transport.uapi import Request, Response, VqInfo
 
@@ -140,7 +140,7 @@ class KernelTransport:
             return
         if self.driver == sysfs.BUS_DRIVERS["vhost"]:
             # Not in this thread: to look at such a node may reset the device, which this thread answers.
-            users = await _in_thread(usage.find_users, self.node)
+            users = await self._vhost_users()
             if users:
                 raise DeviceBusyError(
                     f"device {self.name}: {self.node} is {usage.describe(users)}, which the kernel would wait for: the "
@@ -153,6 +153,12 @@ class KernelTransport:
             if error.errno != errno.ENODEV:
                 raise TransportError(f"device {self.name}: cannot be detached: {error.strerror}") from error
         self._attached = False
+
+    async def _vhost_users(self) -> list[str]:
+        try:
+            return await _in_thread(usage.find_users, self.node)
+        except OSError as error:
+            raise TransportError(f"device {self.name}: cannot see who uses it: {error.strerror}") from error
 
     async def _put_on_bus(self) -> None:
         self._attached = True  # also when this is cut short
@@ -251,7 +257,9 @@ class KernelTransport:
     # -- inside
 
     def _ioctl(self, number: int, argument: bytes) -> bytes:
-        """Return what the kernel has made of `argument`. Raises OSError."""
+        """Return what the kernel has made of `argument`. Raises OSError, EBADF once the device is closed."""
+        if self._fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         buffer = bytearray(argument)
         fcntl.ioctl(self._fd, number, buffer) if buffer else fcntl.ioctl(self._fd, number)
         return bytes(buffer)
@@ -264,6 +272,8 @@ class KernelTransport:
             missing.append("virtio_blk")
         if not os.path.exists(CONTROL_NODE):
             missing.insert(0, "vduse")
+        if sysfs.attached(name):
+            raise DeviceBusyError(f"device {name}: the vDPA bus has a device of this name; choose another name")
         if missing:
             raise KernelSupportError(
                 f"device {name}: the kernel has no {', '.join(missing)}: modprobe -a {' '.join(missing)} "
@@ -282,7 +292,10 @@ class KernelTransport:
                 raise KernelSupportError(f"device {self.name}: this kernel cannot set {attribute}; Linux 6.4 can")
         for attribute, value in settings.items():
             sysfs.set_attribute(self.name, attribute, value)
-        self.place_irqs()  # a CPU that is refused is better known now
+        absent = sorted({cpu for cpu in options.irq_cpus if cpu is not None} - sysfs.online_cpus())
+        if absent:
+            raise ConfigError(f"device {self.name}: irq_cpu: CPU {absent[0]} is not online")
+        self.place_irqs()  # what is refused is better known now
 
     def _check_whole(self) -> None:
         """Raise DeviceBrokenError when the kernel has given the device up."""
