@@ -91,6 +91,7 @@ list_missing_for_tests() {
     have nbdkit || need nbdkit "nbdkit, to compare with"
     static_busybox || need busybox-static "busybox, linked statically"
     have depmod || need kmod "depmod and modprobe"
+    have zstd || need zstd "zstd, to unpack the guests' kernels"
     have setpriv || need util-linux "setpriv"
     have dpkg-deb || need dpkg "dpkg-deb, to unpack the guests' kernels"
     have mkfs.ext4 || need e2fsprogs "mkfs.ext4"

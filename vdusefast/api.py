@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Device", "DeviceState", "DeviceStats", "QueueInfo"]
 
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 30.0  # a worker is there in milliseconds, but a busy machine may take its time
 STOP_TIMEOUT_S = 30.0
 # Beyond what the supervisor bounds by itself: killing, reaping and closing.
 MARGIN_S = 30.0

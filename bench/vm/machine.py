@@ -151,7 +151,7 @@ def _command(config: GuestConfig, command: Sequence[str]) -> str:
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         "VDUSEFAST_VM": config.kernel,
-        "VDUSEFAST_LIBBLKIO": str(cache.libblkio()),
+        **_libblkio(),
         **({"VDUSEFAST_VM_RESULTS": RESULTS} if config.results else {}),
         **({"VDUSEFAST_VM_DISK": DISK} if config.disk else {}),
         **config.environment,
@@ -161,10 +161,20 @@ def _command(config: GuestConfig, command: Sequence[str]) -> str:
     return "\n".join([*exports, enter, f"exec {shlex.join(command)}", ""])
 
 
+def _libblkio() -> dict[str, str]:
+    """Return the variable that names libblkio; none where it is not cached and cannot be fetched."""
+    try:
+        return {"VDUSEFAST_LIBBLKIO": str(cache.libblkio())}
+    except GuestError:
+        return {}
+
+
 def missing_tools() -> list[str]:
     """Return the programs that a guest needs and this machine lacks."""
     missing = [
-        name for name in ("qemu-system-x86_64", "setpriv", "depmod") if not shutil.which(name, path=search_path())
+        name
+        for name in ("qemu-system-x86_64", "setpriv", "depmod", "zstd")
+        if not shutil.which(name, path=search_path())
     ]
     return missing if _busybox() else [*missing, "busybox (statically linked)"]
 

@@ -12,6 +12,7 @@ from vdusefast.errors import ConfigError
 
 # With a limit of time fio ends without its verification phase; so it has to verify after every so many writes.
 VERIFY_BACKLOG_COUNT = 256
+VERIFY_BATCH_COUNT = 1 << 20  # all of them, at each turn
 PATTERN_MAX_BYTES = 512
 NO_STATE_FILE = "--verify_state_save=0"  # fio would leave one in the current directory
 
@@ -90,7 +91,8 @@ def _instance_words(one: Instance, *, stonewall: bool) -> list[str]:
         words += [f"--verify={job.verify}", f"--do_verify={int(job.do_verify)}", NO_STATE_FILE]
         words += [_pattern_word(job)] if job.verify == "pattern" else []
         if job.writes and job.runtime and job.do_verify:
-            words += [f"--verify_backlog={VERIFY_BACKLOG_COUNT}"]
+            # Without a batch as large, fio leaves most of a mixed job's backlog behind.
+            words += [f"--verify_backlog={VERIFY_BACKLOG_COUNT}", f"--verify_backlog_batch={VERIFY_BATCH_COUNT}"]
     return words
 
 

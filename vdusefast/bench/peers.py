@@ -33,7 +33,7 @@ from vdusefast.bench.real_fio import (
 )
 from vdusefast.bench.report import bytes_text, count_text
 from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
-from vdusefast.signals import StopSignals
+from vdusefast.signals import PatientStopSignals
 
 Json = dict[str, Any]
 Say = Callable[[str], None]
@@ -108,14 +108,14 @@ def run_peers(options: PeersOptions) -> int:
     if os.geteuid() != 0:
         raise KernelSupportError("bench peers makes block devices, for which it has to be root; use sudo")
     check_outputs(options)
-    with StopSignals() as signals, Awake(options.keep_awake) as awake:
+    with PatientStopSignals() as signals, Awake(options.keep_awake) as awake:
         report = _compare(options, signals, awake)
     emit(report, options)
     named_absent = options.peers is not None and bool(report["not_run"])
     return 1 if report["failed"] or named_absent else 0
 
 
-def _compare(options: PeersOptions, signals: StopSignals, awake: Awake) -> Json:
+def _compare(options: PeersOptions, signals: PatientStopSignals, awake: Awake) -> Json:
     """Find out what can run, run it, and return the report. Raises VdusefastError when nothing can."""
     fio = find_fio("bench peers")
     engine = choose_engine(fio, options.ioengine)
@@ -205,7 +205,7 @@ class Session:
     fio: str
     engine: str
     directory: Path
-    signals: StopSignals
+    signals: PatientStopSignals
     awake: Awake
     peers: dict[str, Peer] = field(default_factory=dict)
     described: list[Json] = field(default_factory=list)
@@ -293,6 +293,7 @@ class Session:
             self._settle(peer)
             with self.awake.paused():
                 outcome = self._fio(peer, words, MARGIN_S + options.runtime_s + options.ramp_s)
+            self._settle(peer)
             if why := problem(outcome):
                 raise VdusefastError(why)
             figures_of_run = job_figures(outcome.report["jobs"])
