@@ -33,6 +33,7 @@ struct vf_engine_ops {
 	void (*close)(struct vf_engine *engine);
 	/* How many completions may wait for each other before the driver is shown them: few when each takes long. */
 	uint32_t publish_batch;
+	uint8_t blocks; /* submit() may wait for storage */
 };
 
 struct vf_engine {

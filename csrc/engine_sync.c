@@ -59,6 +59,7 @@ const struct vf_engine_ops vf_engine_sync = {
 	.name = "sync",
 	.submit = vf_sync_submit,
 	.publish_batch = 4,
+	.blocks = 1,
 };
 
 const struct vf_engine_ops vf_engine_memory = {

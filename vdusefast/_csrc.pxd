@@ -159,6 +159,7 @@ cdef extern from "engine.h" nogil:
         void (*wait)(vf_engine *) noexcept nogil
         int (*sleep)(vf_engine *, const int *, uint32_t, int) noexcept nogil
         uint32_t publish_batch
+        uint8_t blocks
     struct vf_engine:
         const vf_engine_ops *ops
         vf_store store

@@ -254,7 +254,7 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
             if q.unpublished_count >= q.engine.ops.publish_batch:
                 done_ns = queue_publish(q)
                 published = True
-            elif published:
+            elif published and q.engine.ops.blocks:
                 done_ns = vf_now_ns()
             if published and done_ns - now_ns > IRQ_DELAY_NS:
                 queue_interrupt(q)
