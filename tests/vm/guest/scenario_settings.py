@@ -1,0 +1,100 @@
+"""What the configuration says is what the kernel has; and what `show` says is true."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import guest
+from checks import check
+from guest import MIB
+
+
+@check(limit_s=90)
+def sysfs_and_show() -> dict[str, object]:
+    path = guest.image("settings.img", 32 * MIB)
+    settings = {"queues": 2, "queue": "irq_cpu = 1", "msg_timeout_s": 77, "bounce_size_bytes": 32 * MIB}
+    with guest.device("vd0", f"file:{path}", serial="s1", **settings, by_command=True) as node:
+        sysfs = guest.VDUSE_CLASS / "vd0"
+        for queue in range(2):
+            mask = (sysfs / f"vq{queue}" / "irq_cb_affinity").read_text().strip()
+            assert int(mask.replace(",", ""), 16) == 0b10, f"vq{queue}: {mask}"
+        assert guest.read_int(sysfs / "msg_timeout") == 77
+        assert guest.read_int(sysfs / "bounce_size") == 32 * MIB
+        shown = guest.show("vd0")
+        assert shown["node"] == node, shown
+        assert shown["bus"] == "virtio", shown
+        assert shown["driver"] == "virtio_vdpa", shown
+        assert shown["size_bytes"] == 32 * MIB, shown
+        assert shown["serial"] == "s1", shown
+        assert shown["msg_timeout_s"] == 77, shown
+        assert shown["bounce_size_bytes"] == 32 * MIB, shown
+        assert shown["api_version"] == (0 if guest.kernel() < (7, 0) else 1), shown
+        features = shown["vduse_features"]
+        assert features == ([] if guest.kernel() < (7, 0) else ["QUEUE_READY", "SUSPEND"]), shown
+        acked, offered = set(shown["acked_features"]), set(shown["offered_features"])  # type: ignore[call-overload]
+        assert acked <= offered, shown
+        wanted = {"VERSION_1", "ACCESS_PLATFORM", "EVENT_IDX", "FLUSH", "MQ", "DISCARD", "WRITE_ZEROES", "SEG_MAX"}
+        assert wanted <= acked, f"not acked: {sorted(wanted - acked)}"
+        bits = (next((guest.VDPA_DEVICES / "vd0").glob("virtio*")) / "features").read_text().strip()
+        assert bits.count("1") == len(acked), f"the driver has {bits}, show has {sorted(acked)}"
+        assert shown["failure"] == "", shown
+        for queue in shown["queues"]:  # type: ignore[attr-defined]
+            assert queue["irq_cpu"] == 1, queue
+            assert queue["state"] == "running", queue
+            assert guest.running(queue["pid"]), queue
+    return shown
+
+
+@check(limit_s=90)
+def pinned_workers() -> None:
+    with guest.device("vd0", "memory:16M", queues=2, cpus=[0, 1]):
+        shown = guest.info("vd0")
+        for cpu, queue in enumerate(shown["queues"]):  # type: ignore[arg-type]
+            assert queue["cpu"] == cpu, queue
+            assert os.sched_getaffinity(queue["pid"]) == {cpu}, queue
+
+
+@check(limit_s=90)
+def interrupts_where_no_cpu_is_online() -> list[str]:
+    """The driver spreads queues over CPUs that the machine may have; an interrupt to one that is offline would hang."""
+    online = sum(1 << cpu for cpu in os.sched_getaffinity(0))
+    with guest.device("vd0", "memory:16M", queues=4):
+        assert len(list((guest.sysfs_of("vd0") / "mq").iterdir())) == 4, "this machine has no CPUs that are offline"
+        masks = [
+            (guest.VDUSE_CLASS / "vd0" / f"vq{queue}" / "irq_cb_affinity").read_text().strip() for queue in range(4)
+        ]
+        assert all(int(mask.replace(",", ""), 16) & online for mask in masks), f"{masks}, online {online:#x}"
+    return masks
+
+
+@check(limit_s=120)
+def small_bounce_with_large_requests() -> dict[str, int]:
+    """1 MiB for the kernel to copy through: 4 MiB at once must neither hang nor be torn."""
+    path = guest.image("bounce.img", 32 * MIB)
+    with guest.device("vd0", f"file:{path}", queues=2, bounce_size_bytes=MIB) as node:
+        assert guest.read_int(guest.VDUSE_CLASS / "vd0" / "bounce_size") == MIB
+        data = os.urandom(16 * MIB)
+        source = guest.WORK / "source"
+        source.write_bytes(data)
+        guest.sh("dd", f"if={source}", f"of={node}", "bs=4M", "oflag=direct", "conv=fsync", timeout_s=60)
+        assert path.read_bytes()[: len(data)] == data
+        guest.sh("dd", f"if={node}", f"of={source}", "bs=8M", "count=2", "iflag=direct", timeout_s=60)
+        assert source.read_bytes() == data
+        # Many at once, and buffered ones, which are merged as far as the device lets them.
+        guest.sh("blockdev", "--setra", 16384, node)
+        with open(node, "rb") as disk:
+            assert disk.read(len(data)) == data
+        limit = guest.read_int(guest.sysfs_of("vd0") / "queue" / "max_hw_sectors_kb")
+        source.unlink()
+    return {"max_hw_sectors_kb": limit}
+
+
+@check(limit_s=60)
+def by_options() -> None:
+    """Without a configuration file, as in the README."""
+    path = guest.image("options.img", 16 * MIB)
+    node = guest.vdusefast("add", "vd0", "--backend", f"file:{path}", "--queues", 2).split()[-1]
+    assert node == guest.node_of("vd0")
+    assert Path(node).is_block_device()
+    guest.delete("vd0")
