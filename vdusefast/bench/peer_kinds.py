@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -99,17 +100,29 @@ class QemuStorageDaemon(Peer):
         return vduse_missing()
 
     def _start(self) -> str:
-        from vdusefast.transport import sysfs, vdpa
+        from vdusefast.transport import sysfs
 
         self._device = f"qsd-{self.setup.tag}"
         self._server = self._serve()
         self._stack.callback(self._remove)  # before the server, which has to answer meanwhile
         self._server.wait_for("VDUSE device", lambda: Path(f"/dev/vduse/{self._device}").exists())
-        vdpa.device_new(self._device)
+        self._server.wait_for("device that can be attached", self._attach)
         driver = sysfs.BUS_DRIVERS["virtio"]
         if sysfs.bound_driver(self._device) != driver:
             sysfs.bind(self._device, driver)
         return self._server.wait_for("block device", lambda: sysfs.node(self._device))
+
+    def _attach(self) -> bool:
+        """Attach the device; False while its server has not set all queues up, which comes after the node."""
+        from vdusefast.transport import vdpa
+
+        try:
+            vdpa.device_new(self._device)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return True
 
     def _serve(self) -> ServerProcess:
         file = {"driver": "file", "node-name": "f", "filename": str(self.setup.path), "aio": "threads"}

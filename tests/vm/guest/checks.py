@@ -24,6 +24,7 @@ MODULES = (
     "scenario_serve",
     "scenario_failure",
     "scenario_many",
+    "scenario_documents",
     "scenario_kernel_log",
 )
 
