@@ -76,6 +76,7 @@ class Device:
         self._lock = threading.Lock()  # one start or stop at a time
         self._loop: asyncio.AbstractEventLoop | None = None
         self._transport: Transport | None = None
+        self._starting: Supervisor | None = None
         self._supervisor: Supervisor | None = None
         self._pages: SharedPages | None = None
         self._model: BlockDevice | None = None
@@ -102,10 +103,10 @@ class Device:
             try:
                 self._start(timeout_s)
             except OSError as error:
-                self._resources.close()
+                self._undo_start()
                 raise VdusefastError(f"device {self.name}: cannot start: {error.strerror or error}") from error
             except BaseException:
-                self._resources.close()
+                self._undo_start()
                 raise
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S, *, force: bool = False) -> None:
@@ -186,7 +187,8 @@ class Device:
 
     def _start(self, timeout_s: float) -> None:
         device = self.config.device
-        directory = RunDirectory(self.name, self._run_dir)
+        kind = "kernel" if device.transport == "kernel" else "loopback"
+        directory = RunDirectory(self.name, self._run_dir, kind)
         self._resources.callback(directory.close)
         store = self._resources.enter_context(open_store(self.config.backend, read_only=device.read_only))
         model = self._model = BlockDevice(self.config, store)
@@ -202,14 +204,20 @@ class Device:
             limits=self._limits,
         )
         self._start_loop()
-        try:
-            attach_s = device.attach_timeout_s if device.transport == "kernel" else 0
-            self._call(supervisor.start(timeout_s), timeout_s + attach_s + MARGIN_S)
-        except BaseException:
-            # Where the wait was cut short the coroutine cleans up by itself; this waits for it.
-            self._call(supervisor.stop(), STOP_TIMEOUT_S + LETTING_GO_S + MARGIN_S)
-            raise
+        self._starting = supervisor
+        attach_s = device.attach_timeout_s if device.transport == "kernel" else 0
+        self._call(supervisor.start(timeout_s), timeout_s + attach_s + MARGIN_S)
         self._supervisor = supervisor
+
+    def _undo_start(self) -> None:
+        """Release everything that a start which has failed, or was cut short at any point, has got."""
+        try:
+            if self._starting is not None:
+                # Where the wait for its start was cut short, that cleans up by itself; this waits for it.
+                self._call(self._starting.stop(), STOP_TIMEOUT_S + LETTING_GO_S + MARGIN_S)
+        finally:
+            self._starting = self._supervisor = None
+            self._resources.close()
 
     def _start_loop(self) -> None:
         """Run an event loop in a thread that lives until the resources are released: the workers die with it."""

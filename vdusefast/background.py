@@ -23,7 +23,8 @@ from vdusefast.config import Config
 from vdusefast.errors import TimedOutError, VdusefastError, from_exit_code
 from vdusefast.signals import PatientStopSignals
 
-START_MARGIN_S = 20.0  # beyond the limit for the attach: starting, and undoing what was begun
+START_MARGIN_S = 60.0  # beyond the limit for the attach, what the server allows itself: api.START_TIMEOUT_S, MARGIN_S
+EXIT_TIMEOUT_S = 10.0  # once it has said what went wrong
 END_TIMEOUT_S = 75.0  # what the server allows itself to undo a start
 KILL_TIMEOUT_S = 5.0
 REPORT_MAX_BYTES = 4 << 20
@@ -152,22 +153,32 @@ def _judge(line: bytes, process: subprocess.Popen[bytes], name: str, log_fd: int
 
 
 def _end(process: subprocess.Popen[bytes], name: str, *, ask: bool = True) -> None:
-    """Wait until the process has ended, which is asked to if need be, and killed if it does not."""
-    if ask:
-        process.terminate()
-    try:
-        process.wait(END_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        try:
-            process.wait(KILL_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise TimedOutError(
-                f"{name}: pid {process.pid} hangs in the kernel and cannot be ended; see /proc/{process.pid}/stack"
-            ) from None
+    """Wait until the process has ended. It is asked to, at once with `ask`, and killed if it does not.
+
+    It may be a healthy server that we have lost: a SIGKILL would leave its device in the kernel.
+    """
+    if not (
+        (not ask and _ends(process, EXIT_TIMEOUT_S))
+        or _ends(process, END_TIMEOUT_S, signal.SIGTERM)
+        or _ends(process, KILL_TIMEOUT_S, signal.SIGKILL)
+    ):
+        raise TimedOutError(
+            f"{name}: pid {process.pid} hangs in the kernel and cannot be ended; see /proc/{process.pid}/stack"
+        )
     path = registry.base_directory() / name
     if path.is_dir() and not run_dir.is_held(path) and run_dir.holder_pid(path) == process.pid:
         registry.remove_dead(path)  # it was killed
+
+
+def _ends(process: subprocess.Popen[bytes], timeout_s: float, number: signal.Signals | None = None) -> bool:
+    """Send a signal, if any, and return whether the process ends in time."""
+    if number is not None:
+        process.send_signal(number)
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 # -- the process

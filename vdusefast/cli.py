@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
@@ -12,6 +14,7 @@ import vdusefast
 from vdusefast import cli_manage, cli_serve, cli_systemd
 from vdusefast.errors import KernelSupportError, VdusefastError
 
+EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 
@@ -74,14 +77,27 @@ def run(args: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", EXIT_INTERRUPTED)
+    except OSError as error:  # of the output, most likely
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", EXIT_FAILURE)
     return result if isinstance(result, int) else 0
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"vdusefast: {message}", file=sys.stderr)
+    if sys.stderr is not None:  # None when it was closed as we were started
+        with suppress(OSError):  # there is nobody left to tell
+            print(f"vdusefast: {message}", file=sys.stderr)
     return exit_code
 
 
 def main() -> None:
     """Run the process's command line and exit with its status."""
-    sys.exit(run())
+    status = run()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # told already; the interpreter would try again, and complain in its own way
+        null_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null_fd, sys.stdout.fileno())
+        os.close(null_fd)
+    sys.exit(status)

@@ -29,6 +29,9 @@ def list_devices(as_json: bool) -> None:
 
     infos = registry.describe_all()
     click.echo(json.dumps(infos, indent=2) if as_json else display.list_text(infos))
+    hidden = [info["run_dir"] for info in infos if info["state"] == registry.HIDDEN]
+    if hidden:
+        click.echo(f"vdusefast: no permission for {', '.join(hidden)}; be root", err=True)
 
 
 @click.command()
@@ -96,8 +99,9 @@ def _print_deleted(name: str, as_json: bool) -> None:
 
 def _delete_served(client: Any, path: Path, force: bool, timeout_s: float) -> None:
     """Have the server remove its device, and wait until all of it is gone."""
-    from vdusefast import registry
+    from vdusefast import registry, run_dir
 
+    in_kernel = run_dir.holder_transport(path) == "kernel"
     with client:
         pid = client.server_pid
         try:
@@ -113,7 +117,7 @@ def _delete_served(client: Any, path: Path, force: bool, timeout_s: float) -> No
         finally:
             if pid_fd >= 0:
                 os.close(pid_fd)
-    _check_gone(path, registry.kernel_device_left(path.name))
+    _check_gone(path, in_kernel and registry.kernel_device_left(path.name))
 
 
 def _check_gone(path: Path, kernel_device_left: bool) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from vdusefast.errors import ConfigError
+from vdusefast.errors import ConfigError, VdusefastError
 
 if TYPE_CHECKING:
     from vdusefast.config import Config
@@ -53,6 +54,7 @@ def add(target: str, as_json: bool, **options: Any) -> None:
     """
     from vdusefast import background
 
+    _fill_standard_descriptors()
     config = read_config(target, options)
     info = background.start(config, config.device.attach_timeout_s + background.START_MARGIN_S)
     _print_ready(info, as_json)
@@ -69,6 +71,7 @@ def serve(target: str, as_json: bool, **options: Any) -> None:
     from vdusefast import logs, registry
     from vdusefast.daemon import Service
 
+    _fill_standard_descriptors()
     config = read_config(target, options)
     with logs.log_to_stderr():
         Service(config, registry.base_directory()).run(lambda info: _print_ready(info, as_json))
@@ -138,9 +141,26 @@ def _with_absolute_path(config: Config) -> Config:
 
 
 def _print_ready(info: dict[str, Any], as_json: bool) -> None:
+    """Print what a device that is usable is to be found by. Raises VdusefastError."""
     if as_json:
         import json
 
-        click.echo(json.dumps(info))
+        text = json.dumps(info)
     else:
-        click.echo(info["node"] or f"{info['name']}: no node, the transport is {info['transport']}")
+        text = info["node"] or f"{info['name']}: no node, the transport is {info['transport']}"
+    try:
+        click.echo(text)
+    except OSError as error:
+        raise VdusefastError(
+            f"{info['name']}: is served by pid {info['pid']}, which cannot be printed: {error.strerror or error}"
+        ) from None
+
+
+def _fill_standard_descriptors() -> None:
+    """Open /dev/null for those of the descriptors 0, 1 and 2 that are closed.
+
+    Whatever else were opened under these numbers would be taken for them, by us and by the processes that we start.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)

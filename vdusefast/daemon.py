@@ -27,6 +27,9 @@ from vdusefast.signals import PatientStopSignals, StopRequestedError
 STOP_TIMEOUT_S = 30.0
 TICK_S = 5.0  # how often a service manager is told of failures
 CLIENT_LOOK_S = 0.5
+EXTEND_EVERY_S = 10.0
+# What a service manager grants us anew each time: enough for the stop that follows, or for the start of the workers.
+EXTEND_S = 90.0
 DELETE_LOOK_S = 0.1
 
 Json = dict[str, Any]
@@ -80,7 +83,8 @@ class Service:
         self._device = (make_device or _make_device)(config, base)
         self._notifier = Notifier()
         self._signals = PatientStopSignals()
-        self._deleting = threading.Lock()
+        self._deleting = threading.Lock()  # held by whoever stops the device, or looks whether it may be
+        self._stopping = False  # that is decided
         self._deleted_fd = -1
         self._since_s = 0.0
         self._last_info: Json = {}
@@ -92,13 +96,14 @@ class Service:
         called. Raises VdusefastError when the device cannot be started; nothing is left behind then.
         """
         with self._signals:
-            self._notifier.send(STATUS="starting")
+            self._notifier.send(STATUS="starting", **self._start_extension())
             try:
                 with self._signals.interrupting():
                     self._refuse_left_over()
                     self._device.start()
             except StopRequestedError as stop:
                 _log.info("%s: %s before it was ready", self.name, stop)
+                self._device.stop(STOP_TIMEOUT_S)  # the signal may have come as it had just started
                 return
             self._since_s = time.monotonic()
             self._deleted_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -109,7 +114,7 @@ class Service:
 
     def info(self) -> Json:
         """Return the device's info with what is known of this process."""
-        if self._deleting.locked():  # the device answers nobody while it is stopped
+        if self._stopping:  # the device answers nobody while it is stopped
             return {**self._last_info, "state": "stopping"}
         self._last_info = {
             **self._device.info(),
@@ -144,7 +149,7 @@ class Service:
         }
 
     def _stats(self) -> Json:
-        if self._deleting.locked():
+        if self._stopping:
             raise DeviceBusyError(f"{self.name}: is being removed")
         counted: Json = self._device.stats().to_dict()
         return counted
@@ -160,6 +165,7 @@ class Service:
         except BaseException:
             self._deleting.release()
             raise
+        self._stopping = True
         try:
             self._device.stop(params.timeout_s, force=params.force)
         finally:
@@ -187,7 +193,8 @@ class Service:
         if self.path.is_dir() and self._config.device.transport == "kernel":
             from vdusefast import run_dir
 
-            if not run_dir.is_held(self.path) and registry.kernel_device_left(self.name):
+            ours = run_dir.holder_transport(self.path) == "kernel"
+            if ours and not run_dir.is_held(self.path) and registry.kernel_device_left(self.name):
                 raise DeviceBusyError(registry.left_text(self.name))
 
     def _wait(self) -> None:
@@ -215,18 +222,37 @@ class Service:
         A signal cannot be refused: whoever still uses the disk loses it. A client of vhost-vdpa is waited for, and
         served on meanwhile: the kernel would wait for it too, and neither its end nor a later one could be had then.
         """
+        extended_s = 0.0
         while not self._deleting.acquire(timeout=DELETE_LOOK_S):
             if select.select([self._deleted_fd], [], [], 0)[0]:
                 return  # the thread in `delete` has done it
+            extended_s = self._extend(extended_s)
+        self._stopping = True
         node = self._device.node
         users = usage.find_users(node)
         if users:
             wait = "; waiting for that to end" if _is_vhost(node) else ""
             _log.warning("%s: %s is still in use: %s%s", self.name, node, usage.describe(users), wait)
         while users and _is_vhost(node):
+            extended_s = self._extend(extended_s)
             time.sleep(CLIENT_LOOK_S)
             users = usage.find_users(node)
         self._device.stop(STOP_TIMEOUT_S)
+
+    def _start_extension(self) -> dict[str, int]:
+        """Return what lets the service manager wait for a driver as long as we do."""
+        device = self._config.device
+        if device.transport != "kernel":
+            return {}
+        return {"EXTEND_TIMEOUT_USEC": int((device.attach_timeout_s + EXTEND_S) * 1e6)}
+
+    def _extend(self, last_s: float) -> float:
+        """Have the service manager wait on, if `last_s`, the time of the last such message, is long ago."""
+        now_s = time.monotonic()
+        if last_s and now_s - last_s < EXTEND_EVERY_S:
+            return last_s
+        self._notifier.send(EXTEND_TIMEOUT_USEC=int(EXTEND_S * 1e6))
+        return now_s
 
 
 def _make_device(config: Config, base: Path) -> ServedDevice:

@@ -54,9 +54,16 @@ def list_text(infos: Sequence[Json]) -> str:
     for info in infos:
         size = size_text(info["size_bytes"]) if "size_bytes" in info else "-"
         queues = str(len(info["queues"])) if "queues" in info else "-"
-        texts = [str(info.get(key) or "-") for key in ("name", "state", "node", "bus")]
+        texts = [str(text or "-") for text in (info["name"], _state(info), info.get("node"), info.get("bus"))]
         rows.append([*texts, size, queues, str(info.get("backend") or "-")])
     return table(rows, left=(0, 1, 2, 3, 6))
+
+
+def _state(info: Json) -> str:
+    """Return a device's state in one word; what has failed is of more interest than that the rest still runs."""
+    failed = info.get("failure") or any(queue.get("state") == "failed" for queue in info.get("queues", ()))
+    state = str(info.get("state", ""))
+    return "failed" if failed and state != "stopping" else state
 
 
 def show_text(info: Json) -> str:

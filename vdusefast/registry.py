@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ Json = dict[str, Any]
 
 LIST_TIMEOUT_S = 2.0  # for all devices together
 NAMES_SHOWN_MAX = 8
+NAME_MAX_BYTES = 255
 # States beside those of a device that answers (api.DeviceState).
 DEAD = "dead"  # its server has died
 SILENT = "silent"  # its server does not answer
 EMBEDDED = "embedded"  # held by a program that takes no commands, or that is still starting
+HIDDEN = "hidden"  # another user's
 
 
 def base_directory() -> Path:
@@ -34,23 +37,48 @@ def base_directory() -> Path:
 
 def find(name: str) -> Path:
     """Return the run directory of a device. Raises DeviceNotFoundError; VdusefastError when it is another user's."""
-    base = base_directory()
-    if name not in ("", ".", "..") and "/" not in name:
-        if (base / name).is_dir():
-            return base / name
-        if (run_dir.SYSTEM_BASE / name).is_dir():
-            raise VdusefastError(f"{name}: no permission for {run_dir.SYSTEM_BASE / name}; be root")
-    names = run_dir.device_names(base)
+    own = run_dir.base_directory()
+    if _is_name(name):
+        if own is not None and _is_directory(own / name):
+            return own / name
+        system = _system_base()
+        if system is not None and _is_directory(system / name):
+            raise VdusefastError(f"{name}: no permission for {system / name}; be root")
+    names = run_dir.device_names(own or base_directory())
     shown = ", ".join(names[:NAMES_SHOWN_MAX]) + (", ..." if len(names) > NAMES_SHOWN_MAX else "")
     foreign = (
         f"; /dev/vduse/{name} is another program's, or was left by a worker that could not be killed: "
         f"vdusefast del {name} --force"
-        if sysfs.created(name)
+        if _is_name(name) and sysfs.created(name)
         else ""
     )
     raise DeviceNotFoundError(
         f"{name}: no such device; {f'served here: {shown}' if names else 'none is served here'}{foreign}"
     )
+
+
+def _is_name(name: str) -> bool:
+    """Return whether `name` can be that of one file in a directory."""
+    return name not in ("", ".", "..") and "/" not in name and len(os.fsencode(name)) <= NAME_MAX_BYTES
+
+
+def _is_directory(path: Path) -> bool:
+    """Return whether `path` is a directory. Raises VdusefastError when that is hidden from us."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except PermissionError:
+        raise VdusefastError(
+            f"{path.name}: no permission for {path.parent}; be root, or the user who added it"
+        ) from None
+    except OSError:  # it is not there
+        return False
+
+
+def _system_base() -> Path | None:
+    """Return the machine's own place for run directories where it is not the one that we use, None where it is."""
+    if os.environ.get("VDUSEFAST_RUN_DIR") or run_dir.base_directory() == run_dir.SYSTEM_BASE:
+        return None
+    return run_dir.SYSTEM_BASE if run_dir.SYSTEM_BASE.is_dir() else None
 
 
 def connect(name: str) -> RpcClient:
@@ -79,13 +107,14 @@ def embedded_text(path: Path) -> str:
 def describe_all() -> list[Json]:
     """Return one object for each device, as its server's `info` has it; others have name, state and node at least.
 
-    All servers are asked before the first answer is awaited, so that one that hangs costs the others nothing.
+    Devices of root's are among them for other users, too: HIDDEN, as all is that may not be asked. All servers are
+    asked before the first answer is awaited, so that one that hangs costs the others nothing.
     """
     asked: list[tuple[Path, RpcClient | None, str]] = []
     found = []
     try:
-        for name in run_dir.device_names(base := base_directory()):
-            asked.append(_ask(base / name))
+        for base in _bases():
+            asked += [_ask(base / name) for name in run_dir.device_names(base)]
         until = time.monotonic() + LIST_TIMEOUT_S
         for path, client, state in asked:
             found.append(_collect(path, client, state, max(0.05, until - time.monotonic())))
@@ -94,6 +123,14 @@ def describe_all() -> list[Json]:
             if client is not None:
                 client.close()
     return [each for each in found if each is not None]
+
+
+def _bases() -> list[Path]:
+    """Return all places of run directories that can be looked at. Raises VdusefastError when there is none."""
+    own, system = run_dir.base_directory(), _system_base()
+    if own is None:
+        return [system or base_directory()]
+    return [own, system] if system is not None and os.access(system, os.R_OK) else [own]
 
 
 def describe(name: str) -> Json:
@@ -117,12 +154,11 @@ def remove_dead(path: Path) -> None:
     name = path.name
     directory = run_dir.RunDirectory(name, path.parent)
     try:
-        if sysfs.attached(name):
-            raise DeviceBusyError(left_text(name))
-        if sysfs.created(name):
-            from vdusefast.transport.kernel import destroy_device
-
-            destroy_device(name)
+        # A device of another transport has nothing in the kernel: one of its name there is somebody else's.
+        if directory.transport == "kernel":
+            if sysfs.attached(name):
+                raise DeviceBusyError(left_text(name))
+            remove_left(name)
     except BaseException:
         directory.release()
         raise
@@ -134,7 +170,7 @@ def remove_left(name: str) -> bool:
 
     Raises DeviceBusyError when a process holds it.
     """
-    if not sysfs.created(name) or sysfs.attached(name):
+    if not _is_name(name) or not sysfs.created(name) or sysfs.attached(name):
         return False
     from vdusefast.transport.kernel import destroy_device
 
@@ -144,6 +180,8 @@ def remove_left(name: str) -> bool:
 
 def left_text(name: str) -> str:
     """Return what is to be done about a kernel device that has lost its server."""
+    if not sysfs.attached(name):
+        return f"{name}: its server has died and left /dev/vduse/{name}, which nothing uses: vdusefast del {name}"
     node = sysfs.node(name)
     return (
         f"{name}: its server has died, and the kernel still has the device{f' as {node}' if node else ''}; "
@@ -162,20 +200,25 @@ def _ask(path: Path) -> tuple[Path, RpcClient | None, str]:
     try:
         client = RpcClient(path)
     except NoServerError:
-        try:
-            return path, None, EMBEDDED if run_dir.is_held(path) else DEAD
-        except VdusefastError:
-            return path, None, "hidden"
+        return path, None, _state_by_lock(path, EMBEDDED)
     except TimedOutError:
         return path, None, SILENT
     except VdusefastError:
-        return path, None, "hidden"  # another user's
+        return path, None, HIDDEN
     try:
         client.send("info")
     except TimedOutError:
         client.close()
         return path, None, SILENT
     return path, client, ""
+
+
+def _state_by_lock(path: Path, held: str) -> str:
+    """Return the state of a device whose server has not answered: `held` while a process holds its directory."""
+    try:
+        return held if run_dir.is_held(path) else DEAD
+    except VdusefastError:
+        return HIDDEN
 
 
 def _collect(path: Path, client: RpcClient | None, state: str, timeout_s: float) -> Json | None:
@@ -188,7 +231,7 @@ def _collect(path: Path, client: RpcClient | None, state: str, timeout_s: float)
         except VdusefastError:
             if not path.exists():
                 return None
-            state = DEAD
+            state = _state_by_lock(path, SILENT)  # its answer was an error, or none
         else:
             return info
     return _without_server(path, state) if path.exists() else None
@@ -198,7 +241,7 @@ def _without_server(path: Path, state: str) -> Json:
     return {
         "name": path.name,
         "state": state,
-        "node": sysfs.node(path.name),
+        "node": "" if run_dir.holder_transport(path) == "loopback" else sysfs.node(path.name),
         "pid": run_dir.holder_pid(path) if state in (EMBEDDED, SILENT) else 0,
         "run_dir": os.fspath(path),
     }

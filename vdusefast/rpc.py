@@ -164,7 +164,12 @@ class RpcServer:
                 _log.error("cannot accept a client: %s", error.strerror)
                 time.sleep(1.0)  # out of descriptors, most likely: do not spin
                 continue
-            self._take(connection)
+            try:
+                self._take(connection)
+            except Exception as error:
+                # One client is lost by it: without this thread, all would be.
+                connection.close()
+                _log.error("cannot serve a client: %s", error)
 
     def _take(self, connection: socket.socket) -> None:
         """Serve a new client in a thread of its own, or tell it why not. Consumes `connection`."""
@@ -177,10 +182,13 @@ class RpcServer:
             if len(self._clients) >= CLIENT_COUNT_MAX:
                 refusal = refusal or f"{CLIENT_COUNT_MAX} clients are connected already; try again"
             if not refusal:
-                self._clients[connection] = thread
-        if not refusal:
-            thread.start()
-            return
+                try:
+                    thread.start()
+                except RuntimeError as error:  # out of threads
+                    refusal = f"its server cannot take a client now: {error}; try again"
+                else:
+                    self._clients[connection] = thread
+                    return
         with connection:
             connection.settimeout(0)
             _try_send(connection, _failure(None, _CallError(DEVICE_ERROR, refusal)))

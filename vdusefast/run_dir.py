@@ -19,22 +19,34 @@ LOCK_TRIES_MAX = 16
 BLOCKED_TRIES_MAX = 3
 BLOCKED_PAUSE_S = 0.02
 CONTENTS = ("pages", "socket", "log", "log.1", "lock")
+HOLDER_MAX_BYTES = 100
 SYSTEM_BASE = Path("/run/vdusefast")
 
 
 def base_directory() -> Path | None:
     """Return where run directories live, None when each process needs a private one.
 
-    `$VDUSEFAST_RUN_DIR`, else /run/vdusefast when that can be written, else `$XDG_RUNTIME_DIR/vdusefast`.
+    `$VDUSEFAST_RUN_DIR`, else /run/vdusefast when that can be written, else `$XDG_RUNTIME_DIR/vdusefast`. Absolute: it
+    means the same in a process that has gone elsewhere. Raises VdusefastError.
     """
     if named := os.environ.get("VDUSEFAST_RUN_DIR"):
-        return Path(named)
+        return absolute(Path(named))
     system = SYSTEM_BASE
     if os.access(system if system.exists() else system.parent, os.W_OK | os.X_OK):
         return system
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime) / "vdusefast"
     return None
+
+
+def absolute(path: Path) -> Path:
+    """Return `path` as it is understood here. Raises VdusefastError when that cannot be known."""
+    try:
+        return path.absolute()
+    except OSError as error:
+        raise VdusefastError(
+            f"{path}: cannot tell where that is, the working directory: {error.strerror}; name an absolute path"
+        ) from None
 
 
 def device_names(base: Path) -> list[str]:
@@ -74,28 +86,55 @@ def is_held(path: Path) -> bool:
 
 def holder_pid(path: Path) -> int:
     """Return the process that took the run directory at `path` last, 0 where that is not known."""
+    return _read_holder(path)[0]
+
+
+def holder_transport(path: Path) -> str:
+    """Return the transport of the device that has or had the run directory at `path`, "" where that is not known."""
+    return _read_holder(path)[1]
+
+
+def _read_holder(path: Path) -> tuple[int, str]:
     try:
-        return int((path / "lock").read_text() or 0)
-    except (OSError, ValueError):
-        return 0
+        return _parse_holder((path / "lock").read_bytes())
+    except OSError:
+        return 0, ""
+
+
+def _parse_holder(text: bytes) -> tuple[int, str]:
+    """Return pid and transport out of a lock file."""
+    pid, _, transport = text.decode(errors="replace").strip().partition(" ")
+    return (int(pid) if pid.isdecimal() else 0), transport
+
+
+def _make_base(base: Path) -> None:
+    """Make the directory that run directories lie in, if need be. Everybody may see their names. Raises OSError."""
+    try:
+        base.mkdir(parents=True)
+    except FileExistsError:
+        return
+    base.chmod(0o755)  # whatever the umask
 
 
 class RunDirectory:
     """BASE/NAME, mode 0700, held by a lock from construction to `close`, which removes it.
 
-    base: None chooses as `base_directory` does; without any, a private temporary directory is made.
+    base: None chooses as `base_directory` does; without any, a private temporary directory is made. transport: noted
+    for those who find the directory of a dead process; "" keeps what such a process has noted.
     Raises DeviceBusyError when a living process holds the name, VdusefastError when the directory cannot be made.
     """
 
-    def __init__(self, name: str, base: Path | None = None) -> None:
+    def __init__(self, name: str, base: Path | None = None, transport: str = "") -> None:
         self._lock_fd = -1
         self._private: Path | None = None
+        self.transport = transport
         base = base or base_directory()
         if base is None:
             base = self._private = Path(tempfile.mkdtemp(prefix="vdusefast-"))
+        base = absolute(base)
         self.path = base / name
         try:
-            base.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _make_base(base)
             self._lock_fd = self._acquire(name)
         except OSError as error:
             self._remove_private()
@@ -117,22 +156,23 @@ class RunDirectory:
         return self.path / "lock"
 
     def close(self) -> None:
-        """Remove the directory with what is in it, then give the name back. Idempotent."""
+        """Remove the directory with what is in it, then give the name back. Idempotent.
+
+        Raises VdusefastError when it cannot be removed, or is not the one that was made: what is there stays then.
+        """
         if self._lock_fd < 0:
             return
         try:
+            if not self._names(self._lock_fd):
+                raise VdusefastError(f"{self.path} is not the run directory that was made there: somebody has moved it")
             for name in CONTENTS:
                 (self.path / name).unlink(missing_ok=True)
-            self.path.rmdir()
-        except FileNotFoundError:
-            pass  # whoever took the name after us has removed it already
+            self._remove_directory()
         except OSError as error:
-            if error.errno == errno.ENOTEMPTY:
-                return  # whoever takes the name after us has it already
             raise VdusefastError(f"cannot remove the run directory {self.path}: {error.strerror}") from None
         finally:
             self.release()
-        self._remove_private()
+            self._remove_private()
 
     def release(self) -> None:
         """Give the name back and leave the directory as it is. Idempotent."""
@@ -146,13 +186,23 @@ class RunDirectory:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    def _remove_directory(self) -> None:
+        """Remove the empty directory. Without its lock file it may be another's already. Raises OSError."""
+        try:
+            self.path.rmdir()
+        except FileNotFoundError:
+            pass  # whoever took the name after us has removed it already
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # whoever takes the name after us has it already
+                raise
+
     def _remove_private(self) -> None:
         if self._private is not None:
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
 
     def _acquire(self, name: str) -> int:
-        """Return a descriptor that holds the lock, with our pid written into the file.
+        """Return a descriptor that holds the lock, with our pid and transport written into the file.
 
         A file removed by its last holder meanwhile is tried again.
         """
@@ -167,8 +217,7 @@ class RunDirectory:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._names(fd):
-                    os.ftruncate(fd, 0)
-                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                    self._note_holder(fd)
                     return fd
             except BlockingIOError:
                 os.close(fd)
@@ -184,6 +233,11 @@ class RunDirectory:
                 raise
             os.close(fd)
         raise DeviceBusyError(f"{name}: other processes keep making and removing {self.path}")
+
+    def _note_holder(self, fd: int) -> None:
+        self.transport = self.transport or _parse_holder(os.pread(fd, HOLDER_MAX_BYTES, 0))[1]
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()} {self.transport}".rstrip().encode() + b"\n", 0)
 
     def _check_private(self, name: str) -> None:
         """Check that nobody else can put files into the directory."""

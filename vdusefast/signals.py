@@ -36,7 +36,8 @@ class StopSignals:
     def __enter__(self) -> Self:
         # An eventfd and not a threading.Event, whose lock the handler might find held by the wait that it interrupts.
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        numbers = [number for number in self.SIGNALS if not _is_waived(number)]
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -74,7 +75,11 @@ class StopSignals:
 
 
 class PatientStopSignals(StopSignals):
-    """The same for what must clean up whatever comes: no second signal ends the process at once. Notes SIGHUP, too."""
+    """The same for what must clean up whatever comes: no second signal ends the process at once. Notes SIGHUP, too.
+
+    For whoever has a device in the kernel, where a device without its server cannot be cleaned up. nohup's wish to
+    go on after a SIGHUP is respected.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -100,3 +105,8 @@ class PatientStopSignals(StopSignals):
         if self._interrupting:
             self._interrupting = False
             raise StopRequestedError(self.received.name)
+
+
+def _is_waived(number: signal.Signals) -> bool:
+    """Return whether whoever has started this process wants it to go on after a hangup."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

@@ -128,7 +128,7 @@ class Supervisor:
             asyncio.get_running_loop().add_reader(self._message_fd, self._on_messages)
             await self._attach()
         except BaseException:
-            await self.stop(UNDO_TIMEOUT_S)
+            await asyncio.shield(self.stop(UNDO_TIMEOUT_S))  # whoever cuts this short again finds it going on
             raise
         if self.state == DeviceState.CREATED:
             self.state = DeviceState.ATTACHED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vdusefast import Device, DeviceBusyError, KernelSupportError, VdusefastError, make_config
-from vdusefast.signals import StopSignals
+from vdusefast.signals import PatientStopSignals, StopRequestedError, StopSignals
+from vdusefast.supervisor import Supervisor
 
 UNWANTED = ("numpy", "rich", "psutil", "click")
 
@@ -157,6 +160,65 @@ def test_signal_is_noted_and_the_second_one_acts(number: signal.Signals) -> None
             timer.join()
     finally:
         signal.signal(number, previous)
+
+
+@pytest.mark.parametrize("number", PatientStopSignals.SIGNALS)
+def test_patient_signals_are_noted_however_many_come(number: signal.Signals) -> None:
+    seen: list[int] = []
+    previous = signal.signal(number, lambda n, _frame: seen.append(n))
+    try:
+        with PatientStopSignals() as signals:
+            signals.SAME_S = 0.0
+            assert (signals.requested, signals.wait(0.01)) == (False, False)
+            for _ in range(3):
+                os.kill(os.getpid(), number)
+            assert signals.wait(10)
+            assert (signals.requested, signals.received, seen) == (True, number, [])
+            assert select.select([signals], [], [], 0)[0] == [signals]
+            with pytest.raises(StopRequestedError, match=number.name), signals.interrupting():
+                pytest.fail("it has come before")
+        os.kill(os.getpid(), number)
+        assert seen == [number]
+    finally:
+        signal.signal(number, previous)
+
+
+def test_hangup_that_nohup_ignores_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with PatientStopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.wait(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.wait(5)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_signal_just_after_the_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has come up completely is stopped, and not only let go of."""
+    stopped = []
+    real_call, real_stop = Device._call, Supervisor.stop
+
+    def call(self: Device, work: Any, timeout_s: float) -> Any:
+        result = real_call(self, work, timeout_s)
+        if work.__name__ == "start":
+            raise StopRequestedError("SIGTERM")
+        return result
+
+    async def stop(self: Supervisor, timeout_s: float = 30.0, *, force: bool = False) -> None:
+        stopped.append(str(self.state))
+        await real_stop(self, timeout_s, force=force)
+
+    monkeypatch.setattr(Device, "_call", call)
+    monkeypatch.setattr(Supervisor, "stop", stop)
+    device = Device(make_config(name="d0", uri="null:1M"))
+    with pytest.raises(StopRequestedError):
+        device.start()
+    assert stopped == ["attached"]
+    device.stop()
+    assert str(device.state) == "created"
 
 
 @pytest.mark.parametrize("number", StopSignals.SIGNALS)

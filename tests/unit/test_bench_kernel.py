@@ -419,6 +419,17 @@ def test_signal_lets_fio_report_and_ends_with_status_0(
     assert fake_device.made[0].stops == [False]
 
 
+@pytest.mark.parametrize("signals", ["HUP", "TERM TERM", "HUP INT TERM"])
+def test_no_signal_takes_the_server_from_the_disk(
+    fake_device: type[FakeDevice], tmp_path: Path, capsys: pytest.CaptureFixture[str], signals: str
+) -> None:
+    kills = "; ".join(f"kill -{number} $PPID; sleep 0.6" for number in signals.split())
+    fake_fio.install(tmp_path, before=f"trap : INT; {kills}", status=128)
+    assert run_plan(parse_arguments(COMMAND)) == 0
+    assert f"stopped early by SIG{signals.split()[0]}" in capsys.readouterr().out
+    assert fake_device.made[0].stops == [False]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
         (errors.BackendError("x"), 1),
         (errors.WorkerError("x"), 1),
         (KeyboardInterrupt(), 130),
+        (OSError("x"), 1),
     ],
 )
 def test_exit_status_is_the_errors(
@@ -131,6 +133,19 @@ def test_exit_status_is_the_errors(
     assert cli.run(["check"]) == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines == [f"vdusefast: {str(error) or 'interrupted'}"]
+
+
+@pytest.mark.parametrize("words", [["list"], ["check"], ["--help"], ["add", "--help"]])
+def test_output_that_cannot_be_written_is_one_line_and_1(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "vdusefast", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "vdusefast: No space left on device\n")
+
+
+def test_without_anybody_to_tell_the_exit_status_tells() -> None:
+    words = "exec >&- 2>&-; exec " + shlex.join([sys.executable, "-m", "vdusefast", "show", "nothing"])
+    assert subprocess.run(["sh", "-c", words], check=False, timeout=60).returncode == 3
 
 
 def test_bare_import_and_version_load_nothing_heavy() -> None:

@@ -6,8 +6,10 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import resource
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,8 +22,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from vdusefast import background, cli, cli_serve, display, errors, registry, run_dir
+from vdusefast import api, background, cli, cli_serve, display, errors, registry, run_dir
 from vdusefast.config import load_config
+from vdusefast.rpc import CLIENT_COUNT_MAX
+from vdusefast.rpc_client import RpcClient
 from vdusefast.run_dir import RunDirectory
 
 BASE = Path(os.environ["VDUSEFAST_RUN_DIR"])
@@ -162,13 +166,108 @@ def test_server_that_hangs_and_then_dies(
     assert cli.run(["stats", "vd0"]) == 1
     assert capsys.readouterr().err == "vdusefast: vd0: its server has died; `vdusefast del vd0` cleans up\n"
 
-    monkeypatch.setattr("vdusefast.transport.sysfs.attached", lambda name: True)
-    assert cli.run(["del", "vd0"]) == 4
-    assert "its server has died, and the kernel still has the device" in capsys.readouterr().err
-    assert (BASE / "vd0").is_dir()
-    monkeypatch.undo()
     assert cli.run(["del", "vd0"]) == 0
     assert not (BASE / "vd0").exists()
+
+
+def test_dead_kernel_device_that_is_attached_is_left_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destroyed: list[str] = []
+    monkeypatch.setattr("vdusefast.transport.sysfs.attached", lambda name: True)
+    monkeypatch.setattr("vdusefast.transport.sysfs.created", lambda name: True)
+    monkeypatch.setattr("vdusefast.transport.kernel.destroy_device", destroyed.append)
+    RunDirectory("vd0", BASE, "kernel").release()
+    for _ in range(2):  # looking at it changes nothing
+        assert cli.run(["del", "vd0"]) == 4
+        err = capsys.readouterr().err
+        assert "its server has died, and the kernel still has the device" in err
+        assert "Reboot" in err
+    assert (BASE / "vd0").is_dir()
+    monkeypatch.setattr("vdusefast.transport.sysfs.attached", lambda name: False)
+    assert registry.left_text("vd0").endswith("which nothing uses: vdusefast del vd0")
+    assert cli.run(["del", "vd0"]) == 0
+    assert destroyed == ["vd0"]
+    assert not (BASE / "vd0").exists()
+
+
+def test_kernel_device_of_a_loopback_devices_name_is_none_of_ours(
+    added: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither while the loopback device lives nor when its server has died."""
+    monkeypatch.setattr("vdusefast.transport.sysfs.attached", lambda name: True)
+    monkeypatch.setattr("vdusefast.transport.sysfs.created", lambda name: True)
+    monkeypatch.setattr("vdusefast.transport.sysfs.node", lambda name: "/dev/vda")
+    monkeypatch.setattr("vdusefast.transport.kernel.destroy_device", lambda name: pytest.fail("destroyed"))
+    os.kill(added, signal.SIGKILL)
+    assert ended(added)
+    assert cli.run(["list"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["vd0", "dead", "-"]
+    assert cli.run(["del", "vd0"]) == 0
+    RunDirectory("vd0", BASE, "loopback").close()
+
+
+def test_loopback_device_is_removed_although_the_kernel_has_one_of_its_name(
+    added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("vdusefast.transport.sysfs.attached", lambda name: True)
+        assert cli.run(["del", "vd0"]) == 0
+
+
+def test_server_that_refuses_to_answer_is_not_dead(
+    added: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = [RpcClient(BASE / "vd0") for _ in range(CLIENT_COUNT_MAX)]
+    try:
+        for client in taken:
+            client.call("ping")
+        assert cli.run(["list"]) == 0
+    finally:
+        for client in taken:
+            client.close()
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["vd0", "silent"]
+
+
+def test_devices_of_roots_are_told_to_a_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> Any:
+        raise errors.VdusefastError(f"no permission for {path}")
+
+    (tmp_path / "system/vd0").mkdir(parents=True)
+    monkeypatch.delenv("VDUSEFAST_RUN_DIR")
+    monkeypatch.setattr(run_dir, "SYSTEM_BASE", tmp_path / "system")
+    monkeypatch.setattr(registry, "RpcClient", refuse)
+    for own in (tmp_path / "own", None):
+        monkeypatch.setattr(run_dir, "base_directory", lambda own=own: own)
+        for command in ("show", "del", "stats"):
+            assert cli.run([command, "vd0"]) == 1
+            assert capsys.readouterr().err == f"vdusefast: vd0: no permission for {tmp_path}/system/vd0; be root\n"
+        assert cli.run(["list"]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines()[1].split()[:2] == ["vd0", "hidden"]
+        assert err == f"vdusefast: no permission for {tmp_path}/system/vd0; be root\n"
+
+
+def test_place_that_may_not_be_looked_at_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stat(self: Path, **_: Any) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat)
+        assert cli.run(["show", "vd0"]) == 1
+    assert capsys.readouterr().err == f"vdusefast: vd0: no permission for {BASE}; be root, or the user who added it\n"
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "n" * 300])
+def test_no_file_of_the_kernels_is_taken_for_a_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vdusefast.transport.sysfs.created", lambda name: True)
+    monkeypatch.setattr("vdusefast.transport.sysfs.attached", lambda name: False)
+    monkeypatch.setattr("vdusefast.transport.kernel.destroy_device", lambda name: pytest.fail("destroyed"))
+    assert cli.run(["del", name, "--force"]) == 3
 
 
 def test_dead_name_is_added_again(added: int, config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +287,7 @@ def test_device_of_another_program_is_listed_and_left_alone(capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("command", ["del", "show", "stats"])
-@pytest.mark.parametrize("name", ["nothing", "../x", "..", "", "a/b"])
+@pytest.mark.parametrize("name", ["nothing", "../x", "..", "", "a/b", "n" * 300])
 def test_unknown_name_is_3(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([command, name]) == 3
     err = capsys.readouterr().err
@@ -239,6 +338,26 @@ def test_kernel_without_vduse_is_5(capsys: pytest.CaptureFixture[str], monkeypat
     assert err.startswith("vdusefast: device vd0: the kernel has no vduse")
     assert "modprobe -a vduse" in err
     assert not os.listdir(BASE)
+
+
+@pytest.mark.parametrize("closed", ["0<&- 1>&- 2>&-", "0<&-", "1>&-", "0<&- 2>&-"])
+def test_closed_standard_descriptors_harm_nothing(config: str, closed: str) -> None:
+    words = shlex.join([sys.executable, "-m", "vdusefast", "add", config])
+    done = subprocess.run(["sh", "-c", f"exec {closed}; exec {words}"], check=False, timeout=60)
+    assert done.returncode == 0
+    assert registry.describe("vd0")["state"] == "attached"
+    assert cli.run(["del", "vd0"]) == 0
+
+
+def test_node_that_cannot_be_printed_is_told(config: str) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "vdusefast", "add", config]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"vdusefast: vd0: is served by pid \d+, which cannot be printed: No space left on device\n", done.stderr
+    )
+    assert cli.run(["del", "vd0"]) == 0
 
 
 # -- the configuration that words stand for
@@ -336,6 +455,27 @@ time.sleep(60)
     with pytest.raises(errors.TimedOutError, match="not usable within"):
         start(tmp_path, config, code, 1.0)
     assert not (BASE / "vd0").exists()
+
+
+def test_server_that_was_lost_is_asked_to_end_before_it_is_killed(
+    tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "EXIT_TIMEOUT_S", 0.2)
+    code = f"""
+def end(*_):
+    open({str(tmp_path / "asked")!r}, "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+os.close(int(sys.argv[2]))
+time.sleep(60)
+"""
+    with pytest.raises(errors.VdusefastError, match="its server ended with status 0 before the device was usable"):
+        start(tmp_path, config, code)
+    assert (tmp_path / "asked").exists()
+
+
+def test_add_waits_longer_than_the_server_allows_itself() -> None:
+    assert background.START_MARGIN_S >= api.START_TIMEOUT_S + api.MARGIN_S
 
 
 def test_interrupted_add_ends_the_server(config: str) -> None:
@@ -442,6 +582,20 @@ def test_sizes(size_bytes: int, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert display.duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("state", "failure", "queue", "shown"),
+    [
+        ("running", "", "running", "running"),
+        ("running", "queue 0: bad", "running", "failed"),
+        ("running", "", "failed", "failed"),
+        ("stopping", "queue 0: bad", "failed", "stopping"),
+    ],
+)
+def test_list_shows_what_has_failed(state: str, failure: str, queue: str, shown: str) -> None:
+    info = {"name": "vd0", "state": state, "failure": failure, "queues": [{"state": "running"}, {"state": queue}]}
+    assert display.list_text([info]).splitlines()[1].split()[:2] == ["vd0", shown]
 
 
 def test_show_has_what_a_kernel_device_has() -> None:

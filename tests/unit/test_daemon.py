@@ -247,6 +247,32 @@ def test_refused_delete_leaves_signals_to_work(rig: Rig, in_use: list[str], monk
     assert rig.device.stops == [(daemon.STOP_TIMEOUT_S, False)]
 
 
+def test_device_is_running_until_its_removal_is_decided(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, go_on = threading.Event(), threading.Event()
+
+    def find_users(node: str) -> list[str]:
+        looked.set()
+        assert go_on.wait(10)
+        return []
+
+    monkeypatch.setattr(usage, "find_users", find_users)
+
+    def act() -> None:
+        caller = threading.Thread(target=rig.call, args=("delete",))
+        caller.start()
+        try:
+            assert looked.wait(5)
+            assert rig.call("info")["state"] == "running"
+            assert rig.call("stats") == {"total": {"requests": 5}}
+            with pytest.raises(errors.DeviceBusyError, match="being removed already"):
+                rig.call("delete")
+        finally:
+            go_on.set()
+            caller.join(10)
+
+    rig.run(act)
+
+
 def test_delete_tells_what_the_kernel_has_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path / "run", transport="kernel")
     rig.device.failure = errors.TimedOutError("device vd0: its driver did not let go of it within 40 s")
@@ -284,6 +310,18 @@ def test_signal_cuts_a_start_short(rig: Rig) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_signal_just_after_the_start_stops_the_device(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = rig.device.start
+
+    def start_and_signal() -> None:
+        start()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(rig.device, "start", start_and_signal)
+    rig.service.run(lambda _: pytest.fail("not ready"))
+    assert len(rig.device.stops) == 1
+
+
 def test_what_is_told_of_readiness_may_refuse(rig: Rig) -> None:
     def refuse(_: dict[str, Any]) -> None:
         raise errors.VdusefastError("nobody waits")
@@ -299,10 +337,19 @@ def test_name_whose_kernel_device_has_lost_its_server_is_refused(
     """Its run directory stays: it tells `list` and `del` about the device that the kernel still has."""
     monkeypatch.setattr(registry, "kernel_device_left", lambda name: True)
     rig = Rig(tmp_path, transport="kernel")
-    rig.path.mkdir(mode=0o700)
+    RunDirectory("vd0", tmp_path, "kernel").release()
     with pytest.raises(errors.DeviceBusyError, match="its server has died"):
         rig.service.run(lambda _: pytest.fail("not ready"))
     assert rig.path.is_dir()
+
+
+def test_name_that_a_loopback_device_has_left_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's device of that name is not of its server, and the kernel's to refuse."""
+    monkeypatch.setattr(registry, "kernel_device_left", lambda name: True)
+    rig = Rig(tmp_path, transport="kernel")
+    RunDirectory("vd0", tmp_path, "loopback").release()
+    rig.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert len(rig.device.stops) == 1
 
 
 # -- systemd
@@ -352,6 +399,29 @@ def test_systemd_is_told_of_everything(manager: socket.socket, tmp_path: Path, m
     assert seen[2:5] == ["WATCHDOG=1"] * 3
     assert "STATUS=failed: queue 0: its worker died" in seen
     assert seen[-1] == "STOPPING=1\nSTATUS=stopping"
+
+
+def test_systemd_waits_as_long_as_we_do(
+    manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_use: list[str]
+) -> None:
+    """For the driver at the start, and for a client of vhost-vdpa at the end."""
+    monkeypatch.setattr(daemon, "CLIENT_LOOK_S", 0.02)
+    monkeypatch.setattr(daemon, "EXTEND_EVERY_S", 0.05)
+    monkeypatch.setattr(registry, "kernel_device_left", lambda name: False)
+    rig = Rig(tmp_path / "run", transport="kernel", attach_timeout_s=300)
+    rig.device.node = "/dev/vhost-vdpa-0"
+
+    def act() -> list[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen = [manager.recv(4096).decode() for _ in range(6)]
+        in_use.clear()
+        return seen
+
+    rig.run(act)
+    assert rig.error is None
+    assert rig.result[0] == "STATUS=starting\nEXTEND_TIMEOUT_USEC=390000000"
+    assert rig.result[2] == "STOPPING=1\nSTATUS=stopping"
+    assert rig.result[3:] == ["EXTEND_TIMEOUT_USEC=90000000"] * 3
 
 
 def test_notifier_by_path_and_without_a_manager(

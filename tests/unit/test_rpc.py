@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -202,6 +203,35 @@ def test_other_users_are_refused(server: RpcServer, directory: Path, monkeypatch
     monkeypatch.setattr(rpc, "peer_of", lambda _: (4711, os.geteuid() + 1))
     with RpcClient(directory) as client, pytest.raises(errors.VdusefastError, match="may not command this device"):
         client.call("echo", {"text": "x"})
+
+
+def test_client_that_cannot_be_taken_is_told_and_the_next_one_is_served(
+    server: RpcServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with RpcClient(directory) as client, pytest.raises(errors.VdusefastError, match="cannot take a client now"):
+            client.call("echo", {"text": "x"})
+    with RpcClient(directory) as client:
+        assert client.call("echo", {"text": "x"}) == "x"
+
+
+def test_client_that_cannot_be_told_apart_is_hung_up_on(
+    server: RpcServer, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: socket.socket) -> tuple[int, int]:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rpc, "peer_of", fail)
+        with raw(directory) as connection:
+            assert connection.recv(1) == b""
+    assert "cannot serve a client" in caplog.text
+    with RpcClient(directory) as client:
+        assert client.call("echo", {"text": "x"}) == "x"
 
 
 def test_call_that_runs_is_answered_although_the_server_closes(directory: Path) -> None:

@@ -321,6 +321,54 @@ def test_base_directory_is_chosen_in_order(tmp_path: Path, monkeypatch: pytest.M
     assert run_dir.base_directory() is None
 
 
+def test_relative_base_means_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VDUSEFAST_RUN_DIR", "rr")
+    assert run_dir.base_directory() == tmp_path / "rr"
+    with RunDirectory("vd0"), RunDirectory("vd1", Path("other")):
+        assert [(tmp_path / path).is_dir() for path in ("rr/vd0", "other/vd1")] == [True, True]
+        os.chdir("/")
+    assert [os.listdir(tmp_path / base) for base in ("rr", "other")] == [[], []]
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(VdusefastError, match="rr: cannot tell where that is"):
+        run_dir.base_directory()
+
+
+def test_directory_that_was_moved_is_told_and_what_is_there_now_stays(tmp_path: Path) -> None:
+    run = RunDirectory("vd0", tmp_path)
+    run.path.rename(tmp_path / "moved")
+    run.path.mkdir()
+    (run.path / "lock").write_text("another's")
+    with pytest.raises(VdusefastError, match="is not the run directory that was made there"):
+        run.close()
+    assert (run.path / "lock").read_text() == "another's"
+    run.close()
+
+
+def test_base_can_be_looked_at_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with RunDirectory("vd0", tmp_path / "base"):
+            assert stat.S_IMODE((tmp_path / "base").stat().st_mode) == 0o755
+    finally:
+        os.umask(before)
+
+
+def test_transport_is_noted_and_kept_by_whoever_cleans_up(tmp_path: Path) -> None:
+    first = RunDirectory("vd0", tmp_path, "kernel")
+    assert (run_dir.holder_pid(first.path), run_dir.holder_transport(first.path)) == (os.getpid(), "kernel")
+    first.release()
+    second = RunDirectory("vd0", tmp_path)
+    assert second.transport == "kernel"
+    second.release()
+    assert run_dir.holder_transport(first.path) == "kernel"
+    with RunDirectory("vd0", tmp_path, "loopback") as third:
+        assert run_dir.holder_transport(third.path) == "loopback"
+    assert run_dir.holder_transport(third.path) == ""
+
+
 def test_without_a_base_a_private_directory_is_made_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from vdusefast.bench.run import Control, JobRun, driver_cpus, run_group
 from vdusefast.bench.store import BenchStore, StoppedError
 from vdusefast.config import Config, load_config, make_config, override, resolve_cpus
 from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
-from vdusefast.signals import StopSignals
+from vdusefast.signals import PatientStopSignals, StopSignals
 from vdusefast.transport import uapi
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ def run_plan(plan: Plan) -> int:
     if uri is None and run.config is not None:
         uri = load_config(run.config).backend.uri
     _check_run(run, uri, transport)
-    with StopSignals() as signals:
+    # A second signal must not leave a disk of the kernel's without its server.
+    with PatientStopSignals() if transport == "kernel" else StopSignals() as signals:
         try:
             return _run_on_store(plan, uri, transport, say, signals)
         except StoppedError as error:

@@ -16,7 +16,7 @@ from vdusefast.bench.jobs import JobSpec
 from vdusefast.bench.peers import PeersOptions, check_outputs, emit, say, standard_jobs
 from vdusefast.bench.peers_report import OURS
 from vdusefast.errors import ConfigError, VdusefastError
-from vdusefast.signals import StopSignals
+from vdusefast.signals import PatientStopSignals
 
 Json = dict[str, Any]
 
@@ -42,7 +42,7 @@ def run_in_guest(options: PeersOptions, kernel: str, *, icount: bool) -> int:
         raise ConfigError(f"--vm needs the guest kit of a source tree ({KIT} is not there); run it from a checkout")
     check_outputs(options)
     options = replace(options, load_modules=True, keep_awake=icount)
-    with StopSignals() as signals:
+    with PatientStopSignals() as signals:
         report = _counted(options, kernel, signals) if icount else _boot(options, kernel, False, signals)
         if report is None:
             say("stopped by a signal: a guest tells its figures when it is done")
@@ -52,7 +52,7 @@ def run_in_guest(options: PeersOptions, kernel: str, *, icount: bool) -> int:
     return 1 if report["failed"] or (options.peers is not None and wanted) else 0
 
 
-def _counted(options: PeersOptions, kernel: str, signals: StopSignals) -> Json | None:
+def _counted(options: PeersOptions, kernel: str, signals: PatientStopSignals) -> Json | None:
     """Measure each job, round and peer in a boot of its own and return one report over all."""
     names = [peer.name for peer in peer_kinds.ALL if options.peers is None or peer.name in options.peers]
     reports: list[Json] = []
@@ -105,7 +105,7 @@ def job_text(job: JobSpec) -> str:
     return " ".join(f"{key}={value}" for key, value in (options | job.options).items())
 
 
-def _boot(options: PeersOptions, kernel: str, icount: bool, signals: StopSignals) -> Json | None:
+def _boot(options: PeersOptions, kernel: str, icount: bool, signals: PatientStopSignals) -> Json | None:
     """Boot a guest for `options` and return its report; None when a signal ended it. Raises VdusefastError."""
     counted = "; time is a count of instructions" if icount else ""
     note = f"Debian's kernel {kernel} on a software-emulated machine{counted}."
