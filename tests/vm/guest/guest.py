@@ -170,8 +170,9 @@ def add(name: str, uri: str, **settings: object) -> dict[str, object]:
 
 
 def delete(name: str, *words: str) -> None:
-    """`vdusefast del`."""
-    vdusefast("del", name, *words)
+    """`vdusefast del`, without the start of an interpreter."""
+    done = attempt_in_copy("del", name, *words)
+    assert done.returncode == 0, f"del {name} {' '.join(words)}: status {done.returncode}: {done.stderr}"
 
 
 def call(name: str, method: str, **params: object) -> dict[str, object]:
@@ -198,8 +199,11 @@ def show(name: str) -> dict[str, object]:
     return dict(json.loads(done.stdout))
 
 
-def fork_server(name: str, uri: str, **settings: object) -> None:
-    """Serve a device as `add` does, by a copy of this process: no interpreter is started for command and server."""
+def fork_server(name: str, uri: str, **settings: object) -> str:
+    """Serve a device as `add` does, by a copy of this process: no interpreter is started for command and server.
+
+    Returns its node.
+    """
     config = read_config(str(write_config(name, uri, **settings)), {})  # type: ignore[arg-type]
     read_fd, write_fd = os.pipe()
     sys.stdout.flush()
@@ -210,6 +214,8 @@ def fork_server(name: str, uri: str, **settings: object) -> None:
     with open(read_fd, "rb") as report:
         said = report.read().decode()
     assert said == "ready", f"{name} was not added: {said or 'its server has died'}"
+    assert node_of(name), f"{name} has no node"
+    return node_of(name)
 
 
 def _serve(config: Config, report_fd: int) -> None:
@@ -236,16 +242,11 @@ def device(name: str, uri: str, *, by_command: bool = False, **settings: object)
 
     by_command: by `vdusefast add` and `vdusefast del`, which start interpreters; else the same without them.
     """
-    if by_command:
-        said = str(add(name, uri, **settings)["node"])
-        assert said == node_of(name), f"add {name} said {said!r}, sysfs {node_of(name)!r}"
-    else:
-        fork_server(name, uri, **settings)
-    node = node_of(name)
-    assert node, f"{name} has no node"
+    node = str(add(name, uri, **settings)["node"]) if by_command else fork_server(name, uri, **settings)
+    assert node == node_of(name), f"add {name} said {node!r}, sysfs {node_of(name)!r}"
     yield node
     if by_command:
-        delete(name)
+        vdusefast("del", name)
         return
     server = int(str(info(name)["pid"]))
     call(name, "delete")

@@ -82,7 +82,7 @@ def refused_while_open() -> str:
 def forced_while_mounted_under_load() -> dict[str, float]:
     path = guest.image("del.img", 64 * MIB)
     MOUNT.mkdir(exist_ok=True)
-    node = str(guest.add("vd0", f"file:{path}", queues=2)["node"])
+    node = guest.fork_server("vd0", f"file:{path}", queues=2)
     guest.sh("mkfs.ext4", "-q", "-F", node)
     guest.sh("mount", node, MOUNT)
     try:
@@ -97,7 +97,7 @@ def forced_while_mounted_under_load() -> dict[str, float]:
 @contextlib.contextmanager
 def fio_on(store: HangingStore, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
     """Serve a hanging store as vd0 and have fio use it."""
-    node = str(guest.add("vd0", f"file:{store.node}", **settings)["node"])
+    node = guest.fork_server("vd0", f"file:{store.node}", **settings)
     with endless_fio(node) as fio:
         try:
             yield fio

@@ -21,7 +21,7 @@ def queues(name: str) -> list[dict[str, object]]:
 @check(limit_s=120)
 def idle_worker_killed() -> str:
     """Its queue has failed, with a reason; `show` says so, the other queue serves on, and --force removes all."""
-    guest.add("vd0", "memory:16M", queues=2)
+    guest.fork_server("vd0", "memory:16M", queues=2)
     victim = int(str(queues("vd0")[1]["pid"]))
     os.kill(victim, signal.SIGKILL)
     guest.wait_for("the queue to fail", lambda: queues("vd0")[1]["state"] == "failed", 20)
@@ -39,7 +39,7 @@ def idle_worker_killed() -> str:
 @check(limit_s=150)
 def worker_killed_under_load() -> dict[str, object]:
     """Requests that its queue has taken wait; del --force fails them, and ends in seconds."""
-    node = str(guest.add("vd0", "memory:64M", queues=2)["node"])
+    node = guest.fork_server("vd0", "memory:64M", queues=2)
     words = ["fio", "--name=load", "--thread", f"--filename={node}", "--rw=randrw", "--bs=4k", "--iodepth=16"]
     words += ["--ioengine=libaio", "--direct=1", "--numjobs=2", "--time_based", "--runtime=300", "--size=16M"]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as fio:

@@ -55,8 +55,7 @@ def ninety_seven_times_by_the_api() -> dict[str, float]:
 
     def once(turn: int) -> None:
         config = make_config(
-            name=f"vd{turn % 3}", uri="memory:16M", transport="kernel", queues=1 + turn % 2, poll_us=0,
-            bus="vhost" if turn % 8 == 7 else "virtio",
+            name=f"vd{turn % 3}", uri="memory:16M", transport="kernel", bus="vhost" if turn % 8 == 7 else "virtio",
         )  # fmt: skip
         with Device(config, run_dir=guest.RUN_BASE) as device:
             if turn % 8 != 7:
