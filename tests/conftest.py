@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -20,7 +21,11 @@ SETTLE_S = 1.0  # how long a process or thread that was told to end may take
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the tests' run directories away from the machine's own."""
+    """Keep the tests' run directories away from the machine's own, and signals as they usually are.
+
+    A run under nohup would hand its deafness for SIGHUP on to every server that a test starts.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.stash[RUN_DIR_KEY] = os.environ["VDUSEFAST_RUN_DIR"] = tempfile.mkdtemp(prefix="vdusefast-test-run-")
 
 

@@ -113,3 +113,7 @@ def test_masks_are_read_as_the_kernel_writes_them(root: Path) -> None:
     online.parent.mkdir(parents=True)
     online.write_text("0-2,5,8-9\n")
     assert sysfs.online_cpus() == {0, 1, 2, 5, 8, 9}
+    online.with_name("possible").write_text("0-9\n")
+    assert not sysfs.all_cpus_online()
+    online.write_text("0-9\n")
+    assert sysfs.all_cpus_online()

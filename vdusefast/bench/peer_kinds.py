@@ -102,6 +102,10 @@ class QemuStorageDaemon(Peer):
     def _start(self) -> str:
         from vdusefast.transport import sysfs
 
+        if self.setup.queues > 1 and not sysfs.all_cpus_online():
+            # virtio_vdpa gives each queue a share of all CPUs that there could be, and an interrupt for a queue whose
+            # share is absent loops in the kernel. We set the shares right; this server leaves them.
+            raise VdusefastError("with CPUs that are offline and several queues it locks the kernel up; use --queues 1")
         self._device = f"qsd-{self.setup.tag}"
         self._server = self._serve()
         self._stack.callback(self._remove)  # before the server, which has to answer meanwhile

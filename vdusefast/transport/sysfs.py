@@ -107,8 +107,17 @@ def attribute(name: str, attribute: str) -> str:
 
 def online_cpus() -> set[int]:
     """Return the CPUs that are online. Raises OSError."""
+    return _cpus("online")
+
+
+def all_cpus_online() -> bool:
+    """Return whether every CPU that this machine could have is there. Raises OSError."""
+    return _cpus("possible") == _cpus("online")
+
+
+def _cpus(which: str) -> set[int]:
     cpus: set[int] = set()
-    for part in (SYS / "devices/system/cpu/online").read_text().strip().split(","):
+    for part in (SYS / "devices/system/cpu" / which).read_text().strip().split(","):
         first, _, last = part.partition("-")
         cpus.update(range(int(first), int(last or first) + 1))
     return cpus

@@ -111,14 +111,15 @@ def flush_buffers() -> None:
     with path.open("rb") as file:
         file.seek(20 * MIB)
         assert file.read(MIB) == data
-    # Behind the page cache's back; only BLKFLSBUF makes the kernel look again.
-    with path.open("r+b") as file:
-        file.seek(20 * MIB)
-        file.write(b"changed!")
-    guest.sh("blockdev", "--flushbufs", node)
-    with open(node, "rb") as disk:
-        disk.seek(20 * MIB)
-        assert disk.read(8) == b"changed!"
+    # Behind the page cache's back, while the disk stays open: only BLKFLSBUF makes the kernel look again.
+    with open(node, "rb", buffering=0) as disk:
+        before = os.pread(disk.fileno(), 8, 20 * MIB)
+        with path.open("r+b") as file:
+            file.seek(20 * MIB)
+            file.write(b"changed!")
+        assert os.pread(disk.fileno(), 8, 20 * MIB) == before
+        guest.sh("blockdev", "--flushbufs", node)
+        assert os.pread(disk.fileno(), 8, 20 * MIB) == b"changed!"
 
 
 @check(limit_s=30, keeps=True)

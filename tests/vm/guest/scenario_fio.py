@@ -16,6 +16,7 @@ COMMON = {
     "verify_fatal": 1,
     "do_verify": 1,
     "verify_backlog": 64,
+    "verify_state_save": 0,
     "random_generator": "lfsr",
     "randseed": 3,
     "group_reporting": 0,

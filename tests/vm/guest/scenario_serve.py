@@ -59,7 +59,8 @@ def served(name: str, uri: str) -> Iterator[tuple[subprocess.Popen[str], Manager
             assert process.poll() is not None, "it still runs"
         finally:
             if process.poll() is None:
-                process.kill()
+                process.terminate()  # a killed server would leave its device in the kernel
+                process.wait(40)
             manager.close()
 
 
