@@ -8,6 +8,7 @@ class GuestError(Exception):
 
     exit_status = 125
     kernel_log = ""  # as far as there was one
+    died_booting = False  # a kernel started, and ended before the command did
 
 
 class GuestTimeoutError(GuestError):

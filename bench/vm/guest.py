@@ -25,6 +25,7 @@ from bench.vm.machine import GuestConfig
 
 END_LIMIT_S = 10.0  # what the guest may need to pass on the rest of the output after its command has ended
 LAST_LINES = 25
+BOOT_TRIES = 3  # emulated CPUs that run side by side let a kernel that patches itself die at times, while it boots
 READ_BYTES = 1 << 16
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -48,6 +49,16 @@ def run(config: GuestConfig, command: Sequence[str], stdout: Sink | None = None,
     Raises GuestError where no guest can be had or it crashes, and GuestTimeoutError when it does not end in time.
     """
     machine.check_tools(config.accel)
+    for _ in range(BOOT_TRIES - 1):
+        try:
+            return _run_once(config, command, stdout, stderr)
+        except GuestError as error:
+            if not error.died_booting:
+                raise
+    return _run_once(config, command, stdout, stderr)
+
+
+def _run_once(config: GuestConfig, command: Sequence[str], stdout: Sink | None, stderr: Sink | None) -> Outcome:
     kernel = cache.kernel(config.kernel)
     token = f"\x1e{secrets.token_hex(16)}\n".encode()
     with contextlib.ExitStack() as stack:
@@ -190,6 +201,7 @@ class _Session:
         said = "; it said:\n" + "\n".join(f"  {line}" for line in lines) if lines else "; it said nothing"
         error = kind(what + said)
         error.kernel_log = log
+        error.died_booting = kind is GuestError and not self._boot_s and bool(log)
         return error
 
     @staticmethod

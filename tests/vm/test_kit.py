@@ -92,6 +92,27 @@ def test_time_limit_ends_the_guest_and_says_what_it_last_said() -> None:
     assert "to be seen" in caught.value.kernel_log
 
 
+def test_a_kernel_that_dies_while_it_boots_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    died, crashed = GuestError("the guest ended by itself"), GuestError("the guest ended by itself")
+    died.died_booting = True
+    ends: list[GuestError] = [died] * (guest.BOOT_TRIES - 1)
+
+    def boot(*_args: object) -> str:
+        if ends:
+            raise ends.pop()
+        return "booted"
+
+    monkeypatch.setattr(guest.machine, "check_tools", lambda _accel: None)
+    monkeypatch.setattr(guest, "_run_once", boot)
+    assert guest.run(GuestConfig(), ["true"]) == "booted"
+    ends[:] = [died] * guest.BOOT_TRIES
+    with pytest.raises(GuestError):
+        guest.run(GuestConfig(), ["true"])
+    ends[:] = [crashed]  # after its boot: what the command did may not be done twice
+    with pytest.raises(GuestError):
+        guest.run(GuestConfig(), ["true"])
+
+
 @BOOT
 def test_crash_is_told_with_the_beginning_of_the_kernels_report() -> None:
     with pytest.raises(GuestError, match=r"ended by itself(.|\n)*Kernel panic.*sysrq triggered crash"):

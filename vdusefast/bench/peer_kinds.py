@@ -44,8 +44,8 @@ class Vdusefast(Peer):
         from vdusefast.config import make_config
 
         setup = self.setup
-        # Pinned workers are what we offer: one a CPU of those that servers have.
-        cpus = [setup.cpus[i % len(setup.cpus)] for i in range(setup.queues)] if setup.cpus else "auto"
+        # Not pinned by default: the CPU that feeds a queue is the wrong one for its worker, and fio may run on any.
+        cpus = [setup.cpus[i % len(setup.cpus)] for i in range(setup.queues)] if setup.cpus else ""
         config = make_config(
             name=f"peers-{setup.tag}",
             uri=f"file:{setup.path}",
@@ -59,7 +59,7 @@ class Vdusefast(Peer):
         self._stack.callback(self._device.stop)
         pinned = cpus if isinstance(cpus, str) else format_cpu_list(cpus)
         words = ["vdusefast", "add", config.device.name, "--backend", config.backend.uri]
-        self.commands.append([*words, "--queues", str(setup.queues), "--cpus", pinned])
+        self.commands.append([*words, "--queues", str(setup.queues), *(["--cpus", pinned] if pinned else [])])
         return self._device.node
 
     def check(self) -> None:
