@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,8 +191,9 @@ class _Nbd(Peer):
         """See `Peer`."""
         return "" if nbd.usable() else "the kernel has no nbd driver: modprobe nbd"
 
+    @abstractmethod
     def _words(self, path: Path) -> list[str]:
-        raise NotImplementedError
+        """Return the command that serves the file at the socket `path`."""
 
     def _start(self) -> str:
         path = self.setup.directory / f"{self.name}.sock"
