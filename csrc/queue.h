@@ -9,6 +9,7 @@
 #include "engine.h"
 #include "inflight.h"
 #include "iotlb.h"
+#include "irq_hold.h"
 #include "request.h"
 #include "vring_format.h"
 
@@ -46,6 +47,7 @@ struct vf_queue {
 
 	struct vf_req **unpublished; /* pushed, not yet shown to the driver */
 	uint32_t unpublished_count;
+	struct vf_irq_hold irq_hold;
 	uint8_t irq_due; /* the last interrupt could not be sent: try again */
 
 	/* The queue's block of the shared pages. */

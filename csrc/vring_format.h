@@ -130,6 +130,11 @@ static inline int vf_vring_irq_wanted(struct vf_vring *vr)
 	return vf_split_irq_wanted(&vr->split);
 }
 
+static inline uint32_t vf_vring_irq_owed(const struct vf_vring *vr)
+{
+	return vf_split_irq_owed(&vr->split);
+}
+
 static inline void vf_vring_kick_disable(struct vf_vring *vr)
 {
 	vf_split_kick_disable(&vr->split);

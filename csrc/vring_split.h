@@ -266,6 +266,12 @@ static inline int vf_split_irq_wanted(struct vf_split *vr)
 	return wanted;
 }
 
+/* Completions that the driver can see and that no interrupt has been decided for. */
+static inline uint32_t vf_split_irq_owed(const struct vf_split *vr)
+{
+	return (uint16_t)(vr->published_used_idx - vr->decided_used_idx);
+}
+
 /* No kicks while the device looks by itself. With EVENT_IDX that is an event half the index space away: the one that
  * was asked for would be passed by the next request. */
 static inline void vf_split_kick_disable(struct vf_split *vr)

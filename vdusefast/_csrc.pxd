@@ -243,10 +243,18 @@ cdef extern from "vring_format.h" nogil:
     void vf_vring_push(vf_vring *, uint16_t, uint32_t)
     void vf_vring_publish(vf_vring *)
     int vf_vring_irq_wanted(vf_vring *)
+    uint32_t vf_vring_irq_owed(const vf_vring *)
     void vf_vring_kick_disable(vf_vring *)
     int vf_vring_kick_enable(vf_vring *)
     uint16_t vf_vring_last_avail_idx(const vf_vring *)
     uint16_t vf_vring_last_used_idx(const vf_vring *)
+
+cdef extern from "irq_hold.h" nogil:
+    struct vf_irq_hold:
+        uint64_t limit_ns
+        uint64_t since_ns
+    int vf_irq_hold_tell(vf_irq_hold *, uint32_t, uint64_t)
+    int vf_irq_hold_expired(vf_irq_hold *, uint32_t, uint64_t)
 
 cdef extern from "queue.h" nogil:
     enum:
@@ -276,6 +284,7 @@ cdef extern from "queue.h" nogil:
         uint32_t iov_max
         vf_req **unpublished
         uint32_t unpublished_count
+        vf_irq_hold irq_hold
         uint8_t irq_due
         vf_shm_ctl *ctl
         vf_shm_status *shm_status

@@ -266,13 +266,15 @@ cdef class Queue:
                 if err:
                     queue_fail(q, err)
 
-    def run(self, int kick_fd, int ctl_fd, int wake_fd, uint64_t poll_us):
+    def run(self, int kick_fd, int ctl_fd, int wake_fd, uint64_t poll_us, uint64_t irq_delay_us=0):
         """Serve the queue, without the GIL, until CONTROL, FAILED, STOP or UNMAPPED is returned.
 
+        poll_us: longest spin; irq_delay_us: longest hold of an interrupt for more completions, by a loop that spins.
         UNMAPPED: the rings lie in no region since an invalidation, as while a driver changes its map; run again later.
         """
         cdef vf_queue *q = self._open()
         cdef uint64_t poll_ns = poll_us * 1000
+        cdef uint64_t irq_delay_ns = irq_delay_us * 1000
         cdef int reason, err
         if not self.started:
             raise ValueError("the queue is not started")
@@ -285,7 +287,7 @@ cdef class Queue:
             queue_fail(q, err)
             return FAILED
         with nogil:
-            reason = queue_run(q, kick_fd, ctl_fd, wake_fd, poll_ns)
+            reason = queue_run(q, kick_fd, ctl_fd, wake_fd, poll_ns, irq_delay_ns)
         return reason
 
     def poll(self):

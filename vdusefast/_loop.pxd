@@ -82,12 +82,24 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
 
 cdef inline void queue_interrupt(vf_queue *q) noexcept nogil:
     """Interrupt the driver if it wants that for what was published since the last time, or is still due one."""
+    q.irq_hold.since_ns = 0
     if not vf_vring_irq_wanted(&q.vring) and not q.irq_due:
         q.counters.irqs_suppressed += 1
         return
     q.irq_due = q.port.inject_irq(&q.port) != 0
     if not q.irq_due:
         q.counters.irqs += 1
+
+
+cdef inline void queue_tell(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """After a publication: interrupt, or hold the interrupt for more completions."""
+    if (
+        q.irq_hold.limit_ns == 0
+        or q.irq_due
+        or vf_irq_hold_tell(&q.irq_hold, vf_vring_irq_owed(&q.vring), now_ns)
+        or vf_irq_hold_expired(&q.irq_hold, vf_vring_irq_owed(&q.vring), now_ns)
+    ):
+        queue_interrupt(q)
 
 
 cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
@@ -229,14 +241,14 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
     cdef uint64_t done_ns = 0
     cdef int count
     cdef int err = 0
-    cdef bint published = False
+    cdef bint published
 
     if q.engine.inflight_count:
         moved = queue_reap(q)
         if moved and q.unpublished_count:
             # Before the next ones are submitted, which takes time: the driver prepares more meanwhile.
-            queue_publish(q)
-            queue_interrupt(q)
+            queue_tell(q, queue_publish(q))
+    published = q.irq_hold.since_ns != 0
     count = vf_vring_available(&q.vring)
     if count > 0:
         limit = <uint32_t> count if <uint32_t> count < VF_BATCH_MAX else VF_BATCH_MAX
@@ -265,9 +277,11 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
     if q.engine.ops.flush != NULL:
         q.engine.ops.flush(&q.engine)
     if q.unpublished_count:
-        queue_publish(q)
-        published = True
-    if published or vf_unlikely(q.irq_due):
+        done_ns = queue_publish(q)
+        queue_tell(q, done_ns)
+    elif published and moved:
+        queue_tell(q, vf_now_ns())
+    elif vf_unlikely(q.irq_due):
         queue_interrupt(q)
     if vf_unlikely(q.counters.memory_faults != q.faults_seen):
         err = -VF_RING_MEMORY_GONE
@@ -315,18 +329,26 @@ cdef inline bint loop_may_spin(loop_lesson *lesson) noexcept nogil:
     return (lesson.period_count & ((1u << rarity) - 1)) == 0
 
 
-cdef inline bint loop_spin(loop_idle *idle, uint64_t poll_ns, bint for_storage) noexcept nogil:
+cdef inline bint loop_spin(vf_queue *q, loop_idle *idle, uint64_t poll_ns) noexcept nogil:
     """One turn of an idle loop. True: look at the ring again at once. False: sleep."""
+    cdef uint64_t now_ns
     if idle.since_ns == 0:
         idle.since_ns = vf_now_ns()
         idle.turns = 0
-        idle.lesson = &idle.of_storage if for_storage else &idle.of_driver
+        idle.lesson = &idle.of_storage if q.engine.inflight_count else &idle.of_driver
         idle.spinning = poll_ns != 0 and loop_may_spin(idle.lesson)
     if not idle.spinning:
         return False
     vf_cpu_relax()
     idle.turns += 1
-    if idle.turns & SPIN_CLOCK_MASK or vf_now_ns() - idle.since_ns < poll_ns:
+    if idle.turns & SPIN_CLOCK_MASK:
+        return True
+    now_ns = vf_now_ns()
+    if q.irq_hold.since_ns and vf_irq_hold_expired(&q.irq_hold, vf_vring_irq_owed(&q.vring), now_ns):
+        queue_interrupt(q)
+        idle.since_ns = 0  # only now does the driver know that it is its turn
+        return True
+    if q.irq_hold.since_ns or now_ns - idle.since_ns < poll_ns:
         return True
     idle.spinning = False
     idle.lesson.fail_streak += 1
@@ -366,10 +388,13 @@ cdef inline bint loop_sleep(vf_queue *q, const int *fds) noexcept nogil:
     return ready == 0
 
 
-cdef inline int queue_run(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uint64_t poll_ns) noexcept nogil:
+cdef inline int queue_run(
+    vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uint64_t poll_ns, uint64_t irq_delay_ns
+) noexcept nogil:
     """Serve until there is something for Python to do. Returns RUN_*."""
     cdef loop_idle idle
     cdef bint timed_out = False
+    cdef int reason = 0
     cdef int moved
     cdef int fds[3]
 
@@ -378,15 +403,20 @@ cdef inline int queue_run(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uin
     fds[2] = wake_fd
     memset(&idle, 0, sizeof(idle))
     vf_vring_kick_disable(&q.vring)
+    # Only a loop that spins comes back in time to what it holds.
+    q.irq_hold.limit_ns = irq_delay_ns if poll_ns else 0
     while True:
         if vf_unlikely(vf_load_relaxed_u32(&q.ctl.ctl_seq) != q.ctl_seen):
-            return RUN_CONTROL
+            reason = RUN_CONTROL
+            break
         if vf_unlikely(vf_stop_flag()[0]):
-            return RUN_STOP
+            reason = RUN_STOP
+            break
         moved = queue_round(q)
         if vf_unlikely(moved < 0):
             queue_fail(q, moved)
-            return RUN_FAILED
+            reason = RUN_FAILED
+            break
         if vf_unlikely(q.engine.readable):
             loop_hear(q, q.engine.readable, kick_fd)
             q.engine.readable = 0
@@ -400,7 +430,13 @@ cdef inline int queue_run(vf_queue *q, int kick_fd, int ctl_fd, int wake_fd, uin
                 idle.since_ns = 0
                 timed_out = False
             continue
-        if loop_spin(&idle, poll_ns, q.engine.inflight_count != 0):
+        if loop_spin(q, &idle, poll_ns):
             continue
+        if q.irq_hold.since_ns:
+            queue_interrupt(q)
         timed_out = loop_sleep(q, fds)
         vf_vring_kick_disable(&q.vring)
+    if q.irq_hold.since_ns:
+        queue_interrupt(q)
+    q.irq_hold.limit_ns = 0
+    return reason

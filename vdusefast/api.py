@@ -257,6 +257,7 @@ def worker_specs(config: Config, device: BlockDevice, store: Store, pages: Share
             kick_fd=-1,
             cpu=-1 if queue.cpu is None else queue.cpu,
             poll_us=queue.poll_us,
+            irq_delay_us=queue.irq_delay_us,
             store=store.kind,
             store_fd=store.fd,
             engine=config.backend.engine,

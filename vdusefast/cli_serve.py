@@ -31,6 +31,7 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (("--cache",), click.Choice(["writeback", "writethrough", "none", "unsafe"]), "none is O_DIRECT."),
     (("--engine",), click.Choice(["auto", "sync", "uring"]), "How a worker reaches a file."),
     (("--poll-us",), int, "Microseconds that an idle worker spins at most before it sleeps."),
+    (("--irq-delay-us",), int, "Microseconds that an interrupt waits at most for more completions; 0: never."),
     (("--msg-timeout", "msg_timeout_s"), int, "Seconds until the kernel gives up a server that is silent; 0 = never."),
     (("--bounce-size", "bounce_size_bytes"), str, "Memory that the kernel copies data through, such as 64M."),
     (("--timeout", "attach_timeout_s"), int, "Seconds for the node to come up."),

@@ -26,6 +26,7 @@ SEG_MAX_LIMIT = 1022  # with header and status byte a chain of 1024
 SERIAL_MAX_BYTES = 20  # VIRTIO_BLK_ID_BYTES
 NAME_MAX_BYTES = 63  # with its terminating zero it fits the shared pages' header
 POLL_MAX_US = 1_000_000
+IRQ_DELAY_MAX_US = 10_000
 MSG_TIMEOUT_MAX_S = 3600
 ATTACH_TIMEOUT_MAX_S = 600
 MSG_TIMEOUT_MIN_S = 30
@@ -87,6 +88,7 @@ class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     cpu: int | None = None  # None = not pinned
     irq_cpu: int | None = None  # kernel transport: where the driver's interrupts go
     poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once
+    irq_delay_us: int = 200  # longest hold of an interrupt for more completions, 0 = interrupt at once
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -173,6 +175,7 @@ def validate(config: Config, topology: Topology | None = None) -> list[str]:
         raise ConfigError(f"queue: {len(config.queue)} [[queue]] entries, but device.queues is {config.device.queues}")
     for index, queue in enumerate(config.queue):
         _check_range(f"queue[{index}].poll_us", queue.poll_us, 0, POLL_MAX_US)
+        _check_range(f"queue[{index}].irq_delay_us", queue.irq_delay_us, 0, IRQ_DELAY_MAX_US)
     resolved = resolve_cpus(config, topology)
     return _cpu_warnings(resolved)
 

@@ -118,6 +118,7 @@ class WorkerSpec(NamedTuple):
     irq_fd: int = -1  # loopback: eventfd, device to driver
     cpu: int = -1  # -1: not pinned
     poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once
+    irq_delay_us: int = 200  # longest hold of an interrupt for more completions, 0 = interrupt at once
     # the store
     store: str = "null"  # file, blockdev, memory, null
     store_fd: int = -1

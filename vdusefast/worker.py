@@ -130,7 +130,7 @@ class Worker:
 
     def _run_queue(self) -> None:
         spec = self._spec
-        reason = self._queue.run(spec.kick_fd, spec.ctl_fd, self._wake_fd, spec.poll_us)
+        reason = self._queue.run(spec.kick_fd, spec.ctl_fd, self._wake_fd, spec.poll_us, spec.irq_delay_us)
         if reason == self._datapath.FAILED:
             self._running = False
             self.send(FromWorker(Event.RING_FAILED, 0, text=self._queue.failure))

@@ -382,6 +382,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "cache": "none",
         "engine": "sync",
         "poll_us": 7,
+        "irq_delay_us": 9,
         "msg_timeout_s": 60,
         "bounce_size_bytes": "128M",
         "attach_timeout_s": 9,
@@ -394,7 +395,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
     for key, value in given.items():
         if key in ("queue_size", "serial", "read_only", "block_size_bytes", "msg_timeout_s", "attach_timeout_s"):
             assert getattr(found.device, key) == value
-    assert [(queue.cpu, queue.irq_cpu, queue.poll_us) for queue in found.queue] == [(0, 0, 7)] * 3
+    assert [(queue.cpu, queue.irq_cpu, queue.poll_us, queue.irq_delay_us) for queue in found.queue] == [(0, 0, 7, 9)] * 3
 
 
 def test_without_options_the_file_stands(config: str) -> None:

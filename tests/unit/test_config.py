@@ -85,6 +85,7 @@ def test_seg_max_leaves_room_for_header_and_status(queue_size: int, seg_max: int
         ("queues = 2", 'queues = "2"', ":4: device.queues: expected `int`, got `str`"),
         ('"uring"', '"turbo"', ":9: backend.engine: invalid enum value 'turbo'"),
         ("poll_us = 20", "poll_us = -1", ":13: queue[0].poll_us: -1 is not between 0 and 1000000"),
+        ("poll_us = 20", "irq_delay_us = 10001", ":13: queue[0].irq_delay_us: 10001 is not between 0 and 10000"),
         ("queues = 2", "queues = 65", ":4: device.queues: 65 is not between 1 and 64"),
         ("queues = 2", "queues = 0", ":4: device.queues: 0 is not between 1 and 64"),
         ("= 256", "= 100", ":5: device.queue_size: 100 is no power of two"),

@@ -61,6 +61,7 @@ def build_config(run: RunOptions, uri: str | None, transport: str = "loopback") 
         "engine": run.engine,
         "cache": run.cache,
         "poll_us": run.poll_us,
+        "irq_delay_us": run.irq_delay_us,
         "uri": uri,
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}

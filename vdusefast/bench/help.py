@@ -36,6 +36,7 @@ RUN_HELP = {
     "engine": "auto, sync or uring",
     "cache": "writeback, writethrough, none (O_DIRECT) or unsafe",
     "poll_us": "microseconds that an idle worker spins at most before it sleeps",
+    "irq_delay_us": "microseconds that an interrupt waits at most for more completions; 0 = never",
     "baseline": "afterwards the real fio by these engines: psync,io_uring",
     "config": "a device's TOML file; options override it",
     "output": "write the report to this file",
