@@ -13,6 +13,10 @@ CFLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra"]
 if os.environ.get("VDUSEFAST_WERROR", "1") != "0":
     CFLAGS.append("-Werror")
 
+# For tests alone: a data path with a fault (csrc/seed_fault.h), in a directory of its own (--build-lib, --build-temp).
+if fault := os.environ.get("VDUSEFAST_SEED_FAULT"):
+    CFLAGS.append(f"-DVF_SEED_FAULT={int(fault)}")
+
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": False,

@@ -48,6 +48,16 @@ static inline void vf_store_release_u16(uint16_t *p, uint16_t v)
 	__atomic_store_n(p, v, __ATOMIC_RELEASE);
 }
 
+static inline void vf_store_release_u32(uint32_t *p, uint32_t v)
+{
+	__atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+
+static inline void vf_store_release_u64(uint64_t *p, uint64_t v)
+{
+	__atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+
 static inline uint16_t vf_load_relaxed_u16(const uint16_t *p)
 {
 	VF_SHARED_READ(p, sizeof(*p));

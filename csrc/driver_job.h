@@ -54,6 +54,8 @@ enum vf_drv_phase {
 #define VF_BLOCK_UNKNOWN 0x7fffffffu /* a write failed half-way, or another job trimmed it: anything may be there */
 #define VF_BLOCK_BUSY 0x80000000u /* a request to this block is in flight */
 
+#define VF_DRV_PAIR_SHARE 4u /* of a job with `overlap`: one write in so many is followed by another to its block */
+
 struct vf_drv_stats {
 	uint64_t ios;
 	uint64_t bytes;
@@ -68,6 +70,7 @@ struct vf_drv_slot {
 	uint64_t block;
 	uint32_t generation;
 	uint32_t op;
+	bool superseded; /* another write to the same block was put on the ring behind this one */
 };
 
 struct vf_blk_header {
@@ -102,6 +105,7 @@ struct vf_drv_job {
 	bool check_after; /* read back and verify what was written */
 	bool indirect;
 	bool moves_no_data; /* a null store: reads report that nothing was written */
+	bool overlap; /* some writes are followed by another to the same block at once: the device must keep their order */
 	/* request memory; borrowed */
 	uint8_t *slot_va;
 	uint64_t slot_iova;
@@ -134,6 +138,8 @@ struct vf_drv_job {
 	uint32_t writes_until_fsync;
 	uint32_t next_queue;
 	uint32_t held_op;
+	uint32_t pair_slot; /* of the first write of a pair */
+	bool pair_due; /* its second one is to be issued next */
 	bool held; /* a request waits for an earlier one to the same block */
 	bool fsync_due;
 	bool issue_done;
@@ -147,18 +153,23 @@ struct vf_drv_job {
 	struct vf_drv_fault faults[VF_DRV_FAULTS_KEPT];
 };
 
+/* Begin a run. What earlier runs of the job have written is still known, and read back with what this one writes. */
 static inline void vf_drv_job_start(struct vf_drv_job *job, uint64_t now_ns)
 {
 	for (uint32_t i = 0; i < job->depth; i++)
 		job->free_slots[i] = job->depth - 1u - i;
 	job->free_count = job->depth;
 	job->writes_until_fsync = job->fsync_every;
-	job->random = vf_mix64(job->order.seed + 0x9e37u) | 1;
+	job->issued = job->check_cursor = 0;
+	job->held = job->fsync_due = job->pair_due = job->issue_done = false;
+	if (!job->random)
+		job->random = vf_mix64(job->order.seed + 0x9e37u) | 1;
 	job->start_ns = job->measure_ns = job->end_ns = now_ns;
 	job->ramping = job->ramp_ns != 0;
 	job->phase = VF_PHASE_RUN;
 	for (uint32_t op = 0; op < VF_DRV_OP_COUNT; op++)
-		job->stats[op].lat_min_ns = UINT64_MAX;
+		if (!job->stats[op].ios)
+			job->stats[op].lat_min_ns = UINT64_MAX;
 }
 
 static inline uint32_t vf_drv_job_inflight(const struct vf_drv_job *job)
@@ -210,6 +221,12 @@ static inline int vf_drv_job_choose(struct vf_drv_job *job, uint32_t *op, uint64
 {
 	if (job->phase == VF_PHASE_CHECK)
 		return vf_drv_job_choose_check(job, op, block);
+	if (job->pair_due) {
+		*op = VF_DRV_WRITE;
+		*block = job->slots[job->pair_slot].block;
+		job->issued++;
+		return 1;
+	}
 	if (job->fsync_due) {
 		job->fsync_due = false;
 		*op = VF_DRV_SYNC;
@@ -327,6 +344,16 @@ static inline void vf_drv_job_enqueue(struct vf_drv_job *job, struct vf_drv_vq *
 		vf_drv_job_enqueue_any(job, vq, index, line_iova, sector);
 }
 
+/* Note that slot `index` got a write: either it is the second of a pair, whose first then says nothing about the block any
+ * more, or it may become the first of one. */
+static inline void vf_drv_job_pair(struct vf_drv_job *job, uint32_t index)
+{
+	if (job->pair_due)
+		job->slots[job->pair_slot].superseded = true;
+	job->pair_due = !job->pair_due && job->overlap && vf_random64(&job->random) >> 32 < UINT32_MAX / VF_DRV_PAIR_SHARE;
+	job->pair_slot = index;
+}
+
 /* Issue one request on `vq`. Returns 1, or 0 when there is none to issue now. */
 static inline int vf_drv_job_submit(struct vf_drv_job *job, struct vf_drv_vq *vq, uint64_t now_ns)
 {
@@ -339,6 +366,9 @@ static inline int vf_drv_job_submit(struct vf_drv_job *job, struct vf_drv_vq *vq
 	slot->submit_ns = now_ns;
 	slot->block = block;
 	slot->op = op;
+	slot->superseded = false;
+	if (op == VF_DRV_WRITE)
+		vf_drv_job_pair(job, index);
 	vf_drv_job_prepare(job, slot, job->data_va + index * job->data_stride_bytes);
 	vf_drv_job_enqueue(job, vq, index);
 	if (op == VF_DRV_WRITE && job->fsync_every && --job->writes_until_fsync == 0) {
@@ -411,7 +441,9 @@ static inline void vf_drv_job_complete(struct vf_drv_job *job, uint32_t index, u
 	uint32_t bytes = slot->op == VF_DRV_SYNC ? 0 : job->block_bytes;
 	if (good)
 		vf_drv_stats_add(&job->stats[slot->op], now_ns - slot->submit_ns, bytes);
-	if (job->blocks && slot->op != VF_DRV_SYNC) {
+	if (job->pair_due && job->pair_slot == index)
+		job->pair_due = false;
+	if (job->blocks && slot->op != VF_DRV_SYNC && !slot->superseded) {
 		uint32_t known = slot->generation;
 		if (slot->op == VF_DRV_TRIM)
 			known = good ? 0 : VF_BLOCK_UNKNOWN;

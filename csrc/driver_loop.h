@@ -38,6 +38,8 @@ struct vf_drv_queue {
 	uint64_t irqs;
 	uint64_t published; /* chains */
 	uint64_t batches; /* publications */
+	uint64_t reaped_ns; /* when something was finished last, or first waited for */
+	uint64_t gap_max_ns; /* longest wait for something to be finished; another thread may set it back to 0 */
 };
 
 struct vf_drv_thread {
@@ -83,6 +85,13 @@ static inline void vf_drv_queue_publish(struct vf_drv_queue *queue)
 	queue->batches++;
 	if (vf_drv_vq_publish(&queue->vq))
 		vf_drv_queue_kick(queue);
+}
+
+static inline void vf_drv_queue_note_gap(struct vf_drv_queue *queue, uint64_t now_ns)
+{
+	if (vf_unlikely(now_ns - queue->reaped_ns > vf_load_relaxed_u64(&queue->gap_max_ns)))
+		vf_store_relaxed_u64(&queue->gap_max_ns, now_ns - queue->reaped_ns);
+	queue->reaped_ns = now_ns;
 }
 
 /* Wait up to `timeout_ms` for an interrupt on any of the queues, unless something is finished already. */
@@ -185,6 +194,7 @@ static inline int vf_drv_thread_reap(struct vf_drv_thread *t, uint64_t *now_ns)
 			continue;
 		if (total == 0)
 			*now_ns = vf_drv_now_ns();
+		vf_drv_queue_note_gap(queue, *now_ns);
 		if (count > VF_DRV_REAP_BATCH)
 			count = VF_DRV_REAP_BATCH;
 		vf_drv_thread_prefetch(t, &queue->vq, count);
@@ -244,8 +254,11 @@ static inline int vf_drv_thread_run(struct vf_drv_thread *t)
 			vf_drv_job_advance(job, now_ns, stop == VF_DRV_DRAIN);
 			running += job->phase != VF_PHASE_DONE;
 		}
-		for (uint32_t i = 0; i < t->queue_count; i++)
+		for (uint32_t i = 0; i < t->queue_count; i++) {
+			if (vf_drv_vq_inflight(&t->queues[i]->vq) == 0)
+				t->queues[i]->reaped_ns = now_ns;
 			vf_drv_queue_publish(t->queues[i]);
+		}
 		if (!running)
 			return 0;
 		int reaped = vf_drv_thread_reap(t, &now_ns);

@@ -23,7 +23,6 @@
 struct vf_uring {
 	struct io_uring ring;
 	uint32_t watched; /* bits: descriptors of sleep() that have a poll in the ring */
-	uint8_t fixed_file;
 };
 
 /* The best set of flags that this kernel knows: one issuer, completions when we look (6.1); else the plain ring. */
@@ -42,6 +41,17 @@ static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries)
 		err = io_uring_queue_init_params(entries, ring, &params);
 	}
 	return err;
+}
+
+/* The store's file comes first: registered, it saves a reference count per request. The others are only held: requests
+ * go on when this process is killed, and with them the ring, which alone keeps these open then. */
+static int vf_uring_register(struct io_uring *ring, const struct vf_store *store)
+{
+	int fds[1u + VF_HOLD_MAX] = { store->fd };
+
+	for (uint32_t i = 0; i < store->hold_count; i++)
+		fds[1u + i] = store->hold_fds[i];
+	return io_uring_register_files(ring, fds, 1u + store->hold_count);
 }
 
 static int vf_uring_open(struct vf_engine *engine, uint32_t slot_count)
@@ -63,8 +73,12 @@ static int vf_uring_open(struct vf_engine *engine, uint32_t slot_count)
 		free(uring);
 		return -ENOSYS;
 	}
-	/* A registered file saves a reference count per request; without it everything works the same. */
-	uring->fixed_file = io_uring_register_files(&uring->ring, &engine->store.fd, 1) == 0;
+	err = vf_uring_register(&uring->ring, &engine->store);
+	if (err) {
+		io_uring_queue_exit(&uring->ring);
+		free(uring);
+		return err;
+	}
 	engine->state = uring;
 	return 0;
 }
@@ -95,10 +109,9 @@ static int vf_uring_can(const struct vf_store *store, const struct vf_req *req)
 	}
 }
 
-static void vf_uring_prepare(const struct vf_uring *uring, const struct vf_store *store, struct io_uring_sqe *sqe,
-			     struct vf_req *req)
+static void vf_uring_prepare(const struct vf_store *store, struct io_uring_sqe *sqe, struct vf_req *req)
 {
-	int fd = uring->fixed_file ? 0 : store->fd;
+	int fd = 0; /* the first registered file */
 	unsigned int count = req->iov_count; /* at most VF_IOV_MAX */
 
 	switch ((enum vf_op)req->op) {
@@ -125,8 +138,7 @@ static void vf_uring_prepare(const struct vf_uring *uring, const struct vf_store
 					(off_t)req->left_bytes);
 		break;
 	}
-	if (uring->fixed_file)
-		sqe->flags |= IOSQE_FIXED_FILE;
+	sqe->flags |= IOSQE_FIXED_FILE;
 	io_uring_sqe_set_data(sqe, req);
 }
 
@@ -156,7 +168,7 @@ static int vf_uring_submit(struct vf_engine *engine, struct vf_req *req)
 		return 1;
 	}
 	sqe = io_uring_get_sqe(&uring->ring); /* never NULL: one for each slot, a request has one at a time */
-	vf_uring_prepare(uring, &engine->store, sqe, req);
+	vf_uring_prepare(&engine->store, sqe, req);
 	engine->inflight_count++;
 	if (io_uring_sq_ready(&uring->ring) * VF_URING_SHARE >= engine->inflight_count)
 		vf_uring_flush(engine);
@@ -266,6 +278,7 @@ static void vf_uring_close(struct vf_engine *engine)
 		vf_uring_wait(engine);
 		vf_uring_reap(engine, done, VF_REAP_MAX);
 	}
+	io_uring_unregister_files(&uring->ring); /* now; the ring itself goes some time after its last descriptor */
 	io_uring_queue_exit(&uring->ring);
 	free(uring);
 	engine->state = NULL;

@@ -1,34 +1,122 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The in-flight log: which heads a queue has taken and not yet given back, and in which order. It lies in the shared
- * pages, behind the histograms of its queue, so that it outlives the worker that writes it.
+ * pages, behind the histograms of its queue, so that it outlives the worker that writes it. With the used index, which
+ * lies in the driver's memory and outlives us as well, it tells the next worker where this one stood.
+ *
+ * Whoever reads the log does so when its writer is dead. A process that is killed has carried out its stores up to
+ * some instruction and none behind it, so that the order of the stores in the program is what counts; every store here
+ * is a release, which the compiler does not move earlier stores behind, and which is free on x86. The order is
+ *
+ *   1. entry.order = n                  the head is taken. Killed before: it is still in the avail ring behind all that
+ *                                       is logged, and is taken again. Nothing of it has taken effect.
+ *   2. the request is carried out       Killed from here to 4: it is carried out again, whole. The driver has not been
+ *                                       told of its end, so that it may not have used what it was reading from or into.
+ *   3. used ring entry                  not yet visible: as 2.
+ *   4. used index                       the driver is told, of a whole batch by one store.
+ *   5. entry.order = 0, for each        Killed between 4 and 6: the entries of the batch are logged and told. They are found
+ *                                       in the used ring, from header.last_used_idx on, and forgotten.
+ *   6. header.last_used_idx             No head is taken between 4 and 6: one that the driver has made available again
+ *                                       meanwhile cannot be mistaken for the one that was told.
+ *
+ * Hence everything that was made available is told, or logged, or behind them: the next worker takes from
+ * used index + number of entries on. A replay keeps the orders, so that one that is killed is repeated in the same order.
  */
 #ifndef VF_INFLIGHT_H
 #define VF_INFLIGHT_H
 
 #include <stdint.h>
+#include <string.h>
 
 #include "barrier.h"
 
-#define VF_INFLIGHT_VERSION 1u
+#define VF_LOG_MAGIC "VDUSELOG"
+#define VF_LOG_VERSION 2u
+#define VF_LOG_DEATHS_MAX 3u /* a request that so many workers died of is answered with an error */
+#define VF_LOG_HOPELESS 6u /* even that was of no use */
+
+enum vf_log_format {
+	VF_LOG_SPLIT, /* a head is the index of an entry; the chain is found again in the ring */
+	VF_LOG_PACKED, /* reserved: an entry is larger, as the ring's own descriptors are overwritten */
+};
+
+enum vf_log_state {
+	VF_LOG_VOID, /* nothing has been taken since the reset, or all of it was given back: start at the used index */
+	VF_LOG_VALID,
+};
 
 struct vf_inflight_header {
+	char magic[8];
 	uint32_t version;
-	uint32_t entry_count; /* = queue size */
+	uint16_t ring_format; /* enum vf_log_format */
+	uint16_t entry_bytes;
+	uint32_t entry_count; /* = the largest queue size */
+	uint32_t state; /* enum vf_log_state */
 	uint32_t last_avail_idx; /* where the device stood at its last publication */
 	uint32_t last_used_idx;
-	uint32_t reserved[12];
+	uint32_t working; /* head + 1 of the request that our own code is at; 0 = none. Whose fault a death may be. */
+	uint32_t reserved[7];
 };
 
 /* One a head. order is 0 when the head is not in flight, else its place in the sequence of heads taken. */
 struct vf_inflight_entry {
 	uint64_t order;
+	uint32_t deaths; /* workers that died while at it */
+	uint32_t reserved;
 };
+
+_Static_assert(sizeof(struct vf_inflight_header) == 64, "shm.py has the same layout");
+_Static_assert(sizeof(struct vf_inflight_entry) == 16, "shm.py has the same layout");
 
 /* Each change of an entry is one store: a worker may be killed before and after it, and never within. */
 static inline void vf_log_set(struct vf_inflight_entry *entry, uint64_t order)
 {
-	vf_store_relaxed_u64(&entry->order, order);
+	vf_store_release_u64(&entry->order, order);
+}
+
+/* Take a head that is not in flight. */
+static inline void vf_log_take(struct vf_inflight_entry *entry, uint64_t order)
+{
+	entry->deaths = 0;
+	vf_log_set(entry, order);
+}
+
+/* Note where the device stands, behind everything that it has published and cleared. */
+static inline void vf_log_note(struct vf_inflight_header *header, uint16_t last_avail_idx, uint16_t last_used_idx)
+{
+	vf_store_release_u32(&header->last_avail_idx, last_avail_idx);
+	vf_store_release_u32(&header->last_used_idx, last_used_idx);
+}
+
+/* Note whose request comes next, before it is looked at; 0 when it is done or in the engine's hands. */
+static inline void vf_log_work(struct vf_inflight_header *header, uint32_t head_plus_one)
+{
+	vf_store_release_u32(&header->working, head_plus_one);
+}
+
+/* An empty log of a queue that starts at these indices. Until the last store there is none. */
+static inline void vf_log_begin(struct vf_inflight_header *header, struct vf_inflight_entry *entries, uint32_t entry_count,
+				uint16_t last_avail_idx, uint16_t last_used_idx)
+{
+	vf_store_release_u32(&header->state, VF_LOG_VOID);
+	memset(entries, 0, entry_count * sizeof(*entries));
+	memcpy(header->magic, VF_LOG_MAGIC, sizeof(header->magic));
+	header->version = VF_LOG_VERSION;
+	header->ring_format = VF_LOG_SPLIT;
+	header->entry_bytes = sizeof(*entries);
+	header->entry_count = entry_count;
+	vf_log_work(header, 0);
+	vf_log_note(header, last_avail_idx, last_used_idx);
+	vf_store_release_u32(&header->state, VF_LOG_VALID);
+}
+
+/* Whether this is a log that this code can go on from. */
+static inline int vf_log_is_ours(const struct vf_inflight_header *header, uint32_t entry_count)
+{
+	return memcmp(header->magic, VF_LOG_MAGIC, sizeof(header->magic)) == 0 && header->version == VF_LOG_VERSION &&
+	       header->ring_format == VF_LOG_SPLIT && header->entry_bytes == sizeof(struct vf_inflight_entry) &&
+	       header->entry_count == entry_count && header->state == VF_LOG_VALID &&
+	       header->last_used_idx <= UINT16_MAX && header->working <= entry_count;
 }
 
 #endif

@@ -41,8 +41,6 @@ static void vf_queue_set_shm(struct vf_queue *q, uint8_t *block)
 	q->hist = (struct vf_hist *)(block + layout.hist_offset);
 	q->inflight = (struct vf_inflight_header *)(block + layout.inflight_offset);
 	q->inflight_log = (struct vf_inflight_entry *)(q->inflight + 1);
-	q->inflight->version = VF_INFLIGHT_VERSION;
-	q->inflight->entry_count = q->queue_size_max;
 }
 
 /* 0 or -ENOMEM; what has been allocated is freed by vf_queue_destroy(). */

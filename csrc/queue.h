@@ -32,6 +32,15 @@ struct vf_blk_device {
 	char serial[VF_BLK_ID_BYTES]; /* padded with zeroes */
 };
 
+/* A request that was answered with an error because workers died of it. */
+struct vf_poison {
+	uint32_t count; /* how many there were; what follows is of the last */
+	uint32_t deaths;
+	uint16_t head;
+	uint8_t op; /* enum vf_op */
+	uint64_t offset_bytes;
+};
+
 struct vf_queue {
 	struct vf_vring vring;
 	struct vf_chain chain;
@@ -58,6 +67,7 @@ struct vf_queue {
 	struct vf_inflight_header *inflight;
 	struct vf_inflight_entry *inflight_log; /* queue_size_max entries */
 	uint64_t next_order;
+	struct vf_poison poison; /* of the last takeover */
 
 	uint32_t queue_size_max;
 	uint32_t ctl_seen; /* last value of ctl->ctl_seq that was acted upon */

@@ -26,6 +26,8 @@ enum vf_store_cache {
 	VF_CACHE_UNSAFE, /* a flush does nothing */
 };
 
+#define VF_HOLD_MAX 2u
+
 struct vf_store {
 	int fd; /* borrowed; -1 for null */
 	enum vf_store_kind kind;
@@ -33,6 +35,10 @@ struct vf_store {
 	uint32_t direct_align; /* of offset, length and memory under O_DIRECT; 0 = anything goes */
 	uint64_t size_bytes;
 	int write_flags; /* RWF_DSYNC or 0 */
+	/* Borrowed. An engine whose requests can outlive its process keeps them open until the last one has ended: whoever
+	 * waits for their other end, or for the file behind them, knows then that nothing is written any more. */
+	int hold_fds[VF_HOLD_MAX];
+	uint32_t hold_count;
 	uint8_t no_punch_hole; /* the store has refused it: do not ask again */
 	uint8_t no_zero_range;
 	uint8_t *map; /* of a memory store */

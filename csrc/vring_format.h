@@ -105,6 +105,16 @@ static inline uint32_t vf_vring_used_head(const struct vf_vring *vr, uint16_t id
 	return vf_split_used_head(&vr->split, idx);
 }
 
+static inline int vf_vring_is_idle(const struct vf_vring *vr)
+{
+	return vf_split_is_idle(&vr->split);
+}
+
+static inline int vf_vring_could_take(const struct vf_vring *vr, uint16_t last_avail_idx)
+{
+	return vf_split_could_take(&vr->split, last_avail_idx);
+}
+
 static inline void vf_vring_unpop(struct vf_vring *vr)
 {
 	vf_split_unpop(&vr->split);

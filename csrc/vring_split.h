@@ -200,6 +200,18 @@ static inline int vf_split_used_since(const struct vf_split *vr, uint16_t logged
 	return count <= vr->size ? count : -1;
 }
 
+/* Whether the driver waits for nothing: all that it has made available was given back. */
+static inline int vf_split_is_idle(const struct vf_split *vr)
+{
+	return vf_load_acquire_u16(vr->avail_idx) == vf_load_relaxed_u16(vr->used_idx);
+}
+
+/* Whether the driver has made at least as much available as `last_avail_idx` says was taken. */
+static inline int vf_split_could_take(const struct vf_split *vr, uint16_t last_avail_idx)
+{
+	return (uint16_t)(vf_load_acquire_u16(vr->avail_idx) - last_avail_idx) <= vr->size;
+}
+
 /* The head in used entry `idx`; the size of the ring when it names none. */
 static inline uint32_t vf_split_used_head(const struct vf_split *vr, uint16_t idx)
 {

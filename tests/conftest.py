@@ -23,9 +23,11 @@ SETTLE_S = 1.0  # how long a process or thread that was told to end may take
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the tests' run directories away from the machine's own, and signals as they usually are.
 
-    A run under nohup would hand its deafness for SIGHUP on to every server that a test starts.
+    A run under nohup, or in the background of a script, would hand its deafness on to every server that a test starts.
     """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[RUN_DIR_KEY] = os.environ["VDUSEFAST_RUN_DIR"] = tempfile.mkdtemp(prefix="vdusefast-test-run-")
 
 

@@ -77,14 +77,33 @@ cdef extern from "counters.h" nogil:
     uint32_t vf_hist_bucket(uint64_t ns)
 
 cdef extern from "inflight.h" nogil:
+    enum:
+        VF_LOG_DEATHS_MAX
+        VF_LOG_HOPELESS
+        VF_LOG_VOID
     struct vf_inflight_header:
-        uint32_t version
-        uint32_t entry_count
-        uint32_t last_avail_idx
+        uint32_t state
         uint32_t last_used_idx
+        uint32_t working
     struct vf_inflight_entry:
         uint64_t order
+        uint32_t deaths
     void vf_log_set(vf_inflight_entry *, uint64_t)
+    void vf_log_take(vf_inflight_entry *, uint64_t)
+    void vf_log_note(vf_inflight_header *, uint16_t, uint16_t)
+    void vf_log_work(vf_inflight_header *, uint32_t)
+    void vf_log_begin(vf_inflight_header *, vf_inflight_entry *, uint32_t, uint16_t, uint16_t)
+    int vf_log_is_ours(const vf_inflight_header *, uint32_t)
+
+cdef extern from "seed_fault.h" nogil:
+    enum:
+        VF_SEED_WRITE_EARLY
+        VF_SEED_REPEAT
+    void vf_seed_pause(int)
+    bint vf_seed_forgets(uint64_t)
+    bint vf_seed_answers_early(uint32_t)
+    bint vf_seed_repeats()
+    void vf_seed_disorder(vf_inflight_entry *, uint32_t)
 
 cdef extern from "request.h" nogil:
     enum:
@@ -148,6 +167,8 @@ cdef extern from "store.h" nogil:
         uint32_t direct_align
         uint64_t size_bytes
         int write_flags
+        int hold_fds[2]
+        uint32_t hold_count
 
 cdef extern from "engine.h" nogil:
     struct vf_engine
@@ -215,6 +236,8 @@ cdef extern from "vring_format.h" nogil:
         VF_RING_MISALIGNED
         VF_RING_MEMORY_GONE
         VF_RING_LOG
+        VF_RING_LOG_FOREIGN
+        VF_RING_POISON
     struct vf_segment:
         uint64_t iova
         uint32_t len
@@ -238,6 +261,8 @@ cdef extern from "vring_format.h" nogil:
     uint32_t vf_vring_size(vf_vring *)
     int vf_vring_used_since(vf_vring *, uint16_t)
     uint32_t vf_vring_used_head(vf_vring *, uint16_t)
+    int vf_vring_is_idle(const vf_vring *)
+    int vf_vring_could_take(const vf_vring *, uint16_t)
     void vf_vring_unpop(vf_vring *)
     void vf_vring_prefetch(const vf_vring *, const vf_iotlb *, uint32_t)
     void vf_vring_push(vf_vring *, uint16_t, uint32_t)
@@ -271,6 +296,12 @@ cdef extern from "queue.h" nogil:
         uint8_t discard
         uint8_t write_zeroes
         char serial[20]
+    struct vf_poison:
+        uint32_t count
+        uint32_t deaths
+        uint16_t head
+        uint8_t op
+        uint64_t offset_bytes
     struct vf_queue:
         vf_vring vring
         vf_chain chain
@@ -293,6 +324,7 @@ cdef extern from "queue.h" nogil:
         vf_inflight_header *inflight
         vf_inflight_entry *inflight_log
         uint64_t next_order
+        vf_poison poison
         uint32_t queue_size_max
         uint32_t ctl_seen
         uint64_t faults_seen

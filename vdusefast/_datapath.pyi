@@ -1,5 +1,6 @@
 """Types of the worker's extension; see _datapath.pyx for what each does."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from typing_extensions import Buffer
@@ -15,6 +16,7 @@ PERM_RW: int
 class RingError(Exception): ...
 
 class Queue:
+    note: str
     def __init__(
         self,
         pages: Buffer,
@@ -40,12 +42,14 @@ class Queue:
         size_bytes: int = 0,
         cache: str = "writeback",
         direct_align: int = 0,
+        hold_fds: Sequence[int] = (),
     ) -> None: ...
     def set_port_kernel(self, fd: int, api_version: int, index: int) -> None: ...
     def set_port_loopback(self, fd: int, irq_fd: int, index: int) -> None: ...
     def set_port_none(self, irq_fd: int = -1) -> None: ...
     def map_region(self, start: int, last: int, perm: int, fd: int, offset_bytes: int = 0) -> None: ...
     def invalidate(self, start: int, last: int) -> int: ...
+    def set_capacity(self, capacity_sectors: int) -> None: ...
     def start(
         self,
         *,

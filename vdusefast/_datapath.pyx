@@ -41,7 +41,11 @@ _RING_ERRORS = {
     VF_RING_MISALIGNED: "a ring area is not aligned as VIRTIO asks",
     VF_RING_MEMORY_GONE: "pages of the driver's memory vanished while in use",
     VF_RING_LOG: "the in-flight log of the worker before it does not fit the ring",
+    VF_RING_LOG_FOREIGN: "the in-flight log is none, or of another version or geometry",
+    VF_RING_POISON: f"{VF_LOG_HOPELESS} workers have died of one request, even of refusing it",
 }
+
+_OPS = ("read", "write", "flush", "discard", "write zeroes", "get id", "other")
 
 _STORE_KINDS = {
     "file": VF_STORE_FILE,
@@ -100,6 +104,7 @@ cdef class Queue:
     cdef Py_buffer pages
     cdef bint has_pages
     cdef bint started
+    cdef readonly str note  # what the last start has to say beside its success, "" = nothing
 
     def __cinit__(
         self,
@@ -120,6 +125,7 @@ cdef class Queue:
         cdef bytes ident = serial.encode()[:VF_BLK_ID_BYTES].ljust(VF_BLK_ID_BYTES, b"\0")
         self.q = NULL
         self.has_pages = False
+        self.note = ""
         if block_size < 512 or block_size & (block_size - 1):
             raise ValueError(f"block size of {block_size} bytes is no power of two from 512")
         memset(&device, 0, sizeof(device))
@@ -157,9 +163,11 @@ cdef class Queue:
         return self.q
 
     def open_engine(self, str name, *, str store, int fd=-1, uint64_t size_bytes=0, str cache="writeback",
-                    uint32_t direct_align=0):
+                    uint32_t direct_align=0, hold_fds=()):
         """Open engine `name` (sync, uring, memory, null, fail) over a store, whose descriptor is borrowed.
 
+        hold_fds: at most two descriptors (borrowed) that stay open until the last request has ended, also when this process
+        is killed before.
         Raises OSError when the kernel does not let us (ENOSYS, EPERM: no io_uring), ValueError for a name.
         """
         cdef vf_store described
@@ -189,6 +197,11 @@ cdef class Queue:
         described.cache = _STORE_CACHES[cache]
         described.direct_align = direct_align
         described.size_bytes = size_bytes
+        for hold_fd in hold_fds:
+            if described.hold_count == 2:
+                raise ValueError("more than two descriptors to hold")
+            described.hold_fds[described.hold_count] = hold_fd
+            described.hold_count += 1
         _check(vf_engine_open(&q.engine, ops, &described, q.slot_count), f"engine {name}")
 
     def set_port_kernel(self, int fd, uint32_t api_version, uint32_t index):
@@ -218,6 +231,20 @@ cdef class Queue:
             q.counters.invalidations += 1
         return dropped
 
+    def set_capacity(self, uint64_t capacity_sectors):
+        """Let the device have `capacity_sectors`; when that is less, what is in flight has ended when this returns.
+
+        Raises ValueError for a store in memory that is smaller.
+        """
+        cdef vf_queue *q = self._open()
+        if q.engine.ops != NULL and q.engine.store.kind == VF_STORE_MEMORY and (
+                capacity_sectors > q.engine.store.size_bytes // VF_SECTOR_BYTES):
+            raise ValueError(f"a memory of {q.engine.store.size_bytes} bytes is smaller than the device")
+        if capacity_sectors < q.device.capacity_sectors:
+            with nogil:
+                self._drain()  # nothing may be written behind the end any more, where the store is about to be cut
+        q.device.capacity_sectors = capacity_sectors
+
     cdef void _drain(self) noexcept nogil:
         if self.started:
             queue_drain(self.q)
@@ -229,6 +256,7 @@ cdef class Queue:
         recover: go on where a worker that died stood, by its in-flight log; `last_avail_idx` does not count then.
         """
         cdef vf_queue *q = self._open()
+        cdef uint32_t adopted = 0
         cdef int err
         if q.engine.ops == NULL:
             raise ValueError("no engine is open")
@@ -242,29 +270,49 @@ cdef class Queue:
         if err:
             raise RingError(_RING_ERRORS[-err])
         q.faults_seen = q.counters.memory_faults  # a fault from here on fails the queue
+        self.note = ""
         if recover:
-            err = queue_adopt(q)
-            if err < 0:
-                raise RingError(_RING_ERRORS[-err])
+            adopted = self._adopt()
         else:
             vf_vring_start(&q.vring, last_avail_idx)
-            memset(q.inflight_log, 0, sizeof(vf_inflight_entry) * q.queue_size_max)
+            vf_log_begin(q.inflight, q.inflight_log, q.queue_size_max, vf_vring_last_avail_idx(&q.vring),
+                         vf_vring_last_used_idx(&q.vring))
         q.device.discard = bool(acked_features & _F_DISCARD)
         q.device.write_zeroes = bool(acked_features & _F_WRITE_ZEROES)
         # Without FLUSH the driver cannot ask for durability, so that every write has it (VIRTIO 1.3, 5.2.6.2).
         through = q.engine.store.cache == VF_CACHE_WRITETHROUGH or not acked_features & _F_FLUSH
         q.engine.store.write_flags = RWF_DSYNC if through and q.engine.store.cache != VF_CACHE_UNSAFE else 0
-        q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
-        q.inflight.last_used_idx = vf_vring_last_used_idx(&q.vring)
         q.ring_error = VF_RING_OK
         q.shm_status.fail_reason = VF_RING_OK
         self.started = True
         queue_set_state(q, VF_QUEUE_RUNNING)
         if recover:
             with nogil:
-                err = queue_redo(q)
+                err = queue_redo(q, adopted)
                 if err:
                     queue_fail(q, err)
+            if q.poison.count:
+                self._note_poison()
+
+    cdef int _adopt(self) except -1:
+        """Go on where the log says; from the ring alone where nothing is outstanding. Requests in flight. RingError."""
+        cdef vf_queue *q = self.q
+        cdef int err = queue_adopt(q)
+        if err >= 0:
+            return err
+        if err == -VF_RING_POISON or not vf_vring_is_idle(&q.vring):
+            raise RingError(_RING_ERRORS[-err])
+        queue_log_begin(q)
+        self.note = f"{_RING_ERRORS[-err]}; no request was outstanding, so that the ring itself says where to go on"
+        return 0
+
+    cdef int _note_poison(self):
+        cdef vf_poison *poison = &self.q.poison
+        operation = _OPS[poison.op]
+        more = f" (and {poison.count - 1} more)" if poison.count > 1 else ""
+        self.note = (f"request at head {poison.head} ({operation} at byte {poison.offset_bytes}){more} has ended "
+                     f"{poison.deaths} workers: answered with IOERR")
+        return 0
 
     def run(self, int kick_fd, int ctl_fd, int wake_fd, uint64_t poll_us, uint64_t irq_delay_us=0):
         """Serve the queue, without the GIL, until CONTROL, FAILED, STOP or UNMAPPED is returned.

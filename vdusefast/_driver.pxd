@@ -102,6 +102,7 @@ cdef extern from "driver_job.h" nogil:
         bint check_after
         bint indirect
         bint moves_no_data
+        bint overlap
         uint8_t *slot_va
         uint64_t slot_iova
         uint8_t *data_va
@@ -142,6 +143,7 @@ cdef extern from "driver_loop.h" nogil:
         uint64_t irqs
         uint64_t published
         uint64_t batches
+        uint64_t gap_max_ns
     struct vf_drv_thread:
         vf_drv_queue **queues
         vf_drv_job **jobs
@@ -160,3 +162,5 @@ cdef extern from "driver_loop.h" nogil:
 
 cdef extern from "barrier.h" nogil:
     void vf_store_relaxed_u32(uint32_t *p, uint32_t v)
+    uint64_t vf_load_relaxed_u64(const uint64_t *p)
+    void vf_store_relaxed_u64(uint64_t *p, uint64_t v)

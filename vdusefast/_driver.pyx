@@ -16,6 +16,7 @@ SEGMENTS_MAX = VF_DRV_SEGMENTS_MAX
 DATA_SEGMENTS_MAX = VF_DRV_DATA_SEGMENTS_MAX
 SLOT_BYTES = VF_DRV_SLOT_BYTES
 QUEUES_MAX = VF_DRV_QUEUES_MAX
+BLOCK_UNKNOWN = VF_BLOCK_UNKNOWN
 HIST_BUCKET_COUNT = VF_HIST_BUCKET_COUNT
 OPS = ("read", "write", "trim", "sync", "check")
 KINDS = ("read", "write", "mixed", "trim")
@@ -213,6 +214,12 @@ cdef class Ring:
         """Free-running index of the chains reaped."""
         return self.queue.vq.last_used_idx
 
+    def take_gap_s(self):
+        """Return the longest time between two completions, in seconds, since this was called last; in any thread."""
+        gap_ns = vf_load_relaxed_u64(&self.queue.gap_max_ns)
+        vf_store_relaxed_u64(&self.queue.gap_max_ns, 0)
+        return gap_ns / 1e9
+
     def counters(self):
         """Return what the driver counted: kicks sent, interrupts taken, chains and batches published."""
         return {"kicks": self.queue.kicks, "irqs": self.queue.irqs, "requests": self.queue.published,
@@ -235,7 +242,7 @@ cdef class Job:
                  uint64_t table_stride_bytes=0, uint32_t segment_count=3, uint32_t size_max_bytes=131072,
                  double read_share=0.5, uint32_t fsync_every=0, str verify="none", bytes pattern=b"",
                  bint check_after=False, uint32_t seed=1, uint64_t order_seed=1, double ramp_s=0.0,
-                 double runtime_s=0.0, bint indirect=False, bint moves_no_data=False):
+                 double runtime_s=0.0, bint indirect=False, bint moves_no_data=False, bint overlap=False):
         cdef vf_drv_job *job = &self.job
         if job.slots != NULL:
             raise ValueError("job is initialised already")
@@ -262,6 +269,7 @@ cdef class Job:
         job.check_after = check_after and kind in ("write", "mixed")
         job.indirect = indirect
         job.moves_no_data = moves_no_data
+        job.overlap = overlap
         job.slot_va = <uint8_t *>slot_va
         job.slot_iova = slot_iova
         job.data_va = <uint8_t *>data_va
@@ -314,6 +322,15 @@ cdef class Job:
         cdef uint64_t i
         for i in range(first_block, first_block + block_count):
             self.job.blocks[i] = VF_BLOCK_UNKNOWN
+
+    def journal(self):
+        """Return what is known of each block, as native 32-bit words: the generation of the last acknowledged write.
+
+        0: never written; BLOCK_UNKNOWN: nothing is known. Not while the job runs. b"" for a job that does not verify.
+        """
+        if self.job.blocks == NULL:
+            return b""
+        return (<const uint8_t *>self.job.blocks)[:4 * self.job.block_count]
 
     @property
     def phase(self):
@@ -396,6 +413,8 @@ cdef class DriverThread:
         for i, job in enumerate(jobs):
             if not job.job.indirect and job.job.segment_count > smallest:
                 raise ValueError(f"a request takes {job.job.segment_count} descriptors, the queue has {smallest}")
+            if job.job.overlap and len(rings) > 1:
+                raise ValueError("overlapping writes are ordered on one queue only")
             job.job.id = i
             job.job.next_queue = i % len(rings)
             self.jobs[<int>i] = &job.job

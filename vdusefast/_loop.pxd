@@ -58,8 +58,8 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
     cdef uint64_t start_ns = 0  # of the request before: those of one round share it, and with it the bucket
     cdef vf_req *req
     vf_vring_publish(&q.vring)
+    vf_seed_pause(VF_SEED_REPEAT)
     # Only what the driver can see may leave the log: a crash here repeats a request, and never forgets one.
-    vf_fence_compiler()
     now_ns = vf_now_ns()
     for i in range(q.unpublished_count):
         req = q.unpublished[i]
@@ -72,10 +72,7 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
         q.free_count += 1
     q.counters.requests += q.unpublished_count
     q.unpublished_count = 0
-    vf_fence_compiler()
-    q.inflight.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
-    q.inflight.last_used_idx = vf_vring_last_used_idx(&q.vring)
-    vf_fence_compiler()  # the next entry may be of a head that this note is about
+    vf_log_note(q.inflight, vf_vring_last_avail_idx(&q.vring), vf_vring_last_used_idx(&q.vring))
     q.counters.batches += 1
     return now_ns
 
@@ -123,6 +120,12 @@ cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
 
 cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
     """Give req, range after range, to the engine; finish it unless it is in flight."""
+    if vf_seed_answers_early(req.op):
+        queue_finish(q, req)
+        queue_publish(q)
+        vf_seed_pause(VF_SEED_WRITE_EARLY)
+        q.engine.ops.submit(&q.engine, req)
+        return
     while q.engine.ops.submit(&q.engine, req):
         if not blk_next(q, req):
             queue_finish(q, req)
@@ -141,19 +144,40 @@ cdef inline uint32_t queue_reap(vf_queue *q) noexcept nogil:
     return count
 
 
-cdef inline void queue_begin(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """Start the request in q.chain. There is a free slot."""
+cdef inline vf_req *queue_slot(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """A slot for the request in q.chain; there is a free one."""
     cdef vf_req *req
     q.free_count -= 1
     req = &q.reqs[q.free_slots[q.free_count]]
     req.head = q.chain.head
     req.start_ns = now_ns
-    q.next_order += 1
-    vf_log_set(&q.inflight_log[req.head], q.next_order)
+    return req
+
+
+cdef inline void queue_begin(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """Start the request in q.chain, which is in the log. There is a free slot."""
+    cdef vf_req *req = queue_slot(q, now_ns)
+    vf_log_work(q.inflight, <uint32_t> req.head + 1)
     if vf_likely(blk_parse(q, req) == BLK_SUBMIT):
         queue_submit(q, req)
     else:
         queue_finish(q, req)
+    vf_log_work(q.inflight, 0)
+
+
+cdef inline void queue_refuse(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """Answer the request in q.chain, which workers have died of, with an error; the store does not see it."""
+    cdef vf_req *req = queue_slot(q, now_ns)
+    vf_log_work(q.inflight, <uint32_t> req.head + 1)
+    if blk_parse(q, req) == BLK_SUBMIT:
+        blk_fail(q, req, VF_BLK_S_IOERR)
+    queue_finish(q, req)
+    vf_log_work(q.inflight, 0)
+    q.poison.count += 1
+    q.poison.deaths = q.inflight_log[req.head].deaths
+    q.poison.head = req.head
+    q.poison.op = req.op
+    q.poison.offset_bytes = req.offset_bytes
 
 
 cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
@@ -164,50 +188,92 @@ cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
     if vf_unlikely(q.inflight_log[q.chain.head].order != 0):
         vf_vring_unpop(&q.vring)
         return -VF_RING_HEAD_BUSY
+    q.next_order += 1
+    if not vf_seed_forgets(q.next_order):
+        vf_log_take(&q.inflight_log[q.chain.head], q.next_order)
     queue_begin(q, now_ns)
     return 0
+
+
+cdef inline int queue_blame(vf_queue *q) noexcept nogil:
+    """Count the death of the worker before against the request that it was at. 0, or -VF_RING_POISON."""
+    cdef uint32_t working = q.inflight.working
+    cdef vf_inflight_entry *entry
+    vf_log_work(q.inflight, 0)  # first: a death that is not counted is better than one counted twice
+    if working == 0:
+        return 0
+    entry = &q.inflight_log[working - 1]
+    if entry.order:
+        entry.deaths += 1
+        if entry.deaths >= VF_LOG_HOPELESS:
+            return -VF_RING_POISON
+    return 0
+
+
+cdef inline void queue_log_begin(vf_queue *q) noexcept nogil:
+    """Start a mapped ring where all that was taken has been given back: at its used index, with an empty log."""
+    cdef uint16_t used_idx
+    vf_vring_start(&q.vring, 0)
+    used_idx = vf_vring_last_used_idx(&q.vring)
+    vf_vring_start(&q.vring, used_idx)
+    vf_log_begin(q.inflight, q.inflight_log, q.queue_size_max, used_idx, used_idx)
 
 
 cdef inline int queue_adopt(vf_queue *q) noexcept nogil:
     """Take a mapped ring over from a worker that died: its cursors from the ring and the in-flight log.
 
-    The number of requests in flight, or -VF_RING_LOG. A batch that was shown to the driver may still be in the log: the
-    log's note of the used index, written after the clearing, tells how far back to look.
+    The number of requests in flight, or -enum vf_ring_error. A batch that was shown to the driver may still be in the log:
+    its note of the used index, written after the clearing, tells how far back to look.
     """
     cdef uint32_t i, head
     cdef uint32_t size = vf_vring_size(&q.vring)
     cdef uint32_t count = 0
-    cdef uint16_t logged_used_idx = <uint16_t> q.inflight.last_used_idx
-    cdef int given_back = vf_vring_used_since(&q.vring, logged_used_idx)
+    cdef uint16_t logged_used_idx, next_idx
+    cdef int given_back
+    if q.inflight.state == VF_LOG_VOID:
+        queue_log_begin(q)
+        return 0
+    if not vf_log_is_ours(q.inflight, q.queue_size_max):
+        return -VF_RING_LOG_FOREIGN
+    logged_used_idx = <uint16_t> q.inflight.last_used_idx
+    given_back = vf_vring_used_since(&q.vring, logged_used_idx)
     if given_back < 0:
         return -VF_RING_LOG
     for i in range(<uint32_t> given_back):
         head = vf_vring_used_head(&q.vring, <uint16_t> (logged_used_idx + i))
-        if head < size:
+        if head < size and not vf_seed_repeats():
             vf_log_set(&q.inflight_log[head], 0)
-    for i in range(size):
-        count += q.inflight_log[i].order != 0
-    if count > q.slot_count:
-        return -VF_RING_LOG
+    for i in range(q.queue_size_max):
+        if q.inflight_log[i].order:
+            if i >= size:
+                return -VF_RING_LOG
+            count += 1
     # Everything made available before this index was either given back or is in the log.
-    vf_vring_start(&q.vring, <uint16_t> (logged_used_idx + given_back + count))
+    next_idx = <uint16_t> (logged_used_idx + given_back + count)
+    if count > q.slot_count or not vf_vring_could_take(&q.vring, next_idx):
+        return -VF_RING_LOG
+    vf_vring_start(&q.vring, next_idx)
+    vf_log_note(q.inflight, next_idx, vf_vring_last_used_idx(&q.vring))
+    if queue_blame(q):
+        return -VF_RING_POISON
     return <int> count
 
 
-cdef inline int queue_redo(vf_queue *q) noexcept nogil:
-    """Start the requests of the log again, in the order in which they were taken. 0, or -enum vf_ring_error."""
-    cdef uint32_t i, next_head
+cdef inline int queue_redo(vf_queue *q, uint32_t count) noexcept nogil:
+    """Start the `count` requests of the log again, in the order in which they were taken. 0, or -enum vf_ring_error."""
+    cdef uint32_t i, next_head, done
     cdef uint32_t size = vf_vring_size(&q.vring)
     cdef uint64_t last_order = 0
     cdef uint64_t next_order
     cdef uint64_t now_ns = vf_now_ns()
     cdef int err = 0
-    # Those started again get numbers above all that were there, so that the search passes over them.
+    memset(&q.poison, 0, sizeof(q.poison))
     for i in range(size):
         if q.inflight_log[i].order > q.next_order:
             q.next_order = q.inflight_log[i].order
+    vf_seed_disorder(q.inflight_log, size)
     cdef uint64_t end_order = q.next_order
-    while q.free_count:
+    for done in range(count):
         next_order = end_order + 1
         next_head = size
         for i in range(size):
@@ -215,12 +281,16 @@ cdef inline int queue_redo(vf_queue *q) noexcept nogil:
                 next_order = q.inflight_log[i].order
                 next_head = i
         if next_head == size:
+            err = -VF_RING_LOG  # two of one order
             break
         last_order = next_order
         err = vf_vring_walk(&q.vring, &q.tlb, <uint16_t> next_head, &q.chain)
         if err:
             break
-        queue_begin(q, now_ns)
+        if vf_unlikely(q.inflight_log[next_head].deaths >= VF_LOG_DEATHS_MAX):
+            queue_refuse(q, now_ns)
+        else:
+            queue_begin(q, now_ns)
         if q.unpublished_count >= q.engine.ops.publish_batch:
             queue_publish(q)
     if q.engine.ops.flush != NULL:

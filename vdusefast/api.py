@@ -15,18 +15,22 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Coroutine
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vdusefast.backends import Store, open_store
-from vdusefast.config import Config, resolve_cpus, validate
+from vdusefast import left, saved_state
+from vdusefast.backends import SECTOR_BYTES, Store, open_store
+from vdusefast.config import BackendConfig, Config, override, resolve_cpus, validate
 from vdusefast.control import WorkerSpec
 from vdusefast.device import BlockDevice
-from vdusefast.errors import TimedOutError, VdusefastError
+from vdusefast.errors import BackendError, DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
+from vdusefast.resize import choose_bytes, present_bytes, set_bytes
 from vdusefast.run_dir import RunDirectory
+from vdusefast.saved_state import SavedState
 from vdusefast.shm import SharedPages
 from vdusefast.stats import DeviceStats, read_stats
 from vdusefast.supervisor import LETTING_GO_S, DeviceState, Limits, QueueInfo, Supervisor
@@ -40,6 +44,9 @@ __all__ = ["Device", "DeviceState", "DeviceStats", "QueueInfo"]
 
 START_TIMEOUT_S = 30.0  # a worker is there in milliseconds, but a busy machine may take its time
 STOP_TIMEOUT_S = 30.0
+RESIZE_TIMEOUT_S = 40.0  # the workers' own limit, there and back, and what a busy machine takes
+LEFT_STORE_S = 10.0  # for the last workers of a server that was killed to end
+LEFT_STORE_LOOK_S = 0.01
 # Beyond what the supervisor bounds by itself: killing, reaping and closing.
 MARGIN_S = 30.0
 
@@ -60,11 +67,13 @@ class Device:
         run_dir: str | os.PathLike[str] | None = None,
         limits: Limits | None = None,
         worker_command: list[str] | None = None,
+        transport: Transport | None = None,
     ):
         """Check `config`; nothing is opened before `start`. The transport is loopback unless `kernel` is asked for.
 
         run_dir: where the directory of the device is made; None chooses as `run_dir.base_directory` does. limits: how
-        long workers may take. worker_command: what to run in place of the real worker. Raises ConfigError.
+        long workers may take. worker_command: what to run in place of the real worker. transport: in place of the
+        configured one; consumed. Raises ConfigError.
         """
         self._warnings = validate(config)
         self.config = resolve_cpus(config)
@@ -74,12 +83,18 @@ class Device:
         self._worker_command = worker_command
         self._resources = ExitStack()
         self._lock = threading.Lock()  # one start or stop at a time
+        self._resizing = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._transport: Transport | None = None
+        self._transport = transport
+        self._kind = transport.kind if transport else "kernel" if config.device.transport == "kernel" else "loopback"
+        self._directory: RunDirectory | None = None
+        self._keep = False  # the run directory, for whoever goes on with the device
+        self._state: SavedState | None = None  # that of a device that was left, while it is taken over
         self._starting: Supervisor | None = None
         self._supervisor: Supervisor | None = None
         self._pages: SharedPages | None = None
         self._model: BlockDevice | None = None
+        self._store: Store | None = None
 
     def __enter__(self) -> Device:
         self.start()
@@ -88,12 +103,18 @@ class Device:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
 
-    def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
+    def start(
+        self, timeout_s: float = START_TIMEOUT_S, *, recover: bool | None = None, fail_requests: bool = False
+    ) -> None:
         """Open the store, start the workers and show the device to its driver.
 
-        timeout_s: for the workers to be ready; a kernel device also has `attach_timeout_s` for its driver.
-        Raises VdusefastError: ConfigError, BackendError, DeviceBusyError for the name or the store, TimedOutError,
-        WorkerError, KernelSupportError, TransportError. Nothing is left behind then.
+        timeout_s: for the workers to be ready; a kernel device also has `attach_timeout_s` for its driver. recover:
+        whether to go on with the device that a server which has ended left; None: if there is one. fail_requests: such
+        a device's store is not opened, and all requests are answered with IOERR, so that it can be removed.
+        Raises VdusefastError: ConfigError, also for a device that was left and is another than the configured one,
+        BackendError, DeviceBusyError for the name or the store, DeviceNotFoundError with nothing to go on with,
+        TimedOutError, WorkerError, KernelSupportError, TransportError. Nothing is left behind then, and a device that
+        was to be taken over is left as it was.
         """
         with self._lock:
             if self._supervisor is not None:
@@ -101,7 +122,7 @@ class Device:
             for warning in self._warnings:
                 _log.warning("%s", warning)
             try:
-                self._start(timeout_s)
+                self._start(timeout_s, recover, fail_requests)
             except OSError as error:
                 self._undo_start()
                 raise VdusefastError(f"device {self.name}: cannot start: {error.strerror or error}") from error
@@ -122,7 +143,48 @@ class Device:
             try:
                 self._call(supervisor.stop(timeout_s, force=force), timeout_s + LETTING_GO_S + MARGIN_S)
             finally:
-                self._resources.close()
+                # A device that its driver does not let go of can still be taken over, and removed then.
+                self._keep = self._kind == "kernel" and left.is_attached(self.name)
+                self._release()
+
+    def hand_over(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Let the workers finish what they have in flight, and leave the device to the next server.
+
+        As `stop`, but the device stays in the kernel, where requests wait, and its run directory stays for the `start`
+        of another object or process. What has not ended after `timeout_s` is left to that, too.
+        """
+        with self._lock:
+            supervisor, loop = self._supervisor, self._loop
+            if supervisor is None or loop is None or loop.is_closed():
+                return
+            self._keep = True
+            try:
+                self._call(supervisor.hand_over(timeout_s), timeout_s + MARGIN_S)
+            finally:
+                self._release()
+
+    def resize(self, size_bytes: int | None = None, *, force: bool = False) -> int:
+        """Change the size of the device while it is used; its driver is told. Returns the size in bytes.
+
+        size_bytes: a file is made that long, by a hole at its end; None for what the store has now, as after
+        lvextend. force: also when that is less, and what lies behind is lost. Raises VdusefastError: ConfigError for
+        a size that cannot be, DeviceBusyError, BackendError, TimedOutError when a worker hangs in its storage.
+        """
+        if not self._resizing.acquire(blocking=False):
+            raise DeviceBusyError(f"device {self.name} is being resized or stopped")
+        try:
+            supervisor, store, loop = self._supervisor, self._store, self._loop
+            if supervisor is None or store is None or loop is None or loop.is_closed():
+                raise VdusefastError(f"device {self.name} is not running: it cannot be resized")
+            self._resize(supervisor, store, size_bytes, force)
+            return store.size_bytes
+        finally:
+            self._resizing.release()
+
+    @property
+    def recovered(self) -> bool:
+        """Whether the device was taken over from a server before, or is to be."""
+        return self._state is not None
 
     @property
     def state(self) -> DeviceState:
@@ -185,36 +247,128 @@ class Device:
 
     # -- inside
 
-    def _start(self, timeout_s: float) -> None:
+    def _start(self, timeout_s: float, recover: bool | None, fail_requests: bool) -> None:
         device = self.config.device
-        kind = "kernel" if device.transport == "kernel" else "loopback"
-        directory = RunDirectory(self.name, self._run_dir, kind)
-        self._resources.callback(directory.close)
-        store = self._resources.enter_context(open_store(self.config.backend, read_only=device.read_only))
+        directory = self._directory = RunDirectory(self.name, self._run_dir)
+        self._keep = True  # until it is known that nobody needs what is in it
+        self._resources.callback(self._leave_directory, directory)
+        try:
+            state = self._state = left.choose(directory, self.config, self._kind, recover)
+        except DeviceNotFoundError:
+            self._keep = False
+            raise
+        self._keep = state is not None
+        if state is None:
+            directory.note_transport(self._kind)
+        store = self._store = self._resources.enter_context(self._open_store(fail_requests))
         model = self._model = BlockDevice(self.config, store)
-        pages = SharedPages.create(directory.pages_path, self.name, device.queues, device.queue_size)
+        if state is not None:
+            saved_state.adopt(state, model, checked=not fail_requests)
+        pages = (SharedPages.create if state is None else SharedPages.reopen)(
+            directory.pages_path, self.name, device.queues, device.queue_size
+        )
         self._pages = self._resources.enter_context(pages)
-        self._transport = _make_transport(self.config)
+        self._transport = self._transport or _make_transport(self.config, state)
+        specs = worker_specs(self.config, model, store, pages)
         supervisor = Supervisor(
             model,
             self._transport,
             pages,
-            worker_specs(self.config, model, store, pages),
+            [spec._replace(engine="fail") for spec in specs] if fail_requests else specs,
             command=self._worker_command,
             limits=self._limits,
+            on_created=self._save_state,
         )
         self._start_loop()
         self._starting = supervisor
         attach_s = device.attach_timeout_s if device.transport == "kernel" else 0
-        self._call(supervisor.start(timeout_s), timeout_s + attach_s + MARGIN_S)
+        self._call(supervisor.start(timeout_s, reopen=state is not None), timeout_s + attach_s + MARGIN_S)
         self._supervisor = supervisor
+        if state is not None and state.resizing:
+            self._call(supervisor.show_capacity(), MARGIN_S)
+        if state is not None and not fail_requests:
+            self._save_state()  # the configuration may be a new one
+
+    def _open_store(self, fail_requests: bool) -> Store:
+        """Open the store. That of a device that was left may be locked for a moment by its last workers."""
+        backend, read_only, state = self.config.backend, self.config.device.read_only, self._state
+        if fail_requests and state is not None:
+            size_bytes = state.capacity_sectors * SECTOR_BYTES
+            return open_store(BackendConfig(uri=f"null:{size_bytes}"), read_only=read_only)
+        deadline = time.monotonic() + (LEFT_STORE_S if state is not None else 0)
+        while True:
+            try:
+                store = open_store(backend, read_only=read_only)
+                break
+            except DeviceBusyError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(LEFT_STORE_LOOK_S)
+        if state is not None and store.kind == "memory":
+            store.close()
+            raise BackendError(
+                f"{self.name}: its bytes were in the memory of the server that has ended: nobody can go on with it; "
+                f"vdusefast del {self.name} --force removes it"
+            )
+        return store
+
+    def _save_state(self) -> None:
+        """Write down what the next server needs to know. Raises VdusefastError."""
+        assert self._directory is not None
+        assert self._model is not None
+        assert self._transport is not None
+        state = saved_state.make_state(self.config, self._model.spec(), self._transport)
+        saved_state.save(self._directory.state_path, state)
+
+    def _note_size(self, size_bytes: int, config: Config, *, resizing: bool) -> None:
+        """Change the size in what the next server is told. Raises VdusefastError."""
+        if self._directory is not None:
+            path = self._directory.state_path
+            saved_state.note_size(path, size_bytes // SECTOR_BYTES, config, resizing=resizing)
+
+    def _leave_directory(self, directory: RunDirectory) -> None:
+        if self._keep:
+            directory.release()
+        else:
+            directory.close()
+
+    def _release(self) -> None:
+        """Release everything, once the workers have ended."""
+        with self._resizing:  # which ends with the workers, and needs the store until then
+            self._resources.close()
+
+    def _resize(self, supervisor: Supervisor, store: Store, wanted_bytes: int | None, force: bool) -> None:
+        """Change store and device in the order in which what the driver sees is always there."""
+        model = supervisor.device
+        before_bytes, present = model.capacity_sectors * SECTOR_BYTES, present_bytes(store)
+        size_bytes = choose_bytes(store, before_bytes, model.block_size_bytes, wanted_bytes, force=force)
+        config = override(self.config, uri=f"null:{size_bytes}") if store.kind == "null" else self.config
+        grows = size_bytes >= before_bytes
+        # Whatever is interrupted here, the server that goes on finds a store at least as large as it is told, serves at
+        # least what the driver has been shown, and then shows it just that.
+        try:
+            if size_bytes > present:
+                set_bytes(store, size_bytes)
+            self._note_size(*(size_bytes, config) if grows else (before_bytes, self.config), resizing=True)
+            self._call(supervisor.resize(size_bytes // SECTOR_BYTES), RESIZE_TIMEOUT_S)
+        except BaseException:
+            if grows:
+                self._note_size(before_bytes, self.config, resizing=False)
+            if size_bytes > present:
+                set_bytes(store, present)
+            raise
+        self._note_size(size_bytes, config, resizing=False)
+        set_bytes(store, size_bytes)
+        self.config = config
+        _log.info("device %s: resized from %d to %d bytes", self.name, before_bytes, size_bytes)
 
     def _undo_start(self) -> None:
         """Release everything that a start which has failed, or was cut short at any point, has got."""
         try:
             if self._starting is not None:
                 # Where the wait for its start was cut short, that cleans up by itself; this waits for it.
-                self._call(self._starting.stop(), STOP_TIMEOUT_S + LETTING_GO_S + MARGIN_S)
+                undo = self._starting.stop() if self._state is None else self._starting.hand_over()
+                self._call(undo, STOP_TIMEOUT_S + LETTING_GO_S + MARGIN_S)
         finally:
             self._starting = self._supervisor = None
             self._resources.close()
@@ -291,7 +445,7 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _make_transport(config: Config) -> Transport:
+def _make_transport(config: Config, state: SavedState | None) -> Transport:
     device = config.device
     if device.transport != "kernel":
         return LoopbackTransport()
@@ -304,5 +458,7 @@ def _make_transport(config: Config) -> Transport:
             bounce_size_bytes=device.bounce_size_bytes,
             attach_timeout_s=device.attach_timeout_s,
             irq_cpus=tuple(queue.irq_cpu for queue in config.queue),
+            api_version=state.api_version if state is not None else 0,
+            vduse_features=state.vduse_features if state is not None else 0,
         )
     )

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from vdusefast import logs, registry, run_dir
+from vdusefast import left, logs, registry, run_dir
 from vdusefast.config import Config
 from vdusefast.errors import TimedOutError, VdusefastError, from_exit_code
 from vdusefast.signals import PatientStopSignals
@@ -29,6 +30,10 @@ END_TIMEOUT_S = 75.0  # what the server allows itself to undo a start
 KILL_TIMEOUT_S = 5.0
 REPORT_MAX_BYTES = 4 << 20
 ERROR_TEXT_BYTES = 4096
+SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID", "SYSTEMD_EXEC_PID")
+# How a server is asked to end: SIGINT removes its device, unless somebody uses that by now, SIGTERM leaves it. The
+# second signal is for a process that was started with the first one ignored, and has not set that right yet.
+_ASKING = {False: (signal.SIGINT, signal.SIGTERM), True: (signal.SIGTERM,)}
 
 Json = dict[str, Any]
 
@@ -41,6 +46,14 @@ class _Report(msgspec.Struct):
     exit_code: int = 1
 
 
+class Mode(StrEnum):
+    """What the process is to do."""
+
+    ADD = "add"  # create the device, or go on with one of that name that was left
+    TAKE_OVER = "take over"  # the same, once the server that it has now has handed it over
+    FAIL = "fail"  # go on with one that was left, to answer its requests with errors until it is removed
+
+
 class InterruptedStartError(VdusefastError):
     """A signal came before the device was usable."""
 
@@ -50,28 +63,30 @@ class InterruptedStartError(VdusefastError):
 # -- the side that waits
 
 
-def start(config: Config, timeout_s: float, command: Sequence[str] | None = None) -> Json:
+def start(config: Config, timeout_s: float, command: Sequence[str] | None = None, *, mode: Mode = Mode.ADD) -> Json:
     """Start a process that serves `config`, and return its info once the device is usable.
 
-    timeout_s: for all of it. command: what to run in place of the real one; name and descriptors follow. Runs in
-    the main thread. Raises what the process reports, TimedOutError, InterruptedStartError; the process has ended then,
-    and nothing is left behind.
+    timeout_s: for all of it. mode: what it does first. command: what to run in place of the real one; name, descriptors
+    and mode follow. Runs in the main thread. Raises what the process reports, TimedOutError, InterruptedStartError; the
+    process has ended then, and nothing is left behind but what it has found: a device that waits in the kernel for a
+    server waits on.
     """
     name = config.device.name
+    keeps = mode != Mode.ADD or left.is_left(registry.base_directory() / name)
     log_fd = os.memfd_create("vdusefast-log", os.MFD_CLOEXEC)
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     try:
         with PatientStopSignals() as signals:
             try:
-                process = _spawn(list(command or _default_command()), config, write_fd, log_fd)
+                process = _spawn(list(command or _default_command()), config, mode, write_fd, log_fd)
             finally:
                 os.close(write_fd)
             try:
                 line = _wait(read_fd, signals, name, time.monotonic() + timeout_s)
             except BaseException:
-                _end(process, name)
+                _end(process, name, _ASKING[keeps])
                 raise
-            return _judge(line, process, name, log_fd)
+            return _judge(line, process, name, log_fd, _ASKING[keeps])
     finally:
         os.close(read_fd)
         os.close(log_fd)
@@ -84,19 +99,21 @@ def _default_command() -> list[str]:
     return [sys.executable, "-P", "-c", code]
 
 
-def _spawn(command: list[str], config: Config, write_fd: int, log_fd: int) -> subprocess.Popen[bytes]:
+def _spawn(command: list[str], config: Config, mode: Mode, write_fd: int, log_fd: int) -> subprocess.Popen[bytes]:
     """Start the process in a session of its own and hand it the configuration. Raises VdusefastError."""
     journal_fd = 2 if logs.is_journal(2) else -1
     kept = os.dup(journal_fd) if journal_fd >= 0 else -1
     pass_fds = [fd for fd in (write_fd, kept) if fd >= 0]
     try:
         process = subprocess.Popen(
-            [*command, config.device.name, str(write_fd), str(kept)],
+            [*command, config.device.name, str(write_fd), str(kept), mode],
             stdin=subprocess.PIPE,
             stdout=log_fd,
             stderr=log_fd,
             pass_fds=pass_fds,
             start_new_session=True,
+            # Those of a service that runs this command are for that one's own processes.
+            env={key: value for key, value in os.environ.items() if key not in SERVICE_VARIABLES},
         )
     except OSError as error:
         raise VdusefastError(f"{config.device.name}: its server cannot be started: {error}") from None
@@ -135,16 +152,18 @@ def _wait(read_fd: int, signals: PatientStopSignals, name: str, until: float) ->
     return line
 
 
-def _judge(line: bytes, process: subprocess.Popen[bytes], name: str, log_fd: int) -> Json:
+def _judge(
+    line: bytes, process: subprocess.Popen[bytes], name: str, log_fd: int, asking: tuple[signal.Signals, ...]
+) -> Json:
     """Return the info that was reported. Raises the error that was; the process has ended then."""
     if line:
         report = msgspec.json.decode(line, type=_Report)
         if report.info is not None:
             process.returncode = 0  # it serves on when we have ended
             return report.info
-        _end(process, name, ask=False)
+        _end(process, name, asking, ask=False)
         raise from_exit_code(report.error, report.exit_code)
-    _end(process, name, ask=False)
+    _end(process, name, asking, ask=False)
     text = os.pread(log_fd, ERROR_TEXT_BYTES, max(0, os.fstat(log_fd).st_size - ERROR_TEXT_BYTES))
     lines = text.decode(errors="replace").strip().splitlines()
     status = process.returncode
@@ -152,27 +171,29 @@ def _judge(line: bytes, process: subprocess.Popen[bytes], name: str, log_fd: int
     raise VdusefastError(f"{name}: its server {how} before the device was usable" + (f": {lines[-1]}" if lines else ""))
 
 
-def _end(process: subprocess.Popen[bytes], name: str, *, ask: bool = True) -> None:
-    """Wait until the process has ended. It is asked to, at once with `ask`, and killed if it does not.
+def _end(process: subprocess.Popen[bytes], name: str, asking: tuple[signal.Signals, ...], *, ask: bool = True) -> None:
+    """Wait until the process has ended. It is asked to by the signals `asking`, at once with `ask`, and killed if it
+    does not.
 
     It may be a healthy server that we have lost: a SIGKILL would leave its device in the kernel.
     """
     if not (
         (not ask and _ends(process, EXIT_TIMEOUT_S))
-        or _ends(process, END_TIMEOUT_S, signal.SIGTERM)
+        or _ends(process, END_TIMEOUT_S, *asking)
         or _ends(process, KILL_TIMEOUT_S, signal.SIGKILL)
     ):
         raise TimedOutError(
             f"{name}: pid {process.pid} hangs in the kernel and cannot be ended; see /proc/{process.pid}/stack"
         )
     path = registry.base_directory() / name
-    if path.is_dir() and not run_dir.is_held(path) and run_dir.holder_pid(path) == process.pid:
+    held = not path.is_dir() or run_dir.is_held(path)
+    if not held and run_dir.holder_pid(path) == process.pid and not left.is_left(path):
         registry.remove_dead(path)  # it was killed
 
 
-def _ends(process: subprocess.Popen[bytes], timeout_s: float, number: signal.Signals | None = None) -> bool:
-    """Send a signal, if any, and return whether the process ends in time."""
-    if number is not None:
+def _ends(process: subprocess.Popen[bytes], timeout_s: float, *numbers: signal.Signals) -> bool:
+    """Send signals, if any, and return whether the process ends in time."""
+    for number in numbers:
         process.send_signal(number)
     try:
         process.wait(timeout_s)
@@ -185,7 +206,10 @@ def _ends(process: subprocess.Popen[bytes], timeout_s: float, number: signal.Sig
 
 
 def main(words: Sequence[str]) -> int:
-    """Serve the device whose configuration comes on standard input. words: name, report and journal descriptors."""
+    """Serve the device whose configuration comes on standard input.
+
+    words: name, report and journal descriptors, mode.
+    """
     _name, report_fd, journal_fd = words[0], int(words[1]), int(words[2])
     os.umask(0o077)
     os.set_inheritable(report_fd, False)
@@ -193,7 +217,7 @@ def main(words: Sequence[str]) -> int:
     if journal_fd >= 0:
         logs.log_to_journal(journal_fd)
     try:
-        _serve(_read_config(), log, report_fd)
+        _serve(_read_config(), Mode(words[3]), log, report_fd)
     except VdusefastError as error:
         _tell(report_fd, _Report(error=str(error), exit_code=error.exit_code))
         return error.exit_code
@@ -208,10 +232,12 @@ def _read_config() -> Config:
     return msgspec.json.decode(text, type=Config)
 
 
-def _serve(config: Config, log: logs.LogFile, report_fd: int) -> None:
+def _serve(config: Config, mode: Mode, log: logs.LogFile, report_fd: int) -> None:
     from vdusefast.daemon import Service
 
-    service = Service(config, registry.base_directory())
+    service = Service(
+        config, registry.base_directory(), take_over=mode == Mode.TAKE_OVER, fail_requests=mode == Mode.FAIL
+    )
 
     def on_ready(info: Json) -> None:
         log.move(service.path / "log")

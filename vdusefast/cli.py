@@ -11,7 +11,7 @@ from contextlib import suppress
 import click
 
 import vdusefast
-from vdusefast import cli_manage, cli_serve, cli_systemd
+from vdusefast import cli_manage, cli_recover, cli_resize, cli_serve, cli_systemd
 from vdusefast.errors import KernelSupportError, VdusefastError
 
 EXIT_FAILURE = 1
@@ -32,6 +32,9 @@ for _command in (
     cli_manage.list_devices,
     cli_manage.show,
     cli_manage.stats,
+    cli_recover.recover,
+    cli_recover.restart,
+    cli_resize.resize,
     cli_systemd.systemd_unit,
 ):
     cli.add_command(_command)

@@ -6,11 +6,14 @@ import json
 import os
 import select
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
+
+if TYPE_CHECKING:
+    from vdusefast.rpc_client import RpcClient
 
 DELETE_TIMEOUT_S = 30.0
 # Beyond the server's own limit: its look for users, killing workers, destroying the device.
@@ -86,9 +89,10 @@ def delete(name: str, force: bool, timeout_s: float, as_json: bool) -> None:
     except NoServerError:
         if run_dir.is_held(path):
             raise DeviceBusyError(registry.embedded_text(path)) from None
-        registry.remove_dead(path)
+        _delete_dead(path, force, timeout_s)
     else:
-        _delete_served(client, path, force, timeout_s)
+        with client:
+            delete_served(client, path, force, timeout_s)
     _print_deleted(name, as_json)
 
 
@@ -97,27 +101,47 @@ def _print_deleted(name: str, as_json: bool) -> None:
         click.echo(json.dumps({"name": name, "deleted": True}))
 
 
-def _delete_served(client: Any, path: Path, force: bool, timeout_s: float) -> None:
-    """Have the server remove its device, and wait until all of it is gone."""
-    from vdusefast import registry, run_dir
+def _delete_dead(path: Path, force: bool, timeout_s: float) -> None:
+    """Remove what a server that has ended has left. A device that its driver has is served for that, once more.
+
+    Else the kernel would wait for the requests that wait in it, and keep every other vDPA device of the machine from
+    being added or removed meanwhile. A broken one answers nothing any more, and nobody has to.
+    """
+    from vdusefast import left, registry
+    from vdusefast.cli_recover import serve_to_delete
+    from vdusefast.rpc_client import RpcClient
+
+    if left.is_left(path) and left.is_attached(path.name):
+        if not left.is_broken(path.name):
+            serve_to_delete(path, force)
+            try:
+                with RpcClient(path) as client:
+                    delete_served(client, path, force, timeout_s)
+            except DeviceBusyError as error:
+                raise DeviceBusyError(f"{error} (it is served again)") from None
+            return
+        left.remove_broken(path)
+    registry.remove_dead(path)
+
+
+def delete_served(client: RpcClient, path: Path, force: bool, timeout_s: float) -> None:
+    """Have the server remove its device, and wait until all of it is gone. Raises VdusefastError."""
+    from vdusefast import left, run_dir
 
     in_kernel = run_dir.holder_transport(path) == "kernel"
-    with client:
-        pid = client.server_pid
-        try:
-            pid_fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            pid_fd = -1  # it has ended meanwhile, which the call will tell
-        try:
-            client.call("delete", {"force": force, "timeout_s": timeout_s}, timeout_s + DELETE_MARGIN_S)
-            if pid_fd >= 0 and not select.select([pid_fd], [], [], END_TIMEOUT_S)[0]:
-                raise TimedOutError(
-                    f"{path.name}: removed, but its server (pid {pid}) does not end; see {path / 'log'}"
-                )
-        finally:
-            if pid_fd >= 0:
-                os.close(pid_fd)
-    _check_gone(path, in_kernel and registry.kernel_device_left(path.name))
+    pid = client.server_pid
+    try:
+        pid_fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        pid_fd = -1  # it has ended meanwhile, which the call will tell
+    try:
+        client.call("delete", {"force": force, "timeout_s": timeout_s}, timeout_s + DELETE_MARGIN_S)
+        if pid_fd >= 0 and not select.select([pid_fd], [], [], END_TIMEOUT_S)[0]:
+            raise TimedOutError(f"{path.name}: removed, but its server (pid {pid}) does not end; see {path / 'log'}")
+    finally:
+        if pid_fd >= 0:
+            os.close(pid_fd)
+    _check_gone(path, in_kernel and left.in_kernel(path.name))
 
 
 def _check_gone(path: Path, kernel_device_left: bool) -> None:

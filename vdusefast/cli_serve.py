@@ -14,6 +14,8 @@ from vdusefast.errors import ConfigError, VdusefastError
 if TYPE_CHECKING:
     from vdusefast.config import Config
 
+EXIT_DELETED = 7  # tells systemd from a server that has come to its end otherwise: it is not to be started again
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # (option, type, help); the keyword is the name of the configuration's key. None of them has a default of its own:
@@ -51,31 +53,38 @@ def _device_options(command: _F) -> _F:
 def add(target: str, as_json: bool, **options: Any) -> None:
     """Serve a device in the background, and print its node once it is usable.
 
-    The device is what CONFIG.toml says, with the options in place of the file's keys, or NAME with --backend.
+    The device is what CONFIG.toml says, with the options in place of the file's keys, or NAME with --backend. A device
+    of that name whose server has ended is gone on with, if it is the same one.
     """
     from vdusefast import background
 
-    _fill_standard_descriptors()
+    fill_standard_descriptors()
     config = read_config(target, options)
     info = background.start(config, config.device.attach_timeout_s + background.START_MARGIN_S)
-    _print_ready(info, as_json)
+    print_ready(info, as_json)
 
 
 @click.command()
 @_device_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the node.")
-def serve(target: str, as_json: bool, **options: Any) -> None:
-    """Serve a device in the foreground until SIGTERM or SIGINT.
+def serve(target: str, as_json: bool, **options: Any) -> int:
+    """Serve a device in the foreground until a signal comes.
 
     Prints the node once it is usable, and messages on standard error. Told by systemd, it tells systemd (Type=notify).
+    SIGTERM leaves the device in the kernel, where requests wait for the next server; SIGINT (Ctrl-C) removes it, unless
+    it is in use.
     """
     from vdusefast import logs, registry
     from vdusefast.daemon import Service
+    from vdusefast.sd_notify import is_service
 
-    _fill_standard_descriptors()
+    fill_standard_descriptors()
     config = read_config(target, options)
+    systemd = is_service()  # before what it knows that by is taken out of the environment
     with logs.log_to_stderr():
-        Service(config, registry.base_directory()).run(lambda info: _print_ready(info, as_json))
+        service = Service(config, registry.base_directory())
+        service.run(lambda info: print_ready(info, as_json))
+    return EXIT_DELETED if service.deleted and systemd else 0
 
 
 def read_config(target: str, options: dict[str, Any]) -> Config:
@@ -141,7 +150,7 @@ def _with_absolute_path(config: Config) -> Config:
     return msgspec.structs.replace(config, backend=msgspec.structs.replace(config.backend, uri=uri))
 
 
-def _print_ready(info: dict[str, Any], as_json: bool) -> None:
+def print_ready(info: dict[str, Any], as_json: bool) -> None:
     """Print what a device that is usable is to be found by. Raises VdusefastError."""
     if as_json:
         import json
@@ -157,7 +166,7 @@ def _print_ready(info: dict[str, Any], as_json: bool) -> None:
         ) from None
 
 
-def _fill_standard_descriptors() -> None:
+def fill_standard_descriptors() -> None:
     """Open /dev/null for those of the descriptors 0, 1 and 2 that are closed.
 
     Whatever else were opened under these numbers would be taken for them, by us and by the processes that we start.

@@ -26,6 +26,7 @@ class Command(IntEnum):
     INVALIDATE = 3  # finish what is in flight, drop mappings of [start, last], go on if running
     RESET = 4  # QUIESCE, then drop every mapping
     STOP = 5  # QUIESCE, then end with status 0
+    RESIZE = 6  # the device has `start` sectors from now on; a smaller one once what is in flight has ended
 
 
 class Event(IntEnum):
@@ -112,6 +113,7 @@ class WorkerSpec(NamedTuple):
     ctl_fd: int  # SOCK_SEQPACKET, this protocol
     shm_fd: int  # the shared pages of the device
     kick_fd: int  # eventfd, driver to device
+    life_fd: int = -1  # the write end of a pipe: closed once the process has ended, and all storage I/O that it began
     port: str = "loopback"  # how IOTLB misses and interrupts are done
     port_fd: int = -1  # kernel: /dev/vduse/NAME; loopback: SOCK_SEQPACKET to the bus
     port_api: int = 0  # kernel: VDUSE API version that the device was created under

@@ -40,6 +40,14 @@ _CONFIG = struct.Struct(
     "IIIIIB3x"  # zoned: zone_sectors, max_open, max_active, max_append_sectors, write_granularity, model
 )
 CONFIG_BYTES = _CONFIG.size
+_CONFIG_FIELDS = (
+    *("capacity", "size_max", "seg_max", "cylinders", "heads", "sectors", "blk_size"),
+    *("physical_block_exp", "alignment_offset", "min_io_size", "opt_io_size", "writeback", "unused0", "num_queues"),
+    *("max_discard_sectors", "max_discard_seg", "discard_sector_alignment"),
+    *("max_write_zeroes_sectors", "max_write_zeroes_seg", "write_zeroes_may_unmap"),
+    *("max_secure_erase_sectors", "max_secure_erase_seg", "secure_erase_sector_alignment"),
+    *("zone_sectors", "max_open_zones", "max_active_zones", "max_append_sectors", "write_granularity", "model"),
+)
 
 
 class StatusChange(Enum):
@@ -54,6 +62,16 @@ class StatusChange(Enum):
 
 class StatusRefusedError(Exception):
     """The device cannot take that status; the message says why."""
+
+
+def config_fields(config_space: bytes) -> dict[str, int]:
+    """Return the fields of a configuration space by the names that struct virtio_blk_config has for them.
+
+    Raises ValueError for one of another length.
+    """
+    if len(config_space) != CONFIG_BYTES:
+        raise ValueError(f"a configuration space of {len(config_space)} bytes, expected {CONFIG_BYTES}")
+    return dict(zip(_CONFIG_FIELDS, _CONFIG.unpack(config_space), strict=True))
 
 
 class BlockDevice:
@@ -98,6 +116,13 @@ class BlockDevice:
             queue_count=self.queue_count,
             queue_size_max=self.queue_size,
         )
+
+    def set_capacity(self, capacity_sectors: int) -> bytes:
+        """Give the device another size. Returns what changes: the first bytes of the configuration space."""
+        capacity = struct.pack("<Q", capacity_sectors)
+        self.config_space = capacity + self.config_space[len(capacity) :]
+        self.capacity_sectors = capacity_sectors
+        return capacity
 
     def judge_status(self, status: int) -> StatusChange:
         """Return what going to `status` asks for; nothing is changed, `status` is to be assigned once it is done.

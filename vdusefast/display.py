@@ -63,7 +63,14 @@ def _state(info: Json) -> str:
     """Return a device's state in one word; what has failed is of more interest than that the rest still runs."""
     failed = info.get("failure") or any(queue.get("state") == "failed" for queue in info.get("queues", ()))
     state = str(info.get("state", ""))
-    return "failed" if failed and state != "stopping" else state
+    state = "failed" if failed and state not in ("stopping", "broken") else state
+    return ", ".join([state, *(f"queue {index} waits {waited}" for index, waited in _waiting(info))])
+
+
+def _waiting(info: Json) -> list[tuple[int, str]]:
+    """Return the queues that wait for their storage, each with how long it has."""
+    waiting = [queue for queue in info.get("queues", ()) if queue.get("waiting_s")]
+    return [(queue["index"], duration_text(queue["waiting_s"])) for queue in waiting]
 
 
 def show_text(info: Json) -> str:
@@ -116,6 +123,8 @@ def _facts(info: Json) -> list[tuple[str, str]]:
     return [
         ("state", get("state", "")),
         ("failure", get("failure", "")),
+        ("advice", get("advice", "")),
+        ("waiting", "; ".join(f"queue {index} waits for its storage since {for_}" for index, for_ in _waiting(info))),
         ("node", f"{get('node') or 'none'}{driver}"),
         ("bus", get("bus", "")),
         ("transport", transport),

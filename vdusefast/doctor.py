@@ -238,12 +238,12 @@ def _control_node(root: Path) -> Finding:
 
 def _vduse(root: Path) -> Finding:
     """Ask the control node what it can do."""
-    from vdusefast.transport import kernel, uapi
+    from vdusefast.transport import kernel_control, uapi
 
     if not (root / "dev/vduse/control").exists():
         return Finding("VDUSE", False, "cannot be asked: there is no /dev/vduse/control")
     try:
-        api_version, features = kernel.probe_control()
+        api_version, features = kernel_control.probe_control()
     except VdusefastError as error:
         return Finding("VDUSE", False, str(error))
     names = " ".join(uapi.vduse_feature_names(features)) or "none"

@@ -19,7 +19,8 @@ LIST_TIMEOUT_S = 2.0  # for all devices together
 NAMES_SHOWN_MAX = 8
 NAME_MAX_BYTES = 255
 # States beside those of a device that answers (api.DeviceState).
-DEAD = "dead"  # its server has died
+DEAD = "dead"  # its server has ended
+BROKEN = "broken"  # the same, and the kernel has given the device up
 SILENT = "silent"  # its server does not answer
 EMBEDDED = "embedded"  # held by a program that takes no commands, or that is still starting
 HIDDEN = "hidden"  # another user's
@@ -92,6 +93,10 @@ def connect(name: str) -> RpcClient:
     except NoServerError:
         if run_dir.is_held(path):
             raise DeviceBusyError(embedded_text(path)) from None
+        from vdusefast import left
+
+        if left.is_left(path):
+            raise VdusefastError(left.advice(name)) from None
         raise VdusefastError(f"{name}: its server has died; `vdusefast del {name}` cleans up") from None
 
 
@@ -157,7 +162,9 @@ def remove_dead(path: Path) -> None:
         # A device of another transport has nothing in the kernel: one of its name there is somebody else's.
         if directory.transport == "kernel":
             if sysfs.attached(name):
-                raise DeviceBusyError(left_text(name))
+                from vdusefast import left
+
+                raise DeviceBusyError(left.advice(name))
             remove_left(name)
     except BaseException:
         directory.release()
@@ -170,29 +177,9 @@ def remove_left(name: str) -> bool:
 
     Raises DeviceBusyError when a process holds it.
     """
-    if not _is_name(name) or not sysfs.created(name) or sysfs.attached(name):
-        return False
-    from vdusefast.transport.kernel import destroy_device
+    from vdusefast import left
 
-    destroy_device(name)
-    return True
-
-
-def left_text(name: str) -> str:
-    """Return what is to be done about a kernel device that has lost its server."""
-    if not sysfs.attached(name):
-        return f"{name}: its server has died and left /dev/vduse/{name}, which nothing uses: vdusefast del {name}"
-    node = sysfs.node(name)
-    return (
-        f"{name}: its server has died, and the kernel still has the device{f' as {node}' if node else ''}; "
-        "removing it now may hang every vDPA command of this machine. Reboot; or, if nothing has used it since: "
-        f"vdpa dev del {name}, then vdusefast del {name}"
-    )
-
-
-def kernel_device_left(name: str) -> bool:
-    """Return whether the kernel has a VDUSE device of that name, or a device on the vDPA bus."""
-    return sysfs.created(name) or sysfs.attached(name)
+    return _is_name(name) and left.destroy(name)
 
 
 def _ask(path: Path) -> tuple[Path, RpcClient | None, str]:
@@ -238,10 +225,19 @@ def _collect(path: Path, client: RpcClient | None, state: str, timeout_s: float)
 
 
 def _without_server(path: Path, state: str) -> Json:
+    advice = ""
+    if state == DEAD:
+        from vdusefast import left
+
+        if left.is_left(path):
+            state, advice = BROKEN if left.is_broken(path.name) else DEAD, left.advice(path.name)
+        else:
+            advice = f"{path.name}: its server has ended: vdusefast del {path.name} cleans up"
     return {
         "name": path.name,
         "state": state,
         "node": "" if run_dir.holder_transport(path) == "loopback" else sysfs.node(path.name),
         "pid": run_dir.holder_pid(path) if state in (EMBEDDED, SILENT) else 0,
         "run_dir": os.fspath(path),
+        "advice": advice,
     }

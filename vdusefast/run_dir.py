@@ -18,7 +18,7 @@ LOCK_TRIES_MAX = 16
 # `is_held` takes a shared lock for a moment: who wants the name at that moment looks again.
 BLOCKED_TRIES_MAX = 3
 BLOCKED_PAUSE_S = 0.02
-CONTENTS = ("pages", "socket", "log", "log.1", "lock")
+CONTENTS = ("pages", "state", "state.new", "socket", "log", "log.1", "lock")
 HOLDER_MAX_BYTES = 100
 SYSTEM_BASE = Path("/run/vdusefast")
 
@@ -151,6 +151,11 @@ class RunDirectory:
         return self.path / "pages"
 
     @property
+    def state_path(self) -> Path:
+        """Return where the device is described for the next server; see saved_state.py."""
+        return self.path / "state"
+
+    @property
     def lock_path(self) -> Path:
         """Return the file whose lock holds the name."""
         return self.path / "lock"
@@ -174,8 +179,13 @@ class RunDirectory:
             self.release()
             self._remove_private()
 
+    def note_transport(self, transport: str) -> None:
+        """Note the transport for those who find the directory of a dead process. Raises OSError."""
+        self.transport = transport
+        self._note_holder(self._lock_fd)
+
     def release(self) -> None:
-        """Give the name back and leave the directory as it is. Idempotent."""
+        """Give the name back and leave the directory as it is, for the next server of its device. Idempotent."""
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1

@@ -9,6 +9,11 @@ import socket
 _log = logging.getLogger("vdusefast")
 
 
+def is_service() -> bool:
+    """Return whether a service manager has started this very process, and would start it again."""
+    return bool(os.environ.get("NOTIFY_SOCKET")) or os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+
+
 class Notifier:
     """Tells the service manager named by $NOTIFY_SOCKET; does nothing where there is none.
 

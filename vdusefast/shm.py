@@ -57,14 +57,18 @@ COUNTERS = (
     "invalidations",
 )
 
-INFLIGHT_VERSION = 1
+INFLIGHT_MAGIC = b"VDUSELOG"
+INFLIGHT_VERSION = 2
+INFLIGHT_SPLIT = 0  # enum vf_log_format
 INFLIGHT_HEADER_BYTES = 64
-INFLIGHT_ENTRY_BYTES = 8
+INFLIGHT_ENTRY_BYTES = 16
 
 _HEADER = struct.Struct("=8s10IQ64s")
 _STATUS = struct.Struct("=IIiIIII")
-_LOG_PLACE = struct.Struct("=II")  # last_avail_idx, last_used_idx of the log's header
-_LOG_PLACE_OFFSET = 8
+_LOG_HEADER = struct.Struct("=8sIHHIIIII")  # struct vf_inflight_header
+_LOG_STATE = struct.Struct("=I")
+_LOG_STATE_OFFSET = 20
+_U64 = struct.Struct("=Q")
 
 
 def _round_up(value: int, step: int) -> int:
@@ -79,6 +83,13 @@ COUNTERS_BYTES = 8 * (len(COUNTERS) + len(OPS) * len(OP_FIELDS))
 HIST_OFFSET = _round_up(COUNTERS_OFFSET + COUNTERS_BYTES, LINE_BYTES)
 HIST_BYTES = 8 * len(OPS) * HIST_BUCKET_COUNT
 INFLIGHT_OFFSET = _round_up(HIST_OFFSET + HIST_BYTES, LINE_BYTES)
+
+
+class LogState(IntEnum):
+    """Whether an in-flight log says anything (enum vf_log_state)."""
+
+    VOID = 0  # nothing has been taken since the reset, or all of it was given back: start at the used index
+    VALID = 1
 
 
 class QueueState(IntEnum):
@@ -189,6 +200,22 @@ class SharedPages:
             os.close(fd)
             raise VdusefastError(f"{os.fspath(path)}: not shared pages of this version: {error}") from None
 
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str], name: str, queue_count: int, queue_size: int) -> SharedPages:
+        """Map the pages of a device whose server has ended, to go on with them.
+
+        Raises VdusefastError when they are another device's, of another geometry, truncated or not there.
+        """
+        pages = cls.open(path, writable=True)
+        found, wanted = (pages.name, pages.queue_count, pages.queue_size), (name, queue_count, queue_size)
+        if found != wanted:
+            pages.close()
+            raise VdusefastError(
+                f"{os.fspath(path)}: shared pages of {found[0]!r} with {found[1]} queues of {found[2]} entries, not of "
+                f"{wanted[0]!r} with {wanted[1]} of {wanted[2]}: nobody can go on with them"
+            )
+        return pages
+
     def close(self) -> None:
         """Unmap and close. Idempotent."""
         if self.fd >= 0:
@@ -202,13 +229,38 @@ class SharedPages:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def reset_log(self, queue: int, last_idx: int) -> None:
-        """Empty the in-flight log of `queue`, which stands at `last_idx` (free-running u16); no worker may serve it."""
+    def begin_log(self, queue: int, last_idx: int) -> None:
+        """Make an empty log of `queue`, which starts at `last_idx` (free-running u16); no worker may serve it."""
         offset = self._offset(queue) + INFLIGHT_OFFSET
+        self.void_log(queue)  # until all of it is there
         entries = offset + INFLIGHT_HEADER_BYTES
         length = self.queue_size * INFLIGHT_ENTRY_BYTES
         self.map[entries : entries + length] = bytes(length)
-        _LOG_PLACE.pack_into(self.map, offset + _LOG_PLACE_OFFSET, last_idx, last_idx)
+        kind = (INFLIGHT_MAGIC, INFLIGHT_VERSION, INFLIGHT_SPLIT, INFLIGHT_ENTRY_BYTES, self.queue_size)
+        _LOG_HEADER.pack_into(self.map, offset, *kind, LogState.VOID, last_idx, last_idx, 0)
+        _LOG_STATE.pack_into(self.map, offset + _LOG_STATE_OFFSET, LogState.VALID)
+
+    def void_log(self, queue: int) -> None:
+        """Say that nothing of `queue` is in flight: its driver has reset the device. No worker may serve it."""
+        _LOG_STATE.pack_into(self.map, self._offset(queue) + INFLIGHT_OFFSET + _LOG_STATE_OFFSET, LogState.VOID)
+
+    def log_is_void(self, queue: int) -> bool:
+        """Return whether the log of `queue` says that nothing is in flight, whatever its entries are."""
+        (state,) = _LOG_STATE.unpack_from(self.map, self._offset(queue) + INFLIGHT_OFFSET + _LOG_STATE_OFFSET)
+        return bool(state == LogState.VOID)
+
+    def requests_done(self, queue: int) -> int:
+        """Return how many requests of `queue` have been completed: its first counter, without NumPy."""
+        return int(_U64.unpack_from(self.map, self._offset(queue) + COUNTERS_OFFSET)[0])
+
+    def has_inflight(self, queue: int) -> bool:
+        """Return whether requests of `queue` have been taken and not been given back, without NumPy."""
+        start = self._offset(queue) + INFLIGHT_OFFSET + INFLIGHT_HEADER_BYTES
+        end = start + self.queue_size * INFLIGHT_ENTRY_BYTES
+        if self.log_is_void(queue) or not self.map[start:end].strip(b"\0"):
+            return False
+        with memoryview(self.map) as pages, pages[start:end] as entries, entries.cast("Q") as words:
+            return any(words[:: INFLIGHT_ENTRY_BYTES // 8])  # the orders; 0 = not in flight
 
     def ring_ctl(self, queue: int) -> None:
         """Add one to the control word of `queue`: its worker has a message. Only the supervisor does this."""
@@ -268,8 +320,9 @@ def inflight_header_dtype() -> np.dtype[Any]:
     """Return struct vf_inflight_header as a NumPy dtype."""
     import numpy as np
 
-    words = [(field, "<u4") for field in ("version", "entry_count", "last_avail_idx", "last_used_idx")]
-    return np.dtype([*words, ("reserved", "<u4", (12,))])
+    words = [(field, "<u4") for field in ("entry_count", "state", "last_avail_idx", "last_used_idx", "working")]
+    kind = [("magic", "S8"), ("version", "<u4"), ("ring_format", "<u2"), ("entry_bytes", "<u2")]
+    return np.dtype([*kind, *words, ("reserved", "<u4", (7,))])
 
 
 def bucket_bounds_ns() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:

@@ -100,11 +100,13 @@ class QueueStats(Counters):
         self.engine = info.engine
         self.state = info.state
         self.reason = info.reason
+        self.waiting_s = info.waiting_s
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
         worker = {"index": self.index, "pid": self.pid, "cpu": self.cpu, "engine": self.engine}
-        return {**worker, "state": str(self.state), "reason": self.reason, **super().to_dict()}
+        stands = {"state": str(self.state), "reason": self.reason, "waiting_s": self.waiting_s}
+        return {**worker, **stands, **super().to_dict()}
 
 
 class DeviceStats(Counters):

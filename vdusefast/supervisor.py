@@ -7,15 +7,19 @@ does no storage I/O, so that nothing slow can keep a message from being answered
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
-from collections.abc import Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from vdusefast.control import WorkerSpec
 from vdusefast.device import BlockDevice, StatusChange, StatusRefusedError
-from vdusefast.errors import TimedOutError, VdusefastError
+from vdusefast.errors import DeviceBusyError, TimedOutError, VdusefastError
+from vdusefast.queue_watch import LOOK_S, QueueWatch
 from vdusefast.transport import Transport, TransportError
 from vdusefast.transport.uapi import (
     VIRTIO_CONFIG_S_DRIVER_OK,
@@ -37,6 +41,8 @@ __all__ = ["DeviceState", "Limits", "QueueInfo", "Supervisor", "VqState"]
 MESSAGES_A_TURN_MAX = 64
 READY_LOOK_S = 0.001
 READY_LOOK_COUNT = 1000
+CONFIG_LOOK_S = 0.01
+CONFIG_LOOK_COUNT = 1000
 UNDO_TIMEOUT_S = 2.0  # for idle workers to end when the start fails
 FORCE_GRACE_S = 2.0  # a forced stop lets requests end by themselves for so long before they are failed
 LETTING_GO_S = 10.0  # for the driver's side to let go of the device once nothing of it is pending any more
@@ -65,6 +71,8 @@ class QueueInfo:
     engine: str
     state: VqState
     reason: str  # why it failed, "" otherwise
+    waiting_s: float = 0.0  # for how long its storage has kept it waiting, 0.0 when it does not
+    restarts: int = 0  # workers that had to be replaced
 
 
 class Supervisor:
@@ -82,13 +90,15 @@ class Supervisor:
         *,
         command: Sequence[str] | None = None,
         limits: Limits | None = None,
+        on_created: Callable[[], None] | None = None,
     ):
         """Prepare; see `start`.
 
         device: the model, whose status is kept there. transport: not yet created; consumed. pages: the shared pages
         (borrowed). specs: one a queue, complete but for `ctl_fd`, `kick_fd` and the port. command: what to run as a
-        worker in place of the real one. Raises ValueError when the limits do not leave room below the transport's
-        msg_timeout.
+        worker in place of the real one. on_created: called between the creation of the device and its attachment, for
+        what has to be there should we die from then on. Raises ValueError when the limits do not leave room below the
+        transport's msg_timeout.
         """
         limits = limits or Limits()
         if 0 < transport.msg_timeout_s <= limits.message_s:
@@ -98,6 +108,8 @@ class Supervisor:
         self.state = DeviceState.CREATED
         self.failure: VdusefastError | None = None
         self._limits = limits
+        self._on_created = on_created
+        self._watch = QueueWatch(device.name, pages, len(specs))
         self._tasks: set[asyncio.Task[Any]] = set()
         self._status_lock = asyncio.Lock()
         self._message_fd = -1
@@ -115,23 +127,51 @@ class Supervisor:
                 vq.close()
             raise
 
-    async def start(self, timeout_s: float = 10.0) -> None:
+    async def start(self, timeout_s: float = 10.0, *, reopen: bool = False) -> None:
         """Create the device, start its workers side by side, and show it to drivers.
 
+        reopen: take over a device that a supervisor before us has left, with its shared pages, and serve on.
         Raises VdusefastError: what a worker reported, TimedOutError when one is not ready after `timeout_s`,
-        TransportError. Nothing is left behind then.
+        TransportError. Nothing is left behind then; a device that was to be taken over is left as it was found.
         """
         try:
-            self.transport.create(self.device.spec())
+            if reopen:
+                self.transport.reopen(self.device.spec())
+            else:
+                self.transport.create(self.device.spec())
+                if self._on_created is not None:
+                    self._on_created()
             await self._spawn_all(timeout_s)
+            if reopen:
+                await self._go_on()
             self._message_fd = self.transport.message_fd()
             asyncio.get_running_loop().add_reader(self._message_fd, self._on_messages)
+            self._run(self._watch_queues())
             await self._attach()
         except BaseException:
-            await asyncio.shield(self.stop(UNDO_TIMEOUT_S))  # whoever cuts this short again finds it going on
+            undo = self.hand_over(UNDO_TIMEOUT_S) if reopen else self.stop(UNDO_TIMEOUT_S)
+            await asyncio.shield(undo)  # whoever cuts this short again finds it going on
             raise
         if self.state == DeviceState.CREATED:
             self.state = DeviceState.ATTACHED
+
+    async def hand_over(self, timeout_s: float = 30.0) -> None:
+        """Stop serving and leave the device as it is, for the next supervisor: its driver waits meanwhile.
+
+        Messages that come stay unanswered until then. Workers finish what they have in flight; what one does not
+        finish within `timeout_s` is in its log. A second call, or one after `stop`, does nothing.
+        """
+        if self._stopping:
+            await self._ended.wait()
+            return
+        self._stopping = True
+        self._unwatch_messages()
+        try:
+            for vq in self._vqs:
+                vq.closing = True
+            await asyncio.gather(*(vq.stop(timeout_s) for vq in self._vqs))
+        finally:
+            await self._end(keep=True)
 
     async def stop(self, timeout_s: float = 30.0, *, force: bool = False) -> None:
         """Drain: take the device from its driver, let every worker finish what it has in flight, and release
@@ -154,25 +194,71 @@ class Supervisor:
             left_s = max(deadline - loop.time(), min(timeout_s, UNDO_TIMEOUT_S))
             await asyncio.gather(*(vq.stop(left_s) for vq in self._vqs))
         finally:
-            self._unwatch_messages()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            await asyncio.gather(*(vq.kill() for vq in self._vqs))
-            for vq in self._vqs:
-                vq.close()
-            try:
-                self.transport.close()
-            except VdusefastError as error:
-                self._record(error)
-            self.state = DeviceState.STOPPED
-            self._ended.set()
+            await self._end(keep=False)
+
+    async def resize(self, capacity_sectors: int) -> None:
+        """Give the device another size while it runs.
+
+        A driver never sees more than the workers serve: they learn of a larger size before it, and of a smaller one
+        after it. Nothing is in flight behind a smaller size when this returns. Raises TimedOutError for a worker that
+        does not answer: a device that was to grow is what it was then; one that was to shrink has told its driver,
+        and its worker follows when it goes on. Raises VdusefastError when the device is not served.
+        """
+        if self._stopping or self.state in (DeviceState.CREATED, DeviceState.BROKEN):
+            raise DeviceBusyError(f"device {self.device.name} is {self.state}: it cannot be resized now")
+        before_sectors = self.device.capacity_sectors
+        if capacity_sectors < before_sectors:
+            self._show_capacity(capacity_sectors)
+        try:
+            await self._resize_workers(capacity_sectors)
+            if capacity_sectors > before_sectors:
+                self._show_capacity(capacity_sectors)
+        except VdusefastError:
+            if capacity_sectors > before_sectors and not self._stopping:
+                with suppress(VdusefastError):  # whoever hangs takes both sizes, one after the other
+                    await self._resize_workers(before_sectors)
+            raise
+
+    async def show_capacity(self) -> None:
+        """Show the driver the size that is served: a server before us may have ended amid a resize.
+
+        Raises TransportError.
+        """
+        self._show_capacity(self.device.capacity_sectors)
 
     def queues(self) -> list[QueueInfo]:
         """Return one line for each queue."""
-        return [_describe(vq, vq.worker) for vq in self._vqs]
+        now_s = time.monotonic()
+        return [_describe(vq, vq.worker, self._watch.waiting_s(vq.index, now_s)) for vq in self._vqs]
 
     # -- inside
+
+    async def _end(self, *, keep: bool) -> None:
+        """Release everything; the device itself unless `keep`."""
+        self._unwatch_messages()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(vq.kill() for vq in self._vqs))
+        for vq in self._vqs:
+            vq.close()
+        try:
+            self.transport.close(keep=keep)
+        except VdusefastError as error:
+            self._record(error)
+        self.state = DeviceState.STOPPED
+        self._ended.set()
+
+    async def _go_on(self) -> None:
+        """Serve the queues of a device that was taken over, from where their logs say. Raises VdusefastError."""
+        self.device.status = self.transport.driver_status()
+        if not self.device.status & VIRTIO_CONFIG_S_DRIVER_OK:
+            return  # its driver has yet to come, or has sent a message that waits for us
+        try:
+            await self._driver_ok(recover=True)
+        except StatusRefusedError as error:
+            raise TransportError(f"device {self.device.name}: cannot go on with its driver: {error}") from None
+        self.state = DeviceState.RUNNING
 
     async def _attach(self) -> None:
         """Show the device to drivers, and stop waiting soon after one has refused it. Raises what `attach` does."""
@@ -209,6 +295,42 @@ class Supervisor:
             self._record(TimedOutError(f"device {self.device.name}: {why}; the kernel keeps it until then"))
         except VdusefastError as error:
             self._record(error)
+
+    async def _watch_queues(self) -> None:
+        """Look every second which queues wait for their storage."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for vq in self._vqs:
+                serves = vq.state not in (VqState.STOPPED, VqState.FAILED)
+                self._watch.look(vq.index, time.monotonic(), serves=serves)
+
+    async def _resize_workers(self, capacity_sectors: int) -> None:
+        """Have all workers, side by side, serve that size. Raises the first one's VdusefastError, after all."""
+        results = await asyncio.gather(*(vq.resize(capacity_sectors) for vq in self._vqs), return_exceptions=True)
+        for result in results:
+            if result is not None:
+                raise result
+
+    def _show_capacity(self, capacity_sectors: int) -> None:
+        """Change the configuration space, and tell the driver. Raises TransportError."""
+        before_sectors = self.device.capacity_sectors
+        try:
+            self.transport.set_config(0, self.device.set_capacity(capacity_sectors))
+        except OSError as error:
+            self.device.set_capacity(before_sectors)
+            raise TransportError(f"device {self.device.name}: cannot be resized: {error.strerror}") from error
+        self._run(self._tell_config())
+
+    async def _tell_config(self) -> None:
+        """Interrupt the driver for its configuration. One that is still starting is told when it is done."""
+        for _ in range(CONFIG_LOOK_COUNT):
+            try:
+                self.transport.inject_config_irq()
+                return
+            except OSError as error:  # there is none yet, or no device any more, which is reported by its messages
+                if error.errno != errno.EINVAL or not self.device.status:
+                    return
+            await asyncio.sleep(CONFIG_LOOK_S)
 
     def _refuse(self, why: str) -> None:
         """Note why the driver could not take the device; a start that waits for it is told."""
@@ -319,7 +441,7 @@ class Supervisor:
         if change == StatusChange.FEATURES_OK:
             self.device.judge_features(self.transport.acked_features())
             # The last step that a driver can be refused: it takes no notice of how DRIVER_OK is answered.
-            if not all(await asyncio.gather(*(vq.revive() for vq in self._vqs))):
+            if not all(await asyncio.gather(*(vq.prepare() for vq in self._vqs))):
                 reasons = "; ".join(vq.reason for vq in self._vqs if vq.state == VqState.FAILED)
                 raise StatusRefusedError(f"FEATURES_OK: {reasons}")
         elif change == StatusChange.DRIVER_OK:
@@ -331,13 +453,14 @@ class Supervisor:
         self.device.status = status
         return True
 
-    async def _driver_ok(self) -> None:
+    async def _driver_ok(self, *, recover: bool = False) -> None:
         """Set every queue's kick eventfd and start the ready ones; those that are not yet are looked at with each kick.
 
         Waits shortly for the starts, which are quick unless a worker has to be replaced first: a worker starts late
         rather than the message is answered late. A queue that does not start has failed, and the others serve: the
-        kernel's driver goes on whatever we answer, but would never be interrupted by a device that refused it. Raises
-        StatusRefusedError for features that were changed since they were accepted.
+        kernel's driver goes on whatever we answer, but would never be interrupted by a device that refused it.
+        recover: the queues go on by their logs. Raises StatusRefusedError for features that were changed since they
+        were accepted.
         """
         acked_features = self.transport.acked_features()
         self.device.judge_features(acked_features)
@@ -350,7 +473,7 @@ class Supervisor:
             info = self.transport.vq_info(vq.index)
             self.transport.set_kickfd(vq.index, vq.kick_fd)
             if info.ready:
-                starts.append(self._run(vq.start(acked_features, info)))
+                starts.append(self._run(vq.start(acked_features, info, recover=recover)))
             else:
                 vq.watch_kick(self._start_if_ready)
         if starts:
@@ -412,7 +535,16 @@ class Supervisor:
         return info.ready
 
 
-def _describe(vq: VqControl, worker: WorkerProcess | None) -> QueueInfo:
+def _describe(vq: VqControl, worker: WorkerProcess | None, waiting_s: float) -> QueueInfo:
     """Return what is to be shown of a queue; the caller has read its worker once, as another thread may replace it."""
     pid, engine = (worker.pid, worker.engine) if worker is not None else (-1, "")
-    return QueueInfo(vq.index, pid, vq.cpu, engine, vq.state, vq.reason)
+    return QueueInfo(
+        vq.index,
+        pid,
+        vq.cpu,
+        engine,
+        vq.state,
+        vq.reason,
+        waiting_s=round(waiting_s, 1),
+        restarts=vq.restart_count,
+    )

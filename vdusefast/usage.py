@@ -35,6 +35,12 @@ def find_users(node: str, root: Path = Path("/")) -> list[str]:
     return list(dict.fromkeys(user.text for user in users))
 
 
+def pending_requests(node: str, root: Path = Path("/")) -> int:
+    """Return how many requests of a block device its driver waits for; 0 for other nodes."""
+    words = _read(root / "sys/block" / Path(node).name / "inflight").split() if node else []
+    return sum(int(word) for word in words)
+
+
 def describe(users: list[str]) -> str:
     """Return users as one phrase, the first few by name."""
     more = len(users) - USERS_SHOWN_MAX

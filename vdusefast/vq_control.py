@@ -1,13 +1,15 @@
 """One virtqueue's lifecycle: its states, its worker, and the replacement of a worker that fails.
 
-    stopped -> running -> quiescing -> stopped, plus failed (a named reason)
+    stopped -> running -> quiescing -> stopped, plus recovering (its worker died) and failed (a named reason)
 
+A worker that dies is replaced at once; the next one goes on by the in-flight log that the dead one has kept.
 Operations on one queue exclude each other; those on different queues run side by side. Ring memory is never read here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -16,12 +18,19 @@ from enum import StrEnum
 from typing import Any
 
 from vdusefast.control import Command, FromWorker, ToWorker, WorkerSpec
-from vdusefast.errors import VdusefastError, WorkerError
+from vdusefast.errors import TimedOutError, VdusefastError, WorkerError
 from vdusefast.transport import Transport
 from vdusefast.transport.uapi import VqInfo
 from vdusefast.worker_process import REAP_TIMEOUT_S, Pages, RefusedError, WorkerProcess
 
+_log = logging.getLogger("vdusefast")
+
+TAKE_OVER_TRIES_AT_ONCE = 3  # without progress; then with pauses that grow
+TAKE_OVER_PAUSE_S = 0.05
+TAKE_OVER_PAUSE_MAX_S = 5.0
+
 FAIL_REAP_S = 1.0  # for a worker that is killed to fail its requests; a longer wait is for the kernel's storage
+RESIZE_S = 5.0  # for a worker to take a new size: it looks between two rounds of its loop
 
 
 class VqState(StrEnum):
@@ -30,6 +39,7 @@ class VqState(StrEnum):
     STOPPED = "stopped"
     RUNNING = "running"
     QUIESCING = "quiescing"
+    RECOVERING = "recovering"
     FAILED = "failed"
 
 
@@ -69,6 +79,7 @@ class VqControl:
         self.state = VqState.STOPPED
         self.reason = ""
         self.worker: WorkerProcess | None = None
+        self.restart_count = 0  # workers that had to be replaced
         self.closing = False  # no worker is replaced any more
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._spec = spec._replace(kick_fd=self.kick_fd)
@@ -86,6 +97,9 @@ class VqControl:
         self._hanging: list[WorkerProcess] = []  # killed, waiting in the kernel for their storage
         self._lock = asyncio.Lock()
         self._watching = False
+        self._take_over_task: asyncio.Task[None] | None = None
+        self._tries = 0  # take-overs since a request was last completed
+        self._tried_at = -1  # how many had been completed then
 
     async def spawn(self, timeout_s: float) -> None:
         """Start a worker and wait until it is ready. Raises what WorkerProcess.wait_hello does; none is left then."""
@@ -102,9 +116,11 @@ class VqControl:
                 self.worker = None
             raise
 
-    async def revive(self) -> bool:
-        """Make sure that there is a worker to serve the queue. Returns whether there is one; a failure is reported."""
+    async def prepare(self) -> bool:
+        """Be ready for a driver that is about to start. Returns whether there is a worker; a failure is reported."""
         async with self._lock:
+            if not self._serving:
+                self._pages.void_log(self.index)  # the rings will be new ones
             return self.closing or await self._revive()
 
     async def kill(self) -> None:
@@ -117,15 +133,16 @@ class VqControl:
         if self.worker is not None:
             self.worker.abort()
 
-    def start(self, acked_features: int, info: VqInfo) -> Coroutine[Any, Any, bool]:
+    def start(self, acked_features: int, info: VqInfo, *, recover: bool = False) -> Coroutine[Any, Any, bool]:
         """Serve the queue that `info` describes, from where it was quiesced if it was. Returns whether it runs.
 
-        A failure is reported through `on_failure`. A worker that has died is replaced first. A reset or quiesce that is
-        going on, or comes before this has its turn, leaves the queue stopped.
+        recover: by the in-flight log that a supervisor before us has left. A failure is reported
+        through `on_failure`. A worker that has died is replaced first. A reset or quiesce that is going on, or comes
+        before this has its turn, leaves the queue stopped.
         """
-        return self._start(acked_features, info, self.stop_count)
+        return self._start(acked_features, info, self.stop_count, recover)
 
-    async def _start(self, acked_features: int, info: VqInfo, stop_count: int) -> bool:
+    async def _start(self, acked_features: int, info: VqInfo, stop_count: int, recover: bool) -> bool:
         async with self._lock:
             self.unwatch_kick()
             if self.state == VqState.RUNNING:
@@ -142,11 +159,12 @@ class VqControl:
                 device_addr=info.device_addr,
                 queue_size=info.size,
                 last_avail_idx=info.last_avail_idx if self._last_avail_idx is None else self._last_avail_idx,
+                recover=int(recover or self._serving),
             )
-            if not self._serving:
+            if not start.recover:
                 # Nothing is in flight: all that was taken has been given back. A worker that is killed before it has
                 # written its own log must not leave that of an earlier one.
-                self._pages.reset_log(self.index, start.last_avail_idx)
+                self._pages.begin_log(self.index, start.last_avail_idx)
             if not 0 < info.size <= self._spec.queue_size or info.size & (info.size - 1):
                 return self._refuse(f"size {info.size} is no power of two up to {self._spec.queue_size}")
             if self._lost:
@@ -180,14 +198,17 @@ class VqControl:
         """Stop the queue once it has finished what is in flight. Returns the avail index, None when that is lost."""
         async with self._stopping():
             self.unwatch_kick()
-            worker = self._usable_worker()
             if self._lost:
                 return None
-            if not self._serving or worker is None:
+            if not self._serving:
                 if self._last_avail_idx is None:
                     return self._transport.vq_info(self.index).last_avail_idx
                 return self._last_avail_idx
-            event = await self._settle(Command.QUIESCE)
+            event = await self._settle(Command.QUIESCE) if self._usable_worker() is not None else None
+            if event is None and self._may_take_over() and await self._take_over():
+                event = await self._settle(
+                    Command.QUIESCE
+                )  # the next worker has finished what the dead one had in flight
             if event is None:
                 return None
             self._last_avail_idx, self._serving = event.last_avail_idx & 0xFFFF, False
@@ -208,19 +229,51 @@ class VqControl:
         """Stop the queue and drop every mapping, with a living worker at the end. Returns whether they are gone."""
         async with self._stopping():
             self.unwatch_kick()
+            drained = not self._serving
             if self._usable_worker() is not None:
-                await self._settle(Command.RESET)
+                drained = await self._settle(Command.RESET) is not None or drained
             self._last_avail_idx, self._serving, self._served, self._lost = None, False, None, ""
             if self._hangs():
                 return False
+            if drained:  # else the log is needed, should we end before the driver has our answer
+                self._pages.void_log(self.index)
             if self.closing or await self._revive():
                 self.state, self.reason = VqState.STOPPED, ""
             return True
+
+    async def resize(self, capacity_sectors: int) -> None:
+        """Have the worker, and every one after it, serve a device of that size. Returns when it does.
+
+        Without the lock: a quiesce that waits for storage must not be waited for, and the worker takes commands in
+        turn. Raises TimedOutError for a worker that does not answer; it takes the size when it goes on.
+        """
+        shrinks = capacity_sectors < self._spec.capacity_sectors
+        self._spec = self._spec._replace(capacity_sectors=capacity_sectors)
+        worker = self._usable_worker()
+        if shrinks and self._hangs():  # what it was writing may still arrive
+            raise TimedOutError(f"device {self._spec.device}: queue {self.index}: a worker hangs in its storage")
+        if worker is None:
+            return
+        try:
+            await worker.request(ToWorker(Command.RESIZE, 0, start=capacity_sectors), RESIZE_S)
+        except TimeoutError:
+            raise TimedOutError(
+                f"device {self._spec.device}: queue {self.index}: the worker (pid {worker.pid}) has not taken the new "
+                f"size within {RESIZE_S:g} s: it waits for its storage"
+            ) from None
+        except RefusedError as error:
+            raise WorkerError(f"{worker.title} refused the new size: {error}") from None
+        except WorkerError:
+            if worker.alive:
+                raise
+            # The one that takes its place is told at its start.
 
     async def stop(self, timeout_s: float) -> None:
         """End the worker once it has finished what is in flight; kill it after `timeout_s`. A failure is reported."""
         self.closing = True
         self.unwatch_kick()
+        if self._take_over_task is not None:
+            self._take_over_task.cancel()
         deadline = asyncio.get_running_loop().time() + timeout_s
         try:
             async with asyncio.timeout_at(deadline), self._lock:
@@ -293,6 +346,8 @@ class VqControl:
         # A ring found bad at once is reported before we get here.
         if event is None or failures != self._failure_count:
             return False
+        if event.text:
+            _log.warning("device %s: queue %d: %s", self._spec.device, self.index, event.text)
         self.state, self.reason = VqState.RUNNING, ""
         return True
 
@@ -318,6 +373,8 @@ class VqControl:
         except RefusedError as error:
             if message.command == Command.START:
                 self._serving = False
+                if message.recover:
+                    self._lost = f"its worker died, and where it stood is not known: {error}"
                 self._refuse(str(error))
                 return None
             why = f"refused to {Command(message.command).name.lower()}: {error}"
@@ -329,32 +386,83 @@ class VqControl:
             why = str(error).removeprefix(f"{worker.title} ")
         gone = await worker.kill(why)
         self._died(WorkerError(f"{worker.title} {worker.cause() if gone else f'{why}, and cannot be killed'}"))
-        if gone:
-            await self._revive()
         return None
 
     async def _revive(self) -> bool:
         """Make sure that there is a worker to command: a fresh one, stopped, in place of a dead one."""
-        if self._usable_worker() is not None:
-            return True
-        if self.closing or (self.worker is not None and self.worker.hung):
-            return False
+        error = await self._respawn()
+        if error is not None:
+            self._fail(error)
+        return self._usable_worker() is not None
+
+    async def _respawn(self) -> WorkerError | None:
+        """Start a worker unless there is one. Returns why that could not be done, where it was tried."""
+        if self._usable_worker() is not None or self.closing or (self.worker is not None and self.worker.hung):
+            return None
         try:
             await self.spawn(self._limits.hello_s)
         except WorkerError as error:
-            self._fail(error)
+            return error
         except (VdusefastError, OSError) as error:
-            self._fail(WorkerError(f"device {self._spec.device}: queue {self.index}: no new worker: {error}"))
-        return self._usable_worker() is not None
+            return WorkerError(f"device {self._spec.device}: queue {self.index}: no new worker: {error}")
+        return None
 
     def _refuse(self, why: str) -> bool:
         self._fail(WorkerError(f"device {self._spec.device}: queue {self.index}: cannot start: {why}"))
         return False
 
     def _died(self, error: WorkerError) -> None:
-        if self._serving:
-            self._lost = "where it stood went with its worker"
-        self._fail(error)
+        """Have a worker that died replaced, by one that goes on where it stood."""
+        if self.closing or self._lost:
+            self._fail(error)
+            return
+        _log.warning("%s; it is replaced", error)
+        self.restart_count += 1
+        self.state, self.reason = VqState.RECOVERING, str(error)
+        if self._take_over_task is None:
+            self._take_over_task = asyncio.get_running_loop().create_task(self._take_over_until_done())
+
+    def _may_take_over(self) -> bool:
+        return self._serving and not self.closing and not self._lost and not self._hangs()
+
+    async def _take_over_until_done(self) -> None:
+        """Try until the queue is served again, or is to be served no more. Others may do the same meanwhile."""
+        try:
+            while True:
+                pause_s = self._pause_s()
+                if self._tries == TAKE_OVER_TRIES_AT_ONCE + 1:
+                    self._on_failure(WorkerError(f"{self.reason}; so did those before it: tried again with pauses"))
+                await asyncio.sleep(pause_s)
+                if self.worker is not None and self.worker.hung:
+                    await self.worker.wait_gone()  # until then it may still write what is to be written again
+                async with self._lock:
+                    if self.closing or self._lost or self.state != VqState.RECOVERING or await self._take_over():
+                        return
+        finally:
+            self._take_over_task = None
+
+    async def _take_over(self) -> bool:
+        """Replace the worker, and serve on if the dead one did. Returns whether that is done. The lock is held."""
+        error = await self._respawn()
+        if error is not None:
+            _log.warning("%s; another one is tried", error)
+            self.reason = str(error)
+        if self._usable_worker() is None:
+            return False
+        if not self._serving or self._served is None:
+            self.state, self.reason = VqState.STOPPED, ""
+            return True
+        return await self._serve(self._served._replace(recover=1))
+
+    def _pause_s(self) -> float:
+        """Return how long to wait before the next worker: nothing while requests are completed in between."""
+        done = self._pages.requests_done(self.index)
+        if done != self._tried_at:
+            self._tried_at, self._tries = done, 0
+        self._tries += 1
+        if self._tries <= TAKE_OVER_TRIES_AT_ONCE:
+            return 0.0
+        return min(TAKE_OVER_PAUSE_MAX_S, TAKE_OVER_PAUSE_S * 2.0 ** (self._tries - TAKE_OVER_TRIES_AT_ONCE))
 
     def _ring_failed(self, reason: str) -> None:
         pid = self.worker.pid if self.worker is not None else -1

@@ -41,6 +41,8 @@ def _engine_order(spec: WorkerSpec) -> list[str]:
 def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
     """Open the engine asked for, or the best that this kernel allows. Returns its name. Raises VdusefastError."""
     order = _engine_order(spec)
+    # By these whoever goes on in our place sees that nothing of ours is under way any more.
+    hold_fds = [fd for fd in (spec.life_fd, spec.port_fd) if fd >= 0]
     for name in order:
         try:
             queue.open_engine(
@@ -50,6 +52,7 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
                 size_bytes=spec.capacity_sectors * 512,
                 cache=spec.cache,
                 direct_align=spec.direct_align,
+                hold_fds=hold_fds,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -162,11 +165,15 @@ class Worker:
     def _carry_out(self, message: ToWorker) -> None:
         queue = self._queue
         last_avail_idx = last_used_idx = 0
+        note = ""
         if message.command == Command.START:
             if not self._start(message):
                 return
+            note = queue.note
         elif message.command == Command.INVALIDATE:
             queue.invalidate(message.start, message.last)
+        elif message.command == Command.RESIZE:
+            queue.set_capacity(message.start)
         elif message.command in (Command.QUIESCE, Command.RESET, Command.STOP):
             last_avail_idx, last_used_idx, waiting = queue.quiesce()
             self._running = False
@@ -178,7 +185,7 @@ class Worker:
         else:
             self.send(FromWorker(Event.REFUSED, message.seq, text=f"unknown command {message.command}"))
             return
-        self.send(FromWorker(Event.DONE, message.seq, last_avail_idx, last_used_idx))
+        self.send(FromWorker(Event.DONE, message.seq, last_avail_idx, last_used_idx, text=note))
 
     def _start(self, message: ToWorker) -> bool:
         self._running = False

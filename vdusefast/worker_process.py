@@ -49,8 +49,17 @@ class Pages(Protocol):
     def ring_ctl(self, queue: int) -> None:
         """Tell the worker of `queue` that a message waits."""
 
-    def reset_log(self, queue: int, last_idx: int) -> None:
-        """Empty the in-flight log of `queue`, which stands at `last_idx` (free-running u16)."""
+    def begin_log(self, queue: int, last_idx: int) -> None:
+        """Make an empty in-flight log of `queue`, which starts at `last_idx` (free-running u16)."""
+
+    def void_log(self, queue: int) -> None:
+        """Say that nothing of `queue` is in flight."""
+
+    def requests_done(self, queue: int) -> int:
+        """Return how many requests of `queue` have been completed."""
+
+    def has_inflight(self, queue: int) -> bool:
+        """Return whether requests of `queue` are in flight."""
 
 
 def default_command() -> list[str]:
@@ -90,6 +99,7 @@ class WorkerProcess:
         self._ctl: socket.socket | None = None
         self._stderr_fd = -1
         self._pid_fd = -1
+        self._life_fd = -1  # the read end of the pipe that WorkerSpec.life_fd keeps open
         self._stderr_lines: deque[str] = deque(maxlen=STDERR_LINE_COUNT_MAX)
         self._stderr_part = b""
         self._seq = 0
@@ -98,6 +108,7 @@ class WorkerProcess:
         self._exited = asyncio.Event()
         self._end_expected = False
         self._killed = False
+        self._reaped = False
         self._end_reason = ""  # why we killed it
 
     @classmethod
@@ -131,13 +142,13 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process has not been reaped yet."""
+        """Whether the process is there, or storage I/O that it began is still going on."""
         return self._process is not None and not self._exited.is_set()
 
     @property
     def hung(self) -> bool:
-        """Whether the process has been killed but is still there, waiting inside the kernel for its storage."""
-        return self.alive and self._killed
+        """Whether the process has been killed or has ended, but the kernel still waits for its storage."""
+        return self.alive and (self._killed or self._reaped)
 
     @property
     def title(self) -> str:
@@ -219,6 +230,10 @@ class WorkerProcess:
         self.abort(why)
         return await self._wait_exit(timeout_s)
 
+    async def wait_gone(self) -> None:
+        """Wait until the process has ended, and all storage I/O that it began: without any limit."""
+        await self._exited.wait()
+
     def cause(self) -> str:
         """Return why the process ended, as the rest of a sentence that begins with its name."""
         code = self._process.returncode if self._process else None
@@ -242,11 +257,11 @@ class WorkerProcess:
             self._loop.remove_reader(self._ctl)
             self._ctl.close()
             self._ctl = None
-        for fd in (self._stderr_fd, self._pid_fd):
+        for fd in (self._stderr_fd, self._pid_fd, self._life_fd):
             if fd >= 0:
                 self._loop.remove_reader(fd)
                 os.close(fd)
-        self._stderr_fd = self._pid_fd = -1
+        self._stderr_fd = self._pid_fd = self._life_fd = -1
 
     # -- inside
 
@@ -264,11 +279,14 @@ class WorkerProcess:
         with theirs:
             ours.setblocking(False)
             self._stderr_fd, stderr_write_fd = os.pipe2(os.O_CLOEXEC)
+            life_write_fd = -1
             try:
+                self._life_fd, life_write_fd = os.pipe2(os.O_CLOEXEC)
                 os.set_blocking(self._stderr_fd, False)
-                self.spec = self.spec._replace(ctl_fd=theirs.fileno())
+                self.spec = self.spec._replace(ctl_fd=theirs.fileno(), life_fd=life_write_fd)
                 fds = (
                     self.spec.ctl_fd,
+                    self.spec.life_fd,
                     self.spec.shm_fd,
                     self.spec.kick_fd,
                     self.spec.port_fd,
@@ -285,13 +303,15 @@ class WorkerProcess:
                 )
             finally:
                 os.close(stderr_write_fd)
+                if life_write_fd >= 0:
+                    os.close(life_write_fd)
         try:
             self._pid_fd = os.pidfd_open(self._process.pid)
         except OSError:
             self._process.kill()
             self._process.wait()
             raise
-        self._loop.add_reader(self._pid_fd, self._on_exit)
+        self._loop.add_reader(self._pid_fd, self._on_reaped)
         self._loop.add_reader(self._ctl, self._on_messages)
         self._loop.add_reader(self._stderr_fd, self._on_stderr)
 
@@ -365,11 +385,17 @@ class WorkerProcess:
             self._stderr_lines.append(text)
             _log.info("%s: %s", self.title, text)
 
-    def _on_exit(self) -> None:
-        """Reap the process, take what it said last, and tell who waits."""
+    def _on_reaped(self) -> None:
+        """Reap the process, and wait for the I/O that it may have left in the kernel: io_uring's goes on."""
         if self._process is None or self._process.poll() is None:
             return
+        self._reaped = True
         self._loop.remove_reader(self._pid_fd)
+        self._loop.add_reader(self._life_fd, self._on_exit)
+
+    def _on_exit(self) -> None:
+        """Take what the process said last, and tell who waits: all of it has ended."""
+        self._loop.remove_reader(self._life_fd)
         self._on_messages()
         self._on_stderr()
         self._keep_line(self._stderr_part)

@@ -127,6 +127,21 @@ def test_requests_overtake_one_that_waits(slow: SlowStore) -> None:
         assert rig.ring.used_elem(1)[0] == waiting
 
 
+@needs_uring
+def test_smaller_size_waits_for_what_is_in_flight_and_a_larger_one_does_not(slow: SlowStore) -> None:
+    with Rig(engine="uring", store_fd=slow.fd) as rig:
+        rig.ring.make_available(rig.ring.put_chain(rig.request(T_IN, 0, b"", 512)))
+        assert rig.queue.poll() == 1
+        rig.queue.set_capacity(rig.params.capacity_sectors + 8)
+        assert rig.queue.inflight_count == 1
+        ending = threading.Timer(0.1, slow.end)
+        ending.start()
+        rig.queue.set_capacity(rig.params.capacity_sectors - 8)
+        assert rig.queue.inflight_count == 0
+        assert rig.ring.used_idx == 1  # and the driver has been told of it
+        ending.join()
+
+
 def test_failed_queue_stays_failed_when_run_again() -> None:
     with Rig() as rig:
         rig.ring.make_available(99)

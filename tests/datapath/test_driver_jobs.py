@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -226,3 +228,102 @@ def test_stop_from_another_thread(bus: FakeBus, abandon: bool) -> None:
             assert job.results()["ops"]["check"]["ios"] == 0
         timer.join()
         assert job.progress()[0] > 0
+
+
+def many_times(bus: FakeBus, plan: dict[str, Any], count: int, *, between: Any = None) -> _driver.Job:
+    """Run one job again and again and return it."""
+    with LoopbackDriver(bus) as driver:
+        job = make_job(driver, **{"block_bytes": 4096, "depth": 8, "size_bytes": SIZE, **plan})
+        for _ in range(count):
+            _driver.DriverThread([driver.ring(0)], [job], stall_s=10.0).run()
+            if between is not None:
+                between(driver.ring(0), job)
+        return job
+
+
+REPEATED = {"kind": "write", "order": "random", "verify": "crc32c", "check_after": True, "io_limit": 20, "seed": 3}
+
+
+def test_a_job_that_runs_again_still_knows_what_it_has_written(bus: FakeBus) -> None:
+    job = many_times(bus, REPEATED, 5)
+    results = job.results()
+    assert results["ops"]["write"]["ios"] == 5 * 20
+    assert results["verify_errors"] == 0
+    known = [int.from_bytes(job.journal()[at : at + 4], "little") for at in range(0, 4 * 64, 4)]
+    assert len({generation for generation in known if generation}) == sum(map(bool, known)) > 20
+    assert max(known) == 100
+    for block, generation in enumerate(known):
+        at = block * 4096
+        found = "no_header" if not generation else "none"
+        assert _driver.check_block(bus.disk[at : at + 4096], at, generation, 3) == found
+
+
+def test_what_goes_back_in_time_between_two_runs_is_found(bus: FakeBus) -> None:
+    before: list[bytes] = []
+
+    def go_back(_ring: _driver.Ring, job: _driver.Job) -> None:
+        if len(before) == 1:
+            bus.disk[:] = before[0]
+        before.append(bytes(bus.disk))
+
+    results = many_times(bus, REPEATED, 3, between=go_back).results()
+    assert {fault["kind"] for fault in results["faults"]} <= {"generation", "no_header"}
+    assert results["verify_errors"] > 0
+
+
+def test_a_job_without_verification_has_no_journal(bus: FakeBus) -> None:
+    assert many_times(bus, {"kind": "write", "order": "random", "io_limit": 5}, 1).journal() == b""
+
+
+def test_overlapping_writes_expect_the_last_one(bus: FakeBus) -> None:
+    plan = REPEATED | {"kind": "mixed", "overlap": True, "io_limit": 400}
+    job = many_times(bus, plan, 3)
+    results = job.results()
+    assert results["verify_errors"] == results["request_errors"] == 0
+    assert results["verified"] > 100
+    sectors = [entry[2] for entry in bus.log if entry[1] == OUT]
+    pairs = sum(one == other for one, other in itertools.pairwise(sectors))
+    assert len(sectors) / 8 < pairs < len(sectors) / 2
+
+
+def test_overlapping_writes_in_another_order_are_found(bus: FakeBus) -> None:
+    """A device that carries the second one of a pair out first leaves the first one's data."""
+    last: list[bytes] = []
+
+    def swap(kind: int, sector: int, data: bytes) -> bytes:
+        if kind != OUT:
+            return data
+        at = sector * 512
+        last.append(bytes(bus.disk[at : at + len(data)]))
+        held, generation = last[-1][16:20], int.from_bytes(data[16:20], "little")
+        return last[-1] if int.from_bytes(held, "little") == generation - 1 else data
+
+    bus.spoil = swap
+    results = many_times(bus, REPEATED | {"overlap": True, "io_limit": 100}, 1).results()
+    assert {fault["kind"] for fault in results["faults"]} == {"generation"}
+    assert all(fault["found"] == fault["expected"] - 1 for fault in results["faults"])
+
+
+def test_overlapping_writes_are_for_one_queue() -> None:
+    bus = FakeBus(SIZE, queues=2)
+    try:
+        with LoopbackDriver(bus) as driver:
+            job = make_job(driver, block_bytes=4096, depth=8, size_bytes=SIZE, **(REPEATED | {"overlap": True}))
+            with pytest.raises(ValueError, match="one queue only"):
+                _driver.DriverThread([driver.ring(0), driver.ring(1)], [job])
+    finally:
+        bus.close()
+
+
+def test_the_longest_gap_between_completions_is_kept_until_it_is_asked_for(bus: FakeBus) -> None:
+    gaps: list[float] = []
+    waits = iter([0.15])
+
+    def slow_once(kind: int, sector: int, data: bytes) -> bytes:
+        time.sleep(next(waits, 0))
+        return data
+
+    bus.spoil = slow_once
+    many_times(bus, REPEATED, 2, between=lambda ring, _job: gaps.append(ring.take_gap_s()))
+    assert 0.1 < gaps[0] < 5
+    assert 0 < gaps[1] < gaps[0]

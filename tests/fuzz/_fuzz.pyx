@@ -16,8 +16,8 @@ cdef public int fuzz_queue_adopt(vf_queue *q) noexcept nogil:
     return queue_adopt(q)
 
 
-cdef public int fuzz_queue_redo(vf_queue *q) noexcept nogil:
-    return queue_redo(q)
+cdef public int fuzz_queue_redo(vf_queue *q, uint32_t count) noexcept nogil:
+    return queue_redo(q, count)
 
 
 cdef public void fuzz_queue_drain(vf_queue *q) noexcept nogil:

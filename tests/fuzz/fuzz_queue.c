@@ -369,6 +369,7 @@ static bool driver_start(uint8_t bits)
 	driver_write_u16(AVAIL_IOVA + 2u, start_idx);
 	driver_write_u16(USED_IOVA + 2u, start_idx);
 	vf_vring_start(&q->vring, start_idx);
+	vf_log_begin(q->inflight, q->inflight_log, q->queue_size_max, start_idx, start_idx);
 	return true;
 }
 

@@ -23,7 +23,7 @@
 /* _fuzz.pyx */
 int fuzz_queue_round(struct vf_queue *q);
 int fuzz_queue_adopt(struct vf_queue *q);
-int fuzz_queue_redo(struct vf_queue *q);
+int fuzz_queue_redo(struct vf_queue *q, uint32_t count);
 void fuzz_queue_drain(struct vf_queue *q);
 void fuzz_queue_fail(struct vf_queue *q, int err);
 
@@ -422,11 +422,14 @@ void fuzz_world_crash(void)
 
 	world.shared_reads = 0;
 	fuzz_forget(false);
+	/* Now and then it dies of a request, of one and the same until that is refused. */
+	if (fuzz_random() % 4u)
+		world.q->inflight->working = fuzz_random() % 2u ? 1u : fuzz_random() % world.q->queue_size_max + 1u;
 	err = fuzz_queue_adopt(world.q);
-	FUZZ_ASSERT(err == -VF_RING_LOG || (err >= 0 && (uint32_t)err <= world.q->slot_count));
+	FUZZ_ASSERT(err == -VF_RING_LOG || err == -VF_RING_POISON || (err >= 0 && (uint32_t)err <= world.q->slot_count));
 	if (err >= 0) {
 		fuzz_forget(false); /* the adoption has taken out what the used ring names */
-		err = fuzz_queue_redo(world.q);
+		err = fuzz_queue_redo(world.q, (uint32_t)err);
 		FUZZ_ASSERT(err <= 0 && err > -(int)VF_RING_ERROR_COUNT);
 	}
 	if (err == 0)

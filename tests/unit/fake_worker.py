@@ -82,7 +82,7 @@ class FakeWorker:
         if command == Command.START:
             self.start(message)
             return True
-        if command != Command.INVALIDATE:
+        if command not in (Command.INVALIDATE, Command.RESIZE):
             self.running = False
         self.send(Event.DONE, message.seq)
         return command != Command.STOP

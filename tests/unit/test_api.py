@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -16,10 +17,14 @@ from typing import Any
 
 import pytest
 
-from vdusefast import Device, DeviceBusyError, KernelSupportError, VdusefastError, make_config
+from vdusefast import ConfigError, Device, DeviceBusyError, KernelSupportError, VdusefastError, make_config
+from vdusefast.config import Config
+from vdusefast.errors import BackendError
 from vdusefast.signals import PatientStopSignals, StopRequestedError, StopSignals
 from vdusefast.supervisor import Supervisor
+from vdusefast.transport.loopback import LoopbackTransport
 
+BASE = Path(os.environ["VDUSEFAST_RUN_DIR"])
 UNWANTED = ("numpy", "rich", "psutil", "click")
 
 
@@ -94,7 +99,7 @@ def test_parts_of_a_device_that_does_not_run_are_refused() -> None:
 
 
 def test_kernel_transport_says_what_the_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vdusefast.transport.kernel.CONTROL_NODE", "/nonexistent/control")
+    monkeypatch.setattr("vdusefast.transport.kernel_control.CONTROL_NODE", "/nonexistent/control")
     monkeypatch.setattr("vdusefast.transport.sysfs.SYS", Path("/nonexistent"))
     device = Device(make_config(name="d0", uri="memory:1M", transport="kernel"))
     with pytest.raises(KernelSupportError, match="no vduse, virtio_vdpa, virtio_blk: modprobe -a vduse"):
@@ -257,3 +262,133 @@ print(len(os.listdir("/proc/self/fd")) - before)
     assert "few" in message
     assert "Too many open files" in message
     assert leaked == "0"
+
+
+# -- one server after another
+
+
+def recover_config(tmp_path: Path, **overrides: Any) -> Config:
+    image = tmp_path / "disk.img"
+    if not image.exists():
+        image.write_bytes(bytes(1 << 20))
+    return make_config(name="d0", uri=f"file:{image}", **{"queues": 2, "queue_size": 64, **overrides})
+
+
+def test_device_goes_from_one_object_to_the_next(tmp_path: Path) -> None:
+    """Its driver notices nothing: what it asks for in between is answered by the next."""
+    config = recover_config(tmp_path)
+    first = Device(config)
+    first.start()
+    bus = first.bus
+    with first.driver() as driver:
+        driver.write(0, b"first" + bytes(507))
+        first.hand_over()
+        assert str(first.state) == "stopped"
+        assert not first.recovered
+        first.stop()
+        assert sorted(os.listdir(BASE / "d0")) == ["lock", "pages", "state"]
+        answers: list[bytes] = []
+        waiting = threading.Thread(target=lambda: answers.append(driver.read(0, 512)))
+        waiting.start()
+        second = Device(config, transport=LoopbackTransport(bus=bus))
+        second.start(recover=True)
+        assert second.recovered
+        waiting.join(10)
+        driver.write(512, b"second" + bytes(506))
+        assert answers[0][:5] == driver.read(0, 512)[:5] == b"first"
+        assert second.stats().requests > 3  # counted on
+    assert second.failure is None
+    second.stop()
+    assert not (BASE / "d0").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [({"queues": 1}, r"device\.queues"), ({"event_idx": False}, "features"), ({"seg_max": 3}, r"device\.seg_max")],
+)
+def test_another_device_does_not_take_its_place(tmp_path: Path, overrides: dict[str, Any], words: str) -> None:
+    first = Device(recover_config(tmp_path))
+    first.start()
+    bus = first.bus
+    first.hand_over()
+    before = {entry.name: entry.stat() for entry in (BASE / "d0").iterdir()}
+    other = Device(recover_config(tmp_path, **overrides), transport=LoopbackTransport(bus=bus))
+    with pytest.raises(ConfigError, match=f"^d0: {words}: "):
+        other.start(recover=True)
+    after = {entry.name: entry.stat() for entry in (BASE / "d0").iterdir()}
+    assert set(before) == set(after)
+    for name in ("pages", "state"):
+        assert (before[name].st_ino, before[name].st_mtime_ns) == (after[name].st_ino, after[name].st_mtime_ns)
+    with_it = Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus))
+    with_it.start(recover=True)
+    with_it.stop()
+
+
+def test_start_that_cannot_go_on_leaves_all_for_the_next(tmp_path: Path) -> None:
+    """The store is somebody else's for a while: `start` waits for it, but not for ever."""
+    first = Device(recover_config(tmp_path))
+    first.start()
+    bus = first.bus
+    with first.driver() as driver:
+        driver.write(0, b"first" + bytes(507))
+        first.hand_over()
+        with (tmp_path / "disk.img").open("rb") as image:
+            fcntl.flock(image, fcntl.LOCK_EX)
+            second = Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus))
+            threading.Timer(0.1, fcntl.flock, (image, fcntl.LOCK_UN)).start()
+            second.start(recover=True)
+            second.hand_over()
+        third = Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus), worker_command=["/bin/false"])
+        with pytest.raises(VdusefastError, match="d0"):
+            third.start(recover=True)
+        fourth = Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus))
+        fourth.start(recover=True)
+        assert driver.read(0, 512)[:5] == b"first"
+    fourth.stop()
+
+
+def test_device_that_is_to_be_removed_fails_its_requests_without_its_store(tmp_path: Path) -> None:
+    first = Device(recover_config(tmp_path))
+    first.start()
+    bus = first.bus
+    with first.driver() as driver:
+        first.hand_over()
+        (tmp_path / "disk.img").unlink()
+        missing = Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus))
+        (tmp_path / "disk.img").unlink()
+        with pytest.raises(BackendError, match="no such file"):
+            missing.start(recover=True)
+        second = Device(missing.config, transport=LoopbackTransport(bus=bus))
+        second.start(recover=True, fail_requests=True)
+        with pytest.raises(OSError, match="Input/output"):
+            driver.read(0, 512)
+        second.stop()
+
+
+def test_bytes_in_the_memory_of_a_server_end_with_it() -> None:
+    config = make_config(name="d0", uri="memory:1M")
+    first = Device(config)
+    first.start()
+    bus = first.bus
+    first.hand_over()
+    with pytest.raises(BackendError, match=r"in the memory of the server that has ended.*vdusefast del d0 --force"):
+        Device(config, transport=LoopbackTransport(bus=bus)).start(recover=True)
+    second = Device(config, transport=LoopbackTransport(bus=bus))
+    second.start(recover=True, fail_requests=True)
+    second.stop()
+
+
+def test_pages_of_another_geometry_are_refused(tmp_path: Path) -> None:
+    first = Device(recover_config(tmp_path))
+    first.start()
+    bus = first.bus
+    first.hand_over()
+    pages = (BASE / "d0/pages").read_bytes()
+    for damaged in (pages[:5000], b"x" + pages[1:]):
+        (BASE / "d0/pages").write_bytes(damaged)
+        with pytest.raises(VdusefastError, match="not shared pages of this version"):
+            Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus)).start(recover=True)
+    (BASE / "d0/pages").write_bytes(pages)
+    second = Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus))
+    second.start(recover=True)
+    second.stop()

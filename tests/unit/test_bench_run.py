@@ -241,9 +241,9 @@ def test_signal_drains_reports_and_ends_with_status_0(tmp_path: Path, number: si
     assert not list(tmp_path.glob("vdusefast-bench-*"))
 
 
-def test_killed_worker_ends_the_run_with_its_name(tmp_path: Path) -> None:
-    words = ["--name=k", "--rw=randread", "--backend=memory:4M", "--queues=2", "--time_based", "--runtime=60"]
-    command = [sys.executable, "-m", "vdusefast.bench", "fio", "--transport=loopback", *words]
+def test_a_run_survives_a_killed_worker_and_names_it() -> None:
+    words = ["--name=k", "--rw=randrw", "--backend=memory:4M", "--queues=2", "--time_based", "--runtime=2"]
+    command = [sys.executable, "-m", "vdusefast.bench", "fio", "--transport=loopback", "--verify=crc32c", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid = 0
@@ -255,6 +255,6 @@ def test_killed_worker_ends_the_run_with_its_name(tmp_path: Path) -> None:
     time.sleep(0.3)
     os.kill(pid, signal.SIGKILL)
     _out, err = process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert process.returncode == 0, err
     assert str(pid) in err
     assert "SIGKILL" in err

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import vdusefast
-from vdusefast import cli, cli_systemd, doctor, errors
+from vdusefast import cli, cli_serve, cli_systemd, doctor, errors
 
 
 def make_root(root: Path) -> Path:
@@ -280,7 +280,7 @@ def kernel_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "dev/vduse/control").touch()
     (root / "proc/self").mkdir()
     (root / "proc/self/status").write_text("Name:\tx\nCapEff:\t000001ffffffffff\n")
-    monkeypatch.setattr("vdusefast.transport.kernel.probe_control", lambda: (1, 0b11))
+    monkeypatch.setattr("vdusefast.transport.kernel_control.probe_control", lambda: (1, 0b11))
     monkeypatch.setattr("vdusefast.transport.vdpa.family_id", lambda: 21)
     return root
 
@@ -315,7 +315,11 @@ def refuse(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("where", "error", "reason"),
     [
-        ("kernel.probe_control", errors.VdusefastError("no permission for X: be root"), "no permission for X: be root"),
+        (
+            "kernel_control.probe_control",
+            errors.VdusefastError("no permission for X: be root"),
+            "no permission for X: be root",
+        ),
         (
             "vdpa.family_id",
             errors.KernelSupportError("x"),
@@ -352,7 +356,11 @@ def test_unit_starts_this_installation(capsys: pytest.CaptureFixture[str]) -> No
     assert (command, config) == ("serve", "/etc/vdusefast/%i.toml")
     done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True, timeout=20)
     assert done.stdout == f"vdusefast {vdusefast.__version__}\n"
-    assert {"Type=notify", "NotifyAccess=main", "KillMode=mixed"} <= set(unit.splitlines())
+    assert {"Type=notify", "NotifyAccess=main", "KillMode=mixed", "Restart=always"} <= set(unit.splitlines())
+    deleted = cli_serve.EXIT_DELETED
+    assert f"RestartPreventExitStatus=2 5 {deleted}" in unit
+    assert f"SuccessExitStatus={deleted}" in unit
+    assert deleted not in (0, 1, *errors._BY_EXIT_CODE)
 
 
 def test_unit_names_an_absolute_path_without_a_script(monkeypatch: pytest.MonkeyPatch) -> None:

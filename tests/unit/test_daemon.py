@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from vdusefast import daemon, errors, registry, sd_notify, usage
+from vdusefast import daemon, errors, left, run_dir, sd_notify, usage
 from vdusefast.config import Config, make_config
 from vdusefast.daemon import Service
+from vdusefast.rpc import Method, RpcServer
 from vdusefast.rpc_client import RpcClient
 from vdusefast.run_dir import RunDirectory
+from vdusefast.transport import DeviceBrokenError
 
 
 class FakeDevice:
@@ -30,13 +32,17 @@ class FakeDevice:
         self.start_error: Exception | None = None
         self.start_takes_s = 0.0
         self.stops: list[tuple[float, bool]] = []
+        self.hand_overs: list[float] = []
+        self.starts: list[tuple[bool | None, bool]] = []
+        self.recovered = False
         self.stop_gate = threading.Event()
         self.stop_gate.set()
         self.healthy = True
         self._base = base
         self._directory: RunDirectory | None = None
 
-    def start(self) -> None:
+    def start(self, *, recover: bool | None = None, fail_requests: bool = False) -> None:
+        self.starts.append((recover, fail_requests))
         directory = RunDirectory(self.name, self._base)
         try:
             time.sleep(self.start_takes_s)
@@ -55,6 +61,17 @@ class FakeDevice:
         self._directory.close()
         self._directory = None
 
+    def hand_over(self, timeout_s: float = 30.0) -> None:
+        if self._directory is None:
+            return
+        self.hand_overs.append(timeout_s)
+        assert self.stop_gate.wait(10)
+        self._directory.release()
+        self._directory = None
+
+    def resize(self, size_bytes: int | None = None, *, force: bool = False) -> int:
+        return size_bytes or 0
+
     def info(self) -> dict[str, Any]:
         return {"name": self.name, "state": "running", "node": self.node, "pid": os.getpid()}
 
@@ -72,11 +89,20 @@ class FakeDevice:
 class Rig:
     """A service in this thread, and in another one what a test does once the device is usable."""
 
-    def __init__(self, base: Path, **overrides: Any) -> None:
+    def __init__(
+        self,
+        base: Path,
+        *,
+        uri: str = "null:1M",
+        take_over: bool = False,
+        fail_requests: bool = False,
+        **overrides: Any,
+    ) -> None:
         self.base = base
         self.device: FakeDevice
-        config = make_config(name="vd0", uri="null:1M", **overrides)
-        self.service = Service(config, base, make_device=self._make)
+        config = make_config(name="vd0", uri=uri, **overrides)
+        modes = {"take_over": take_over, "fail_requests": fail_requests}
+        self.service = Service(config, base, make_device=self._make, **modes)
         self.path = base / "vd0"
         self.result: Any = None
         self.error: BaseException | None = None
@@ -276,7 +302,7 @@ def test_device_is_running_until_its_removal_is_decided(rig: Rig, monkeypatch: p
 def test_delete_tells_what_the_kernel_has_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path / "run", transport="kernel")
     rig.device.failure = errors.TimedOutError("device vd0: its driver did not let go of it within 40 s")
-    monkeypatch.setattr(registry, "kernel_device_left", lambda name: True)
+    monkeypatch.setattr(left, "in_kernel", lambda name: True)
 
     def act() -> None:
         with pytest.raises(errors.TimedOutError, match="did not let go"):
@@ -313,8 +339,8 @@ def test_signal_cuts_a_start_short(rig: Rig) -> None:
 def test_signal_just_after_the_start_stops_the_device(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     start = rig.device.start
 
-    def start_and_signal() -> None:
-        start()
+    def start_and_signal(**words: Any) -> None:
+        start(**words)
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(rig.device, "start", start_and_signal)
@@ -331,25 +357,139 @@ def test_what_is_told_of_readiness_may_refuse(rig: Rig) -> None:
     assert len(rig.device.stops) == 1
 
 
-def test_name_whose_kernel_device_has_lost_its_server_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# -- a device that the kernel keeps
+
+
+@pytest.fixture
+def kernel_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(usage, "find_users", lambda node: [])
+    monkeypatch.setattr(left, "in_kernel", lambda name: False)
+    rig = Rig(tmp_path / "run", transport="kernel")
+    yield rig
+    if rig.error is not None:
+        raise rig.error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_leaves_a_kernel_device_to_the_next_server(
+    kernel_rig: Rig, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its run directory stays: it tells `list` and `del` about the device that the kernel still has."""
-    monkeypatch.setattr(registry, "kernel_device_left", lambda name: True)
-    rig = Rig(tmp_path, transport="kernel")
-    RunDirectory("vd0", tmp_path, "kernel").release()
-    with pytest.raises(errors.DeviceBusyError, match="its server has died"):
-        rig.service.run(lambda _: pytest.fail("not ready"))
-    assert rig.path.is_dir()
+    kernel_rig.run(lambda: os.kill(os.getpid(), number))
+    assert (kernel_rig.device.hand_overs, kernel_rig.device.stops) == ([daemon.STOP_TIMEOUT_S], [])
+    assert kernel_rig.path.is_dir()
+    assert "vd0: left in the kernel as /dev/vdfake" in caplog.text
+    assert "`vdusefast recover vd0` goes on with it, `vdusefast del vd0` removes it" in caplog.text
 
 
-def test_name_that_a_loopback_device_has_left_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's device of that name is not of its server, and the kernel's to refuse."""
-    monkeypatch.setattr(registry, "kernel_device_left", lambda name: True)
-    rig = Rig(tmp_path, transport="kernel")
-    RunDirectory("vd0", tmp_path, "loopback").release()
-    rig.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert len(rig.device.stops) == 1
+def test_ctrl_c_removes_a_kernel_device_that_nobody_uses(kernel_rig: Rig) -> None:
+    kernel_rig.run(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert (kernel_rig.device.hand_overs, len(kernel_rig.device.stops)) == ([], 1)
+    assert not kernel_rig.path.exists()
+    assert not kernel_rig.service.deleted
+
+
+def test_ctrl_c_leaves_a_kernel_device_in_use(kernel_rig: Rig, in_use: list[str]) -> None:
+    kernel_rig.run(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert (len(kernel_rig.device.hand_overs), kernel_rig.device.stops) == (1, [])
+
+
+def test_what_is_in_the_servers_memory_ends_with_it(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "run", uri="memory:1M", transport="kernel")
+
+    def act() -> None:
+        with pytest.raises(errors.VdusefastError, match="cannot be handed over"):
+            rig.call("hand_over")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    rig.run(act)
+    assert rig.error is None
+    assert (rig.device.hand_overs, len(rig.device.stops)) == ([], 1)
+
+
+def test_delete_by_command_is_told_from_a_signal(kernel_rig: Rig) -> None:
+    kernel_rig.run(lambda: kernel_rig.call("delete"))
+    assert kernel_rig.service.deleted
+    assert (kernel_rig.device.hand_overs, len(kernel_rig.device.stops)) == ([], 1)
+
+
+def test_hand_over_by_command_ends_the_server(kernel_rig: Rig) -> None:
+    def act() -> None:
+        assert kernel_rig.call("hand_over", timeout_s=4.0)["name"] == "vd0"
+
+    kernel_rig.run(act)
+    assert (kernel_rig.device.hand_overs, kernel_rig.device.stops) == ([4.0], [])
+    assert not kernel_rig.service.deleted
+    assert not run_dir.is_held(kernel_rig.path)
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+def test_start_that_nobody_hears_of_is_undone(kernel_rig: Rig, recovered: bool) -> None:
+    """A device that was there before stays where it was, one that is new goes."""
+
+    def refuse(_: dict[str, Any]) -> None:
+        raise errors.VdusefastError("nobody waits")
+
+    kernel_rig.device.recovered = recovered
+    with pytest.raises(errors.VdusefastError, match="nobody waits"):
+        kernel_rig.service.run(refuse)
+    assert (len(kernel_rig.device.hand_overs), len(kernel_rig.device.stops)) == ((1, 0) if recovered else (0, 1))
+    assert kernel_rig.path.exists() == recovered
+
+
+def test_device_that_the_kernel_has_given_up_is_made_anew(kernel_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[Path] = []
+    monkeypatch.setattr(left, "remove_broken", removed.append)
+    first = kernel_rig.device
+    first.start_error = DeviceBrokenError("device vd0 is broken")
+    kernel_rig.run(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert removed == [kernel_rig.path]
+    assert kernel_rig.device is not first
+    assert len(kernel_rig.device.stops) == 1
+
+
+def test_broken_device_in_use_is_refused(kernel_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise errors.DeviceBusyError("vd0: it is broken and in use")
+
+    monkeypatch.setattr(left, "remove_broken", refuse)
+    kernel_rig.device.start_error = DeviceBrokenError("device vd0 is broken")
+    with pytest.raises(errors.DeviceBusyError, match="broken and in use"):
+        kernel_rig.service.run(lambda _: pytest.fail("not ready"))
+
+
+def test_new_server_takes_over_from_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old one is asked when the new one has come as far as it can, and ends before the device is started."""
+    monkeypatch.setattr(left, "in_kernel", lambda name: False)
+    held = RunDirectory("vd0", tmp_path / "run")
+    asked: list[Any] = []
+
+    def hand_over(params: daemon.HandOverParams) -> dict[str, Any]:
+        asked.append(params.timeout_s)
+        threading.Timer(0.1, held.release).start()
+        return {}
+
+    server = RpcServer(tmp_path / "run/vd0", {"hand_over": Method(daemon.HandOverParams, hand_over)})
+    with server:
+        rig = Rig(tmp_path / "run", transport="kernel", take_over=True)
+        assert asked == []
+        rig.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert asked == [daemon.STOP_TIMEOUT_S]
+    assert (rig.device.starts, len(rig.device.hand_overs)) == ([(None, False)], 1)
+
+
+def test_old_server_that_cannot_be_asked_keeps_its_device(tmp_path: Path) -> None:
+    with RunDirectory("vd0", tmp_path / "run"):
+        rig = Rig(tmp_path / "run", transport="kernel", take_over=True)
+        with pytest.raises(errors.DeviceBusyError, match=f"held by pid {os.getpid()}, which takes no commands"):
+            rig.service.run(lambda _: pytest.fail("not ready"))
+    assert rig.device.starts == []
+
+
+def test_server_for_a_removal_fails_requests(kernel_rig: Rig) -> None:
+    rig = Rig(kernel_rig.base, transport="kernel", fail_requests=True)
+    rig.run(lambda: rig.call("delete"))
+    assert rig.error is None
+    assert rig.device.starts == [(True, True)]
 
 
 # -- systemd
@@ -407,8 +547,8 @@ def test_systemd_waits_as_long_as_we_do(
     """For the driver at the start, and for a client of vhost-vdpa at the end."""
     monkeypatch.setattr(daemon, "CLIENT_LOOK_S", 0.02)
     monkeypatch.setattr(daemon, "EXTEND_EVERY_S", 0.05)
-    monkeypatch.setattr(registry, "kernel_device_left", lambda name: False)
-    rig = Rig(tmp_path / "run", transport="kernel", attach_timeout_s=300)
+    monkeypatch.setattr(left, "in_kernel", lambda name: False)
+    rig = Rig(tmp_path / "run", uri="memory:1M", transport="kernel", attach_timeout_s=300)
     rig.device.node = "/dev/vhost-vdpa-0"
 
     def act() -> list[str]:

@@ -13,11 +13,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, uapi
 from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
+from vdusefast.transport.loopback_remote import LoopbackHost, RemoteLoopbackTransport
 from vdusefast.transport.uapi import Request, Response
 
 SPEC = DeviceSpec("t0", uapi.VIRTIO_F_VERSION_1, bytes(range(96)), queue_count=2, queue_size_max=64)
@@ -26,11 +29,15 @@ SPEC = DeviceSpec("t0", uapi.VIRTIO_F_VERSION_1, bytes(range(96)), queue_count=2
 class Side:
     """The device's side: answers messages from a thread; `answer` may be replaced."""
 
-    def __init__(self, msg_timeout_s: float = 30.0):
-        self.transport = LoopbackTransport(msg_timeout_s)
+    def __init__(self, msg_timeout_s: float = 30.0, host: LoopbackHost | None = None):
+        self.transport: LoopbackTransport | RemoteLoopbackTransport
+        if host is None:
+            self.transport = LoopbackTransport(msg_timeout_s)
+        else:
+            self.transport = RemoteLoopbackTransport(host.path, msg_timeout_s)
         self.transport.create(SPEC)
         asyncio.run(self.transport.attach())
-        self.bus: LoopbackBus = self.transport.bus
+        self.bus: LoopbackBus = host.bus if isinstance(self.transport, RemoteLoopbackTransport) else self.transport.bus
         self.seen: list[Request] = []
         self.answer: Callable[[Request], Response | None] = lambda request: Response(request.request_id, True)
         self.end = threading.Event()
@@ -58,11 +65,13 @@ class Side:
         self.transport.close()
 
 
-@pytest.fixture
-def side() -> Iterator[Side]:
-    made = Side()
-    yield made
-    made.close()
+@pytest.fixture(params=["here", "in another process's bus"])
+def side(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Side]:
+    with ExitStack() as opened:
+        host = None if request.param == "here" else opened.enter_context(LoopbackHost(tmp_path / "bus"))
+        made = Side(host=host)
+        opened.callback(made.close)
+        yield made
 
 
 def ask_port(fd: int, start: int, last: int) -> tuple[int, uapi.IotlbEntry, int]:
@@ -133,8 +142,9 @@ def test_malformed_answers_on_the_wire_are_logged_and_dropped(side: Side, caplog
     packet = bytearray(uapi.pack_response(Response(1, True)))
     packet[8] = 1
     with caplog.at_level(logging.ERROR):
-        side.bus.device_messages.send(bytes(packet))
-        side.bus.device_messages.send(uapi.pack_response(Response(77, True)))
+        with socket.socket(fileno=os.dup(side.transport.message_fd())) as device_end:
+            device_end.send(bytes(packet))
+            device_end.send(uapi.pack_response(Response(77, True)))
         side.bus.set_status(1)
     assert "reserved words" in caplog.text
     assert "message 77" in caplog.text
@@ -225,8 +235,10 @@ def test_port_gives_the_first_region_that_overlaps(side: Side) -> None:
     low = side.bus.add_region(0x10000, 8192, uapi.VDUSE_ACCESS_RO)
     side.bus.add_region(0x12000, 4096)
     port = side.transport.worker_port(0)
-    assert (port.kind, port.irq_fd) == ("loopback", side.bus.irqfd(0))
+    assert port.kind == "loopback"
     try:
+        os.eventfd_write(port.irq_fd, 7)
+        assert os.eventfd_read(side.bus.irqfd(0)) == 7
         low.buf[:5] = b"hello"
         error, entry, fd = ask_port(port.port_fd, 0x11FFF, 0x12FFF)
         assert (error, entry) == (0, uapi.IotlbEntry(0, 0x10000, 0x11FFF, uapi.VDUSE_ACCESS_RO))

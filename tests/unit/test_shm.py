@@ -33,7 +33,7 @@ CONSTANTS = {
     "VF_HIST_MAX_BITS": shm.HIST_MAX_BITS,
     "VF_HIST_BUCKET_COUNT": shm.HIST_BUCKET_COUNT,
     "VF_OP_COUNT": len(shm.OPS),
-    "VF_INFLIGHT_VERSION": shm.INFLIGHT_VERSION,
+    "VF_LOG_VERSION": shm.INFLIGHT_VERSION,
     **{f"VF_OP_{op.upper()}": index for index, op in enumerate(shm.OPS)},
     **{f"VF_QUEUE_{state.name}": int(state) for state in shm.QueueState},
 }
@@ -379,16 +379,21 @@ def test_without_a_base_a_private_directory_is_made_and_removed(
     assert os.listdir(tmp_path) == []
 
 
-def test_reset_log_empties_one_queues_log_and_notes_where_it_stands() -> None:
+def test_a_log_that_begins_is_one_queues_empty_and_notes_where_it_stands() -> None:
+    size = shm.INFLIGHT_HEADER_BYTES + 16 * shm.INFLIGHT_ENTRY_BYTES
     with SharedPages.create(None, "a", 2, 16) as pages:
         for queue in (0, 1):
             at = shm.queue_offset(queue, 16) + shm.INFLIGHT_OFFSET
-            pages.map[at : at + shm.INFLIGHT_HEADER_BYTES + 16 * 8] = b"\xff" * (shm.INFLIGHT_HEADER_BYTES + 16 * 8)
-        pages.reset_log(1, 0xFFFE)
-        for queue, order, idx in ((0, 2**64 - 1, 2**32 - 1), (1, 0, 0xFFFE)):
-            at = shm.queue_offset(queue, 16) + shm.INFLIGHT_OFFSET
-            header = np.frombuffer(pages.map, shm.inflight_header_dtype(), 1, at)[0].copy()
-            entries = np.frombuffer(pages.map, "<u8", 16, at + shm.INFLIGHT_HEADER_BYTES).copy()
-            assert (header["last_avail_idx"], header["last_used_idx"]) == (idx, idx)
-            assert (entries == order).all()
-            assert header["version"] == 2**32 - 1
+            pages.map[at : at + size] = b"\xff" * size
+        pages.begin_log(1, 0xFFFE)
+        at = shm.queue_offset(1, 16) + shm.INFLIGHT_OFFSET
+        header = np.frombuffer(pages.map, shm.inflight_header_dtype(), 1, at)[0].copy()
+        assert (header["magic"], header["version"], header["entry_count"]) == (b"VDUSELOG", 2, 16)
+        assert (header["last_avail_idx"], header["last_used_idx"], header["working"]) == (0xFFFE, 0xFFFE, 0)
+        assert pages.map[at + shm.INFLIGHT_HEADER_BYTES : at + size] == bytes(16 * shm.INFLIGHT_ENTRY_BYTES)
+        other = shm.queue_offset(0, 16) + shm.INFLIGHT_OFFSET
+        assert pages.map[other : other + size] == b"\xff" * size
+        assert header["state"] == shm.LogState.VALID
+        pages.void_log(1)
+        state = np.frombuffer(pages.map, shm.inflight_header_dtype(), 1, at)[0]["state"]
+        assert state == shm.LogState.VOID

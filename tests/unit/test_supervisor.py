@@ -9,17 +9,26 @@ import asyncio
 import logging
 import os
 import re
-import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from unittest import mock
 
+import fake_worker
 import pytest
+from supervised import (
+    MEMORY_IOVA,
+    WAIT_S,
+    errors_logged,
+    kick,
+    make_device,
+    paused,
+    set_up,
+    states,
+    wait_state,
+)
 
 from vdusefast.api import Device, worker_specs
 from vdusefast.backends import open_store
@@ -35,21 +44,9 @@ from vdusefast.errors import (
     WorkerError,
 )
 from vdusefast.shm import SharedPages
-from vdusefast.supervisor import DeviceState, Limits, QueueInfo, Supervisor, VqState
-from vdusefast.transport import DeviceBrokenError, TransportError, uapi
-from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_worker
-
-QUICK = Limits(hello_s=8.0, quiesce_s=0.3, start_grace_s=0.25)
-MEMORY_IOVA = 0x10000
-WAIT_S = 10.0
-
-
-def make_device(behaviour: str = "normal", queues: int = 2, limits: Limits = QUICK) -> Device:
-    config = make_config(name="d0", uri="memory:1M", queues=queues, queue_size=64)
-    return Device(config, limits=limits, worker_command=[sys.executable, fake_worker.__file__, behaviour])
+from vdusefast.supervisor import DeviceState, Supervisor, VqState
+from vdusefast.transport import TransportError, uapi
+from vdusefast.transport.loopback import LoopbackTransport
 
 
 @pytest.fixture
@@ -57,48 +54,6 @@ def device() -> Iterator[Device]:
     with make_device() as made:
         made.bus.add_region(MEMORY_IOVA, 4096)
         yield made
-
-
-def set_up(bus: LoopbackBus, *desc_addrs: int, idx: int = 0, size: int = 64) -> None:
-    """Probe, with a ready queue for each of `desc_addrs`."""
-    bus.negotiate(bus.offered_features)
-    for index, desc_addr in enumerate(desc_addrs):
-        bus.set_vq(index, size, desc_addr, MEMORY_IOVA, MEMORY_IOVA, idx)
-        bus.set_vq_ready(index)
-    bus.driver_ok()
-
-
-def kick(bus: LoopbackBus, index: int) -> None:
-    """Kick, and wait until the worker has interrupted for it."""
-    os.eventfd_write(bus.kickfd(index), 1)
-    assert select.select([bus.irqfd(index)], [], [], WAIT_S)[0], "no interrupt"
-    os.eventfd_read(bus.irqfd(index))
-
-
-def wait_state(device: Device, index: int, state: VqState) -> QueueInfo:
-    deadline = time.monotonic() + WAIT_S
-    while device.queues()[index].state != state:
-        assert time.monotonic() < deadline, device.queues()
-        time.sleep(0.005)
-    return device.queues()[index]
-
-
-def states(device: Device) -> list[str]:
-    return [str(queue.state) for queue in device.queues()]
-
-
-def errors_logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-
-
-@contextmanager
-def paused(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with suppress(ProcessLookupError):  # it was killed meanwhile, as it should
-            os.kill(pid, signal.SIGCONT)
 
 
 # -- start
@@ -322,7 +277,7 @@ def test_a_driver_is_refused_its_features_while_a_queue_can_have_no_worker(devic
     vq = device._supervisor._vqs[1]
     command, vq._command = vq._command, [sys.executable, "-c", "raise SystemExit(7)"]
     os.kill(device.queues()[1].pid, signal.SIGKILL)
-    wait_state(device, 1, VqState.FAILED)
+    wait_state(device, 1, VqState.RECOVERING)
     with pytest.raises(TransportError, match="SET_STATUS 0xb was refused"):
         device.bus.negotiate(device.bus.offered_features)
     assert "ended with status 7" in device.queues()[1].reason
@@ -351,12 +306,21 @@ def test_a_driver_may_go_on_after_asking_where_a_queue_stands(device: Device) ->
 
 
 def test_a_device_that_cannot_be_suspended_goes_on(device: Device) -> None:
-    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    with paused(device.queues()[0].pid):
-        assert not device.bus._call("SUSPEND", uapi.Suspend).ok
+    set_up(device.bus, fake_worker.RING_FAILED_ADDR, MEMORY_IOVA)
+    wait_state(device, 0, VqState.FAILED)
+    assert not device.bus._call("SUSPEND", uapi.Suspend).ok  # nobody knows where that queue stands
     assert device.state == DeviceState.RUNNING
     os.eventfd_write(device.bus.kickfd(1), 1)
     wait_state(device, 1, VqState.RUNNING)
+
+
+def test_a_device_is_suspended_though_a_worker_has_to_be_replaced_for_it(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    with paused(device.queues()[0].pid):
+        assert device.bus._call("SUSPEND", uapi.Suspend).ok
+    assert device.state == DeviceState.SUSPENDED
+    assert states(device) == ["stopped", "stopped"]
+    assert device.queues()[0].restarts == 1
 
 
 # -- where a queue stands
@@ -411,226 +375,3 @@ def test_worker_fetches_its_ring_through_the_bus(device: Device, caplog: pytest.
         device.stop()
     assert f"fetched {MEMORY_IOVA:#x}: errno 0" in caplog.text
     assert "fetched 0x99000: errno 22" in caplog.text
-
-
-# -- storage that does not return
-
-
-def test_reset_replaces_a_worker_that_does_not_finish(device: Device, caplog: pytest.LogCaptureFixture) -> None:
-    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    stuck, other = device.queues()
-    with paused(stuck.pid):
-        began = time.monotonic()
-        device.bus.reset()
-        assert QUICK.quiesce_s <= time.monotonic() - began < 5
-    fresh, same = device.queues()
-    assert fresh.pid != stuck.pid
-    assert (fresh.engine, fresh.state) == ("fake", VqState.STOPPED)
-    assert same.pid == other.pid
-    assert not os.path.exists(f"/proc/{stuck.pid}")
-    message = f"device d0: queue 0: worker (pid {stuck.pid}) did not finish its requests within 0.3 s and was killed"
-    assert str(device.failure).startswith(message)
-    assert len(errors_logged(caplog)) == 1
-    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    kick(device.bus, 0)
-
-
-def test_other_messages_are_answered_while_one_waits_for_storage() -> None:
-    with make_device(limits=Limits(quiesce_s=2.0)) as device:
-        bus = device.bus
-        bus.add_region(MEMORY_IOVA, 4096)
-        set_up(bus, MEMORY_IOVA, MEMORY_IOVA)
-        with paused(device.queues()[0].pid):
-            waiting = threading.Thread(target=bus.get_vq_state, args=(0,))
-            waiting.start()
-            wait_state(device, 0, VqState.QUIESCING)
-            began = time.monotonic()
-            assert bus.get_vq_state(1) == 0
-            bus.set_status(0xF)  # starts queue 1 again; queue 0 is being quiesced
-            assert time.monotonic() - began < 1.0
-            assert waiting.is_alive()
-        waiting.join()
-        assert device.failure is None
-
-
-def test_lost_position_is_said_to_be_lost(device: Device) -> None:
-    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    with paused(device.queues()[0].pid):
-        device.bus.update_iotlb(0, 0xFFF)  # answered: the killed worker's mappings are gone
-    assert states(device) == ["failed", "running"]
-    with pytest.raises(TransportError, match="GET_VQ_STATE was refused"):
-        device.bus.get_vq_state(0)
-    device.bus.set_status(0xF)  # cannot go on where it does not know where that is
-    assert "reset the device" in device.queues()[0].reason
-    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    kick(device.bus, 0)
-
-
-def test_driver_ok_is_answered_though_a_worker_is_late(device: Device) -> None:
-    device.bus.negotiate(device.bus.offered_features)
-    device.bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
-    device.bus.set_vq_ready(0)
-    limits = Limits(quiesce_s=5.0, start_grace_s=0.05)
-    assert device._supervisor is not None
-    for vq in device._supervisor._vqs:
-        vq._limits = limits
-    with paused(device.queues()[0].pid):
-        began = time.monotonic()
-        device.bus.driver_ok()
-        assert time.monotonic() - began < 1.0
-        os.eventfd_write(device.bus.kickfd(0), 1)
-    wait_state(device, 0, VqState.RUNNING)
-    assert select.select([device.bus.irqfd(0)], [], [], WAIT_S)[0]
-
-
-def test_message_unanswered_in_time_breaks_the_device(caplog: pytest.LogCaptureFixture) -> None:
-    with make_device(limits=Limits(quiesce_s=1.0)) as device:
-        bus = device.bus
-        bus.add_region(MEMORY_IOVA, 4096)
-        set_up(bus, MEMORY_IOVA)
-        with paused(device.queues()[0].pid), pytest.raises(DeviceBrokenError):
-            bus.set_status(0, timeout_s=0.1)
-        deadline = time.monotonic() + WAIT_S
-        while device.state != DeviceState.BROKEN:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        wait_state(device, 0, VqState.STOPPED)
-    assert isinstance(device.failure, DeviceBrokenError)
-
-
-# -- workers that die
-
-
-def test_killed_worker_is_named_once_and_others_go_on(device: Device, caplog: pytest.LogCaptureFixture) -> None:
-    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    pid = device.queues()[0].pid
-    os.kill(pid, signal.SIGKILL)
-    info = wait_state(device, 0, VqState.FAILED)
-    assert f"device d0: queue 0: worker (pid {pid}) was killed by SIGKILL" in info.reason
-    assert str(device.failure) == info.reason
-    assert isinstance(device.failure, WorkerError)
-    assert errors_logged(caplog) == [info.reason]
-    kick(device.bus, 1)
-    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    assert states(device) == ["running", "running"]
-    assert device.queues()[0].pid != pid
-    kick(device.bus, 0)
-
-
-def test_idle_worker_that_died_is_replaced_at_driver_ok(device: Device) -> None:
-    bus = device.bus
-    bus.negotiate(bus.offered_features)
-    bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
-    bus.set_vq_ready(0)
-    os.kill(device.queues()[0].pid, signal.SIGKILL)
-    wait_state(device, 0, VqState.FAILED)
-    bus.driver_ok()
-    wait_state(device, 0, VqState.RUNNING)
-    kick(bus, 0)
-
-
-def test_crash_during_a_message_does_not_hold_up_its_answer(device: Device) -> None:
-    set_up(device.bus, fake_worker.CRASH_ADDR, MEMORY_IOVA)
-    assert "was killed by SIGSEGV" in device.queues()[0].reason
-    assert states(device) == ["failed", "running"]
-
-
-def test_exit_is_named_with_status_and_last_line(device: Device, caplog: pytest.LogCaptureFixture) -> None:
-    set_up(device.bus, fake_worker.EXIT_ADDR)
-    assert "ended with status 3; its last line: out of pixie dust" in device.queues()[0].reason
-    assert len(errors_logged(caplog)) == 1
-
-
-def test_worker_that_sends_rubbish_is_killed(device: Device) -> None:
-    set_up(device.bus, fake_worker.MALFORMED_ADDR)
-    assert "sent a malformed message" in device.queues()[0].reason
-
-
-def test_a_start_that_is_cut_short_leaves_no_worker(device: Device) -> None:
-    supervisor = device._supervisor
-    vq = supervisor._vqs[0]
-    vq._command = [sys.executable, "-c", "import time; time.sleep(60)"]
-
-    async def cut_short() -> int:
-        await vq.kill()
-        spawning = asyncio.ensure_future(vq.spawn(30))
-        while vq.worker is None or vq.worker.hung or not vq.worker.alive:
-            await asyncio.sleep(0.01)
-        pid = vq.worker.pid
-        spawning.cancel()
-        await asyncio.gather(spawning, return_exceptions=True)
-        await vq.kill()
-        return pid
-
-    pid = asyncio.run_coroutine_threadsafe(cut_short(), device._loop).result(WAIT_S)
-    assert not Path(f"/proc/{pid}").exists()
-
-
-# -- bad rings
-
-
-def test_bad_ring_stops_its_queue_and_keeps_its_worker(device: Device, caplog: pytest.LogCaptureFixture) -> None:
-    pids = [q.pid for q in device.queues()]
-    device.bus.negotiate(device.bus.offered_features)
-    for index, desc_addr in enumerate((MEMORY_IOVA, fake_worker.RING_FAILED_ADDR)):
-        device.bus.set_vq(index, 64, desc_addr, MEMORY_IOVA, MEMORY_IOVA)
-        device.bus.set_vq_ready(index)
-    device.bus.driver_ok()
-    info = wait_state(device, 1, VqState.FAILED)
-    assert info.reason == f"device d0: queue 1: worker (pid {pids[1]}) stopped serving: head 99 is out of range"
-    assert errors_logged(caplog) == [info.reason]
-    assert states(device) == ["running", "failed"]
-    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    assert states(device) == ["running", "running"]
-    assert [q.pid for q in device.queues()] == pids
-
-
-# -- stop
-
-
-def test_stop_drains_every_worker(device: Device, caplog: pytest.LogCaptureFixture) -> None:
-    set_up(device.bus, MEMORY_IOVA)
-    with caplog.at_level(logging.INFO, "vdusefast"):
-        device.stop()
-        device.stop()
-    assert sorted(re.findall(r"queue (\d): worker \(pid \d+\): STOP", caplog.text)) == ["0", "1"]
-    assert device.state == DeviceState.STOPPED
-    assert device.failure is None
-
-
-def test_stop_kills_what_does_not_drain(device: Device) -> None:
-    set_up(device.bus, MEMORY_IOVA)
-    with paused(device.queues()[0].pid):
-        began = time.monotonic()
-        device.stop(0.3)
-        assert time.monotonic() - began < 3
-    assert "did not stop in" in str(device.failure)
-
-
-def test_stop_during_a_message_is_bounded(device: Device) -> None:
-    set_up(device.bus, MEMORY_IOVA)
-    errors: list[Exception] = []
-
-    def reset() -> None:
-        try:
-            device.bus.reset()
-        except TransportError as error:
-            errors.append(error)
-
-    with paused(device.queues()[0].pid):
-        thread = threading.Thread(target=reset)
-        thread.start()
-        wait_state(device, 0, VqState.QUIESCING)
-        device.stop(0.1)
-    thread.join()
-    assert "did not" in str(device.failure)
-
-
-def test_chatty_worker_is_kept_to_a_bounded_tail(device: Device) -> None:
-    assert device._supervisor is not None
-    worker = device._supervisor._vqs[0].worker
-    assert worker is not None
-    for n in range(100):
-        worker._keep_line(b"x" * 5000 + str(n).encode())
-    assert len(worker._stderr_lines) == 16
-    assert max(len(line) for line in worker._stderr_lines) == 1024

@@ -80,5 +80,40 @@ def peers(**options: Any) -> None:
     sys.exit(status)
 
 
+@main.command(short_help="kill what serves a device, and look whether anything is lost")
+@click.option("--transport", type=click.Choice(["auto", "loopback", "kernel"]), default="auto", help="Of the device.")
+@click.option("--kills", metavar="LIST", help="worker=N,supervisor=N,group=N,stall=N. Default: 100, 20, 10 and 5.")
+@click.option("--seed", type=click.IntRange(0, 2**63), default=0, help="Of every random choice. Default: 0.")
+@click.option("--queues", type=click.IntRange(1, 64), default=2, help="Of the device. Default: 2.")
+@click.option("--engine", metavar="NAME", default="auto", help="auto, sync, uring or memory.")
+@click.option(
+    "--cache", metavar="MODE", default="writeback", help="writeback, writethrough, none (O_DIRECT) or unsafe."
+)
+@click.option("--backend", metavar="URI", help="Default: a temporary file.")
+@click.option("--size", metavar="SIZE", help="Of what is written to. Default: 8M.")
+@click.option(
+    "--depth", type=click.IntRange(1, 1024), default=16, help="Requests in flight on each queue. Default: 16."
+)
+@click.option("--duration", metavar="TIME", help="Go on with this mix for so long, rather than once.")
+@click.option("--give-up", metavar="TIME", help="A request unanswered for so long is lost. Default: 30s.")
+@click.option("--json", "json_path", metavar="FILE", type=PATH, help="Write everything found there.")
+@click.option("--keep-going", is_flag=True, help="Go on after a loss.")
+def torture(**options: Any) -> None:
+    """Kill workers, supervisors and all of them at random moments while a device is written to; stop some for a while.
+
+    Every write that was acknowledged is read back after each cycle, and compared with the store at the end.
+    The exit status is 1 when anything was lost, answered with an error, or left behind.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        from vdusefast.bench.torture_options import run_command
+
+        status = run_command(**options)
+    except VdusefastError as error:
+        click.echo(f"vdusefast.bench: {error}", err=True)
+        status = error.exit_code
+    sys.exit(status)
+
+
 if __name__ == "__main__":
     main(prog_name="python -m vdusefast.bench")

@@ -67,11 +67,13 @@ def make_job(
     ramp_s: float = 0.0,
     runtime_s: float = 0.0,
     moves_no_data: bool = False,
+    overlap: bool = False,
 ) -> _driver.Job:
     """Return a job over [offset_bytes, offset_bytes + size_bytes) with memory of its own, kept by `driver`.
 
     io_limit: requests in all; each block once when None, without limit when 0. queue_count: queues the job will use,
-    all when None. seed: goes into verified blocks. Raises ConfigError when the device cannot take such requests.
+    all when None. seed: goes into verified blocks. overlap: some writes are followed at once by another to the same
+    block, for devices that serve one queue in order. Raises ConfigError when the device cannot take such requests.
     """
     segment_count = data_segments(driver, block_bytes) + 2
     indirect = needs_indirect(driver, segment_count, depth, queue_count or driver.queue_count)
@@ -109,6 +111,7 @@ def make_job(
         runtime_s=runtime_s,
         indirect=indirect,
         moves_no_data=moves_no_data,
+        overlap=overlap,
     )
     if verify == "none" and kind in ("write", "mixed"):
         job.fill_buffers(order_seed)

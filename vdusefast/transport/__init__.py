@@ -20,7 +20,7 @@ class TransportError(VdusefastError):
 
 
 class DeviceBrokenError(TransportError):
-    """The device did not answer a message in time; it can only be removed."""
+    """The device did not answer a message in time; it can only be made anew."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,24 @@ class Transport(Protocol):
     def create(self, spec: DeviceSpec) -> None:
         """Create the device with its queues; no driver can see it yet. Raises TransportError."""
 
+    def reopen(self, spec: DeviceSpec) -> None:
+        """Take over, in place of `create`, the device that a server which has ended left as `spec` says.
+
+        Waits shortly while the last of its processes still hold it. Raises TransportError, DeviceBusyError when they do
+        not end, DeviceBrokenError; the device is as before then, and not held.
+        """
+
+    def driver_status(self) -> int:
+        """Return the device status as far as it can be told after `reopen`. Raises OSError.
+
+        0, or ACKNOWLEDGE, DRIVER and FEATURES_OK, with or without DRIVER_OK.
+        """
+
     async def attach(self) -> None:
-        """Show the device to drivers. Messages must be answered before this returns. Raises TransportError."""
+        """Show the device to drivers; after `reopen`, do what of that is missing. Raises TransportError.
+
+        Messages must be answered before this returns.
+        """
 
     async def detach(self) -> None:
         """Take the device away from its driver; messages may come until this returns. A second call does nothing."""
@@ -113,5 +129,8 @@ class Transport(Protocol):
     def worker_port(self, index: int) -> WorkerPort:
         """Return a new port for a worker that serves queue `index`; the caller closes it."""
 
-    def close(self) -> None:
-        """Destroy the device and close every descriptor; a second call does nothing."""
+    def close(self, *, keep: bool = False) -> None:
+        """Destroy the device, or leave it to a `reopen` with `keep`, and close every descriptor.
+
+        A second call does nothing.
+        """

@@ -9,7 +9,6 @@ import asyncio
 import errno
 import fcntl
 import os
-import select
 import struct
 import threading
 import time
@@ -19,21 +18,23 @@ from typing import TypeVar
 
 from vdusefast import usage
 from vdusefast.errors import ConfigError, DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
-from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, sysfs, uapi, vdpa
+from vdusefast.transport import (
+    DeviceBrokenError,
+    DeviceSpec,
+    TransportError,
+    WorkerPort,
+    kernel_control,
+    sysfs,
+    uapi,
+    vdpa,
+)
 from vdusefast.transport.uapi import Request, Response, VqInfo
-
-CONTROL_NODE = "/dev/vduse/control"
-# What of VDUSE's own features is of use to us, where the kernel has it.
-WANTED_FEATURES = 1 << uapi.VDUSE_F_QUEUE_READY | 1 << uapi.VDUSE_F_SUSPEND
-LATEST_API_VERSION = uapi.VDUSE_API_VERSION_1
 
 KERNEL_BOUNCE_SIZE_BYTES = 64 << 20
 
 REGION_COUNT_MAX = 1024
 
-NODE_LOOK_S = 0.005  # between two looks for what the kernel makes by itself
-NODE_WAIT_S = 2.0  # for /dev/vduse/NAME, which devtmpfs makes at once
-DESTROY_WAIT_S = 1.0  # for other processes' copies of the descriptor to be closed
+DRIVER_OK_WAIT_S = 0.05  # the kernel takes our answer a moment after it was given
 
 _U64 = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
@@ -45,6 +46,7 @@ class KernelOptions:
     """How the kernel is to treat the device.
 
     bus: `virtio` for /dev/vdX, `vhost` for /dev/vhost-vdpa-N. irq_cpus: one entry a queue, None = any CPU.
+    api_version, vduse_features: what a device that is reopened was created with, which the kernel does not tell.
     """
 
     bus: str = "virtio"
@@ -52,18 +54,8 @@ class KernelOptions:
     bounce_size_bytes: int = 64 << 20
     attach_timeout_s: float = 30.0
     irq_cpus: tuple[int | None, ...] = ()
-
-
-def probe_control() -> tuple[int, int]:
-    """Return (the newest API version, the mask of VDUSE features) that this kernel and we know. Makes nothing.
-
-    Raises KernelSupportError, also for a lack of permission, DeviceBusyError.
-    """
-    fd = _open_control()
-    try:
-        return _negotiate(fd)
-    finally:
-        os.close(fd)
+    api_version: int = 0
+    vduse_features: int = 0
 
 
 class KernelTransport:
@@ -72,11 +64,11 @@ class KernelTransport:
     kind = "kernel"
 
     def __init__(self, options: KernelOptions | None = None):
-        """Prepare; nothing is opened before `create`."""
+        """Prepare; nothing is opened before `create` or `reopen`."""
         self.options = options or KernelOptions()
         self.msg_timeout_s = float(self.options.msg_timeout_s)
-        self.api_version = 0
-        self.vduse_features = 0
+        self.api_version = self.options.api_version
+        self.vduse_features = self.options.vduse_features
         self.name = ""
         self._fd = -1
         self._created = False
@@ -95,24 +87,62 @@ class KernelTransport:
     def create(self, spec: DeviceSpec) -> None:
         """Make /dev/vduse/NAME with its queues and settings."""
         self._check_drivers(spec.name)
-        control = _open_control()
+        control = kernel_control.open_control()
         try:
-            self.api_version, self.vduse_features = _negotiate(control)
-            _create_device(control, spec, self.api_version)
+            self.api_version, self.vduse_features = kernel_control.negotiate(control)
+            kernel_control.create_device(control, spec, self.api_version)
             self.name, self._created = spec.name, True
         finally:
             os.close(control)
         try:
-            self._fd = _open_device(spec.name)
+            self._fd = kernel_control.open_device(spec.name)
             for index in range(spec.queue_count):
                 self._ioctl(uapi.VDUSE_VQ_SETUP, uapi.VQ_CONFIG.pack(index, spec.queue_size_max, 0, 0))
-            self._set_attributes()
+            self._set_attributes(new=True)
         except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            raise TransportError(f"device {spec.name}: cannot be set up: {error.strerror}{where}") from error
+            raise self._set_up_error(error) from error
+
+    def reopen(self, spec: DeviceSpec) -> None:
+        """Take over /dev/vduse/NAME, with what its driver and the server that has ended have made of it."""
+        fd = kernel_control.reopen_device(spec.name)
+        self.name, self._fd = spec.name, fd
+        try:
+            self._check_whole()
+            self._set_attributes(new=False)
+        except BaseException as error:
+            self.close(keep=True)
+            if isinstance(error, OSError):
+                raise self._set_up_error(error) from error
+            raise
+        self._created, self._attached = True, sysfs.attached(spec.name)
+
+    def driver_status(self) -> int:
+        """Return what the kernel's answers tell of the device status: it has no call to ask for it.
+
+        The features are those that the driver wrote, just before FEATURES_OK, and zero after a reset. An interrupt is
+        taken from DRIVER_OK on, and harms nobody: the one of a queue that has an eventfd of a client, though, at any
+        time, for which a client gets that of the configuration space.
+        """
+        if not self.acked_features():
+            return 0
+        status = uapi.VIRTIO_CONFIG_S_ACKNOWLEDGE | uapi.VIRTIO_CONFIG_S_DRIVER | uapi.VIRTIO_CONFIG_S_FEATURES_OK
+        deadline = time.monotonic() + DRIVER_OK_WAIT_S
+        while True:
+            try:
+                self.inject_config_irq() if self.options.bus == "vhost" else self.inject_irq(0)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            else:
+                return status | uapi.VIRTIO_CONFIG_S_DRIVER_OK
+            if time.monotonic() > deadline:
+                return status
+            time.sleep(kernel_control.NODE_LOOK_S)
 
     async def attach(self) -> None:
         """Put the device on the vDPA bus, give it to the driver that was asked for, and wait until its node is there.
+
+        Of a device that was reopened, only what the server before has not done.
 
         Raises TransportError, KernelSupportError, TimedOutError.
         """
@@ -120,11 +150,12 @@ class KernelTransport:
         driver = sysfs.BUS_DRIVERS[self.options.bus]
         try:
             async with asyncio.timeout(limit_s):
-                await self._put_on_bus()
+                if not self._attached:
+                    await self._put_on_bus()
                 if self.driver != driver:
                     await _in_thread(sysfs.bind, self.name, driver)
                 while not self.node:
-                    await asyncio.sleep(NODE_LOOK_S)
+                    await asyncio.sleep(kernel_control.NODE_LOOK_S)
         except TimeoutError:
             raise TimedOutError(self._describe_timeout(driver, limit_s)) from None
         except OSError as error:
@@ -245,13 +276,15 @@ class KernelTransport:
         """Return the device's own descriptor: workers look up memory and interrupt by themselves."""
         return WorkerPort(self.kind, port_fd=self._fd, api_version=self.api_version)
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
         """Destroy the device, unless it could not be detached. Raises DeviceBusyError while other processes hold it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if keep:
+            self._created = self._attached = False  # it is not ours any more
         if self._created and not self._attached:
-            destroy_device(self.name)
+            kernel_control.destroy_device(self.name)
             self._created = False
 
     # -- inside
@@ -270,7 +303,7 @@ class KernelTransport:
         missing = [] if sysfs.driver_loaded(self.options.bus) else [driver]
         if self.options.bus == "virtio" and not sysfs.virtio_blk_loaded():
             missing.append("virtio_blk")
-        if not os.path.exists(CONTROL_NODE):
+        if not os.path.exists(kernel_control.CONTROL_NODE):
             missing.insert(0, "vduse")
         if sysfs.attached(name):
             raise DeviceBusyError(f"device {name}: the vDPA bus has a device of this name; choose another name")
@@ -280,11 +313,14 @@ class KernelTransport:
                 "(`vdusefast check` says more)"
             )
 
-    def _set_attributes(self) -> None:
-        """Set what is set through sysfs, where the configuration differs from what the kernel does by itself."""
+    def _set_attributes(self, *, new: bool) -> None:
+        """Set what is set through sysfs, where the configuration differs from what the kernel does by itself.
+
+        new: the bounce pages can be had in another size before the device is on the bus only.
+        """
         options = self.options
         settings = {"msg_timeout": str(options.msg_timeout_s)}
-        if options.bus == "virtio" and options.bounce_size_bytes != KERNEL_BOUNCE_SIZE_BYTES:
+        if new and options.bus == "virtio" and options.bounce_size_bytes != KERNEL_BOUNCE_SIZE_BYTES:
             settings["bounce_size"] = str(options.bounce_size_bytes)
         placed = [f"vq{index}/irq_cb_affinity" for index, cpu in enumerate(options.irq_cpus) if cpu is not None]
         for attribute in (*settings, *placed):
@@ -299,13 +335,15 @@ class KernelTransport:
 
     def _check_whole(self) -> None:
         """Raise DeviceBrokenError when the kernel has given the device up."""
-        poll = select.poll()
-        poll.register(self._fd, 0)
-        if any(events & select.POLLERR for _fd, events in poll.poll(0)):
+        if kernel_control.is_broken(self._fd):
             raise DeviceBrokenError(
-                f"device {self.name} is broken: a message was not answered within {self.msg_timeout_s:g} s; "
-                "remove it and add it again"
+                f"device {self.name} is broken: a message was not answered within its msg_timeout, after which the "
+                f"kernel lets it do nothing; `vdusefast recover {self.name}` makes it anew when nobody uses it"
             )
+
+    def _set_up_error(self, error: OSError) -> TransportError:
+        where = f" ({error.filename})" if error.filename else ""
+        return TransportError(f"device {self.name}: cannot be set up: {error.strerror}{where}")
 
     def _describe_timeout(self, driver: str, limit_s: float) -> str:
         bound = self.driver
@@ -325,110 +363,6 @@ class KernelTransport:
         if error.errno == errno.EEXIST:
             return DeviceBusyError(f"device {self.name}: the vDPA bus has a device of this name; choose another name")
         return TransportError(f"device {self.name}: the kernel refuses to attach it: {error.strerror}")
-
-
-def _open_control() -> int:
-    """Return a descriptor of the control node. Raises KernelSupportError, DeviceBusyError."""
-    try:
-        return os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise KernelSupportError(
-            f"no {CONTROL_NODE}: modprobe vduse (Linux 5.15 or later has it; `vdusefast check` says more)"
-        ) from None
-    except PermissionError:
-        raise KernelSupportError(
-            f"no permission for {CONTROL_NODE}: be root, or change its owner by a udev rule"
-        ) from None
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise DeviceBusyError(f"{CONTROL_NODE} is held by another program; try again when it is done") from None
-        raise KernelSupportError(f"{CONTROL_NODE} cannot be opened: {error.strerror}") from None
-
-
-def _negotiate(control: int) -> tuple[int, int]:
-    """Choose the newest protocol that both sides know, and return (API version, VDUSE features).
-
-    Raises KernelSupportError.
-    """
-    word = bytearray(_U64.size)
-    try:
-        fcntl.ioctl(control, uapi.VDUSE_GET_API_VERSION, word)
-        api_version = min(_U64.unpack(word)[0], LATEST_API_VERSION)
-        fcntl.ioctl(control, uapi.VDUSE_SET_API_VERSION, _U64.pack(api_version))
-    except OSError as error:
-        raise KernelSupportError(f"{CONTROL_NODE}: this kernel's VDUSE does not answer: {error.strerror}") from None
-    try:
-        fcntl.ioctl(control, uapi.VDUSE_GET_FEATURES, word)
-        features = _U64.unpack(word)[0] & WANTED_FEATURES
-        fcntl.ioctl(control, uapi.VDUSE_SET_FEATURES, _U64.pack(features))
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTTY):
-            raise KernelSupportError(f"{CONTROL_NODE}: VDUSE features: {error.strerror}") from None
-        features = 0  # a kernel older than these calls
-    return api_version, features
-
-
-def _create_device(control: int, spec: DeviceSpec, api_version: int) -> None:
-    groups = 1 if api_version >= uapi.VDUSE_API_VERSION_1 else 0
-    described = uapi.DEV_CONFIG.pack(
-        spec.name.encode(),
-        0,
-        spec.device_id,
-        spec.offered_features,
-        spec.queue_count,
-        spec.vq_align_bytes,
-        groups,
-        groups,
-        len(spec.config),
-    )
-    try:
-        fcntl.ioctl(control, uapi.VDUSE_CREATE_DEV, bytearray(described + spec.config))
-    except OSError as error:
-        if error.errno == errno.EEXIST:
-            raise DeviceBusyError(
-                f"device {spec.name}: the kernel has a VDUSE device of this name already, of another program or left "
-                "by one that died; choose another name"
-            ) from None
-        raise TransportError(f"device {spec.name}: the kernel refuses to create it: {error.strerror}") from error
-
-
-def _open_device(name: str) -> int:
-    """Return a descriptor of /dev/vduse/NAME. Raises OSError, TransportError."""
-    path = f"/dev/vduse/{name}"
-    deadline = time.monotonic() + NODE_WAIT_S
-    while True:
-        try:
-            return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            if time.monotonic() > deadline:
-                raise TransportError(f"device {name}: no {path}; is /dev a devtmpfs here?") from None
-            time.sleep(NODE_LOOK_S)
-
-
-def destroy_device(name: str) -> None:
-    """Destroy the device, waiting shortly for other processes' copies of its descriptor. Raises DeviceBusyError."""
-    control = _open_control()
-    deadline = time.monotonic() + DESTROY_WAIT_S
-    try:
-        while True:
-            try:
-                fcntl.ioctl(control, uapi.VDUSE_DESTROY_DEV, name.encode().ljust(uapi.VDUSE_NAME_MAX_BYTES, b"\0"))
-                return
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise TransportError(f"device {name}: cannot be destroyed: {error.strerror}") from error
-            if time.monotonic() > deadline:
-                if sysfs.attached(name):
-                    raise DeviceBusyError(
-                        f"device {name}: cannot be destroyed: it is on the vDPA bus: vdpa dev del {name}"
-                    )
-                raise DeviceBusyError(
-                    f"device {name}: cannot be destroyed: a process holds /dev/vduse/{name} open, perhaps a worker "
-                    f"that waits in the kernel for its storage; when that has ended: vdusefast del {name} --force"
-                )
-            time.sleep(NODE_LOOK_S)
-    finally:
-        os.close(control)
 
 
 async def _in_thread(function: Callable[..., _T], *args: str) -> _T:

@@ -5,12 +5,19 @@
 
 from __future__ import annotations
 
+import socket
+import time
+
+from vdusefast.errors import DeviceBusyError
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, uapi
 from vdusefast.transport.loopback_bus import MSG_TIMEOUT_S, LoopbackBus
 from vdusefast.transport.loopback_region import Region
 from vdusefast.transport.uapi import Request, Response, VqInfo
 
 __all__ = ["MSG_TIMEOUT_S", "LoopbackBus", "LoopbackTransport", "Region"]
+
+REOPEN_TIMEOUT_S = 10.0  # for the last processes of a dead server to end
+REOPEN_PAUSE_S = 0.005
 
 
 class LoopbackTransport:
@@ -20,10 +27,14 @@ class LoopbackTransport:
     node = ""
     driver = ""
 
-    def __init__(self, msg_timeout_s: float = MSG_TIMEOUT_S):
-        """Make a transport whose bus gives the device up after `msg_timeout_s` seconds without an answer; 0 = never."""
-        self.msg_timeout_s = msg_timeout_s
-        self._bus: LoopbackBus | None = None
+    def __init__(self, msg_timeout_s: float = MSG_TIMEOUT_S, bus: LoopbackBus | None = None):
+        """Make a transport whose bus gives the device up after `msg_timeout_s` seconds without an answer; 0 = never.
+
+        bus: that of a device to take over by `reopen`, after a `close(keep=True)`.
+        """
+        self.msg_timeout_s = msg_timeout_s if bus is None else bus.msg_timeout_s
+        self._bus = bus
+        self._messages: socket.socket | None = None
 
     @property
     def bus(self) -> LoopbackBus:
@@ -37,6 +48,25 @@ class LoopbackTransport:
         if self._bus is not None:
             raise TransportError(f"device {spec.name} has been created already")
         self._bus = LoopbackBus(spec, self.msg_timeout_s)
+        self._messages = self._bus.connect()
+
+    def reopen(self, spec: DeviceSpec) -> None:
+        """Take over the device on the bus, once whoever has it lets go of it."""
+        if self._bus is None:
+            raise TransportError(f"device {spec.name}: there is no bus on which it could have been left")
+        deadline = time.monotonic() + REOPEN_TIMEOUT_S
+        while True:
+            try:
+                self._messages = self._bus.connect()
+                return
+            except DeviceBusyError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(REOPEN_PAUSE_S)
+
+    def driver_status(self) -> int:
+        """Return what can be told of the device status."""
+        return self.bus.status_seen()
 
     async def attach(self) -> None:
         """Let the driver use the bus."""
@@ -49,14 +79,14 @@ class LoopbackTransport:
 
     def message_fd(self) -> int:
         """Return the device's end of the message socket."""
-        return self.bus.device_messages.fileno()
+        return self._device_end().fileno()
 
     def receive(self) -> Request | None:
         """Return the next message, None when there is none."""
         if self.bus.broken:
             raise DeviceBrokenError(f"device {self.bus.name} is broken: a message was not answered in time")
         try:
-            packet = self.bus.device_messages.recv(uapi.REQUEST.size + 1)
+            packet = self._device_end().recv(uapi.REQUEST.size + 1)
         except BlockingIOError:
             return None
         try:
@@ -67,7 +97,7 @@ class LoopbackTransport:
     def respond(self, response: Response) -> None:
         """Answer a message."""
         self.bus.check_response(response)
-        self.bus.device_messages.send(uapi.pack_response(response))
+        self._device_end().send(uapi.pack_response(response))
 
     def acked_features(self) -> int:
         """Return the features that the driver has accepted."""
@@ -102,7 +132,15 @@ class LoopbackTransport:
         """Return a new port for a worker that serves queue `index`."""
         return self.bus.open_port(index)
 
-    def close(self) -> None:
-        """Close the bus; drivers get an error from then on."""
-        if self._bus is not None:
+    def close(self, *, keep: bool = False) -> None:
+        """Close the bus; drivers get an error from then on. With `keep` only let go of the device."""
+        if self._messages is not None:
+            self._messages.close()
+            self._messages = None
+        if self._bus is not None and not keep:
             self._bus.close()
+
+    def _device_end(self) -> socket.socket:
+        if self._messages is None:
+            raise TransportError("the loopback device is not open")
+        return self._messages

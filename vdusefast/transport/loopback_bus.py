@@ -3,6 +3,9 @@
 Messages to the device cross a SOCK_SEQPACKET pair in the structures of /dev/vduse; what are ioctls there are method
 calls here, with the same errors. The bus is synchronous and may be used from any thread but the supervisor's, which
 has to answer what the bus asks. A daemon thread takes the answers and serves the workers' ports.
+
+A server opens the device with `connect` and lets go of it when the socket that it got is closed, by its death at the
+latest. The device then waits for the next one, with its status, its queues, and the messages not answered yet.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NoReturn
 
+from vdusefast.errors import DeviceBusyError
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, uapi
 from vdusefast.transport.loopback_region import Region, RegionTable
 from vdusefast.transport.uapi import IotlbEntry, Request, Response, VqInfo
@@ -82,7 +86,8 @@ class _Queue:
 class _Pending:
     """A message that waits for its answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, packet: bytes) -> None:
+        self.packet = packet
         self.done = threading.Event()
         self.response: Response | None = None
 
@@ -106,6 +111,7 @@ class LoopbackBus:
         self._ids = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._regions = RegionTable(spec.name)
+        self._messages: socket.socket | None = None  # while a server has the device
         self._ports: dict[int, socket.socket] = {}
         self._queues: list[_Queue] = []
         with ExitStack() as opened:  # a failure half-way leaves nothing open
@@ -114,17 +120,11 @@ class LoopbackBus:
                 opened.callback(self._queues[-1].close)
             self.config_irqfd = os.eventfd(0, _EVENTFD_FLAGS)
             opened.callback(os.close, self.config_irqfd)
-            self._messages, self.device_messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            opened.callback(self._messages.close)
-            opened.callback(self.device_messages.close)
             self._wake_fd = os.eventfd(0, _EVENTFD_FLAGS)
             opened.callback(os.close, self._wake_fd)
             self._epoll = select.epoll()
             opened.pop_all()
-        self._messages.setblocking(False)
-        self.device_messages.setblocking(False)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
-        self._epoll.register(self._messages, select.EPOLLIN)
         self._thread = threading.Thread(target=self._serve, name=f"vdusefast-bus-{spec.name}", daemon=True)
         self._thread.start()
 
@@ -272,7 +272,43 @@ class LoopbackBus:
             self._check_usable()
             return self._queues[index].irqfd
 
-    # -- the device's side: what are ioctls on /dev/vduse/NAME
+    # -- the device's side: what are open() and ioctls on /dev/vduse/NAME
+
+    def connect(self) -> socket.socket:
+        """Return the device's end of the messages, which is the caller's own: closing it lets go of the device.
+
+        What an earlier server has left unanswered comes again. Raises DeviceBusyError while one, or a worker of it,
+        holds the device; DeviceBrokenError; TransportError once the bus is closed.
+        """
+        with self._lock:
+            if self.broken:
+                raise DeviceBrokenError(f"device {self.name} is broken: it did not answer a message in time; remove it")
+            if self._closed:
+                raise TransportError(f"device {self.name} has been removed")
+            if self._messages is not None or self._ports:
+                raise DeviceBusyError(f"device {self.name} is held by another server, or by a worker of one")
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            self._messages = ours
+            self._epoll.register(ours, select.EPOLLIN)
+            for pending in self._pending.values():
+                ours.send(pending.packet)
+            return theirs
+
+    def status_seen(self) -> int:
+        """Return what a device can tell of its status by its ioctls: 0, or all up to FEATURES_OK or DRIVER_OK."""
+        with self._lock:
+            self.check_device_call()
+            features_ok = uapi.VIRTIO_CONFIG_S_FEATURES_OK
+            if not self.status & features_ok:
+                return 0
+            return (
+                uapi.VIRTIO_CONFIG_S_ACKNOWLEDGE
+                | uapi.VIRTIO_CONFIG_S_DRIVER
+                | features_ok
+                | self.status & uapi.VIRTIO_CONFIG_S_DRIVER_OK
+            )
 
     def check_response(self, response: Response) -> None:
         """Raise OSError as the kernel's write() does: ENOENT for an id that is unknown, answered, or timed out."""
@@ -337,8 +373,10 @@ class LoopbackBus:
         os.eventfd_write(self._wake_fd, 1)
         self._thread.join()
         with self._lock:
-            for sock in (self._messages, self.device_messages, *self._ports.values()):
-                sock.close()
+            for sock in (self._messages, *self._ports.values()):
+                if sock is not None:
+                    sock.close()
+            self._messages = None
             self._ports.clear()
             self._regions.close()
             for vq in self._queues:
@@ -371,12 +409,11 @@ class LoopbackBus:
         with self._lock:
             self._check_usable()
             request_id = next(self._ids) & 0xFFFFFFFF
-            pending = self._pending[request_id] = _Pending()
+            pending = self._pending[request_id] = _Pending(uapi.pack_request(make(request_id)))
+            sent = self._send(pending.packet)
         try:
-            try:
-                self._messages.send(uapi.pack_request(make(request_id)))
-            except OSError as error:
-                raise TransportError(f"device {self.name}: {what} cannot be sent: {error.strerror}") from error
+            if not sent:
+                raise TransportError(f"device {self.name}: {what} cannot be sent: its server takes no messages")
             pending.done.wait(limit_s or None)
         finally:
             with self._lock:
@@ -390,11 +427,24 @@ class LoopbackBus:
                 self._break()
         raise DeviceBrokenError(f"device {self.name} is broken: it did not answer {what} within {limit_s:g} s")
 
+    def _send(self, packet: bytes) -> bool:
+        """Send a message to the server. Without one, or to one that has just died, it waits for the next."""
+        if self._messages is None:
+            return True
+        try:
+            self._messages.send(packet)
+        except (BrokenPipeError, ConnectionResetError):
+            return True
+        except OSError:
+            return False
+        return True
+
     def _break(self) -> None:
         """Give the device up, as the kernel does: all that waits fails, nothing works any more but removing it."""
         self.broken = True
         self._fail_pending()
-        self._messages.shutdown(socket.SHUT_WR)  # wakes the device, as POLLERR does
+        if self._messages is not None:
+            self._messages.shutdown(socket.SHUT_WR)  # wakes the device, as POLLERR does
 
     def _fail_pending(self) -> None:
         for pending in self._pending.values():
@@ -406,16 +456,23 @@ class LoopbackBus:
             for fd, _events in self._epoll.poll():
                 if fd == self._wake_fd:
                     return
-                if fd == self._messages.fileno():
-                    self._take_responses()
+                with self._lock:
+                    messages = self._messages
+                if messages is not None and fd == messages.fileno():
+                    self._take_responses(messages)
                 else:
                     self._serve_port(fd)
 
-    def _take_responses(self) -> None:
+    def _take_responses(self, messages: socket.socket) -> None:
         while True:
             try:
-                packet = self._messages.recv(uapi.RESPONSE.size + 1)
+                packet = messages.recv(uapi.RESPONSE.size + 1)
             except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            if not packet:
+                self._disconnect(messages)
                 return
             try:
                 response = uapi.unpack_response(packet)
@@ -430,10 +487,19 @@ class LoopbackBus:
             pending.response = response
             pending.done.set()
 
+    def _disconnect(self, messages: socket.socket) -> None:
+        """Note that the server has let go of the device. What it has not answered waits for the next one."""
+        with self._lock:
+            self._epoll.unregister(messages)
+            messages.close()
+            self._messages = None
+
     def _serve_port(self, fd: int) -> None:
         """Answer one query of a worker; a worker that is gone, or does not keep to the protocol, loses its port."""
         with self._lock:
-            sock = self._ports[fd]
+            sock = self._ports.get(fd)
+            if sock is None:
+                return
             try:
                 query = sock.recv(_PORT_QUERY.size + 1)
                 if len(query) == _PORT_QUERY.size:
@@ -441,6 +507,8 @@ class LoopbackBus:
                     return
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                pass  # it died without having read our last answer
             except OSError as error:
                 _log.warning("device %s: a worker's port failed: %s", self.name, error.strerror)
             self._epoll.unregister(fd)

@@ -23,7 +23,7 @@ from vdusefast.config import Config
 from vdusefast.daemon import Service
 from vdusefast.errors import VdusefastError
 from vdusefast.rpc_client import RpcClient
-from vdusefast.transport.kernel import destroy_device
+from vdusefast.transport.kernel_control import destroy_device
 
 CHECKOUT = Path(__file__).parents[3]
 RUN_BASE = Path("/run/vdusefast")

@@ -34,6 +34,7 @@ def from_nothing_to_a_mounted_file_system() -> dict[str, object]:
         (guest.CHECKOUT / "disk.img").unlink(missing_ok=True)
     assert "hello\next4\n" in said, said
     assert re.search(r"^vd0 +running +/dev/vd[a-z]+ ", said, re.MULTILINE), said
+    assert "\nvd0: 2 GiB (2147483648 bytes), was 1 GiB" in said, said
     assert "VIRTIO" in said or "FLUSH" in said, said
     assert not (guest.RUN_BASE / "vd0").exists()
     return {"said": said}

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Faults built in on purpose, one a build (-DVF_SEED_FAULT=1 to 5), by which the tests see that the torture suite notices
+ * them. Without the macro every hook is constant and gone. They widen the windows that a kill has to hit: nobody has time
+ * for a million of them.
+ */
+#ifndef VF_SEED_FAULT_H
+#define VF_SEED_FAULT_H
+
+#include <stdint.h>
+#include <unistd.h>
+
+#include "counters.h"
+#include "inflight.h"
+
+#ifndef VF_SEED_FAULT
+#define VF_SEED_FAULT 0
+#endif
+
+enum vf_seed_fault {
+	VF_SEED_NONE,
+	VF_SEED_FORGET, /* some heads are never entered into the log */
+	VF_SEED_WRITE_EARLY, /* a write is answered before the data are on their way */
+	VF_SEED_FLUSH_EARLY, /* a flush is answered before it has been carried out */
+	VF_SEED_DISORDER, /* what is replayed comes in the wrong order */
+	VF_SEED_REPEAT, /* what was completed is replayed with what was not */
+};
+
+#define VF_SEED_FORGET_EVERY 8u
+#define VF_SEED_PAUSE_US 300u
+
+/* Widen a window, in the build that has `fault`. */
+static inline void vf_seed_pause(enum vf_seed_fault fault)
+{
+	if (VF_SEED_FAULT == fault)
+		usleep(VF_SEED_PAUSE_US);
+}
+
+/* Whether the head of that order is left out of the log. */
+static inline int vf_seed_forgets(uint64_t order)
+{
+	return VF_SEED_FAULT == VF_SEED_FORGET && order % VF_SEED_FORGET_EVERY == 0;
+}
+
+/* Whether a request is answered first and carried out then. */
+static inline int vf_seed_answers_early(uint32_t op)
+{
+	return (VF_SEED_FAULT == VF_SEED_WRITE_EARLY && op == VF_OP_WRITE) ||
+	       (VF_SEED_FAULT == VF_SEED_FLUSH_EARLY && op == VF_OP_FLUSH);
+}
+
+/* Whether a takeover leaves in the log what the driver has been told of. */
+static inline int vf_seed_repeats(void)
+{
+	return VF_SEED_FAULT == VF_SEED_REPEAT;
+}
+
+/* Turn the order of the log round before it is replayed. */
+static inline void vf_seed_disorder(struct vf_inflight_entry *entries, uint32_t count)
+{
+	uint64_t low = UINT64_MAX, high = 0;
+
+	if (VF_SEED_FAULT != VF_SEED_DISORDER)
+		return;
+	for (uint32_t i = 0; i < count; i++) {
+		uint64_t order = entries[i].order;
+
+		if (order && order < low)
+			low = order;
+		if (order > high)
+			high = order;
+	}
+	for (uint32_t i = 0; i < count; i++)
+		if (entries[i].order)
+			entries[i].order = low + (high - entries[i].order);
+}
+
+#endif

@@ -1,0 +1,78 @@
+"""The torture suite can fail: data paths with faults built into them (csrc/seed_fault.h) are found out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from suite import ROOT, torture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+FORGET, WRITE_EARLY, FLUSH_EARLY, DISORDER, REPEAT = range(1, 6)
+KILLS = "worker=40"  # the first few are enough; each takes half a second
+
+
+def build(fault: int, target: Path) -> Path:
+    """Return `target` with a copy of the package in it whose data path has `fault`, 0 for none."""
+    ignored = shutil.ignore_patterns("_datapath.*.so", "__pycache__")
+    shutil.copytree(ROOT / "vdusefast", target / "vdusefast", ignore=ignored)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(target), "--build-temp", str(target / "objects")],
+        cwd=ROOT,
+        env={**os.environ, "VDUSEFAST_SEED_FAULT": str(fault)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout
+    return target
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Return a package with the fault that the test is about."""
+    return build(request.param, tmp_path_factory.mktemp(f"fault{request.param}"))
+
+
+@pytest.mark.parametrize("faulty", [FORGET, WRITE_EARLY, DISORDER, REPEAT], indirect=True)
+def test_a_fault_is_found_by_a_few_kills(faulty: Path, tmp_path: Path) -> None:
+    result = torture(tmp_path, "--engine", "sync", "--kills", KILLS, "--give-up", "5s", package=faulty)
+    assert result.status == 1, result.text
+    assert result.report["lost"], result.text
+    assert "LOST" in result.text
+
+
+@pytest.mark.parametrize("faulty", [0], indirect=True)
+def test_the_same_build_without_a_fault_passes(faulty: Path, tmp_path: Path) -> None:
+    result = torture(tmp_path, "--engine", "sync", "--kills", "worker=20", "--give-up", "5s", package=faulty)
+    assert result.status == 0, result.text
+
+
+@pytest.mark.parametrize("faulty", [FLUSH_EARLY], indirect=True)
+def test_an_early_answer_to_a_flush_is_found_by_a_store_that_fails_it(faulty: Path, tmp_path: Path) -> None:
+    """Whether what was flushed survives is for the machine's power to tell, and no kill of a process shows it.
+
+    That a flush is answered by its outcome, and so not before it, is what the data path's own test asks.
+    """
+    test = "tests/datapath/test_bad_host.py::test_flush_of_a_failing_store_is_an_error"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    for package, status in ((faulty, pytest.ExitCode.TESTS_FAILED), (ROOT, pytest.ExitCode.OK)):
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            # -P: the package in the current directory is the one without the fault.
+            env={**os.environ, "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        assert done.returncode == status, done.stdout

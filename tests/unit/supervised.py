@@ -1,0 +1,78 @@
+"""A device with made-up workers (fake_worker.py), and the driver's steps: for the tests of the supervisor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import fake_worker
+import pytest
+
+from vdusefast.api import Device
+from vdusefast.config import make_config
+from vdusefast.supervisor import Limits, QueueInfo, VqState
+from vdusefast.transport.loopback import LoopbackBus
+
+QUICK = Limits(hello_s=8.0, quiesce_s=0.3, start_grace_s=0.25)
+MEMORY_IOVA = 0x10000
+WAIT_S = 10.0
+
+
+def make_device(behaviour: str = "normal", queues: int = 2, limits: Limits = QUICK) -> Device:
+    config = make_config(name="d0", uri="memory:1M", queues=queues, queue_size=64)
+    return Device(config, limits=limits, worker_command=[sys.executable, fake_worker.__file__, behaviour])
+
+
+def set_up(bus: LoopbackBus, *desc_addrs: int, idx: int = 0, size: int = 64) -> None:
+    """Probe, with a ready queue for each of `desc_addrs`."""
+    bus.negotiate(bus.offered_features)
+    for index, desc_addr in enumerate(desc_addrs):
+        bus.set_vq(index, size, desc_addr, MEMORY_IOVA, MEMORY_IOVA, idx)
+        bus.set_vq_ready(index)
+    bus.driver_ok()
+
+
+def kick(bus: LoopbackBus, index: int) -> None:
+    """Kick, and wait until the worker has interrupted for it."""
+    os.eventfd_write(bus.kickfd(index), 1)
+    assert select.select([bus.irqfd(index)], [], [], WAIT_S)[0], "no interrupt"
+    os.eventfd_read(bus.irqfd(index))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_state(device: Device, index: int, state: VqState) -> QueueInfo:
+    deadline = time.monotonic() + WAIT_S
+    while device.queues()[index].state != state:
+        assert time.monotonic() < deadline, device.queues()
+        time.sleep(0.005)
+    return device.queues()[index]
+
+
+def states(device: Device) -> list[str]:
+    return [str(queue.state) for queue in device.queues()]
+
+
+def errors_logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@contextmanager
+def paused(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):  # it was killed meanwhile, as it should
+            os.kill(pid, signal.SIGCONT)

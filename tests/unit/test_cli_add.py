@@ -1,0 +1,188 @@
+"""`add` and `serve`: the configuration that words stand for, and servers that do not come up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from served import BASE, CONFIG
+
+from vdusefast import api, background, cli, cli_serve, errors
+from vdusefast.config import load_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "vd0.toml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+# -- the configuration that words stand for
+
+
+def no_options() -> dict[str, Any]:
+    return {option.name: None for option in cli_serve.add.params if option.name not in ("target", "as_json")}
+
+
+def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "uri": "file:disk.img",
+        "queues": 3,
+        "queue_size": 128,
+        "cpus": "0,0,0",
+        "irq_cpus": "0,0,0",
+        "bus": "vhost",
+        "serial": "other",
+        "read_only": True,
+        "block_size_bytes": 4096,
+        "cache": "none",
+        "engine": "sync",
+        "poll_us": 7,
+        "irq_delay_us": 9,
+        "msg_timeout_s": 60,
+        "bounce_size_bytes": "128M",
+        "attach_timeout_s": 9,
+    }
+    assert set(given) == set(no_options())
+    found = cli_serve.read_config(config, given)
+    assert found.backend.uri == f"file:{tmp_path}/disk.img"
+    assert (found.device.bounce_size_bytes, found.device.bus, found.device.queues) == (128 << 20, "vhost", 3)
+    assert found.device.transport == "loopback"
+    for key, value in given.items():
+        if key in ("queue_size", "serial", "read_only", "block_size_bytes", "msg_timeout_s", "attach_timeout_s"):
+            assert getattr(found.device, key) == value
+    assert [(queue.cpu, queue.irq_cpu) for queue in found.queue] == [(0, 0)] * 3
+    assert [(queue.poll_us, queue.irq_delay_us) for queue in found.queue] == [(7, 9)] * 3
+
+
+def test_without_options_the_file_stands(config: str) -> None:
+    assert cli_serve.read_config(config, no_options()) == load_config(config)
+
+
+def test_commands_take_the_kernel_unless_told_otherwise() -> None:
+    assert cli_serve.read_config("vd0", {**no_options(), "uri": "null:1M"}).device.transport == "kernel"
+
+
+# -- a server that does not come up
+
+
+def start(tmp_path: Path, config: str, code: str, timeout_s: float = 20.0) -> Any:
+    """Start `code` in place of the server; sys.argv has name, report descriptor, journal descriptor."""
+    command = [sys.executable, "-c", f"import os, sys, time, signal\n{code}"]
+    return background.start(load_config(config), timeout_s, command)
+
+
+def test_server_that_dies_without_a_word_is_told_with_its_last_words(tmp_path: Path, config: str) -> None:
+    with pytest.raises(errors.VdusefastError, match=r"^vd0: its server ended with status 3 .*: last words$"):
+        start(tmp_path, config, "print('first'); print('last words', file=sys.stderr); sys.exit(3)")
+    with pytest.raises(errors.VdusefastError, match=r"^vd0: its server was killed by SIGKILL before"):
+        start(tmp_path, config, "os.kill(os.getpid(), 9)")
+
+
+def test_servers_error_is_passed_on(tmp_path: Path, config: str) -> None:
+    code = 'os.write(int(sys.argv[2]), b\'{"error": "vd0: no vduse", "exit_code": 5}\\n\')'
+    with pytest.raises(errors.KernelSupportError, match=r"^vd0: no vduse$"):
+        start(tmp_path, config, code)
+
+
+def test_server_that_takes_too_long_is_ended(tmp_path: Path, config: str) -> None:
+    (tmp_path / "ended").unlink(missing_ok=True)
+    code = f"""
+def end(*_):
+    open({str(tmp_path / "ended")!r}, "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGINT, end)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(60)
+"""
+    with pytest.raises(errors.TimedOutError, match=r"^vd0: not usable within 1.* s"):
+        start(tmp_path, config, code, 1.0)
+    assert (tmp_path / "ended").exists()
+
+
+def test_server_that_cannot_be_ended_is_killed_and_its_directory_removed(
+    tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "END_TIMEOUT_S", 0.5)
+    code = """
+from pathlib import Path
+from vdusefast.run_dir import RunDirectory
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+held = RunDirectory("vd0")
+time.sleep(60)
+"""
+    with pytest.raises(errors.TimedOutError, match="not usable within"):
+        start(tmp_path, config, code, 1.0)
+    assert not (BASE / "vd0").exists()
+
+
+def test_server_that_was_lost_is_asked_to_end_before_it_is_killed(
+    tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "EXIT_TIMEOUT_S", 0.2)
+    code = f"""
+def end(*_):
+    open({str(tmp_path / "asked")!r}, "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGINT, end)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.close(int(sys.argv[2]))
+time.sleep(60)
+"""
+    with pytest.raises(errors.VdusefastError, match="its server ended with status 0 before the device was usable"):
+        start(tmp_path, config, code)
+    assert (tmp_path / "asked").exists()
+
+
+def test_add_waits_longer_than_the_server_allows_itself() -> None:
+    assert background.START_MARGIN_S >= api.START_TIMEOUT_S + api.MARGIN_S
+
+
+def test_interrupted_add_ends_the_server(config: str) -> None:
+    """In all stages: before there is a server, while it starts, and while the store is slow to open."""
+    for delay_s in (0.05, 0.1, 0.15, 0.2):
+        command = [sys.executable, "-m", "vdusefast", "add", config]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(delay_s)
+            process.terminate()
+            status = process.wait(30)
+        if status == 0:
+            assert cli.run(["del", "vd0"]) == 0
+        else:
+            assert status in (130, -signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while (BASE / "vd0").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if (BASE / "vd0").exists():
+            assert cli.run(["del", "vd0"]) == 0  # it was ready as the signal came
+
+
+def test_signal_while_waiting_says_so(tmp_path: Path, config: str) -> None:
+    code = f"os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
+    with pytest.raises(
+        background.InterruptedStartError, match=r"^vd0: interrupted by SIGINT; it was not added$"
+    ) as caught:
+        start(tmp_path, config, code)
+    assert caught.value.exit_code == 130
+
+
+def test_server_whose_adder_is_gone_ends(config: str) -> None:
+    """As when `add` is killed: nobody reads the report, and nobody would know of the device."""
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    command = [*background._default_command(), "vd0", str(write_fd), "-1", background.Mode.ADD]
+    text = msgspec.json.encode(load_config(config))
+    done = subprocess.run(command, input=text, pass_fds=[write_fd], capture_output=True, check=False, timeout=30)
+    os.close(write_fd)
+    assert done.returncode == 1
+    assert not (BASE / "vd0").exists()

@@ -1,0 +1,288 @@
+"""What goes wrong under a supervisor stays where it is: storage that hangs, workers that die, bad rings; and the stop.
+
+The workers here are tests/unit/fake_worker.py: they count kicks and fail on request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_worker
+import pytest
+from supervised import (
+    MEMORY_IOVA,
+    QUICK,
+    WAIT_S,
+    errors_logged,
+    kick,
+    make_device,
+    paused,
+    set_up,
+    states,
+    wait_state,
+    wait_until,
+)
+
+from vdusefast.api import Device
+from vdusefast.supervisor import DeviceState, Limits, VqState
+from vdusefast.transport import DeviceBrokenError, TransportError
+from vdusefast.vq_control import TAKE_OVER_TRIES_AT_ONCE
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    with make_device() as made:
+        made.bus.add_region(MEMORY_IOVA, 4096)
+        yield made
+
+
+# -- storage that does not return
+
+
+def test_reset_replaces_a_worker_that_does_not_finish(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    stuck, other = device.queues()
+    with paused(stuck.pid):
+        began = time.monotonic()
+        device.bus.reset()
+        assert QUICK.quiesce_s <= time.monotonic() - began < 5
+    fresh, same = device.queues()
+    assert fresh.pid != stuck.pid
+    assert (fresh.engine, fresh.state, fresh.restarts) == ("fake", VqState.STOPPED, 1)
+    assert same.pid == other.pid
+    assert not os.path.exists(f"/proc/{stuck.pid}")
+    message = f"device d0: queue 0: worker (pid {stuck.pid}) did not finish its requests within 0.3 s and was killed"
+    assert sum(record.getMessage().startswith(message) for record in caplog.records) == 1
+    assert device.failure is None
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    kick(device.bus, 0)
+
+
+def test_other_messages_are_answered_while_one_waits_for_storage() -> None:
+    with make_device(limits=Limits(quiesce_s=2.0)) as device:
+        bus = device.bus
+        bus.add_region(MEMORY_IOVA, 4096)
+        set_up(bus, MEMORY_IOVA, MEMORY_IOVA)
+        with paused(device.queues()[0].pid):
+            waiting = threading.Thread(target=bus.get_vq_state, args=(0,))
+            waiting.start()
+            wait_state(device, 0, VqState.QUIESCING)
+            began = time.monotonic()
+            assert bus.get_vq_state(1) == 0
+            bus.set_status(0xF)  # starts queue 1 again; queue 0 is being quiesced
+            assert time.monotonic() - began < 1.0
+            assert waiting.is_alive()
+        waiting.join()
+        assert device.failure is None
+
+
+def test_lost_position_is_said_to_be_lost(device: Device) -> None:
+    set_up(device.bus, fake_worker.RING_FAILED_ADDR, MEMORY_IOVA)
+    wait_state(device, 0, VqState.FAILED)
+    with pytest.raises(TransportError, match="GET_VQ_STATE was refused"):
+        device.bus.get_vq_state(0)
+    device.bus.set_status(0xF)  # cannot go on where it does not know where that is
+    assert "reset the device" in device.queues()[0].reason
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    kick(device.bus, 0)
+
+
+def test_a_worker_killed_for_a_message_is_replaced_and_tells_where_it_stands(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    with paused(device.queues()[0].pid):
+        device.bus.update_iotlb(0, 0xFFF)  # answered: the killed worker's mappings are gone
+    assert wait_state(device, 0, VqState.RUNNING).restarts == 1
+    with paused(device.queues()[0].pid):
+        assert device.bus.get_vq_state(0) == 0
+    assert device.queues()[0].restarts == 2
+
+
+def test_driver_ok_is_answered_though_a_worker_is_late(device: Device) -> None:
+    device.bus.negotiate(device.bus.offered_features)
+    device.bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
+    device.bus.set_vq_ready(0)
+    limits = Limits(quiesce_s=5.0, start_grace_s=0.05)
+    assert device._supervisor is not None
+    for vq in device._supervisor._vqs:
+        vq._limits = limits
+    with paused(device.queues()[0].pid):
+        began = time.monotonic()
+        device.bus.driver_ok()
+        assert time.monotonic() - began < 1.0
+        os.eventfd_write(device.bus.kickfd(0), 1)
+    wait_state(device, 0, VqState.RUNNING)
+    assert select.select([device.bus.irqfd(0)], [], [], WAIT_S)[0]
+
+
+def test_message_unanswered_in_time_breaks_the_device(caplog: pytest.LogCaptureFixture) -> None:
+    with make_device(limits=Limits(quiesce_s=1.0)) as device:
+        bus = device.bus
+        bus.add_region(MEMORY_IOVA, 4096)
+        set_up(bus, MEMORY_IOVA)
+        with paused(device.queues()[0].pid), pytest.raises(DeviceBrokenError):
+            bus.set_status(0, timeout_s=0.1)
+        deadline = time.monotonic() + WAIT_S
+        while device.state != DeviceState.BROKEN:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        wait_state(device, 0, VqState.STOPPED)
+    assert isinstance(device.failure, DeviceBrokenError)
+
+
+# -- workers that die
+
+
+def test_killed_worker_is_named_once_and_replaced(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    victim, other = device.queues()
+    with caplog.at_level(logging.WARNING, "vdusefast"):
+        os.kill(victim.pid, signal.SIGKILL)
+        wait_until(lambda: device.queues()[0].pid != victim.pid)
+        fresh = wait_state(device, 0, VqState.RUNNING)
+    assert fresh.restarts == 1
+    named = f"device d0: queue 0: worker (pid {victim.pid}) was killed by SIGKILL"
+    assert sum(record.getMessage().startswith(named) for record in caplog.records) == 1
+    assert device.failure is None
+    assert device.queues()[1].pid == other.pid
+    kick(device.bus, 0)
+    kick(device.bus, 1)
+
+
+def test_a_worker_that_dies_again_and_again_is_tried_again_with_pauses(device: Device) -> None:
+    set_up(device.bus, fake_worker.CRASH_ADDR, MEMORY_IOVA)
+    wait_until(lambda: device.failure is not None)
+    assert "so did those before it: tried again with pauses" in str(device.failure)
+    assert device.queues()[0].restarts == TAKE_OVER_TRIES_AT_ONCE + 1
+    assert states(device) == ["recovering", "running"]
+    device.bus.reset()  # which ends the trying, too
+    wait_state(device, 0, VqState.STOPPED)
+
+
+def test_idle_worker_that_died_is_replaced_at_once(device: Device) -> None:
+    bus = device.bus
+    bus.negotiate(bus.offered_features)
+    bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
+    bus.set_vq_ready(0)
+    victim = device.queues()[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    wait_until(lambda: device.queues()[0].pid != victim.pid)
+    wait_state(device, 0, VqState.STOPPED)
+    bus.driver_ok()
+    wait_state(device, 0, VqState.RUNNING)
+    kick(bus, 0)
+
+
+def test_crash_during_a_message_does_not_hold_up_its_answer(device: Device) -> None:
+    set_up(device.bus, fake_worker.CRASH_ADDR, MEMORY_IOVA)
+    assert "was killed by SIGSEGV" in device.queues()[0].reason
+    assert states(device) == ["recovering", "running"]
+
+
+def test_exit_is_named_with_status_and_last_line(device: Device) -> None:
+    set_up(device.bus, fake_worker.EXIT_ADDR)
+    assert "ended with status 3; its last line: out of pixie dust" in device.queues()[0].reason
+
+
+def test_worker_that_sends_rubbish_is_killed(device: Device) -> None:
+    set_up(device.bus, fake_worker.MALFORMED_ADDR)
+    assert "sent a malformed message" in device.queues()[0].reason
+
+
+def test_a_start_that_is_cut_short_leaves_no_worker(device: Device) -> None:
+    supervisor = device._supervisor
+    vq = supervisor._vqs[0]
+    vq._command = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    async def cut_short() -> int:
+        await vq.kill()
+        spawning = asyncio.ensure_future(vq.spawn(30))
+        while vq.worker is None or vq.worker.hung or not vq.worker.alive:
+            await asyncio.sleep(0.01)
+        pid = vq.worker.pid
+        spawning.cancel()
+        await asyncio.gather(spawning, return_exceptions=True)
+        await vq.kill()
+        return pid
+
+    pid = asyncio.run_coroutine_threadsafe(cut_short(), device._loop).result(WAIT_S)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+# -- bad rings
+
+
+def test_bad_ring_stops_its_queue_and_keeps_its_worker(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    pids = [q.pid for q in device.queues()]
+    device.bus.negotiate(device.bus.offered_features)
+    for index, desc_addr in enumerate((MEMORY_IOVA, fake_worker.RING_FAILED_ADDR)):
+        device.bus.set_vq(index, 64, desc_addr, MEMORY_IOVA, MEMORY_IOVA)
+        device.bus.set_vq_ready(index)
+    device.bus.driver_ok()
+    info = wait_state(device, 1, VqState.FAILED)
+    assert info.reason == f"device d0: queue 1: worker (pid {pids[1]}) stopped serving: head 99 is out of range"
+    assert errors_logged(caplog) == [info.reason]
+    assert states(device) == ["running", "failed"]
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    assert states(device) == ["running", "running"]
+    assert [q.pid for q in device.queues()] == pids
+
+
+# -- stop
+
+
+def test_stop_drains_every_worker(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    set_up(device.bus, MEMORY_IOVA)
+    with caplog.at_level(logging.INFO, "vdusefast"):
+        device.stop()
+        device.stop()
+    assert sorted(re.findall(r"queue (\d): worker \(pid \d+\): STOP", caplog.text)) == ["0", "1"]
+    assert device.state == DeviceState.STOPPED
+    assert device.failure is None
+
+
+def test_stop_kills_what_does_not_drain(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA)
+    with paused(device.queues()[0].pid):
+        began = time.monotonic()
+        device.stop(0.3)
+        assert time.monotonic() - began < 3
+    assert "did not stop in" in str(device.failure)
+
+
+def test_stop_during_a_message_is_bounded(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA)
+    errors: list[Exception] = []
+
+    def reset() -> None:
+        try:
+            device.bus.reset()
+        except TransportError as error:
+            errors.append(error)
+
+    with paused(device.queues()[0].pid):
+        thread = threading.Thread(target=reset)
+        thread.start()
+        wait_state(device, 0, VqState.QUIESCING)
+        device.stop(0.1)
+    thread.join()
+    assert "did not" in str(device.failure)
+
+
+def test_chatty_worker_is_kept_to_a_bounded_tail(device: Device) -> None:
+    assert device._supervisor is not None
+    worker = device._supervisor._vqs[0].worker
+    assert worker is not None
+    for n in range(100):
+        worker._keep_line(b"x" * 5000 + str(n).encode())
+    assert len(worker._stderr_lines) == 16
+    assert max(len(line) for line in worker._stderr_lines) == 1024

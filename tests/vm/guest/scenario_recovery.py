@@ -1,0 +1,240 @@
+"""Servers die, hang, hand over and are replaced while a disk is used: its users see a pause, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import guest
+from checks import check
+from disk_load import under_load
+from guest import MIB
+
+FIO = [
+    "fio",
+    "--name=verified",
+    "--thread",
+    "--ioengine=libaio",
+    "--direct=1",
+    "--rw=randwrite",
+    "--bs=4k",
+    "--size=8M",
+]
+FIO += ["--iodepth=16", "--offset=32M", "--time_based", "--runtime=600", "--rate_iops=300", "--output-format=json"]
+FIO += ["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64"]  # reads back as it goes
+INTERRUPTED = 128  # fio's status then, whatever it has found before
+ENDED_S = 20.0
+JOURNALS = guest.WORK / "journals"
+BROKEN_S = 2  # what an administrator has set msg_timeout to
+
+
+@contextlib.contextmanager
+def verified_fio(node: str) -> Iterator[dict[str, float]]:
+    """Have fio write and verify meanwhile; nothing may fail. Gives what, at the end, says how long it waited."""
+    found: dict[str, float] = {}
+    with (guest.WORK / "fio.json").open("w+b") as said:
+        with subprocess.Popen([*FIO, f"--filename={node}"], stdout=said, stderr=said) as fio:
+            try:
+                wait_for_writes(100)
+                yield found
+                wait_for_writes(100)
+                assert fio.poll() is None, f"fio has ended: {(guest.WORK / 'fio.json').read_text()[-800:]}"
+                fio.send_signal(signal.SIGINT)
+                status = fio.wait(30)
+            finally:
+                fio.kill()
+    text = (guest.WORK / "fio.json").read_text()
+    assert status == INTERRUPTED, f"status {status}: {text[-800:]}"
+    job = json.loads(text[text.index("{") : text.rindex("}") + 1])["jobs"][0]
+    assert job["error"] == 0, text
+    assert job["read"]["total_ios"] > 100, f"fio has verified {job['read']['total_ios']} blocks"
+    found["longest_write_s"] = round(job["write"]["clat_ns"]["max"] / 1e9, 2)
+
+
+def wait_for_writes(count: int) -> None:
+    """Wait until vd0 has answered so many more."""
+    before = guest.counter("vd0", "write")
+    guest.wait_for("writes", lambda: guest.counter("vd0", "write") >= before + count, 60)
+
+
+@contextlib.contextmanager
+def journalled(name: str) -> Iterator[None]:
+    """Have processes read and write with journals of their own meanwhile; no request of theirs may fail."""
+    JOURNALS.mkdir(exist_ok=True)
+    with under_load(name, lambda: guest.node_of("vd0"), JOURNALS, processes=1, may_go=False):
+        yield
+
+
+def kill(*, group: bool) -> None:
+    """Kill the supervisor of vd0, or it and its workers at once, and wait until all have ended."""
+    server, *workers = guest.pids_of("vd0")
+    if group:
+        os.killpg(server, signal.SIGKILL)
+    else:
+        os.kill(server, signal.SIGKILL)
+    wait_for_end(server)
+    guest.wait_for("the workers to end", lambda: not any(map(guest.running, workers)), ENDED_S)
+
+
+def wait_for_end(server: int) -> int | None:
+    """Wait until a server has ended; returns its exit status if it was our child."""
+    guest.wait_for("the server to end", lambda: not guest.running(server), ENDED_S)
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])
+    except ChildProcessError:
+        return None
+
+
+def command(*words: str) -> str:
+    """Run a vdusefast command that must succeed, and return what it prints."""
+    done = guest.attempt_in_copy(*words)
+    assert done.returncode == 0, f"{words}: status {done.returncode}: {done.stderr}"
+    return done.stdout.strip()
+
+
+def delete() -> None:
+    """Remove vd0, and wait for its server if that is a child of ours."""
+    server = guest.pids_of("vd0")[0]
+    guest.delete("vd0")
+    wait_for_end(server)
+
+
+def dump(node: str, path: Path) -> None:
+    """Compare the first MiB of a disk and its store."""
+    disk = guest.sh("sh", "-c", f"dd if={node} bs=64k count=16 iflag=direct status=none | md5sum")
+    assert disk == guest.sh("sh", "-c", f"dd if={path} bs=64k count=16 status=none | md5sum")
+
+
+@check(limit_s=150)
+def killed_under_verified_load() -> dict[str, float]:
+    """All at once and the supervisor alone; gone on with by `recover`, and by adding the same device again."""
+    path = guest.image("recovery.img", 64 * MIB)
+    node = guest.fork_server("vd0", f"file:{path}", queues=2)
+    with journalled("killed"), verified_fio(node) as found:
+        for by_command in (True, False):
+            kill(group=by_command)
+            shown = guest.show("vd0")
+            assert (shown["state"], shown["node"]) == ("dead", node), shown
+            assert "vdusefast recover vd0" in str(shown["advice"]), shown
+            if by_command:
+                assert command("recover", "vd0") == node
+            else:
+                assert guest.fork_server("vd0", f"file:{path}", queues=2) == node
+            wait_for_writes(10)
+    assert guest.info("vd0")["failure"] == ""
+    delete()
+    assert not (guest.RUN_BASE / "vd0").exists()
+    return found
+
+
+@check(limit_s=150)
+def handed_over_under_verified_load() -> dict[str, float]:
+    """Signals leave the disk to the next server, and `restart` takes it over."""
+    path = guest.image("recovery.img", 64 * MIB)
+    node = guest.fork_server("vd0", f"file:{path}", queues=2)
+    with verified_fio(node) as found:
+        for number in (signal.SIGTERM, signal.SIGINT):  # the second one removes a disk that nobody uses
+            server = guest.pids_of("vd0")[0]
+            os.kill(server, number)
+            assert wait_for_end(server) == 0
+            assert guest.show("vd0")["state"] == "dead"
+            assert guest.fork_server("vd0", f"file:{path}", queues=2) == node
+        server = guest.pids_of("vd0")[0]
+        assert command("restart", "vd0") == node
+        assert wait_for_end(server) == 0
+    guest.refused("recover", "vd0", status=4, says=r"is being served by pid \d+ \(state running\)")
+    server = guest.pids_of("vd0")[0]
+    os.kill(server, signal.SIGINT)
+    wait_for_end(server)
+    guest.wait_for("the disk to go", lambda: not Path(node).exists(), 10)
+    return found
+
+
+@check(limit_s=120)
+def another_device_is_refused() -> list[str]:
+    """With nothing touched: the right one goes on with it afterwards."""
+    path = guest.image("recovery.img", 32 * MIB)
+    node = guest.fork_server("vd0", f"file:{path}")
+    guest.sh("dd", "if=/dev/urandom", f"of={node}", "bs=64k", "count=16", "oflag=direct")
+    kill(group=True)
+    said = []
+    for key, value in (("queues", 2), ("queue_size", 128), ("read_only", True), ("block_size_bytes", 4096)):
+        config = guest.write_config("vd0", f"file:{path}", **{key: value})
+        said.append(guest.refused("add", config, status=2, says=rf"^vdusefast: vd0: device\.{key}: "))
+    os.truncate(path, 16 * MIB)
+    said.append(guest.refused("recover", "vd0", status=2, says="size in sectors: .* 65536, and would now get 32768"))
+    os.truncate(path, 64 * MIB)  # the part that was cut off was never written to
+    assert guest.fork_server("vd0", f"file:{path}") == node
+    assert guest.info("vd0")["size_bytes"] == 32 * MIB
+    dump(node, path)
+    delete()
+    return said
+
+
+@check(limit_s=150)
+def dead_device_is_deleted() -> None:
+    """Its requests are finished first, or failed by force; whoever uses it is not robbed of it otherwise."""
+    path = guest.image("recovery.img", 32 * MIB)
+    node = guest.fork_server("vd0", f"file:{path}")
+    fd = os.open(node, os.O_RDWR | os.O_CLOEXEC)
+    kill(group=True)
+    try:
+        guest.refused("del", "vd0", status=4, says=rf"open by pid {os.getpid()}\b.*served again")
+        assert len(os.pread(fd, 4096, 0)) == 4096
+    finally:
+        os.close(fd)
+    kill(group=True)
+    words = ["dd", "if=/dev/urandom", f"of={node}", "bs=64k", "count=16", "oflag=direct"]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as dd:
+        time.sleep(0.5)
+        assert dd.poll() is None, "nobody serves it"
+        path.rename(guest.WORK / "away.img")
+        guest.refused("recover", "vd0", status=1, says="no such file")
+        guest.delete("vd0", "--force")
+        assert dd.wait(20) != 0
+    assert not Path(node).exists()
+    with guest.device("vd0", "memory:16M"):  # and the machine's vDPA bus works
+        pass
+
+
+def break_device(server: int) -> None:
+    """Stop the server of vd0, and have the kernel send it a message that it does not answer."""
+    (guest.VDUSE_CLASS / "vd0/msg_timeout").write_text(str(BROKEN_S))
+    os.kill(server, signal.SIGSTOP)
+    started_s = time.monotonic()
+    (guest.VDPA_DRIVERS / "virtio_vdpa/unbind").write_text("vd0")  # returns when the kernel has given up
+    took_s = time.monotonic() - started_s
+    assert took_s > BROKEN_S / 2, f"{took_s:.1f} s"
+
+
+@check(limit_s=150)
+def broken_device_is_made_anew() -> dict[str, object]:
+    """A supervisor that is stopped for too long: its server may live on or not."""
+    path = guest.image("recovery.img", 32 * MIB)
+    said = {}
+    for survives in (True, False):
+        node = guest.fork_server("vd0", f"file:{path}")
+        guest.sh("dd", "if=/dev/urandom", f"of={node}", "bs=64k", "count=16", "oflag=direct")
+        server = guest.pids_of("vd0")[0]
+        break_device(server)
+        if survives:
+            os.kill(server, signal.SIGCONT)
+            guest.wait_for("the server to notice", lambda: guest.info("vd0")["state"] == "broken", 10)
+            said["served"] = str(guest.info("vd0")["failure"])
+        else:
+            os.killpg(server, signal.SIGKILL)
+            wait_for_end(server)
+            assert guest.show("vd0")["state"] == "broken", guest.show("vd0")
+            said["dead"] = str(guest.show("vd0")["advice"])
+        node = command("recover", "vd0")
+        wait_for_end(server)
+        dump(node, path)
+        delete()
+    assert all("vdusefast recover vd0" in text for text in said.values()), said
+    return dict(said)

@@ -1,0 +1,47 @@
+"""The short form of the torture suite on a real disk: whatever dies, nothing that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import guest
+from checks import check
+
+from vdusefast.bench.torture import run_torture
+from vdusefast.bench.torture_plan import TortureOptions
+
+KILLS = {"worker": 12, "supervisor": 4, "group": 4, "stall": 2}
+
+
+def torture(engine: str, cache: str) -> dict[str, object]:
+    path = guest.image(f"torture-{engine}.img", guest.MIB)
+    report = Path(guest.WORK / f"torture-{engine}.json")
+    options = TortureOptions(
+        transport="kernel",
+        kills=KILLS,
+        seed=3,
+        queues=2,
+        engine=engine,
+        cache=cache,
+        backend=f"file:{path}",
+        give_up_s=60.0,
+        json=report,
+    )
+    status = run_torture(options)
+    found = json.loads(report.read_text())
+    assert status == 0, found
+    assert found["passed"], found
+    assert found["cycles"] == sum(KILLS.values()), found
+    assert found["store_blocks_compared"] > 0, found
+    return {row["what"]: row["pause_s"] for row in found["rows"]}
+
+
+@check(limit_s=240)
+def nothing_is_lost_by_the_sync_engine() -> dict[str, object]:
+    return torture("sync", "writeback")
+
+
+@check(limit_s=240)
+def nothing_is_lost_by_io_uring_and_o_direct() -> dict[str, object]:
+    return torture("uring", "none")
