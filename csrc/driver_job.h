@@ -161,6 +161,7 @@ static inline void vf_drv_job_start(struct vf_drv_job *job, uint64_t now_ns)
 	job->free_count = job->depth;
 	job->writes_until_fsync = job->fsync_every;
 	job->issued = job->check_cursor = 0;
+	job->fault_count = 0; /* the kept ones are of this run; the counters go on */
 	job->held = job->fsync_due = job->pair_due = job->issue_done = false;
 	if (!job->random)
 		job->random = vf_mix64(job->order.seed + 0x9e37u) | 1;

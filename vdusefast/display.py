@@ -171,6 +171,7 @@ def _queue_table(info: Json) -> str:
     rows: list[list[object]] = [list(heading)]
     for queue in info["queues"]:
         state = queue["state"] + (f": {queue['reason']}" if queue.get("reason") else "")
+        state += f", restarts {queue['restarts']}" if queue.get("restarts") else ""
         fixed = [queue["index"], *(_known(queue.get(key, -1)) for key in ("pid", "cpu", "irq_cpu", "size"))]
         rows.append([*fixed, queue.get("engine") or "-", state, *_counters(queue)])
     if len(info["queues"]) > 1 and "total" in info:

@@ -6,6 +6,7 @@ Offsets are plain integers, so that making the pages does not import NumPy; the 
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import struct
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vdusefast.errors import VdusefastError
+from vdusefast.errors import DeviceBusyError, VdusefastError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,8 @@ HEADER_BYTES = 4096
 PAGE_BYTES = 4096
 LINE_BYTES = 64
 NAME_MAX_BYTES = 63
+LAST_IO_S = 10.0  # for the storage I/O of workers that were killed
+LAST_IO_LOOK_S = 0.002
 
 HIST_SUB_BITS = 5
 HIST_SUB_COUNT = 1 << HIST_SUB_BITS
@@ -204,9 +207,16 @@ class SharedPages:
     def reopen(cls, path: str | os.PathLike[str], name: str, queue_count: int, queue_size: int) -> SharedPages:
         """Map the pages of a device whose server has ended, to go on with them.
 
-        Raises VdusefastError when they are another device's, of another geometry, truncated or not there.
+        Waits up to LAST_IO_S for storage I/O that its workers have begun: what the kernel still writes must not come
+        after what is written again. Raises DeviceBusyError when that does not end, VdusefastError for pages that are
+        another device's, of another geometry, truncated or not there.
         """
         pages = cls.open(path, writable=True)
+        try:
+            _wait_unlocked(pages.fd, name)
+        except BaseException:
+            pages.close()
+            raise
         found, wanted = (pages.name, pages.queue_count, pages.queue_size), (name, queue_count, queue_size)
         if found != wanted:
             pages.close()
@@ -290,6 +300,24 @@ class SharedPages:
         if not 0 <= queue < self.queue_count:
             raise IndexError(f"{self.name}: queue {queue} of {self.queue_count}")
         return queue_offset(queue, self.queue_size)
+
+
+def _wait_unlocked(fd: int, name: str) -> None:
+    """Wait until no worker, and no storage I/O of one, holds its lock on the pages `fd`. Raises DeviceBusyError."""
+    deadline = time.monotonic() + LAST_IO_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise DeviceBusyError(
+                    f"{name}: storage I/O of its last server's workers has not ended: its storage hangs; try again "
+                    "when that is back"
+                ) from None
+            time.sleep(LAST_IO_LOOK_S)
+        else:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            return
 
 
 def header_dtype() -> np.dtype[Any]:

@@ -101,12 +101,13 @@ class QueueStats(Counters):
         self.state = info.state
         self.reason = info.reason
         self.waiting_s = info.waiting_s
+        self.restarts = info.restarts
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
         worker = {"index": self.index, "pid": self.pid, "cpu": self.cpu, "engine": self.engine}
         stands = {"state": str(self.state), "reason": self.reason, "waiting_s": self.waiting_s}
-        return {**worker, **stands, **super().to_dict()}
+        return {**worker, **stands, "restarts": self.restarts, **super().to_dict()}
 
 
 class DeviceStats(Counters):

@@ -23,6 +23,7 @@ from vdusefast.queue_watch import LOOK_S, QueueWatch
 from vdusefast.transport import Transport, TransportError
 from vdusefast.transport.uapi import (
     VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK,
     GetVqState,
     Request,
     Response,
@@ -114,6 +115,7 @@ class Supervisor:
         self._status_lock = asyncio.Lock()
         self._message_fd = -1
         self._stopping = False
+        self._features_asked = False  # FEATURES_OK may have been asked for, and not been answered
         self._ended = asyncio.Event()
         self._refusal = ""  # why the driver and we could not agree, last time it tried
         self._refused = asyncio.Event()
@@ -253,7 +255,9 @@ class Supervisor:
         """Serve the queues of a device that was taken over, from where their logs say. Raises VdusefastError."""
         self.device.status = self.transport.driver_status()
         if not self.device.status & VIRTIO_CONFIG_S_DRIVER_OK:
-            return  # its driver has yet to come, or has sent a message that waits for us
+            # Its driver has yet to come, or has sent a message that waits for us: perhaps about these very features.
+            self._features_asked = bool(self.device.status)
+            return
         try:
             await self._driver_ok(recover=True)
         except StatusRefusedError as error:
@@ -433,6 +437,9 @@ class Supervisor:
     async def _set_status(self, status: int) -> bool:
         """Carry a new device status out. Returns whether to answer OK. Raises StatusRefusedError."""
         change = self.device.judge_status(status)
+        if change == StatusChange.NOTHING and self._features_asked and status & VIRTIO_CONFIG_S_FEATURES_OK:
+            change = StatusChange.FEATURES_OK  # asked of the supervisor before us, which has not answered
+        self._features_asked = False
         if change == StatusChange.RESET:
             # Whatever comes of it, the driver starts again from nothing.
             self.device.status = 0

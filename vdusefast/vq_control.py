@@ -184,10 +184,13 @@ class VqControl:
         async with self._lock:
             worker = self.worker
             if worker is not None and not await worker.kill(timeout_s=FAIL_REAP_S):
-                self._hanging.append(worker)
-                self._on_failure(
-                    WorkerError(f"{worker.title} waits in the kernel for its storage and cannot be killed")
-                )
+                why = f"{worker.title} waits in the kernel for its storage and cannot be killed"
+                if worker.reaped:  # what it has begun goes on by itself, on memory that the kernel keeps for it
+                    _log.warning("%s was killed; the kernel still waits for storage that it has asked", worker.title)
+                    worker.close()
+                else:
+                    self._hanging.append(worker)
+                    self._on_failure(WorkerError(why))
             self.worker = None
             self._spec = self._spec._replace(engine="fail", store_fd=-1, store="null")
             if self._served is None or not await self._revive():

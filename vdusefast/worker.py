@@ -8,6 +8,7 @@ imports and keeps is part of the start-up time and the memory of every queue, so
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import select
@@ -38,11 +39,19 @@ def _engine_order(spec: WorkerSpec) -> list[str]:
     return ["uring", "sync"] if spec.direct_align else ["sync"]
 
 
+def _lock_pages(shm_fd: int) -> int:
+    """Return a descriptor with a shared lock on the shared pages, of an open file of its own. Raises OSError."""
+    fd = os.open(f"/proc/self/fd/{shm_fd}", os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return fd
+
+
 def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
     """Open the engine asked for, or the best that this kernel allows. Returns its name. Raises VdusefastError."""
     order = _engine_order(spec)
-    # By these whoever goes on in our place sees that nothing of ours is under way any more.
-    hold_fds = [fd for fd in (spec.life_fd, spec.port_fd) if fd >= 0]
+    # By these whoever goes on in our place sees that nothing of ours is under way any more: our supervisor by the pipe,
+    # a later one by the lock (SharedPages.reopen).
+    hold_fds = [fd for fd in (spec.life_fd, _lock_pages(spec.shm_fd)) if fd >= 0]
     for name in order:
         try:
             queue.open_engine(

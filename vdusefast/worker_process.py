@@ -108,7 +108,7 @@ class WorkerProcess:
         self._exited = asyncio.Event()
         self._end_expected = False
         self._killed = False
-        self._reaped = False
+        self.reaped = False  # the process has ended; storage I/O that it began may go on
         self._end_reason = ""  # why we killed it
 
     @classmethod
@@ -148,7 +148,7 @@ class WorkerProcess:
     @property
     def hung(self) -> bool:
         """Whether the process has been killed or has ended, but the kernel still waits for its storage."""
-        return self.alive and (self._killed or self._reaped)
+        return self.alive and (self._killed or self.reaped)
 
     @property
     def title(self) -> str:
@@ -389,7 +389,7 @@ class WorkerProcess:
         """Reap the process, and wait for the I/O that it may have left in the kernel: io_uring's goes on."""
         if self._process is None or self._process.poll() is None:
             return
-        self._reaped = True
+        self.reaped = True
         self._loop.remove_reader(self._pid_fd)
         self._loop.add_reader(self._life_fd, self._on_exit)
 

@@ -17,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 from bench.vm import cache, machine
 from bench.vm.errors import GuestError, GuestTimeoutError
@@ -70,7 +72,7 @@ def _run_once(config: GuestConfig, command: Sequence[str], stdout: Sink | None, 
         inherited = [initrd, *(pipe.writer for pipe in pipes)]
         words = machine.command_line(config, kernel.image, initrd, [out.writer, err.writer, status.writer], log.writer)
         if config.disk:
-            disk = stack.enter_context(tempfile.TemporaryFile())
+            disk = stack.enter_context(_disk_file(config.disk_image))
             disk.truncate(size_bytes(config.disk))
             inherited.append(disk.fileno())
             words += machine.disk_words(disk.fileno())
@@ -105,6 +107,11 @@ def size_bytes(text: str) -> int:
     if not (match := re.fullmatch(r"(\d+)([KMGT]?)", text.upper())):
         raise GuestError(f"{text} is no size; write 512M or 1G")
     return int(match[1]) * UNITS.get(match[2], 1)
+
+
+def _disk_file(image: Path | None) -> IO[bytes]:
+    """Return the file that holds the guest's disk: a temporary one without `image`."""
+    return tempfile.TemporaryFile() if image is None else image.open("a+b")
 
 
 class _Pipe:

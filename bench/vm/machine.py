@@ -38,6 +38,7 @@ class GuestConfig:
     memory: str = "3G"
     timeout_s: float = 120.0  # for all of it, from the start of qemu; fetching a kernel does not count
     disk: str = ""  # size of an empty virtio-blk disk, /dev/vda
+    disk_image: Path | None = None  # a file to hold that disk, which stays; made if need be
     icount: bool = False  # time is a count of instructions
     accel: str = "tcg"  # or "kvm"
     kernel_arguments: tuple[str, ...] = ()

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 from suite import torture
 
+from vdusefast.bench.torture_plan import parse_kills
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 MIXES = {
-    "sync": (["--engine", "sync"], {"worker": 40, "supervisor": 6, "group": 6, "stall": 3}),
-    "uring": (["--engine", "uring"], {"worker": 24, "supervisor": 4, "group": 4, "stall": 1}),
-    "uring, O_DIRECT": (["--engine", "uring", "--cache", "none"], {"worker": 24, "supervisor": 4, "group": 4}),
-    "sync, O_DIRECT": (["--engine", "sync", "--cache", "none"], {"worker": 12, "supervisor": 2, "group": 2}),
-    "memory": (["--engine", "memory", "--backend", "memory:8M"], {"worker": 24, "stall": 1}),
+    "sync": (["--engine", "sync"], "worker=40,supervisor=6,group=6,stall=3,restart=3,resize=3,fail=3"),
+    "uring": (["--engine", "uring"], "worker=24,supervisor=4,group=4,stall=1"),
+    "uring, O_DIRECT": (["--engine", "uring", "--cache", "none"], "worker=24,supervisor=4,group=4,restart=2,fail=2"),
+    "sync, O_DIRECT": (["--engine", "sync", "--cache", "none"], "worker=12,supervisor=2,group=2"),
+    "memory": (["--engine", "memory", "--backend", "memory:8M"], "worker=24,stall=1"),
 }
 
 
@@ -28,7 +30,8 @@ def io_uring_is_allowed() -> bool:
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_nothing_is_lost_whatever_dies(mix: str, tmp_path: Path) -> None:
-    words, kills = MIXES[mix]
+    words, mixed = MIXES[mix]
+    kills = parse_kills(mixed)
     if "uring" in mix and not io_uring_is_allowed():
         pytest.skip("io_uring is not allowed here")
     if "--backend" not in words:
@@ -36,14 +39,13 @@ def test_nothing_is_lost_whatever_dies(mix: str, tmp_path: Path) -> None:
         store.touch()
         os.truncate(store, 8 << 20)
         words = [*words, "--backend", f"file:{store}"]
-    text = ",".join(f"{kind}={count}" for kind, count in kills.items())
-    result = torture(tmp_path, *words, "--kills", text, "--seed", "1")
+    result = torture(tmp_path, *words, "--kills", mixed, "--seed", "1")
     assert result.status == 0, result.text
     report = result.report
     assert report["passed"]
     assert (report["lost"], report["leaks"], report["failures"]) == ([], [], [])
     assert sum(row["times"] for row in report["rows"]) == report["cycles"] == sum(kills.values())
-    assert report["starts"] >= 1 + kills.get("supervisor", 0) + kills.get("group", 0)
+    assert report["starts"] >= 1 + sum(kills.get(kind, 0) for kind in ("supervisor", "group", "restart"))
     assert report["counts"]["verified"] > report["cycles"]
     assert (report["store_blocks_compared"] > 0) == ("--backend" not in MIXES[mix][0])
 

@@ -19,10 +19,20 @@ from vdusefast.bench.torture import run_torture
 from vdusefast.bench.torture_kernel import DiskLoad
 from vdusefast.bench.torture_leaks import Leaks
 from vdusefast.bench.torture_load import DriverLoad, Lost, compare_block
-from vdusefast.bench.torture_plan import KINDS, STALL_MAX_S, STALL_MIN_S, Blow, TortureOptions, blows, parse_kills
+from vdusefast.bench.torture_plan import (
+    KILLS,
+    KINDS,
+    STALL_MAX_S,
+    STALL_MIN_S,
+    Blow,
+    TortureOptions,
+    blows,
+    parse_kills,
+)
 from vdusefast.bench.torture_report import Findings, as_json, as_text, percentile
 from vdusefast.bench.torture_server import LoopbackServer, ServerError, TorturedServer
 from vdusefast.config import make_config
+from vdusefast.driver import LoopbackDriver
 from vdusefast.errors import ConfigError
 from vdusefast.transport.loopback_remote import LoopbackHost
 
@@ -59,7 +69,7 @@ def test_kills_that_make_no_sense_are_refused(text: str, says: str) -> None:
         (["--size", "4K"], "at least"),
         (["--duration", "0"], "more than 0"),
         (["--give-up", "soon"], "--give-up: 'soon' is not a time"),
-        (["--backend", "memory:8M"], "leave out group and supervisor"),
+        (["--backend", "memory:8M"], "leave out group and restart and supervisor"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(words: list[str], says: str) -> None:
@@ -78,7 +88,7 @@ def test_area_is_what_was_asked_for_or_what_there_is() -> None:
 
 
 def test_blows_are_those_asked_for_in_an_order_that_the_seed_decides() -> None:
-    kills = {"worker": 50, "supervisor": 20, "group": 10, "stall": 30}
+    kills = {"worker": 50, "supervisor": 50, "group": 50, "stall": 30, "restart": 5, "resize": 5, "fail": 5}
 
     def made(seed: int) -> list[Blow]:
         return list(blows(kills, random.Random(seed), 3, 0.1, for_ever=False))
@@ -94,7 +104,7 @@ def test_blows_are_those_asked_for_in_an_order_that_the_seed_decides() -> None:
     assert {blow.title for blow in stalls} == {"stall of a worker", "stall of the supervisor"}
     again = [blow for blow in first if blow.again_s >= 0]
     assert 0 < len(again) < len(first) / 3
-    assert {blow.title for blow in again} <= {f"{kind}, again while it recovers" for kind in KINDS}
+    assert {blow.title for blow in again} == {f"{kind}, again while it recovers" for kind in KILLS}
 
 
 def test_blows_go_on_for_ever_when_there_is_time() -> None:
@@ -174,14 +184,41 @@ def test_blocks_that_go_back_in_time_are_found_on_both_sides(load: DriverLoad, s
     assert load.new_faults() == []
 
 
+def test_errors_are_found_unless_the_store_was_made_to_fail(store: Path, tmp_path: Path) -> None:
+    with LoopbackHost(tmp_path / "bus") as host:
+        config = make_config(name="t3", uri=f"file:{store}", queues=1, queue_size=64)
+        with LoopbackServer(config, host.path, tmp_path, msg_timeout_s=90) as server:
+            server.start(recover=False)
+            server.wait_ready()
+            load = DriverLoad(
+                LoopbackDriver(host.bus),
+                area_bytes=MIB,
+                block_bytes=4096,
+                depth=8,
+                run_s=0.1,
+                seed=1,
+                overlap=True,
+                give_up_s=10,
+            )
+            for expected in (False, True):
+                cycle = load.begin()
+                server.fail_store(0.05)
+                assert cycle.finish() == []
+                found = load.new_faults(errors_expected=expected)
+                assert {one.what for one in found} == (set() if expected else {"status", "more"})
+                assert load.check_store(store)[1] == []
+            load.begin().finish()
+            assert load.new_faults() == []  # writes succeed again
+            load.close()
+            server.stop()
+
+
 def test_a_device_that_does_not_answer_is_found(store: Path, tmp_path: Path) -> None:
     with LoopbackHost(tmp_path / "bus") as host:
         config = make_config(name="t1", uri=f"file:{store}", queues=1, queue_size=64)
         with LoopbackServer(config, host.path, tmp_path, msg_timeout_s=90) as server:
             server.start(recover=False)
             server.wait_ready()
-            from vdusefast.driver import LoopbackDriver
-
             load = DriverLoad(
                 LoopbackDriver(host.bus),
                 area_bytes=MIB,
@@ -316,7 +353,7 @@ def test_exit_status_is_1_when_a_server_does_not_come_back(
     def stay_away(self: TorturedServer, again_s: float, *, with_workers: bool) -> None:
         raise ServerError("it stays away")
 
-    monkeypatch.setattr(TorturedServer, "restart", stay_away)
+    monkeypatch.setattr(TorturedServer, "start_again", stay_away)
     report = tmp_path / "report.json"
     options = TortureOptions(transport="loopback", kills={"supervisor": 3}, size_bytes=MIB, json=report, give_up_s=5)
     assert run_torture(options) == 1

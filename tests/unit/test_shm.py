@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import stat
 import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -397,3 +400,23 @@ def test_a_log_that_begins_is_one_queues_empty_and_notes_where_it_stands() -> No
         pages.void_log(1)
         state = np.frombuffer(pages.map, shm.inflight_header_dtype(), 1, at)[0]["state"]
         assert state == shm.LogState.VOID
+
+
+def test_pages_are_taken_over_once_the_last_storage_io_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "pages"
+    SharedPages.create(path, "a", 1, 16).close()
+    monkeypatch.setattr(shm, "LAST_IO_S", 0.05)
+    worker_fd = os.open(path, os.O_RDONLY)
+    fcntl.flock(worker_fd, fcntl.LOCK_SH)
+    with pytest.raises(DeviceBusyError, match="a: storage I/O of its last server's workers has not ended"):
+        SharedPages.reopen(path, "a", 1, 16)
+    monkeypatch.setattr(shm, "LAST_IO_S", 10.0)
+    threading.Timer(0.1, os.close, [worker_fd]).start()
+    began = time.monotonic()
+    with SharedPages.reopen(path, "a", 1, 16) as pages:
+        assert 0.05 < time.monotonic() - began < 5
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the next workers can lock them
+        assert pages.name == "a"

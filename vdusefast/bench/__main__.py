@@ -82,7 +82,7 @@ def peers(**options: Any) -> None:
 
 @main.command(short_help="kill what serves a device, and look whether anything is lost")
 @click.option("--transport", type=click.Choice(["auto", "loopback", "kernel"]), default="auto", help="Of the device.")
-@click.option("--kills", metavar="LIST", help="worker=N,supervisor=N,group=N,stall=N. Default: 100, 20, 10 and 5.")
+@click.option("--kills", metavar="LIST", help="How often what is done: see above.")
 @click.option("--seed", type=click.IntRange(0, 2**63), default=0, help="Of every random choice. Default: 0.")
 @click.option("--queues", type=click.IntRange(1, 64), default=2, help="Of the device. Default: 2.")
 @click.option("--engine", metavar="NAME", default="auto", help="auto, sync, uring or memory.")
@@ -100,6 +100,16 @@ def peers(**options: Any) -> None:
 @click.option("--keep-going", is_flag=True, help="Go on after a loss.")
 def torture(**options: Any) -> None:
     """Kill workers, supervisors and all of them at random moments while a device is written to; stop some for a while.
+
+    \b
+    --kills worker=N      kill a worker
+            supervisor=N  kill the supervisor
+            group=N       kill all of them at once
+            stall=N       stop a worker or the supervisor for 0.1 to 2 s
+            restart=N     have the server hand the device over to a new one
+            resize=N      make the device larger and smaller again
+            fail=N        have the store refuse all writes for 10 to 100 ms
+    The default is worker=100,supervisor=20,group=10,stall=5,restart=5.
 
     Every write that was acknowledged is read back after each cycle, and compared with the store at the end.
     The exit status is 1 when anything was lost, answered with an error, or left behind.

@@ -20,7 +20,7 @@ from vdusefast.bench.fio import choose_transport
 from vdusefast.bench.store import BenchStore
 from vdusefast.bench.torture_leaks import Leaks
 from vdusefast.bench.torture_load import DriverLoad
-from vdusefast.bench.torture_plan import SIZE_BYTES, TortureOptions
+from vdusefast.bench.torture_plan import ENDS_SERVER, NEEDS_FILE, SIZE_BYTES, TortureOptions
 from vdusefast.bench.torture_report import Findings, as_json, as_text
 from vdusefast.bench.torture_scene import Scene
 from vdusefast.bench.torture_server import LoopbackServer
@@ -73,10 +73,10 @@ def _choose_transport(wanted: str) -> tuple[str, str]:
 def _open_store(options: TortureOptions, transport: str, opened: ExitStack) -> str:
     """Make the store, if it is not there. Returns its URI. Raises ConfigError."""
     if options.backend is not None and options.backend.startswith("memory:"):
-        others = sorted({kind for kind, count in options.kills.items() if count} - {"worker", "stall"})
+        others = sorted({kind for kind, count in options.kills.items() if count} & {*ENDS_SERVER, *NEEDS_FILE})
         if others or transport == "kernel":
             wrong = " and ".join(others) or "--transport kernel"
-            raise ConfigError(f"--backend {options.backend}: it ends with its server: leave out {wrong}")
+            raise ConfigError(f"--backend {options.backend} is memory, which ends with its server: leave out {wrong}")
         return options.backend
     exists = options.backend is not None and Path(options.backend.removeprefix("file:")).exists()
     size_bytes = options.size_bytes or (0 if exists else SIZE_BYTES)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from vdusefast import _driver, run_dir
 from vdusefast.bench import block_node
-from vdusefast.bench.torture_load import Lost, compare_block
+from vdusefast.bench.torture_load import ERRORS, Lost, compare_block
 from vdusefast.bench.torture_plan import TortureOptions
 from vdusefast.bench.torture_report import Findings
 from vdusefast.bench.torture_scene import Scene
@@ -38,6 +38,7 @@ FSYNC_EVERY = 16  # requests of one thread
 THREADS_A_QUEUE = 2
 CHECK_BLOCKS = 32  # read at once when everything is read back
 STOP_TIMEOUT_S = 60.0
+LOST_KEPT_MAX = 100  # of one writer in one cycle
 START_LOOK_S = 0.005
 
 
@@ -98,7 +99,30 @@ class KernelServer(TorturedServer):
     def wait_ready(self) -> None:
         """Do nothing: `start` has waited."""
 
-    def restart(self, again_s: float, *, with_workers: bool) -> None:
+    def resize(self, size_bytes: int) -> None:
+        """Ask it to, as `vdusefast resize` does."""
+        from vdusefast.rpc_client import RpcClient
+
+        try:
+            with RpcClient(self._path) as client:
+                client.call("resize", {"size_bytes": size_bytes, "force": True})
+        except VdusefastError as error:
+            raise ServerError(str(error)) from error
+
+    def hand_over(self) -> None:
+        """Start the next one, which asks it to, as `vdusefast restart` does."""
+        from vdusefast import background
+
+        self.start_count += 1
+        limit_s = self._config.device.attach_timeout_s + background.START_MARGIN_S
+        try:
+            info = background.start(self._config, limit_s, mode=background.Mode.TAKE_OVER)
+        except VdusefastError as error:
+            raise ServerError(str(error)) from error
+        self.reap()
+        self._pid, self.node = int(info["pid"]), str(info["node"])
+
+    def start_again(self, again_s: float, *, with_workers: bool) -> None:
         """Start the next server; when that one is to be killed, too, do it from a thread while it is waited for."""
         if again_s < 0:
             self.start(recover=True)
@@ -236,9 +260,11 @@ class DiskLoad:
         """Return the longest wait of any writer; nobody knows which queue it waited for."""
         return max(writer.gap_s for writer in self._writers), None
 
-    def new_faults(self) -> list[Lost]:
-        """Return what the writers have found wrong since the last call."""
+    def new_faults(self, *, errors_expected: bool = False) -> list[Lost]:
+        """Return what the writers have found wrong in the last cycle. errors_expected: errors of the disk are not."""
         lost = [one for writer in self._writers for one in writer.lost]
+        if errors_expected:
+            lost = [one for one in lost if one.what not in ERRORS]
         for writer in self._writers:
             writer.lost = []
         return lost
@@ -319,11 +345,18 @@ class _Writer:
         """Write and read until that moment and that event, then read everything back."""
         try:
             while time.monotonic() < until or not struck.is_set():
-                self._one()
+                try:
+                    self._one()
+                except OSError as error:
+                    self._note(error)
             self._flush()
             for first in range(0, len(self.journal), CHECK_BLOCKS):
                 self._read(first, min(CHECK_BLOCKS, len(self.journal) - first))
         except OSError as error:
+            self._note(error)
+
+    def _note(self, error: OSError) -> None:
+        if len(self.lost) < LOST_KEPT_MAX:
             self.lost.append(Lost("status", "driver", text=f"the disk has said {error.strerror}"))
 
     def _one(self) -> None:
@@ -336,6 +369,7 @@ class _Writer:
         at = self.offset + place * self.block_bytes
         with memoryview(self._buffer) as whole, whole[: self.block_bytes] as block:
             _driver.fill_block(block, at, self._generation, self.seed)
+            self.journal[place] = 0  # should it fail, nobody knows
             with self._timed():
                 done = os.pwritev(self._fd, [block], at)
         if done != self.block_bytes:

@@ -19,6 +19,7 @@ from vdusefast.driver import LoopbackDriver
 
 READ_SHARE = 0.3
 FSYNC_EVERY = 64
+ERRORS = ("status", "used_len")  # answers that are errors, as apart from data that are wrong
 
 _BLOCK_HEADER = struct.Struct("<QQIIII")  # magic, offset, generation, seed, length, checksum
 
@@ -65,7 +66,7 @@ class DriverLoad:
         """
         self._driver = driver
         self._give_up_s = give_up_s
-        self._seen: list[int] = [0] * driver.queue_count
+        self._seen = [(0, 0)] * driver.queue_count
         self._block_bytes = block_bytes
         self._seed = int.from_bytes(os.urandom(4), "little") | 1  # what an earlier run has left never passes for ours
         slice_bytes = area_bytes // driver.queue_count // block_bytes * block_bytes
@@ -121,21 +122,23 @@ class DriverLoad:
             return max(gaps), None
         return gaps.pop(queue), max(gaps, default=None)
 
-    def new_faults(self) -> list[Lost]:
-        """Return what the driver has found wrong since the last call."""
+    def new_faults(self, *, errors_expected: bool = False) -> list[Lost]:
+        """Return what the driver has found wrong in the last cycle; but for errors, where these are expected."""
         lost = []
         for queue, job in enumerate(self._jobs):
             results = job.results()
-            count = results["request_errors"] + results["verify_errors"]
-            kept = results["faults"][self._seen[queue] :]
-            lost += [
+            now = results["request_errors"], results["verify_errors"]
+            errors, wrong = (new - old for new, old in zip(now, self._seen[queue], strict=True))
+            self._seen[queue] = now
+            count = wrong if errors_expected else errors + wrong
+            kept = [
                 Lost(fault["kind"], "driver", fault["offset_bytes"], fault["expected"], fault["found"], fault["op"])
-                for fault in kept
+                for fault in results["faults"]
+                if count and not (errors_expected and fault["kind"] in ERRORS)
             ]
-            uncounted = count - self._seen[queue] - len(kept)
-            if uncounted > 0:
-                lost.append(Lost("more", "driver", text=f"queue {queue}: {uncounted} more of that kind"))
-            self._seen[queue] = count
+            lost += kept
+            if count > len(kept):
+                lost.append(Lost("more", "driver", text=f"queue {queue}: {count - len(kept)} more"))
         return lost
 
     def counts(self) -> dict[str, int]:

@@ -9,12 +9,17 @@ from pathlib import Path
 
 from vdusefast.errors import ConfigError
 
-KINDS = ("worker", "supervisor", "group", "stall")
-DEFAULT_KILLS = {"worker": 100, "supervisor": 20, "group": 10, "stall": 5}
+KINDS = ("worker", "supervisor", "group", "stall", "restart", "resize", "fail")
+DEFAULT_KILLS = {"worker": 100, "supervisor": 20, "group": 10, "stall": 5, "restart": 5}
+KILLS = ("worker", "supervisor", "group")
+ENDS_SERVER = ("supervisor", "group", "restart")
+NEEDS_FILE = ("resize", "fail")
 AGAIN_SHARE = 0.125  # of the kills: a second one follows, while what the first has done is still being put right
 SIZE_BYTES = 8 << 20
 STALL_MIN_S = 0.1
 STALL_MAX_S = 2.0
+FAIL_MIN_S = 0.01
+FAIL_MAX_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Blow:
     delay_s: float  # after the load has begun
     queue: int  # whose worker it meets, where it meets one
     again_s: float = -1.0  # a second one, so long after the first; negative = none
-    stall_s: float = 0.0  # how long a stopped process stays so
+    stall_s: float = 0.0  # how long a stopped process stays so, or a store that fails does
     of_supervisor: bool = False  # a stall: of the supervisor rather than of a worker
 
     @property
@@ -33,6 +38,10 @@ class Blow:
         """The row of the report that this counts for."""
         if self.kind == "stall":
             return "stall of the supervisor" if self.of_supervisor else "stall of a worker"
+        if self.kind == "restart":
+            return "restart (hand-over)"
+        if self.kind == "fail":
+            return "the store fails for a while"
         return f"{self.kind}, again while it recovers" if self.again_s >= 0 else self.kind
 
 
@@ -103,7 +112,9 @@ def _blow(kind: str, numbers: random.Random, queues: int, run_s: float) -> Blow:
             stall_s=numbers.uniform(STALL_MIN_S, STALL_MAX_S),
             of_supervisor=numbers.random() < 0.5,
         )
+    if kind == "fail":
+        return Blow(kind, delay_s, queue, stall_s=numbers.uniform(FAIL_MIN_S, FAIL_MAX_S))
     again_s = -1.0
-    if numbers.random() < AGAIN_SHARE:
+    if kind in KILLS and numbers.random() < AGAIN_SHARE:
         again_s = numbers.uniform(0, 0.06 if kind == "worker" else 0.5)
     return Blow(kind, delay_s, queue, again_s)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vdusefast.bench.figures import host
 from vdusefast.bench.report import count_text
-from vdusefast.bench.torture_load import Lost
+from vdusefast.bench.torture_load import ERRORS, Lost
 
 Json = dict[str, Any]
 LOST_SHOWN_MAX = 20
@@ -61,7 +61,7 @@ class Findings:
         """Note what was lost, and after which blow. Answers that are errors are told apart from data that is wrong."""
         self.lost += lost
         if row is not None:
-            errors = sum(one.what in ("status", "used_len") for one in lost)
+            errors = sum(one.what in ERRORS for one in lost)
             row.errors += errors
             row.lost += len(lost) - errors
 
@@ -122,7 +122,7 @@ def as_text(findings: Findings) -> str:
     lines += [f"LEFT {leak}" for leak in findings.leaks]
     lines += [f"FAILED {failure}" for failure in findings.failures]
     if not findings.failed:
-        lines.append("nothing was lost, no error was seen, and nothing was left behind")
+        lines.append("nothing was lost, nothing failed that should not have, and nothing was left behind")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from vdusefast.signals import StopSignals
 LEAKS_EVERY = 25  # cycles between two looks at descriptors and processes
 STORE_EVERY = 50  # cycles between two looks into the store
 PROGRESS_EVERY_S = 5.0
+RESIZE_BYTES = 1 << 20  # a device grows by so much, and shrinks again; the load stays below
 
 
 class Running(Protocol):
@@ -46,8 +47,8 @@ class Load(Protocol):
     def gaps_s(self, queue: int | None) -> tuple[float, float | None]:
         """Return the longest wait since `forget_gaps`: of `queue`, if that can be told apart, and of the others."""
 
-    def new_faults(self) -> list[Lost]:
-        """Return what has been found wrong since the last call."""
+    def new_faults(self, *, errors_expected: bool = False) -> list[Lost]:
+        """Return what has been found wrong in the last cycle. errors_expected: answers that are errors are not."""
 
     def check_store(self, path: Path) -> tuple[int, list[Lost]]:
         """Compare what is known with the file behind the device. Returns how many blocks were, and what is wrong."""
@@ -121,7 +122,7 @@ class Scene:
         if lost:
             findings.add_lost([*lost, *self._load.new_faults()], row)
             raise ServerError(f"the device does not serve any more: {self._server.last_words()}")
-        lost = self._load.new_faults()
+        lost = self._load.new_faults(errors_expected=blow.kind == "fail")
         if findings.cycles % STORE_EVERY == 0:
             lost += self._check_store(findings)
         findings.add_lost(lost, row)
@@ -148,10 +149,19 @@ class Scene:
             if blow.again_s >= 0:
                 time.sleep(blow.again_s)
                 server.kill_worker(blow.queue, not_pid=pid)
+        elif blow.kind == "fail":
+            server.fail_store(blow.stall_s)
+        elif blow.kind == "restart":
+            server.hand_over()
+        elif blow.kind == "resize":
+            assert self._store is not None
+            size_bytes = self._store.stat().st_size
+            server.resize(size_bytes + RESIZE_BYTES)
+            server.resize(size_bytes)
         else:
             everything = blow.kind == "group"
             server.kill(with_workers=everything, workers_first=self._numbers.random() < 0.5)
-            server.restart(blow.again_s, with_workers=everything)
+            server.start_again(blow.again_s, with_workers=everything)
 
     def _check_store(self, findings: Findings) -> list[Lost]:
         if self._store is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -15,12 +16,16 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import msgspec
 
 from vdusefast.config import Config
 from vdusefast.errors import VdusefastError
+
+if TYPE_CHECKING:
+    from vdusefast.api import Device
+    from vdusefast.signals import StopSignals
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 60.0
@@ -28,6 +33,7 @@ WORKER_TIMEOUT_S = 10.0
 LOOK_S = 0.001
 READY = b"ready\n"
 LOG_TAIL_LINES = 5
+COMMAND_MAX_BYTES = 100
 
 
 class ServerError(VdusefastError):
@@ -77,7 +83,15 @@ class TorturedServer(ABC):
     def last_words(self) -> str:
         """Return the end of its log, in one line."""
 
-    def restart(self, again_s: float, *, with_workers: bool) -> None:
+    @abstractmethod
+    def resize(self, size_bytes: int) -> None:
+        """Have it give the device another size. Raises ServerError when it does not."""
+
+    @abstractmethod
+    def hand_over(self) -> None:
+        """Have it end and leave the device to the next server, which serves when this returns. Raises ServerError."""
+
+    def start_again(self, again_s: float, *, with_workers: bool) -> None:
         """Start the next server after a kill; unless `again_s` is negative, kill that one, too, so long afterwards.
 
         Raises ServerError when the last one does not serve.
@@ -113,6 +127,19 @@ class TorturedServer(ABC):
             time.sleep(for_s)
         finally:
             os.kill(pid, signal.SIGCONT)
+
+    def fail_store(self, for_s: float) -> None:
+        """Have every write of every worker to its file fail (EFBIG, by RLIMIT_FSIZE) for a while."""
+        before: dict[int, tuple[int, int]] = {}
+        try:
+            for pid in filter(None, self.worker_pids()):
+                soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+                before[pid] = (soft, hard)
+            time.sleep(for_s)
+        finally:
+            for pid, limits in before.items():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
     def wait_worker(self, queue: int, not_pid: int = 0, timeout_s: float = WORKER_TIMEOUT_S) -> int:
         """Return the pid of the worker of `queue`, once there is one other than `not_pid`. Raises ServerError."""
@@ -181,17 +208,23 @@ class LoopbackServer(TorturedServer):
         if self._process.stdout.readline() != READY:
             raise ServerError(f"the server has ended instead of serving: {self.last_words()}")
 
+    def resize(self, size_bytes: int) -> None:
+        """Ask it to, by a line on its standard input."""
+        self._tell(f"resize {size_bytes}")
+        self.wait_ready()
+
+    def hand_over(self) -> None:
+        """Ask it to, and start the next one."""
+        self._tell("hand over")
+        self._wait_end()
+        self.start(recover=True)
+        self.wait_ready()
+
     def stop(self) -> None:
         """Ask it to end by SIGTERM."""
         assert self._process is not None
         self._process.terminate()
-        try:
-            status = self._process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise ServerError(f"the server did not end in {END_TIMEOUT_S:g} s: {self.last_words()}") from None
-        self._release()
-        if status != 0:
-            raise ServerError(f"the server has ended with status {status}: {self.last_words()}")
+        self._wait_end()
 
     def close(self) -> None:
         """Kill it."""
@@ -209,6 +242,24 @@ class LoopbackServer(TorturedServer):
         """Return the end of what it has written to standard error."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return "; ".join(lines[-LOG_TAIL_LINES:]) or "it has said nothing"
+
+    def _tell(self, line: str) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            os.write(self._process.stdin.fileno(), line.encode() + b"\n")
+        except BrokenPipeError:
+            raise ServerError(f"the server has ended by itself: {self.last_words()}") from None
+
+    def _wait_end(self) -> None:
+        assert self._process is not None
+        try:
+            status = self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise ServerError(f"the server did not end in {END_TIMEOUT_S:g} s: {self.last_words()}") from None
+        self._release()
+        if status != 0:
+            raise ServerError(f"the server has ended with status {status}: {self.last_words()}")
 
     def _release(self) -> None:
         if self._process is not None:
@@ -247,10 +298,24 @@ def main(words: list[str]) -> int:
         try:
             device = Device(config, run_dir=run_dir, transport=transport)
             device.start(recover=how == "recover")
-            print(READY.decode(), end="", flush=True)
-            select.select([signals, sys.stdin], [], [])
-            device.stop()
+            _obey(device, signals)
         except VdusefastError as error:
             logging.error("%s", error)
             return error.exit_code
     return 0
+
+
+def _obey(device: Device, signals: StopSignals) -> None:
+    """Serve until a signal or the end of standard input, and do what the lines on it say."""
+    while True:
+        os.write(1, READY)
+        select.select([signals.fileno(), 0], [], [])
+        match b"" if signals.requested else os.read(0, COMMAND_MAX_BYTES).split():
+            case [b"resize", size_bytes]:
+                device.resize(int(size_bytes), force=True)
+            case [b"hand", b"over"]:
+                device.hand_over()
+                return
+            case _:
+                device.stop()
+                return

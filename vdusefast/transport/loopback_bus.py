@@ -507,7 +507,7 @@ class LoopbackBus:
                     return
             except BlockingIOError:
                 return
-            except ConnectionResetError:
+            except ConnectionError:
                 pass  # it died without having read our last answer
             except OSError as error:
                 _log.warning("device %s: a worker's port failed: %s", self.name, error.strerror)

@@ -2,73 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import guest
 from checks import check
-from disk_load import under_load
 from guest import MIB
+from verified_fio import verified_fio, wait_for_writes
 
-FIO = [
-    "fio",
-    "--name=verified",
-    "--thread",
-    "--ioengine=libaio",
-    "--direct=1",
-    "--rw=randwrite",
-    "--bs=4k",
-    "--size=8M",
-]
-FIO += ["--iodepth=16", "--offset=32M", "--time_based", "--runtime=600", "--rate_iops=300", "--output-format=json"]
-FIO += ["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64"]  # reads back as it goes
-INTERRUPTED = 128  # fio's status then, whatever it has found before
 ENDED_S = 20.0
-JOURNALS = guest.WORK / "journals"
 BROKEN_S = 2  # what an administrator has set msg_timeout to
-
-
-@contextlib.contextmanager
-def verified_fio(node: str) -> Iterator[dict[str, float]]:
-    """Have fio write and verify meanwhile; nothing may fail. Gives what, at the end, says how long it waited."""
-    found: dict[str, float] = {}
-    with (guest.WORK / "fio.json").open("w+b") as said:
-        with subprocess.Popen([*FIO, f"--filename={node}"], stdout=said, stderr=said) as fio:
-            try:
-                wait_for_writes(100)
-                yield found
-                wait_for_writes(100)
-                assert fio.poll() is None, f"fio has ended: {(guest.WORK / 'fio.json').read_text()[-800:]}"
-                fio.send_signal(signal.SIGINT)
-                status = fio.wait(30)
-            finally:
-                fio.kill()
-    text = (guest.WORK / "fio.json").read_text()
-    assert status == INTERRUPTED, f"status {status}: {text[-800:]}"
-    job = json.loads(text[text.index("{") : text.rindex("}") + 1])["jobs"][0]
-    assert job["error"] == 0, text
-    assert job["read"]["total_ios"] > 100, f"fio has verified {job['read']['total_ios']} blocks"
-    found["longest_write_s"] = round(job["write"]["clat_ns"]["max"] / 1e9, 2)
-
-
-def wait_for_writes(count: int) -> None:
-    """Wait until vd0 has answered so many more."""
-    before = guest.counter("vd0", "write")
-    guest.wait_for("writes", lambda: guest.counter("vd0", "write") >= before + count, 60)
-
-
-@contextlib.contextmanager
-def journalled(name: str) -> Iterator[None]:
-    """Have processes read and write with journals of their own meanwhile; no request of theirs may fail."""
-    JOURNALS.mkdir(exist_ok=True)
-    with under_load(name, lambda: guest.node_of("vd0"), JOURNALS, processes=1, may_go=False):
-        yield
 
 
 def kill(*, group: bool) -> None:
@@ -116,7 +62,7 @@ def killed_under_verified_load() -> dict[str, float]:
     """All at once and the supervisor alone; gone on with by `recover`, and by adding the same device again."""
     path = guest.image("recovery.img", 64 * MIB)
     node = guest.fork_server("vd0", f"file:{path}", queues=2)
-    with journalled("killed"), verified_fio(node) as found:
+    with verified_fio(node) as found:
         for by_command in (True, False):
             kill(group=by_command)
             shown = guest.show("vd0")
@@ -135,25 +81,37 @@ def killed_under_verified_load() -> dict[str, float]:
 
 @check(limit_s=150)
 def handed_over_under_verified_load() -> dict[str, float]:
-    """Signals leave the disk to the next server, and `restart` takes it over."""
+    """SIGTERM leaves the disk to the next server, and `restart` takes it over."""
     path = guest.image("recovery.img", 64 * MIB)
     node = guest.fork_server("vd0", f"file:{path}", queues=2)
     with verified_fio(node) as found:
-        for number in (signal.SIGTERM, signal.SIGINT):  # the second one removes a disk that nobody uses
-            server = guest.pids_of("vd0")[0]
-            os.kill(server, number)
-            assert wait_for_end(server) == 0
-            assert guest.show("vd0")["state"] == "dead"
-            assert guest.fork_server("vd0", f"file:{path}", queues=2) == node
+        server = guest.pids_of("vd0")[0]
+        os.kill(server, signal.SIGTERM)
+        assert wait_for_end(server) == 0
+        assert guest.show("vd0")["state"] == "dead"
+        assert guest.fork_server("vd0", f"file:{path}", queues=2) == node
         server = guest.pids_of("vd0")[0]
         assert command("restart", "vd0") == node
         assert wait_for_end(server) == 0
     guest.refused("recover", "vd0", status=4, says=r"is being served by pid \d+ \(state running\)")
     server = guest.pids_of("vd0")[0]
-    os.kill(server, signal.SIGINT)
+    os.kill(server, signal.SIGINT)  # removes a disk that nobody uses
     wait_for_end(server)
     guest.wait_for("the disk to go", lambda: not Path(node).exists(), 10)
     return found
+
+
+def refused_to_serve(path: Path, what: str, **settings: object) -> str:
+    """Try to serve vd0 as another device than it is; `what` is to be named. Returns the message."""
+    try:
+        guest.fork_server("vd0", f"file:{path}", **settings)
+    except AssertionError as error:
+        said = str(error)
+    else:
+        raise AssertionError(f"another {what} was taken")
+    if f"{what}: the device that its last server has left" not in said:
+        raise AssertionError(said)
+    return said
 
 
 @check(limit_s=120)
@@ -163,12 +121,11 @@ def another_device_is_refused() -> list[str]:
     node = guest.fork_server("vd0", f"file:{path}")
     guest.sh("dd", "if=/dev/urandom", f"of={node}", "bs=64k", "count=16", "oflag=direct")
     kill(group=True)
-    said = []
-    for key, value in (("queues", 2), ("queue_size", 128), ("read_only", True), ("block_size_bytes", 4096)):
-        config = guest.write_config("vd0", f"file:{path}", **{key: value})
-        said.append(guest.refused("add", config, status=2, says=rf"^vdusefast: vd0: device\.{key}: "))
+    config = guest.write_config("vd0", f"file:{path}", queues=2)
+    said = [guest.refused("add", config, status=2, says=r"^vdusefast: vd0: device\.queues: .* with 1, .* get 2")]
+    said += [refused_to_serve(path, key, **{key: value}) for key, value in (("queue_size", 128), ("seg_max", 7))]
     os.truncate(path, 16 * MIB)
-    said.append(guest.refused("recover", "vd0", status=2, says="size in sectors: .* 65536, and would now get 32768"))
+    said.append(refused_to_serve(path, "size in sectors"))
     os.truncate(path, 64 * MIB)  # the part that was cut off was never written to
     assert guest.fork_server("vd0", f"file:{path}") == node
     assert guest.info("vd0")["size_bytes"] == 32 * MIB
@@ -195,7 +152,6 @@ def dead_device_is_deleted() -> None:
         time.sleep(0.5)
         assert dd.poll() is None, "nobody serves it"
         path.rename(guest.WORK / "away.img")
-        guest.refused("recover", "vd0", status=1, says="no such file")
         guest.delete("vd0", "--force")
         assert dd.wait(20) != 0
     assert not Path(node).exists()
@@ -232,7 +188,7 @@ def broken_device_is_made_anew() -> dict[str, object]:
             wait_for_end(server)
             assert guest.show("vd0")["state"] == "broken", guest.show("vd0")
             said["dead"] = str(guest.show("vd0")["advice"])
-        node = command("recover", "vd0")
+        node = command("recover", "vd0") if survives else guest.fork_server("vd0", f"file:{path}")
         wait_for_end(server)
         dump(node, path)
         delete()

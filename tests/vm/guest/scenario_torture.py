@@ -11,7 +11,7 @@ from checks import check
 from vdusefast.bench.torture import run_torture
 from vdusefast.bench.torture_plan import TortureOptions
 
-KILLS = {"worker": 12, "supervisor": 4, "group": 4, "stall": 2}
+KILLS = {"worker": 6, "supervisor": 2, "group": 2, "stall": 1, "restart": 1, "resize": 1, "fail": 1}
 
 
 def torture(engine: str, cache: str) -> dict[str, object]:
