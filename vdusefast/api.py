@@ -15,7 +15,6 @@ import asyncio
 import logging
 import os
 import threading
-import time
 from collections.abc import Coroutine
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,11 +22,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vdusefast import left, saved_state
-from vdusefast.backends import SECTOR_BYTES, Store, open_store
-from vdusefast.config import BackendConfig, Config, override, resolve_cpus, validate
-from vdusefast.control import WorkerSpec
+from vdusefast.assembly import make_transport, open_device_store, worker_specs
+from vdusefast.backends import SECTOR_BYTES, Store
+from vdusefast.config import Config, override, resolve_cpus, validate
 from vdusefast.device import BlockDevice
-from vdusefast.errors import BackendError, DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
+from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
 from vdusefast.resize import choose_bytes, present_bytes, set_bytes
 from vdusefast.run_dir import RunDirectory
 from vdusefast.saved_state import SavedState
@@ -45,8 +44,6 @@ __all__ = ["Device", "DeviceState", "DeviceStats", "QueueInfo"]
 START_TIMEOUT_S = 30.0  # a worker is there in milliseconds, but a busy machine may take its time
 STOP_TIMEOUT_S = 30.0
 RESIZE_TIMEOUT_S = 40.0  # the workers' own limit, there and back, and what a busy machine takes
-LEFT_STORE_S = 10.0  # for the last workers of a server that was killed to end
-LEFT_STORE_LOOK_S = 0.01
 # Beyond what the supervisor bounds by itself: killing, reaping and closing.
 MARGIN_S = 30.0
 
@@ -260,7 +257,9 @@ class Device:
         self._keep = state is not None
         if state is None:
             directory.note_transport(self._kind)
-        store = self._store = self._resources.enter_context(self._open_store(fail_requests))
+        store = self._store = self._resources.enter_context(
+            open_device_store(self.config, state, fail_requests=fail_requests)
+        )
         model = self._model = BlockDevice(self.config, store)
         if state is not None:
             saved_state.adopt(state, model, checked=not fail_requests)
@@ -268,7 +267,7 @@ class Device:
             directory.pages_path, self.name, device.queues, device.queue_size
         )
         self._pages = self._resources.enter_context(pages)
-        self._transport = self._transport or _make_transport(self.config, state)
+        self._transport = self._transport or make_transport(self.config, state)
         specs = worker_specs(self.config, model, store, pages)
         supervisor = Supervisor(
             model,
@@ -288,29 +287,6 @@ class Device:
             self._call(supervisor.show_capacity(), MARGIN_S)
         if state is not None and not fail_requests:
             self._save_state()  # the configuration may be a new one
-
-    def _open_store(self, fail_requests: bool) -> Store:
-        """Open the store. That of a device that was left may be locked for a moment by its last workers."""
-        backend, read_only, state = self.config.backend, self.config.device.read_only, self._state
-        if fail_requests and state is not None:
-            size_bytes = state.capacity_sectors * SECTOR_BYTES
-            return open_store(BackendConfig(uri=f"null:{size_bytes}"), read_only=read_only)
-        deadline = time.monotonic() + (LEFT_STORE_S if state is not None else 0)
-        while True:
-            try:
-                store = open_store(backend, read_only=read_only)
-                break
-            except DeviceBusyError:
-                if time.monotonic() >= deadline:
-                    raise
-            time.sleep(LEFT_STORE_LOOK_S)
-        if state is not None and store.kind == "memory":
-            store.close()
-            raise BackendError(
-                f"{self.name}: its bytes were in the memory of the server that has ended: nobody can go on with it; "
-                f"vdusefast del {self.name} --force removes it"
-            )
-        return store
 
     def _save_state(self) -> None:
         """Write down what the next server needs to know. Raises VdusefastError."""
@@ -398,39 +374,6 @@ class Device:
             future.cancel()
 
 
-def worker_specs(config: Config, device: BlockDevice, store: Store, pages: SharedPages) -> list[WorkerSpec]:
-    """Return what each queue's worker is told; the supervisor fills in its own descriptors. Borrows store and pages."""
-    return [
-        WorkerSpec(
-            device=device.name,
-            queue=index,
-            queue_size=device.queue_size,
-            supervisor_pid=os.getpid(),
-            ctl_fd=-1,
-            shm_fd=pages.fd,
-            kick_fd=-1,
-            cpu=-1 if queue.cpu is None else queue.cpu,
-            poll_us=queue.poll_us,
-            irq_delay_us=queue.irq_delay_us,
-            store=store.kind,
-            store_fd=store.fd,
-            engine=config.backend.engine,
-            cache=config.backend.cache,
-            direct_align=store.direct_align,
-            capacity_sectors=device.capacity_sectors,
-            block_size=device.block_size_bytes,
-            read_only=int(device.read_only),
-            seg_max=device.seg_max,
-            discard_max_sectors=device.discard_max_sectors,
-            discard_max_seg=device.discard_max_seg,
-            write_zeroes_max_sectors=device.write_zeroes_max_sectors,
-            write_zeroes_max_seg=device.write_zeroes_max_seg,
-            serial=device.serial,
-        )
-        for index, queue in enumerate(config.queue)
-    ]
-
-
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     """Run `loop` until it is stopped, let what is left in it clean up, and close it."""
     asyncio.set_event_loop(loop)
@@ -443,22 +386,3 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     finally:
         asyncio.set_event_loop(None)
         loop.close()
-
-
-def _make_transport(config: Config, state: SavedState | None) -> Transport:
-    device = config.device
-    if device.transport != "kernel":
-        return LoopbackTransport()
-    from vdusefast.transport.kernel import KernelOptions, KernelTransport
-
-    return KernelTransport(
-        KernelOptions(
-            bus=device.bus,
-            msg_timeout_s=device.msg_timeout_s,
-            bounce_size_bytes=device.bounce_size_bytes,
-            attach_timeout_s=device.attach_timeout_s,
-            irq_cpus=tuple(queue.irq_cpu for queue in config.queue),
-            api_version=state.api_version if state is not None else 0,
-            vduse_features=state.vduse_features if state is not None else 0,
-        )
-    )

@@ -31,6 +31,7 @@ KILL_TIMEOUT_S = 5.0
 REPORT_MAX_BYTES = 4 << 20
 ERROR_TEXT_BYTES = 4096
 SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID", "SYSTEMD_EXEC_PID")
+_OUTCOME = {False: "not added", True: "left as it was"}
 # How a server is asked to end: SIGINT removes its device, unless somebody uses that by now, SIGTERM leaves it. The
 # second signal is for a process that was started with the first one ignored, and has not set that right yet.
 _ASKING = {False: (signal.SIGINT, signal.SIGTERM), True: (signal.SIGTERM,)}
@@ -82,7 +83,7 @@ def start(config: Config, timeout_s: float, command: Sequence[str] | None = None
             finally:
                 os.close(write_fd)
             try:
-                line = _wait(read_fd, signals, name, time.monotonic() + timeout_s)
+                line = _wait(read_fd, signals, name, time.monotonic() + timeout_s, _OUTCOME[keeps])
             except BaseException:
                 _end(process, name, _ASKING[keeps])
                 raise
@@ -129,7 +130,7 @@ def _spawn(command: list[str], config: Config, mode: Mode, write_fd: int, log_fd
     return process
 
 
-def _wait(read_fd: int, signals: PatientStopSignals, name: str, until: float) -> bytes:
+def _wait(read_fd: int, signals: PatientStopSignals, name: str, until: float, outcome: str) -> bytes:
     """Return what the process reports, empty when it has ended without. Raises TimedOutError, InterruptedStartError."""
     poll = select.poll()
     poll.register(read_fd, select.POLLIN)
@@ -139,10 +140,10 @@ def _wait(read_fd: int, signals: PatientStopSignals, name: str, until: float) ->
     while not line.endswith(b"\n"):
         ready = poll.poll(max(0.0, until - time.monotonic()) * 1000)
         if signals.received:
-            raise InterruptedStartError(f"{name}: interrupted by {signals.received.name}; it was not added")
+            raise InterruptedStartError(f"{name}: interrupted by {signals.received.name}; it was {outcome}")
         if not ready:
             raise TimedOutError(
-                f"{name}: not usable within {time.monotonic() - began:.3g} s and not added; see the kernel log, and "
+                f"{name}: not usable within {time.monotonic() - began:.3g} s and {outcome}; see the kernel log, and "
                 "raise --timeout if it is merely slow"
             )
         data = os.read(read_fd, 1 << 16)

@@ -168,8 +168,8 @@ class RpcServer:
                 self._take(connection)
             except Exception as error:
                 # One client is lost by it: without this thread, all would be.
-                connection.close()
                 _log.error("cannot serve a client: %s", error)
+                connection.close()
 
     def _take(self, connection: socket.socket) -> None:
         """Serve a new client in a thread of its own, or tell it why not. Consumes `connection`."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from vdusefast import ConfigError, Device, DeviceBusyError, KernelSupportError, VdusefastError, make_config
+from vdusefast import ConfigError, Device, DeviceBusyError, KernelSupportError, VdusefastError, left, make_config
 from vdusefast.config import Config
 from vdusefast.errors import BackendError
 from vdusefast.signals import PatientStopSignals, StopRequestedError, StopSignals
@@ -392,3 +392,23 @@ def test_pages_of_another_geometry_are_refused(tmp_path: Path) -> None:
     second = Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus))
     second.start(recover=True)
     second.stop()
+
+
+class KernelLike(LoopbackTransport):
+    """A device that something keeps when its server has let go of it."""
+
+    kind = "kernel"
+
+
+def test_device_that_its_driver_keeps_can_be_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `stop` could not take it away, what the next server needs stays, too."""
+    monkeypatch.setattr(left, "is_attached", lambda name: True)
+    device = Device(recover_config(tmp_path), transport=KernelLike())
+    device.start()
+    device.stop()
+    assert sorted(os.listdir(BASE / "d0")) == ["lock", "pages", "state"]
+    monkeypatch.setattr(left, "is_attached", lambda name: False)
+    again = Device(recover_config(tmp_path), transport=KernelLike())
+    again.start()
+    again.stop()
+    assert not (BASE / "d0").exists()

@@ -16,7 +16,7 @@ from vdusefast import _driver
 from vdusefast.api import Device
 from vdusefast.bench.__main__ import main
 from vdusefast.bench.torture import run_torture
-from vdusefast.bench.torture_kernel import DiskLoad
+from vdusefast.bench.torture_disk import DiskLoad
 from vdusefast.bench.torture_leaks import Leaks
 from vdusefast.bench.torture_load import DriverLoad, Lost, compare_block
 from vdusefast.bench.torture_plan import (

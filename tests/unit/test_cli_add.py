@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from served import BASE, CONFIG
 
-from vdusefast import api, background, cli, cli_serve, errors
+from vdusefast import api, background, cli, cli_serve, errors, left
 from vdusefast.config import load_config
 
 
@@ -174,6 +174,27 @@ def test_signal_while_waiting_says_so(tmp_path: Path, config: str) -> None:
     ) as caught:
         start(tmp_path, config, code)
     assert caught.value.exit_code == 130
+
+
+@pytest.mark.parametrize("was_left", [False, True])
+def test_lost_server_of_a_device_that_was_left_is_not_asked_to_remove_it(
+    tmp_path: Path, config: str, was_left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT is what removes a device that nobody uses."""
+    monkeypatch.setattr(left, "is_left", lambda path: was_left)
+    code = f"""
+def end(number, _):
+    open({str(tmp_path / "asked")!r}, "a").write(signal.Signals(number).name)
+    sys.exit(0)
+signal.signal(signal.SIGINT, end)
+signal.signal(signal.SIGTERM, end)
+time.sleep(60)
+"""
+    words = "left as it was" if was_left else "not added"
+    with pytest.raises(errors.TimedOutError, match=f"^vd0: not usable within .* and {words}; "):
+        start(tmp_path, config, code, 1.0)
+    asked = (tmp_path / "asked").read_text()
+    assert asked == "SIGTERM" if was_left else asked.startswith("SIGINT")
 
 
 def test_server_whose_adder_is_gone_ends(config: str) -> None:

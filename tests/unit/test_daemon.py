@@ -583,6 +583,25 @@ def test_notifier_by_path_and_without_a_manager(
     assert "cannot tell the service manager READY=1" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("variables", "service"),
+    [
+        ({}, False),
+        ({"NOTIFY_SOCKET": "@x"}, True),
+        ({"SYSTEMD_EXEC_PID": str(os.getpid()), "INVOCATION_ID": "1"}, True),
+        ({"SYSTEMD_EXEC_PID": str(os.getpid() + 1), "INVOCATION_ID": "1"}, False),  # a service has started our parent
+    ],
+)
+def test_service_is_told_from_what_a_service_has_started(
+    variables: dict[str, str], service: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NOTIFY_SOCKET", "SYSTEMD_EXEC_PID", "INVOCATION_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert sd_notify.is_service() == service
+
+
 def test_watchdog_of_another_process_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     for pid, seconds in ((str(os.getpid() + 1), 0.0), (str(os.getpid()), 30.0)):
         monkeypatch.setenv("NOTIFY_SOCKET", "@x")

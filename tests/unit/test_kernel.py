@@ -450,6 +450,35 @@ def test_a_broken_device_is_not_taken_over(fake: FakeKernel, monkeypatch: pytest
     assert fake.asked == []
 
 
+def test_a_device_that_nobody_serves_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe without a reader polls as a broken device does."""
+
+    def open_pipe(path: str, _flags: int) -> int:
+        assert path == "/dev/vduse/vd0"
+        reader, writer = os.pipe()
+        opened.append(reader)
+        return writer
+
+    def held(_path: str, _flags: int) -> int:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    opened: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_control.os, "open", open_pipe)
+        assert not kernel_control.is_left_broken("vd0")
+        patch.setattr(kernel_control.os, "open", lambda path, flags: _without_reader(open_pipe(path, flags), opened))
+        assert kernel_control.is_left_broken("vd0")
+        patch.setattr(kernel_control.os, "open", held)
+        assert not kernel_control.is_left_broken("vd0")
+    for fd in opened:
+        os.close(fd)
+
+
+def _without_reader(writer: int, readers: list[int]) -> int:
+    os.close(readers.pop())
+    return writer
+
+
 def test_settings_that_are_refused_leave_the_device(fake: FakeKernel, tmp_path: Path) -> None:
     transport = KernelTransport(KernelOptions(irq_cpus=(1, None, None)))
     with pytest.raises(KernelSupportError, match="this kernel cannot set vq0/irq_cb_affinity"):

@@ -30,7 +30,8 @@ from supervised import (
     wait_state,
 )
 
-from vdusefast.api import Device, worker_specs
+from vdusefast.api import Device
+from vdusefast.assembly import worker_specs
 from vdusefast.backends import open_store
 from vdusefast.config import make_config
 from vdusefast.device import BlockDevice

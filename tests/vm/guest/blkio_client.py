@@ -5,8 +5,8 @@
     blkio_client.py NODE load   --journal FILE [--seconds S] ...   random verified I/O; may be killed at any moment
     blkio_client.py NODE verify --journal FILE                     the area is what the journal says
 
-Prints one JSON object last, and `load` a line "started" when its first request is done. Exit status 0, or 1 with
-one line on stderr.
+Prints one JSON object last, and `load` a line "started" when its first request is done; SIGTERM ends it before its
+time. Exit status 0, or 1 with one line on stderr.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -88,13 +89,18 @@ class Load:
         self._flying: dict[int, tuple[str, range]] = {}
         self.counts = {"read": 0, "write": 0, "zeroes": 0, "flush": 0}
         self.problems: list[str] = []
+        self._end_s = 0.0
+
+    def stop(self) -> None:
+        """Have `run` come to its end now."""
+        self._end_s = 0.0
 
     def run(self, seconds: float) -> None:
         """Keep all slots busy for `seconds`, then wait for what is in flight."""
-        end = time.monotonic() + seconds
+        self._end_s = time.monotonic() + seconds
         started = False
         while not self.problems:
-            if time.monotonic() < end:
+            if time.monotonic() < self._end_s:
                 while self._slots:
                     self._submit(self._slots.pop())
             elif not self._flying:
@@ -193,6 +199,7 @@ def run(words: argparse.Namespace) -> dict[str, object]:
             if words.action == "verify":
                 return found | verify(client, journal)
             load = Load(client, journal, words.depth, words.seed)
+            signal.signal(signal.SIGTERM, lambda *_: load.stop())
             load.run(words.seconds)
             if load.problems:
                 raise BlkioError(load.problems[0])

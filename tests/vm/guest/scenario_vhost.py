@@ -79,24 +79,28 @@ def load_with_verification() -> dict[str, object]:
     return done
 
 
-@check(limit_s=90, keeps=True)
+@check(limit_s=150, keeps=True)
 def server_killed_in_mid_io() -> dict[str, object]:
     """All of its processes at once, while a client has requests in flight; and again, by a signal that it obeys.
 
     The next server goes on; the client sees a pause.
     """
-    words = client_words("load", "--journal", JOURNAL, "--queues", 2, "--depth", 16, "--seconds", 15)
+    words = client_words("load", "--journal", JOURNAL, "--queues", 2, "--depth", 16, "--seconds", 300)
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-        for number in (signal.SIGKILL, signal.SIGINT):  # of a node that is in use, SIGINT leaves it
-            pids = guest.pids_of("vd0")
-            os.killpg(pids[0], number) if number == signal.SIGKILL else os.kill(pids[0], number)
-            guest.wait_for("the server to end", lambda ended=pids: not any(map(guest.running, ended)), 20)
-            guest.fork_server("vd0", f"file:{DISK}", bus="vhost", queues=4)
-            before = sum(requests())
-            guest.wait_for("requests to go on", lambda done=before: sum(requests()) > done, 20)
-        out, err = process.communicate(timeout=60)
+        try:
+            for number in (signal.SIGKILL, signal.SIGINT):  # of a node that is in use, SIGINT leaves it
+                pids = guest.pids_of("vd0")
+                os.killpg(pids[0], number) if number == signal.SIGKILL else os.kill(pids[0], number)
+                guest.wait_for("the server to end", lambda ended=pids: not any(map(guest.running, ended)), 20)
+                guest.fork_server("vd0", f"file:{DISK}", bus="vhost", queues=4)
+                before = sum(requests())
+                guest.wait_for("requests to go on", lambda done=before: sum(requests()) > done, 20)
+            process.terminate()
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0, f"{out}{err}"
     client("verify", "--journal", JOURNAL)
     assert guest.info("vd0")["failure"] == ""

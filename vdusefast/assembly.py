@@ -1,0 +1,102 @@
+"""What a device is put together from, by its configuration: its store, its transport, what its workers are told."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from vdusefast.backends import SECTOR_BYTES, Store, open_store
+from vdusefast.config import BackendConfig, Config
+from vdusefast.control import WorkerSpec
+from vdusefast.errors import BackendError, DeviceBusyError
+from vdusefast.transport.loopback import LoopbackTransport
+
+if TYPE_CHECKING:
+    from vdusefast.device import BlockDevice
+    from vdusefast.saved_state import SavedState
+    from vdusefast.shm import SharedPages
+    from vdusefast.transport import Transport
+
+LEFT_STORE_S = 10.0  # for the last workers of a server that was killed to end
+LEFT_STORE_LOOK_S = 0.01
+
+
+def open_device_store(config: Config, state: SavedState | None, *, fail_requests: bool = False) -> Store:
+    """Open the store of a device. That of one that was left may be locked for a moment by its last workers.
+
+    state: that of a device that is to be taken over. fail_requests: its requests are only to be failed, for which the
+    store is not needed. Raises as `open_store` does, BackendError for a store that has ended with its server.
+    """
+    name, backend, read_only = config.device.name, config.backend, config.device.read_only
+    if fail_requests and state is not None:
+        return open_store(BackendConfig(uri=f"null:{state.capacity_sectors * SECTOR_BYTES}"), read_only=read_only)
+    deadline = time.monotonic() + (LEFT_STORE_S if state is not None else 0)
+    while True:
+        try:
+            store = open_store(backend, read_only=read_only)
+            break
+        except DeviceBusyError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(LEFT_STORE_LOOK_S)
+    if state is not None and store.kind == "memory":
+        store.close()
+        raise BackendError(
+            f"{name}: its bytes were in the memory of the server that has ended: nobody can go on with it; "
+            f"vdusefast del {name} --force removes it"
+        )
+    return store
+
+
+def make_transport(config: Config, state: SavedState | None) -> Transport:
+    """Return the transport that `config` asks for. state: that of a device that is to be taken over."""
+    device = config.device
+    if device.transport != "kernel":
+        return LoopbackTransport()
+    from vdusefast.transport.kernel import KernelOptions, KernelTransport
+
+    return KernelTransport(
+        KernelOptions(
+            bus=device.bus,
+            msg_timeout_s=device.msg_timeout_s,
+            bounce_size_bytes=device.bounce_size_bytes,
+            attach_timeout_s=device.attach_timeout_s,
+            irq_cpus=tuple(queue.irq_cpu for queue in config.queue),
+            api_version=state.api_version if state is not None else 0,
+            vduse_features=state.vduse_features if state is not None else 0,
+        )
+    )
+
+
+def worker_specs(config: Config, device: BlockDevice, store: Store, pages: SharedPages) -> list[WorkerSpec]:
+    """Return what each queue's worker is told; the supervisor fills in its own descriptors. Borrows store and pages."""
+    return [
+        WorkerSpec(
+            device=device.name,
+            queue=index,
+            queue_size=device.queue_size,
+            supervisor_pid=os.getpid(),
+            ctl_fd=-1,
+            shm_fd=pages.fd,
+            kick_fd=-1,
+            cpu=-1 if queue.cpu is None else queue.cpu,
+            poll_us=queue.poll_us,
+            irq_delay_us=queue.irq_delay_us,
+            store=store.kind,
+            store_fd=store.fd,
+            engine=config.backend.engine,
+            cache=config.backend.cache,
+            direct_align=store.direct_align,
+            capacity_sectors=device.capacity_sectors,
+            block_size=device.block_size_bytes,
+            read_only=int(device.read_only),
+            seg_max=device.seg_max,
+            discard_max_sectors=device.discard_max_sectors,
+            discard_max_seg=device.discard_max_seg,
+            write_zeroes_max_sectors=device.write_zeroes_max_sectors,
+            write_zeroes_max_seg=device.write_zeroes_max_seg,
+            serial=device.serial,
+        )
+        for index, queue in enumerate(config.queue)
+    ]
