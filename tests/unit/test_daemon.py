@@ -1,139 +1,22 @@
-"""The process that serves a device: start, commands, signals, what systemd is told. The device is a made-up one."""
+"""The process that serves a device: start, commands, signals, a device that is left. The device is a made-up one."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from daemon_rig import Rig
 
-from vdusefast import daemon, errors, left, run_dir, sd_notify, usage
-from vdusefast.config import Config, make_config
-from vdusefast.daemon import Service
+from vdusefast import daemon, errors, left, run_dir, usage
 from vdusefast.rpc import Method, RpcServer
-from vdusefast.rpc_client import RpcClient
 from vdusefast.run_dir import RunDirectory
 from vdusefast.transport import DeviceBrokenError
-
-
-class FakeDevice:
-    """What api.Device is to the service: it holds its run directory while it runs."""
-
-    def __init__(self, config: Config, base: Path) -> None:
-        self.name = config.device.name
-        self.node = "/dev/vdfake"
-        self.failure: errors.VdusefastError | None = None
-        self.start_error: Exception | None = None
-        self.start_takes_s = 0.0
-        self.stops: list[tuple[float, bool]] = []
-        self.hand_overs: list[float] = []
-        self.starts: list[tuple[bool | None, bool]] = []
-        self.recovered = False
-        self.stop_gate = threading.Event()
-        self.stop_gate.set()
-        self.healthy = True
-        self._base = base
-        self._directory: RunDirectory | None = None
-
-    def start(self, *, recover: bool | None = None, fail_requests: bool = False) -> None:
-        self.starts.append((recover, fail_requests))
-        directory = RunDirectory(self.name, self._base)
-        try:
-            time.sleep(self.start_takes_s)
-            if self.start_error is not None:
-                raise self.start_error
-        except BaseException:
-            directory.close()
-            raise
-        self._directory = directory
-
-    def stop(self, timeout_s: float = 30.0, *, force: bool = False) -> None:
-        if self._directory is None:
-            return
-        self.stops.append((timeout_s, force))
-        assert self.stop_gate.wait(10)
-        self._directory.close()
-        self._directory = None
-
-    def hand_over(self, timeout_s: float = 30.0) -> None:
-        if self._directory is None:
-            return
-        self.hand_overs.append(timeout_s)
-        assert self.stop_gate.wait(10)
-        self._directory.release()
-        self._directory = None
-
-    def resize(self, size_bytes: int | None = None, *, force: bool = False) -> int:
-        return size_bytes or 0
-
-    def info(self) -> dict[str, Any]:
-        return {"name": self.name, "state": "running", "node": self.node, "pid": os.getpid()}
-
-    def stats(self) -> Any:
-        class Stats:
-            def to_dict(self) -> dict[str, Any]:
-                return {"total": {"requests": 5}}
-
-        return Stats()
-
-    def responds(self, timeout_s: float) -> bool:
-        return self.healthy
-
-
-class Rig:
-    """A service in this thread, and in another one what a test does once the device is usable."""
-
-    def __init__(
-        self,
-        base: Path,
-        *,
-        uri: str = "null:1M",
-        take_over: bool = False,
-        fail_requests: bool = False,
-        **overrides: Any,
-    ) -> None:
-        self.base = base
-        self.device: FakeDevice
-        config = make_config(name="vd0", uri=uri, **overrides)
-        modes = {"take_over": take_over, "fail_requests": fail_requests}
-        self.service = Service(config, base, make_device=self._make, **modes)
-        self.path = base / "vd0"
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-    def _make(self, config: Config, base: Path) -> FakeDevice:
-        self.device = FakeDevice(config, base)
-        return self.device
-
-    def run(self, act: Callable[[], Any]) -> None:
-        """Serve until `act`, whose result or error is kept, has ended the service."""
-        threads = []
-
-        def ready(info: dict[str, Any]) -> None:
-            assert info["run_dir"] == str(self.path)
-            threads.append(threading.Thread(target=self._act, args=(act,)))
-            threads[0].start()
-
-        self.service.run(ready)
-        for thread in threads:
-            thread.join(10)
-
-    def _act(self, act: Callable[[], Any]) -> None:
-        try:
-            self.result = act()
-        except BaseException as error:
-            self.error = error
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def call(self, method: str, **params: Any) -> Any:
-        with RpcClient(self.path) as client:
-            return client.call(method, params)
 
 
 @pytest.fixture
@@ -490,121 +373,3 @@ def test_server_for_a_removal_fails_requests(kernel_rig: Rig) -> None:
     rig.run(lambda: rig.call("delete"))
     assert rig.error is None
     assert rig.device.starts == [(True, True)]
-
-
-# -- systemd
-
-
-@pytest.fixture
-def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Return the socket of a service manager with an abstract name."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind(f"\0vdusefast-test-{os.getpid()}")
-        listener.settimeout(5)
-        monkeypatch.setenv("NOTIFY_SOCKET", f"@vdusefast-test-{os.getpid()}")
-        yield listener
-
-
-def receive(listener: socket.socket) -> str:
-    """Return what comes next, "" when nothing comes within the socket's limit."""
-    try:
-        return listener.recv(4096).decode()
-    except TimeoutError:
-        return ""
-
-
-def test_systemd_is_told_of_everything(manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "150000")
-    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-    rig = Rig(tmp_path / "run")
-    assert "NOTIFY_SOCKET" not in os.environ
-
-    def act() -> list[str]:
-        seen = [manager.recv(4096).decode() for _ in range(5)]
-        rig.device.failure = errors.WorkerError("queue 0: its worker died")
-        while "its worker died" not in seen[-1]:
-            seen.append(manager.recv(4096).decode())
-        rig.device.healthy = False
-        manager.settimeout(0.4)
-        pings = len(list(iter(lambda: receive(manager), "")))
-        assert pings <= 2  # those that were on their way
-        manager.settimeout(5)
-        rig.call("delete")
-        return [*seen, manager.recv(4096).decode()]
-
-    rig.run(act)
-    assert rig.error is None
-    seen = rig.result
-    assert seen[:2] == ["STATUS=starting", "READY=1\nSTATUS=serving /dev/vdfake"]
-    assert seen[2:5] == ["WATCHDOG=1"] * 3
-    assert "STATUS=failed: queue 0: its worker died" in seen
-    assert seen[-1] == "STOPPING=1\nSTATUS=stopping"
-
-
-def test_systemd_waits_as_long_as_we_do(
-    manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_use: list[str]
-) -> None:
-    """For the driver at the start, and for a client of vhost-vdpa at the end."""
-    monkeypatch.setattr(daemon, "CLIENT_LOOK_S", 0.02)
-    monkeypatch.setattr(daemon, "EXTEND_EVERY_S", 0.05)
-    monkeypatch.setattr(left, "in_kernel", lambda name: False)
-    rig = Rig(tmp_path / "run", uri="memory:1M", transport="kernel", attach_timeout_s=300)
-    rig.device.node = "/dev/vhost-vdpa-0"
-
-    def act() -> list[str]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        seen = [manager.recv(4096).decode() for _ in range(6)]
-        in_use.clear()
-        return seen
-
-    rig.run(act)
-    assert rig.error is None
-    assert rig.result[0] == "STATUS=starting\nEXTEND_TIMEOUT_USEC=390000000"
-    assert rig.result[2] == "STOPPING=1\nSTATUS=stopping"
-    assert rig.result[3:] == ["EXTEND_TIMEOUT_USEC=90000000"] * 3
-
-
-def test_notifier_by_path_and_without_a_manager(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
-    silent = sd_notify.Notifier()
-    assert (silent.active, silent.watchdog_s) == (False, 0.0)
-    silent.send(READY=1)
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-    notifier = sd_notify.Notifier()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind(str(tmp_path / "notify"))
-        notifier.send(STATUS="two\nlines")
-        assert listener.recv(100) == b"STATUS=two lines"
-    assert not caplog.text
-    notifier.send(READY=1)
-    assert "cannot tell the service manager READY=1" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("variables", "service"),
-    [
-        ({}, False),
-        ({"NOTIFY_SOCKET": "@x"}, True),
-        ({"SYSTEMD_EXEC_PID": str(os.getpid()), "INVOCATION_ID": "1"}, True),
-        ({"SYSTEMD_EXEC_PID": str(os.getpid() + 1), "INVOCATION_ID": "1"}, False),  # a service has started our parent
-    ],
-)
-def test_service_is_told_from_what_a_service_has_started(
-    variables: dict[str, str], service: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("NOTIFY_SOCKET", "SYSTEMD_EXEC_PID", "INVOCATION_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert sd_notify.is_service() == service
-
-
-def test_watchdog_of_another_process_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    for pid, seconds in ((str(os.getpid() + 1), 0.0), (str(os.getpid()), 30.0)):
-        monkeypatch.setenv("NOTIFY_SOCKET", "@x")
-        monkeypatch.setenv("WATCHDOG_USEC", "30000000")
-        monkeypatch.setenv("WATCHDOG_PID", pid)
-        assert sd_notify.Notifier().watchdog_s == seconds

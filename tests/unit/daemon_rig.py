@@ -1,0 +1,131 @@
+"""A service over a made-up device, for tests of the process that serves one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vdusefast import errors
+from vdusefast.config import Config, make_config
+from vdusefast.daemon import Service
+from vdusefast.rpc_client import RpcClient
+from vdusefast.run_dir import RunDirectory
+
+
+class FakeDevice:
+    """What api.Device is to the service: it holds its run directory while it runs."""
+
+    def __init__(self, config: Config, base: Path) -> None:
+        self.name = config.device.name
+        self.node = "/dev/vdfake"
+        self.failure: errors.VdusefastError | None = None
+        self.start_error: Exception | None = None
+        self.start_takes_s = 0.0
+        self.stops: list[tuple[float, bool]] = []
+        self.hand_overs: list[float] = []
+        self.starts: list[tuple[bool | None, bool]] = []
+        self.recovered = False
+        self.stop_gate = threading.Event()
+        self.stop_gate.set()
+        self.healthy = True
+        self._base = base
+        self._directory: RunDirectory | None = None
+
+    def start(self, *, recover: bool | None = None, fail_requests: bool = False) -> None:
+        self.starts.append((recover, fail_requests))
+        directory = RunDirectory(self.name, self._base)
+        try:
+            time.sleep(self.start_takes_s)
+            if self.start_error is not None:
+                raise self.start_error
+        except BaseException:
+            directory.close()
+            raise
+        self._directory = directory
+
+    def stop(self, timeout_s: float = 30.0, *, force: bool = False) -> None:
+        if self._directory is None:
+            return
+        self.stops.append((timeout_s, force))
+        assert self.stop_gate.wait(10)
+        self._directory.close()
+        self._directory = None
+
+    def hand_over(self, timeout_s: float = 30.0) -> None:
+        if self._directory is None:
+            return
+        self.hand_overs.append(timeout_s)
+        assert self.stop_gate.wait(10)
+        self._directory.release()
+        self._directory = None
+
+    def resize(self, size_bytes: int | None = None, *, force: bool = False) -> int:
+        return size_bytes or 0
+
+    def info(self) -> dict[str, Any]:
+        return {"name": self.name, "state": "running", "node": self.node, "pid": os.getpid()}
+
+    def stats(self) -> Any:
+        class Stats:
+            def to_dict(self) -> dict[str, Any]:
+                return {"total": {"requests": 5}}
+
+        return Stats()
+
+    def responds(self, timeout_s: float) -> bool:
+        return self.healthy
+
+
+class Rig:
+    """A service in this thread, and in another one what a test does once the device is usable."""
+
+    def __init__(
+        self,
+        base: Path,
+        *,
+        uri: str = "null:1M",
+        take_over: bool = False,
+        fail_requests: bool = False,
+        **overrides: Any,
+    ) -> None:
+        self.base = base
+        self.device: FakeDevice
+        config = make_config(name="vd0", uri=uri, **overrides)
+        modes = {"take_over": take_over, "fail_requests": fail_requests}
+        self.service = Service(config, base, make_device=self._make, **modes)
+        self.path = base / "vd0"
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def _make(self, config: Config, base: Path) -> FakeDevice:
+        self.device = FakeDevice(config, base)
+        return self.device
+
+    def run(self, act: Callable[[], Any]) -> None:
+        """Serve until `act`, whose result or error is kept, has ended the service."""
+        threads = []
+
+        def ready(info: dict[str, Any]) -> None:
+            assert info["run_dir"] == str(self.path)
+            threads.append(threading.Thread(target=self._act, args=(act,)))
+            threads[0].start()
+
+        self.service.run(ready)
+        for thread in threads:
+            thread.join(10)
+
+    def _act(self, act: Callable[[], Any]) -> None:
+        try:
+            self.result = act()
+        except BaseException as error:
+            self.error = error
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def call(self, method: str, **params: Any) -> Any:
+        with RpcClient(self.path) as client:
+            return client.call(method, params)
