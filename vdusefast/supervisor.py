@@ -449,7 +449,7 @@ class Supervisor:
             self.device.judge_features(self.transport.acked_features())
             # The last step that a driver can be refused: it takes no notice of how DRIVER_OK is answered.
             if not all(await asyncio.gather(*(vq.prepare() for vq in self._vqs))):
-                reasons = "; ".join(vq.reason for vq in self._vqs if vq.state == VqState.FAILED)
+                reasons = "; ".join(vq.reason for vq in self._vqs if vq.reason)
                 raise StatusRefusedError(f"FEATURES_OK: {reasons}")
         elif change == StatusChange.DRIVER_OK:
             await self._driver_ok()

@@ -136,9 +136,9 @@ class VqControl:
     def start(self, acked_features: int, info: VqInfo, *, recover: bool = False) -> Coroutine[Any, Any, bool]:
         """Serve the queue that `info` describes, from where it was quiesced if it was. Returns whether it runs.
 
-        recover: by the in-flight log that a supervisor before us has left. A failure is reported
-        through `on_failure`. A worker that has died is replaced first. A reset or quiesce that is going on, or comes
-        before this has its turn, leaves the queue stopped.
+        recover: by the in-flight log that a supervisor before us has left. A failure is reported through `on_failure`.
+        A worker that has died is replaced first. A reset or quiesce that is going on, or comes before this has its
+        turn, leaves the queue stopped.
         """
         return self._start(acked_features, info, self.stop_count, recover)
 
@@ -209,9 +209,7 @@ class VqControl:
                 return self._last_avail_idx
             event = await self._settle(Command.QUIESCE) if self._usable_worker() is not None else None
             if event is None and self._may_take_over() and await self._take_over():
-                event = await self._settle(
-                    Command.QUIESCE
-                )  # the next worker has finished what the dead one had in flight
+                event = await self._settle(Command.QUIESCE)  # with what the dead one had in flight
             if event is None:
                 return None
             self._last_avail_idx, self._serving = event.last_avail_idx & 0xFFFF, False
