@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Faults built in on purpose, one a build (-DVF_SEED_FAULT=1 to 5), by which the tests see that the torture suite notices
+ * Faults built in on purpose, one a build (-DVF_SEED_FAULT=1 to 6), by which the tests see that the torture suite notices
  * them. Without the macro every hook is constant and gone. They widen the windows that a kill has to hit: nobody has time
  * for a million of them.
  */
 #ifndef VF_SEED_FAULT_H
 #define VF_SEED_FAULT_H
 
+#include <signal.h>
 #include <stdint.h>
 #include <unistd.h>
 
@@ -24,10 +25,12 @@ enum vf_seed_fault {
 	VF_SEED_FLUSH_EARLY, /* a flush is answered before it has been carried out */
 	VF_SEED_DISORDER, /* what is replayed comes in the wrong order */
 	VF_SEED_REPEAT, /* what was completed is replayed with what was not */
+	VF_SEED_DEADLY, /* a write to a certain place kills the worker */
 };
 
 #define VF_SEED_FORGET_EVERY 8u
 #define VF_SEED_PAUSE_US 300u
+#define VF_SEED_DEADLY_BYTES 65536u /* where the deadly place begins */
 
 /* Widen a window, in the build that has `fault`. */
 static inline void vf_seed_pause(enum vf_seed_fault fault)
@@ -53,6 +56,13 @@ static inline int vf_seed_answers_early(uint32_t op)
 static inline int vf_seed_repeats(void)
 {
 	return VF_SEED_FAULT == VF_SEED_REPEAT;
+}
+
+/* Die of a request. */
+static inline void vf_seed_die(uint32_t op, uint64_t offset_bytes)
+{
+	if (VF_SEED_FAULT == VF_SEED_DEADLY && op == VF_OP_WRITE && offset_bytes == VF_SEED_DEADLY_BYTES)
+		raise(SIGKILL);
 }
 
 /* Turn the order of the log round before it is replayed. */

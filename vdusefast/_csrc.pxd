@@ -103,6 +103,7 @@ cdef extern from "seed_fault.h" nogil:
     bint vf_seed_forgets(uint64_t)
     bint vf_seed_answers_early(uint32_t)
     bint vf_seed_repeats()
+    void vf_seed_die(uint32_t, uint64_t)
     void vf_seed_disorder(vf_inflight_entry *, uint32_t)
 
 cdef extern from "request.h" nogil:

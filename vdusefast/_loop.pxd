@@ -120,6 +120,7 @@ cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
 
 cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
     """Give req, range after range, to the engine; finish it unless it is in flight."""
+    vf_seed_die(req.op, req.offset_bytes)
     if vf_seed_answers_early(req.op):
         queue_finish(q, req)
         queue_publish(q)

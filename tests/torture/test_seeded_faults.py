@@ -13,7 +13,7 @@ from suite import ROOT, torture
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-FORGET, WRITE_EARLY, FLUSH_EARLY, DISORDER, REPEAT = range(1, 6)
+FORGET, WRITE_EARLY, FLUSH_EARLY, DISORDER, REPEAT, DEADLY = range(1, 7)
 KILLS = "worker=40"  # the first few are enough; each takes half a second
 
 
@@ -76,3 +76,43 @@ def test_an_early_answer_to_a_flush_is_found_by_a_store_that_fails_it(faulty: Pa
             timeout=100,
         )
         assert done.returncode == status, done.stdout
+
+
+WRITE_THE_DEADLY_SECTOR = """
+import logging, os, sys, time, vdusefast
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+config = vdusefast.make_config(name="deadly", uri="file:" + sys.argv[1])
+with vdusefast.Device(config) as device, device.driver() as driver:
+    began = time.monotonic()
+    try:
+        driver.write(65536, b"x" * 512)
+    except OSError as error:
+        print("REFUSED", error)
+    print("PAUSE", time.monotonic() - began)
+    driver.write(512, b"y" * 512)
+    assert driver.read(512, 512) == b"y" * 512
+    driver.write(65536 + 512, b"z" * 512)
+    print("RESTARTS", device.queues()[0].restarts)
+"""
+
+
+@pytest.mark.parametrize("faulty", [DEADLY], indirect=True)
+def test_a_request_that_kills_its_workers_is_answered_with_an_error_and_the_queue_goes_on(
+    faulty: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store.img"
+    store.write_bytes(bytes(1 << 20))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", WRITE_THE_DEADLY_SECTOR, str(store)],
+        env={**os.environ, "PYTHONPATH": str(faulty)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "REFUSED" in done.stdout, done.stdout
+    assert "RESTARTS 3\n" in done.stdout
+    assert "(write at byte 65536) has ended 3 workers: answered with IOERR" in done.stdout
+    assert store.read_bytes()[128 * 512 : 130 * 512] == bytes(512) + b"z" * 512
