@@ -6,7 +6,7 @@
  * Reads of shared memory happen once, into a local; the local is checked and used. In a build with VF_FUZZ each read
  * first calls vf_fuzz_shared_read(), which may change the memory, as a hostile driver would between two reads.
  *
- * The barriers of a split ring, each named where it stands in vring_split.h and driver_split.h:
+ * The barriers of a ring, each named where it stands in vring_split.h, vring_packed.h and the driver's side of these:
  *
  *   A  the device loads avail->idx with acquire    pairs with the driver's release store of avail->idx:
  *      entries and descriptors below the index are complete when it is seen.
@@ -17,6 +17,9 @@
  *      other's store, so a request is either found by the second look or announced by a kick.
  *   D  the device publishes used->idx, full fence, looks at used_event or avail->flags; the driver arms the
  *      interrupt, full fence, looks at used->idx again. The mirror image of C.
+ *
+ * In a packed ring the flags of a descriptor stand for either index: the driver stores those of a chain's first descriptor last,
+ * with release (A), the device those of a used element (B); the event suppression structures stand for the events.
  */
 #ifndef VF_BARRIER_H
 #define VF_BARRIER_H
@@ -38,6 +41,12 @@ void vf_fuzz_shared_read(const volatile void *address, size_t len_bytes);
 #define vf_unlikely(x) __builtin_expect(!!(x), 0)
 
 static inline uint16_t vf_load_acquire_u16(const uint16_t *p)
+{
+	VF_SHARED_READ(p, sizeof(*p));
+	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+static inline uint64_t vf_load_acquire_u64(const uint64_t *p)
 {
 	VF_SHARED_READ(p, sizeof(*p));
 	return __atomic_load_n(p, __ATOMIC_ACQUIRE);

@@ -21,6 +21,14 @@
  *
  * Hence everything that was made available is told, or logged, or behind them: the next worker takes from
  * used index + number of entries on. A replay keeps the orders, so that one that is killed is repeated in the same order.
+ *
+ * With IN_ORDER the used ring does not name every head. There the order of a head is, modulo 2^16, its place in the avail ring,
+ * which tells the same.
+ *
+ * A packed ring needs less. Its chains are given back in the order of taking, so that a used element never overwrites what is in
+ * flight, and all that was not told is taken again from the ring. header.last_used_idx is the position of the next used element,
+ * noted at each publication; behind it, the elements shown since are followed by entry.order, which is how many descriptors
+ * the element of that slot stands for, and is written before the element.
  */
 #ifndef VF_INFLIGHT_H
 #define VF_INFLIGHT_H
@@ -37,7 +45,8 @@
 
 enum vf_log_format {
 	VF_LOG_SPLIT, /* a head is the index of an entry; the chain is found again in the ring */
-	VF_LOG_PACKED, /* reserved: an entry is larger, as the ring's own descriptors are overwritten */
+	VF_LOG_PACKED, /* an entry belongs to a slot of the ring */
+	VF_LOG_SPLIT_IN_ORDER, /* as VF_LOG_SPLIT, and an order is a place in the avail ring */
 };
 
 enum vf_log_state {
@@ -52,13 +61,13 @@ struct vf_inflight_header {
 	uint16_t entry_bytes;
 	uint32_t entry_count; /* = the largest queue size */
 	uint32_t state; /* enum vf_log_state */
-	uint32_t last_avail_idx; /* where the device stood at its last publication */
+	uint32_t last_avail_idx; /* where the device stood at its last publication: indices, or positions of a packed ring */
 	uint32_t last_used_idx;
 	uint32_t working; /* head + 1 of the request that our own code is at; 0 = none. Whose fault a death may be. */
 	uint32_t reserved[7];
 };
 
-/* One a head. order is 0 when the head is not in flight, else its place in the sequence of heads taken. */
+/* One a head, or a slot. Of a head: 0 when it is not in flight, else its place in the sequence of heads taken. */
 struct vf_inflight_entry {
 	uint64_t order;
 	uint32_t deaths; /* workers that died while at it */
@@ -94,15 +103,15 @@ static inline void vf_log_work(struct vf_inflight_header *header, uint32_t head_
 	vf_store_release_u32(&header->working, head_plus_one);
 }
 
-/* An empty log of a queue that starts at these indices. Until the last store there is none. */
+/* An empty log of a queue that starts at these indices or positions. Until the last store there is none. */
 static inline void vf_log_begin(struct vf_inflight_header *header, struct vf_inflight_entry *entries, uint32_t entry_count,
-				uint16_t last_avail_idx, uint16_t last_used_idx)
+				enum vf_log_format format, uint16_t last_avail_idx, uint16_t last_used_idx)
 {
 	vf_store_release_u32(&header->state, VF_LOG_VOID);
 	memset(entries, 0, entry_count * sizeof(*entries));
 	memcpy(header->magic, VF_LOG_MAGIC, sizeof(header->magic));
 	header->version = VF_LOG_VERSION;
-	header->ring_format = VF_LOG_SPLIT;
+	header->ring_format = (uint16_t)format;
 	header->entry_bytes = sizeof(*entries);
 	header->entry_count = entry_count;
 	vf_log_work(header, 0);
@@ -111,10 +120,10 @@ static inline void vf_log_begin(struct vf_inflight_header *header, struct vf_inf
 }
 
 /* Whether this is a log that this code can go on from. */
-static inline int vf_log_is_ours(const struct vf_inflight_header *header, uint32_t entry_count)
+static inline int vf_log_is_ours(const struct vf_inflight_header *header, enum vf_log_format format, uint32_t entry_count)
 {
 	return memcmp(header->magic, VF_LOG_MAGIC, sizeof(header->magic)) == 0 && header->version == VF_LOG_VERSION &&
-	       header->ring_format == VF_LOG_SPLIT && header->entry_bytes == sizeof(struct vf_inflight_entry) &&
+	       header->ring_format == format && header->entry_bytes == sizeof(struct vf_inflight_entry) &&
 	       header->entry_count == entry_count && header->state == VF_LOG_VALID &&
 	       header->last_used_idx <= UINT16_MAX && header->working <= entry_count;
 }

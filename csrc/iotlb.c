@@ -7,10 +7,16 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+/* Entries have moved, or gone. */
+static void vf_iotlb_forget_hits(struct vf_iotlb *tlb)
+{
+	tlb->last_hit = tlb->data_hit = &tlb->none;
+}
+
 void vf_iotlb_init(struct vf_iotlb *tlb, struct vf_port *port)
 {
 	tlb->none = (struct vf_iotlb_region){ .start = 1, .last = 0 };
-	tlb->last_hit = &tlb->none;
+	vf_iotlb_forget_hits(tlb);
 	tlb->region_count = 0;
 	tlb->miss_count = 0;
 	tlb->port = port;
@@ -44,7 +50,7 @@ static int vf_iotlb_insert(struct vf_iotlb *tlb, const struct vf_iotlb_region *r
 		tlb->region[i] = tlb->region[i - 1u];
 	tlb->region[at] = *region;
 	tlb->region_count++;
-	tlb->last_hit = &tlb->none; /* entries have moved */
+	vf_iotlb_forget_hits(tlb);
 	return 0;
 }
 
@@ -130,7 +136,7 @@ uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last)
 			vf_unmap(r);
 	}
 	tlb->region_count = kept;
-	tlb->last_hit = &tlb->none;
+	vf_iotlb_forget_hits(tlb);
 	return count - kept;
 }
 

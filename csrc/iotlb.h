@@ -32,7 +32,10 @@ struct vf_iotlb_region {
 };
 
 struct vf_iotlb {
-	struct vf_iotlb_region *last_hit; /* never NULL: points at `none` when there is none */
+	/* The regions used last, for headers and the like, and for data, which may lie in another one. Never NULL: they point
+	 * at `none` when there is none. */
+	struct vf_iotlb_region *last_hit;
+	struct vf_iotlb_region *data_hit;
 	uint32_t region_count;
 	uint64_t miss_count;
 	struct vf_port *port; /* borrowed */
@@ -78,6 +81,26 @@ static inline void *vf_iotlb_translate(struct vf_iotlb *tlb, uint64_t iova, uint
 		return NULL;
 	uint64_t rest = r->last - iova; /* one less than the bytes left; cannot wrap: iova <= last */
 	*run = rest >= len - 1u ? len : (uint32_t)(rest + 1u);
+	return (void *)(r->base + (uintptr_t)iova);
+}
+
+/*
+ * Translate all of [iova, iova + len), len not 0, with the region in *hit first. NULL unless one region holds it all, with that
+ * permission; a range that wraps is held by none.
+ */
+static inline void *vf_iotlb_whole(struct vf_iotlb *tlb, struct vf_iotlb_region **hit, uint64_t iova, uint32_t len,
+				   uint32_t perm)
+{
+	struct vf_iotlb_region *r = *hit;
+
+	if (vf_unlikely(iova < r->start || iova > r->last)) {
+		r = vf_iotlb_find(tlb, iova);
+		if (!r)
+			return NULL;
+		*hit = r;
+	}
+	if (vf_unlikely(r->last - iova < len - 1u || (r->perm & perm) != perm))
+		return NULL;
 	return (void *)(r->base + (uintptr_t)iova);
 }
 

@@ -57,8 +57,9 @@ static int vf_queue_alloc(struct vf_queue *q)
 	q->chain.segments = calloc(q->chain.segment_max, sizeof(*q->chain.segments));
 	q->reqs = calloc(q->slot_count, sizeof(*q->reqs));
 	q->free_slots = calloc(q->slot_count, sizeof(*q->free_slots));
-	q->unpublished = calloc(q->slot_count, sizeof(struct vf_req *));
-	if (!q->chain.segments || !q->reqs || !q->free_slots || !q->unpublished)
+	q->unpublished = calloc(q->slot_count, sizeof(*q->unpublished));
+	q->fifo = calloc(q->slot_count, sizeof(struct vf_req *));
+	if (!q->chain.segments || !q->reqs || !q->free_slots || !q->unpublished || !q->fifo)
 		return -ENOMEM;
 	/* The arrays of slot 0 are the first of one block each. */
 	iovs = calloc((size_t)q->slot_count * q->iov_max, sizeof(*iovs));
@@ -117,6 +118,7 @@ void vf_queue_destroy(struct vf_queue *q)
 		free(q->reqs[0].iov_base);
 		free(q->reqs[0].ranges);
 	}
+	free(q->fifo);
 	free(q->unpublished);
 	free(q->free_slots);
 	free(q->reqs);

@@ -11,6 +11,7 @@
 #include "iotlb.h"
 #include "irq_hold.h"
 #include "request.h"
+#include "takeover.h"
 #include "vring_format.h"
 
 #define VF_SLOT_MAX 1024u /* requests in flight at once; more wait in the ring */
@@ -41,6 +42,16 @@ struct vf_poison {
 	uint64_t offset_bytes;
 };
 
+#define VF_TALLY_MAX 16u
+
+/* Requests that are given back and not yet counted: of one kind, begun at one moment. */
+struct vf_tally {
+	uint64_t start_ns;
+	uint64_t bytes;
+	uint32_t count;
+	uint32_t op; /* enum vf_op */
+};
+
 struct vf_queue {
 	struct vf_vring vring;
 	struct vf_chain chain;
@@ -54,8 +65,18 @@ struct vf_queue {
 	uint32_t slot_count;
 	uint32_t iov_max; /* of one request */
 
-	struct vf_req **unpublished; /* pushed, not yet shown to the driver */
+	uint16_t *unpublished; /* heads pushed and not yet cleared in the log */
 	uint32_t unpublished_count;
+	uint32_t tally_count;
+	struct vf_tally tally[VF_TALLY_MAX];
+
+	/* Of a ring whose chains are given back in order: requests in that order, from the first one that the engine had not
+	 * finished when it was submitted. A circle of slot_count places. */
+	struct vf_req **fifo;
+	uint32_t fifo_head;
+	uint32_t fifo_count;
+	uint32_t suspect_count; /* of a packed ring: entries of the log with deaths */
+
 	struct vf_irq_hold irq_hold;
 	uint8_t irq_due; /* the last interrupt could not be sent: try again */
 

@@ -51,8 +51,12 @@ struct vf_req {
 	uint8_t unmap; /* write zeroes: deallocating is welcome */
 	uint8_t blk_status;
 	uint8_t retry_count; /* of transfers that came back empty-handed */
-	uint16_t head;
-	uint16_t slot;
+	uint16_t head; /* head, id and slot_count are those of the chain: struct vf_chain */
+	uint16_t slot; /* of the table of requests */
+	uint16_t id;
+	uint8_t queued; /* it waits for its turn to be given back: struct vf_queue.fifo */
+	uint8_t finished; /* while it does: its turn is all that it waits for */
+	uint32_t slot_count;
 	uint32_t iov_count;
 	int32_t result; /* 0 or -errno, once finished */
 	struct iovec *iov;

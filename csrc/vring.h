@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What every ring format shares: structures of a split virtqueue (VIRTIO 1.3, 2.7), the chain that a pop fills, and the
- * reasons for which a ring is given up. The formats themselves are vring_split.h (and, later, vring_packed.h): each
- * offers init, pop, push, publish and notification under the same names with its own prefix.
+ * reasons for which a ring is given up. The formats themselves are vring_split.h and vring_packed.h: each offers start,
+ * pop, push, publish and notification under the same names with its own prefix.
  */
 #ifndef VF_VRING_H
 #define VF_VRING_H
 
+#include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "barrier.h"
 
@@ -56,6 +58,9 @@ enum vf_ring_error {
 	VF_RING_ERROR_COUNT,
 };
 
+/* A pop that found nothing, as opposed to 0 and -enum vf_ring_error. */
+#define VF_RING_EMPTY 1
+
 /* One descriptor, copied out of shared memory. */
 struct vf_segment {
 	uint64_t iova;
@@ -63,42 +68,66 @@ struct vf_segment {
 	uint32_t writable; /* by the device: 0 or 1 */
 };
 
-/* A descriptor chain in private memory, and what it holds of each direction. */
+/* A descriptor chain in private memory. */
 struct vf_chain {
-	uint16_t head;
-	uint8_t disorder; /* a readable segment behind a writable one, against VIRTIO 1.3, 2.7.4.2 */
+	uint16_t head; /* split: index of the first descriptor; packed: its slot. No two chains in flight share one. */
+	uint16_t id; /* packed: the driver's name for the buffer; split: the head */
+	uint32_t slot_count; /* packed: descriptors of the ring that it takes */
 	uint32_t segment_count;
-	uint32_t segment_max; /* capacity of segments */
+	uint32_t segment_max; /* capacity of segments, at least the queue size */
 	struct vf_segment *segments;
+	/* Of vf_chain_measure(). */
 	uint64_t readable_bytes;
 	uint64_t writable_bytes;
 	struct vf_segment *last_writable; /* the last one that is not empty; NULL = none */
+	uint8_t disorder; /* a readable segment behind a writable one, against VIRTIO 1.3, 2.7.4.2 */
 };
+
+/* Length and direction of a segment as one number, which compares by one instruction. */
+#define VF_SEGMENT_SHAPE(len, writable) ((uint64_t)(writable) << 32 | (len))
+
+static inline uint64_t vf_segment_shape(const struct vf_segment *segment)
+{
+	uint64_t shape;
+
+	memcpy(&shape, &segment->len, sizeof(shape));
+	return shape;
+}
 
 static inline void vf_chain_clear(struct vf_chain *chain, uint16_t head)
 {
 	chain->head = head;
-	chain->disorder = 0;
+	chain->id = head;
 	chain->segment_count = 0;
-	chain->readable_bytes = 0;
-	chain->writable_bytes = 0;
-	chain->last_writable = NULL;
 }
 
-/* Append a descriptor; there is room. No sum overflows: at most 2^15 segments of less than 2^32 bytes. */
-static inline void vf_chain_add(struct vf_chain *chain, const struct vf_desc *desc)
+/* Append a descriptor; there is room. flags: VF_DESC_F_* */
+static inline void vf_chain_add(struct vf_chain *chain, uint64_t iova, uint32_t len, uint32_t flags)
 {
 	struct vf_segment *segment = &chain->segments[chain->segment_count++];
 
-	segment->iova = desc->addr;
-	segment->len = desc->len;
-	segment->writable = (desc->flags / VF_DESC_F_WRITE) & 1u;
-	if (!segment->writable) {
-		chain->readable_bytes += desc->len;
-		chain->disorder |= chain->last_writable != NULL;
-	} else if (desc->len) {
-		chain->writable_bytes += desc->len;
-		chain->last_writable = segment;
+	segment->iova = iova;
+	segment->len = len;
+	segment->writable = (flags / VF_DESC_F_WRITE) & 1u;
+}
+
+/* Sum up what the chain holds of each direction. No sum overflows: at most 2^15 segments of less than 2^32 bytes. */
+static inline void vf_chain_measure(struct vf_chain *chain)
+{
+	chain->disorder = 0;
+	chain->readable_bytes = 0;
+	chain->writable_bytes = 0;
+	chain->last_writable = NULL;
+	for (uint32_t i = 0; i < chain->segment_count; i++) {
+		struct vf_segment *segment = &chain->segments[i];
+
+		if (!segment->writable) {
+			chain->readable_bytes += segment->len;
+			chain->disorder |= chain->last_writable != NULL;
+		} else if (segment->len) {
+			chain->writable_bytes += segment->len;
+			chain->last_writable = segment;
+		}
 	}
 }
 

@@ -29,7 +29,14 @@ struct vf_split {
 	uint16_t decided_used_idx; /* published index at the last interrupt decision */
 	uint8_t event_idx;
 	uint8_t indirect;
+	uint8_t in_order;
 	uint8_t first; /* after a start the driver's wish is unknown: the first publication interrupts */
+
+	/* IN_ORDER: one used entry stands for a run of buffers, of which it names the last (VIRTIO 1.3, 2.7.9). */
+	uint16_t run_idx; /* where the entry of the run goes */
+	uint8_t run_full; /* all of the last buffer was used, so that another one may follow in the same run */
+	uint32_t run_head; /* of the last buffer */
+	uint32_t run_bytes;
 };
 
 static inline size_t vf_split_desc_bytes(uint32_t size)
@@ -73,6 +80,7 @@ static inline void vf_split_start(struct vf_split *vr, uint16_t last_avail_idx)
 	vr->last_used_idx = used_idx;
 	vr->published_used_idx = used_idx;
 	vr->decided_used_idx = used_idx;
+	vr->run_idx = used_idx;
 	vr->first = 1;
 }
 
@@ -134,7 +142,7 @@ static inline int vf_split_walk_indirect(struct vf_iotlb *tlb, const struct vf_d
 			return -VF_RING_INDIRECT_NESTED;
 		if (vf_unlikely(chain->segment_count == chain->segment_max))
 			return -VF_RING_CHAIN_TOO_LONG;
-		vf_chain_add(chain, &desc);
+		vf_chain_add(chain, desc.addr, desc.len, desc.flags);
 		if (!(desc.flags & VF_DESC_F_NEXT))
 			return 0;
 		if (vf_unlikely(desc.next >= count))
@@ -154,7 +162,8 @@ static inline int vf_split_walk(struct vf_split *vr, struct vf_iotlb *tlb, uint1
 	if (vf_unlikely(head >= vr->size))
 		return -VF_RING_HEAD_RANGE;
 	vf_chain_clear(chain, head);
-	for (uint32_t steps = 0; steps < vr->size; steps++) {
+	/* No chain is longer than the ring, and the segments have room for that. */
+	while (chain->segment_count < vr->size) {
 		struct vf_desc desc = vf_split_load_desc(&vr->desc[slot]);
 
 		if (vf_unlikely(desc.flags & VF_DESC_F_INDIRECT)) {
@@ -164,9 +173,7 @@ static inline int vf_split_walk(struct vf_split *vr, struct vf_iotlb *tlb, uint1
 				return -VF_RING_INDIRECT_NEXT;
 			return vf_split_walk_indirect(tlb, &desc, chain);
 		}
-		if (vf_unlikely(chain->segment_count == chain->segment_max))
-			return -VF_RING_CHAIN_TOO_LONG;
-		vf_chain_add(chain, &desc);
+		vf_chain_add(chain, desc.addr, desc.len, desc.flags);
 		if (!(desc.flags & VF_DESC_F_NEXT))
 			return 0;
 		if (vf_unlikely(desc.next >= vr->size))
@@ -244,19 +251,44 @@ static inline void vf_split_prefetch(const struct vf_split *vr, const struct vf_
 	}
 }
 
-/* Give a chain back; seen by the driver with the next vf_split_publish(). */
-static inline void vf_split_push(struct vf_split *vr, uint16_t head, uint32_t written_bytes)
+static inline void vf_split_put_used(struct vf_split *vr, uint16_t used_idx, uint32_t head, uint32_t written_bytes)
 {
-	struct vf_used_elem *elem = &vr->used_ring[vr->last_used_idx & vr->mask];
+	struct vf_used_elem *elem = &vr->used_ring[used_idx & vr->mask];
 
 	vf_store_relaxed_u32(&elem->id, head);
 	vf_store_relaxed_u32(&elem->len, written_bytes);
+}
+
+/* Write the entry of the run that is open, if one is. */
+static inline void vf_split_end_run(struct vf_split *vr)
+{
+	if (vr->run_idx == vr->last_used_idx)
+		return;
+	vf_split_put_used(vr, vr->run_idx, vr->run_head, vr->run_bytes);
+	vr->run_idx = vr->last_used_idx;
+}
+
+/* Give a chain back; seen by the driver with the next vf_split_publish(). full: all that the device may write of it was
+ * written. With IN_ORDER chains come back in the order in which they were taken. */
+static inline void vf_split_push(struct vf_split *vr, uint16_t head, uint32_t written_bytes, int full)
+{
+	if (!vr->in_order) {
+		vf_split_put_used(vr, vr->last_used_idx, head, written_bytes);
+	} else {
+		if (!vr->run_full)
+			vf_split_end_run(vr);
+		vr->run_head = head;
+		vr->run_bytes = written_bytes;
+		vr->run_full = full != 0;
+	}
 	vr->last_used_idx++;
 }
 
 /* Show the driver everything pushed: one store. */
 static inline void vf_split_publish(struct vf_split *vr)
 {
+	if (vr->in_order)
+		vf_split_end_run(vr);
 	vf_store_release_u16(vr->used_idx, vr->last_used_idx); /* Barrier B */
 	vr->published_used_idx = vr->last_used_idx;
 }

@@ -12,13 +12,16 @@ from vdusefast._csrc cimport *
 cdef enum:
     BLK_DONE = 0  # answered: blk_status is set
     BLK_SUBMIT = 1  # for the engine
+    BLK_NOT_PLAIN = 2  # not of the commonest kind
 
 cdef extern from *:
     """
     /* With the status it must fit into a used element's 32-bit length. */
     #define BLK_DATA_BYTES_MAX (UINT32_MAX - VF_SECTOR_BYTES)
+    #define BLK_STATUS_SHAPE VF_SEGMENT_SHAPE(1, 1)
     """
     const uint32_t BLK_DATA_BYTES_MAX
+    const uint64_t BLK_STATUS_SHAPE
 
 
 cdef inline int blk_fail(vf_queue *q, vf_req *req, uint8_t blk_status) noexcept nogil:
@@ -79,23 +82,6 @@ cdef inline int blk_map(vf_queue *q, vf_req *req, uint32_t writable, uint64_t sk
     req.iov = iov
     req.iov_count = count
     return 0
-
-
-cdef inline bint blk_map_whole(vf_queue *q, vf_req *req, uint32_t writable, uint64_t want) noexcept nogil:
-    """Do blk_map for the commonest chain: header, data, status, each in one segment. False: it is none such."""
-    cdef vf_segment *segment = &q.chain.segments[1]
-    cdef uint32_t run = 0
-    if q.chain.segment_count != 3 or want == 0 or segment.len != want or segment.writable != writable:
-        return False
-    # With 16 bytes in front, and sums that are right, what is in the middle is all of the data.
-    if q.chain.segments[0].len != VF_BLK_HEADER_BYTES or segment.iova > UINT64_MAX - want:
-        return False
-    req.iov = req.iov_base
-    req.iov.iov_base = vf_iotlb_translate(&q.tlb, segment.iova, segment.len, VF_PERM_WO if writable else VF_PERM_RO,
-                                          &run)
-    req.iov.iov_len = want
-    req.iov_count = 1
-    return req.iov.iov_base != NULL and run == segment.len
 
 
 cdef inline int blk_copy_in(vf_queue *q, uint64_t skip, void *to, uint64_t want) noexcept nogil:
@@ -180,8 +166,7 @@ cdef inline int blk_parse_rw(vf_queue *q, vf_req *req, uint64_t sector, bint wri
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if vf_unlikely(blk_outside(&q.device, sector, data_bytes // VF_SECTOR_BYTES)):
         return blk_fail(q, req, VF_BLK_S_IOERR)
-    if vf_unlikely(not blk_map_whole(q, req, not writing, data_bytes)) and blk_map(
-            q, req, not writing, VF_BLK_HEADER_BYTES if writing else 0, data_bytes):
+    if blk_map(q, req, not writing, VF_BLK_HEADER_BYTES if writing else 0, data_bytes):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     req.offset_bytes = sector * VF_SECTOR_BYTES
     req.left_bytes = data_bytes
@@ -263,31 +248,54 @@ cdef inline int blk_answer_id(vf_queue *q, vf_req *req) noexcept nogil:
     return BLK_DONE
 
 
-cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
-    """Make a request of the chain in q. Returns BLK_SUBMIT, or BLK_DONE when it is answered already."""
-    cdef vf_blk_header header
+cdef inline int blk_parse_plain(vf_queue *q, vf_req *req, const vf_blk_header *header, uint8_t *status) noexcept nogil:
+    """IN and OUT of one segment, of which chain and header have been seen to be plain; BLK_NOT_PLAIN changes nothing."""
+    cdef const vf_segment *segment = &q.chain.segments[1]
+    cdef uint32_t data_bytes = segment.len
+    cdef uint32_t writable = segment.writable
+    cdef uint32_t want_type = VF_BLK_T_IN if writable else VF_BLK_T_OUT
+    cdef void *data
+    if vf_unlikely(header.type != want_type):
+        return BLK_NOT_PLAIN
+    if vf_unlikely(data_bytes == 0 or data_bytes % VF_SECTOR_BYTES or data_bytes > BLK_DATA_BYTES_MAX):
+        return BLK_NOT_PLAIN
+    if vf_unlikely(blk_outside(&q.device, header.sector, data_bytes // VF_SECTOR_BYTES)):
+        return BLK_NOT_PLAIN
+    if vf_unlikely(q.device.read_only and not writable):
+        return BLK_NOT_PLAIN
+    data = vf_iotlb_whole(&q.tlb, &q.tlb.data_hit, segment.iova, data_bytes, VF_PERM_WO if writable else VF_PERM_RO)
+    if vf_unlikely(data == NULL):
+        return BLK_NOT_PLAIN
+    req.op = VF_OP_READ if writable else VF_OP_WRITE
+    req.status = status
+    req.writable_bytes = <uint64_t> data_bytes + 1 if writable else 1
+    req.offset_bytes = header.sector * VF_SECTOR_BYTES
+    req.left_bytes = data_bytes
+    req.data_bytes = data_bytes
+    req.iov = req.iov_base
+    req.iov.iov_base = data
+    req.iov.iov_len = data_bytes
+    req.iov_count = 1
+    return BLK_SUBMIT
 
+
+cdef inline int blk_parse_any(vf_queue *q, vf_req *req, vf_blk_header *header, bint have_header) noexcept nogil:
+    """Any request, in any number of pieces. have_header: it has been copied already."""
     req.op = VF_OP_OTHER
-    req.unmap = 0
-    req.blk_status = VF_BLK_S_OK
-    req.retry_count = 0
-    req.result = 0
     req.iov_count = 0
     req.left_bytes = 0
     req.data_bytes = 0
-    req.range_count = 0
-    req.range_at = 0
-    req.stored_bytes = 0
+    vf_chain_measure(&q.chain)
     req.writable_bytes = q.chain.writable_bytes
     blk_find_status(q, req)
     # Without a status the driver cannot be told, so that nothing is done.
     if vf_unlikely(req.status == NULL or q.chain.disorder or q.chain.readable_bytes < VF_BLK_HEADER_BYTES):
         return blk_fail(q, req, VF_BLK_S_IOERR)
-    if vf_unlikely(blk_copy_header(q, req, &header)):
+    if not have_header and blk_copy_header(q, req, header):
         return blk_fail(q, req, VF_BLK_S_IOERR)
-    if vf_likely(header.type == VF_BLK_T_IN):
+    if header.type == VF_BLK_T_IN:
         return blk_parse_rw(q, req, header.sector, False)
-    if vf_likely(header.type == VF_BLK_T_OUT):
+    if header.type == VF_BLK_T_OUT:
         return blk_parse_rw(q, req, header.sector, True)
     if header.type == VF_BLK_T_FLUSH:
         req.op = VF_OP_FLUSH
@@ -299,6 +307,39 @@ cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
     if header.type == VF_BLK_T_WRITE_ZEROES:
         return blk_parse_ranges(q, req, False)
     return blk_fail(q, req, VF_BLK_S_UNSUPP)
+
+
+cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
+    """Make a request of the chain in q. Returns BLK_SUBMIT, or BLK_DONE when it is answered already."""
+    cdef vf_blk_header header
+    cdef const vf_segment *segment = q.chain.segments
+    cdef bint have_header = False
+    cdef void *va
+    cdef void *status
+    cdef int what
+
+    req.unmap = 0
+    req.blk_status = VF_BLK_S_OK
+    req.retry_count = 0
+    req.result = 0
+    req.range_count = 0
+    req.range_at = 0
+    req.stored_bytes = 0
+    # The commonest chain: header, data and status, each in one segment and each whole in a region.
+    if vf_likely(
+        q.chain.segment_count == 3
+        and vf_segment_shape(&segment[0]) == VF_BLK_HEADER_BYTES
+        and vf_segment_shape(&segment[2]) == BLK_STATUS_SHAPE
+    ):
+        va = vf_iotlb_whole(&q.tlb, &q.tlb.last_hit, segment[0].iova, VF_BLK_HEADER_BYTES, VF_PERM_RO)
+        status = vf_iotlb_whole(&q.tlb, &q.tlb.last_hit, segment[2].iova, 1, VF_PERM_WO)
+        if vf_likely(va != NULL and status != NULL):
+            vf_copy_from_shared(&header, va, VF_BLK_HEADER_BYTES)
+            have_header = True
+            what = blk_parse_plain(q, req, &header, <uint8_t *> status)
+            if vf_likely(what != BLK_NOT_PLAIN):
+                return what
+    return blk_parse_any(q, req, &header, have_header)
 
 
 cdef inline void blk_note_host_error(vf_counters *counters, int err) noexcept nogil:

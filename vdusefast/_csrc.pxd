@@ -81,6 +81,9 @@ cdef extern from "inflight.h" nogil:
         VF_LOG_DEATHS_MAX
         VF_LOG_HOPELESS
         VF_LOG_VOID
+        VF_LOG_SPLIT
+        VF_LOG_PACKED
+        VF_LOG_SPLIT_IN_ORDER
     struct vf_inflight_header:
         uint32_t state
         uint32_t last_used_idx
@@ -92,8 +95,7 @@ cdef extern from "inflight.h" nogil:
     void vf_log_take(vf_inflight_entry *, uint64_t)
     void vf_log_note(vf_inflight_header *, uint16_t, uint16_t)
     void vf_log_work(vf_inflight_header *, uint32_t)
-    void vf_log_begin(vf_inflight_header *, vf_inflight_entry *, uint32_t, uint16_t, uint16_t)
-    int vf_log_is_ours(const vf_inflight_header *, uint32_t)
+    void vf_log_begin(vf_inflight_header *, vf_inflight_entry *, uint32_t, int, uint16_t, uint16_t)
 
 cdef extern from "seed_fault.h" nogil:
     enum:
@@ -135,6 +137,10 @@ cdef extern from "request.h" nogil:
         uint8_t retry_count
         uint16_t head
         uint16_t slot
+        uint16_t id
+        uint8_t queued
+        uint8_t finished
+        uint32_t slot_count
         uint32_t iov_count
         int32_t result
         iovec *iov
@@ -211,12 +217,15 @@ cdef extern from "iotlb.h" nogil:
         uint64_t last
         uint32_t perm
     struct vf_iotlb:
+        vf_iotlb_region *last_hit
+        vf_iotlb_region *data_hit
         uint32_t region_count
         uint64_t miss_count
         vf_iotlb_region region[1024]
     int vf_iotlb_map(vf_iotlb *, uint64_t, uint64_t, uint32_t, int, uint64_t)
     uint32_t vf_iotlb_drop(vf_iotlb *, uint64_t, uint64_t)
     void *vf_iotlb_translate(vf_iotlb *, uint64_t, uint32_t, uint32_t, uint32_t *)
+    void *vf_iotlb_whole(vf_iotlb *, vf_iotlb_region **, uint64_t, uint32_t, uint32_t)
     int vf_iotlb_copy_from(vf_iotlb *, uint64_t, void *, size_t)
 
 cdef extern from "vring_format.h" nogil:
@@ -239,41 +248,53 @@ cdef extern from "vring_format.h" nogil:
         VF_RING_LOG
         VF_RING_LOG_FOREIGN
         VF_RING_POISON
+        VF_RING_EMPTY
     struct vf_segment:
         uint64_t iova
         uint32_t len
         uint32_t writable
     struct vf_chain:
         uint16_t head
-        uint8_t disorder
+        uint16_t id
+        uint32_t slot_count
         uint32_t segment_count
         vf_segment *segments
         uint64_t readable_bytes
         uint64_t writable_bytes
         vf_segment *last_writable
+        uint8_t disorder
+    uint64_t vf_segment_shape(const vf_segment *)
+    void vf_chain_measure(vf_chain *)
+    struct vf_split:
+        pass
     struct vf_vring:
+        vf_split split
+        uint32_t size
+        uint8_t is_packed
+        uint8_t ordered
         uint8_t mapped
-    int vf_vring_setup(vf_vring *, uint64_t, uint32_t, uint64_t, uint64_t, uint64_t)
+    int vf_split_walk(vf_split *, vf_iotlb *, uint16_t, vf_chain *)
+    void vf_split_unpop(vf_split *)
+    int vf_vring_setup(vf_vring *, uint64_t, uint32_t, uint64_t, uint64_t, uint64_t, vf_inflight_entry *)
     int vf_vring_map(vf_vring *, vf_iotlb *)
-    void vf_vring_start(vf_vring *, uint16_t)
+    int vf_vring_start(vf_vring *, uint16_t)
+    int vf_vring_log_format(const vf_vring *)
     int vf_vring_available(vf_vring *)
     int vf_vring_pop(vf_vring *, vf_iotlb *, vf_chain *)
-    int vf_vring_walk(vf_vring *, vf_iotlb *, uint16_t, vf_chain *)
-    uint32_t vf_vring_size(vf_vring *)
-    int vf_vring_used_since(vf_vring *, uint16_t)
-    uint32_t vf_vring_used_head(vf_vring *, uint16_t)
-    int vf_vring_is_idle(const vf_vring *)
-    int vf_vring_could_take(const vf_vring *, uint16_t)
-    void vf_vring_unpop(vf_vring *)
     void vf_vring_prefetch(const vf_vring *, const vf_iotlb *, uint32_t)
-    void vf_vring_push(vf_vring *, uint16_t, uint32_t)
+    void vf_vring_push(vf_vring *, uint16_t, uint16_t, uint32_t, uint32_t, bint)
     void vf_vring_publish(vf_vring *)
     int vf_vring_irq_wanted(vf_vring *)
     uint32_t vf_vring_irq_owed(const vf_vring *)
     void vf_vring_kick_disable(vf_vring *)
     int vf_vring_kick_enable(vf_vring *)
-    uint16_t vf_vring_last_avail_idx(const vf_vring *)
-    uint16_t vf_vring_last_used_idx(const vf_vring *)
+    uint16_t vf_vring_avail_state(const vf_vring *)
+    uint16_t vf_vring_used_state(const vf_vring *)
+
+cdef extern from "takeover.h" nogil:
+    void vf_takeover_begin(vf_vring *, vf_inflight_header *, vf_inflight_entry *, uint32_t, uint16_t)
+    int vf_takeover(vf_vring *, vf_inflight_header *, vf_inflight_entry *, uint32_t, uint16_t, bint)
+    int vf_takeover_is_idle(const vf_vring *)
 
 cdef extern from "irq_hold.h" nogil:
     struct vf_irq_hold:
@@ -285,6 +306,12 @@ cdef extern from "irq_hold.h" nogil:
 cdef extern from "queue.h" nogil:
     enum:
         VF_BATCH_MAX
+        VF_TALLY_MAX
+    struct vf_tally:
+        uint64_t start_ns
+        uint64_t bytes
+        uint32_t count
+        uint32_t op
     struct vf_blk_device:
         uint64_t capacity_sectors
         uint32_t block_sectors
@@ -314,8 +341,14 @@ cdef extern from "queue.h" nogil:
         uint32_t free_count
         uint32_t slot_count
         uint32_t iov_max
-        vf_req **unpublished
+        uint16_t *unpublished
         uint32_t unpublished_count
+        uint32_t tally_count
+        vf_tally tally[16]
+        vf_req **fifo
+        uint32_t fifo_head
+        uint32_t fifo_count
+        uint32_t suspect_count
         vf_irq_hold irq_hold
         uint8_t irq_due
         vf_shm_ctl *ctl

@@ -9,6 +9,7 @@ from libc.string cimport memcpy, memset
 from vdusefast._blk cimport *
 from vdusefast._csrc cimport *
 from vdusefast._loop cimport *
+from vdusefast._recover cimport *
 
 CONTROL = RUN_CONTROL
 FAILED = RUN_FAILED
@@ -250,10 +251,14 @@ cdef class Queue:
             queue_drain(self.q)
 
     def start(self, *, uint64_t acked_features, uint32_t size, uint64_t desc_addr, uint64_t driver_addr,
-              uint64_t device_addr, uint16_t last_avail_idx=0, bint recover=False):
+              uint64_t device_addr, uint32_t last_avail_idx=0, bint recover=False):
         """Take the rings at these IOVAs and be ready to run. Raises OSError (EINVAL) for a bad size, RingError.
 
-        recover: go on where a worker that died stood, by its in-flight log; `last_avail_idx` does not count then.
+        last_avail_idx: where the ring stands: of a split ring the avail index; of a packed one, as vhost has it, slot and wrap
+        counter (bit 15) of what is to be taken next, and in the upper half of what is to be given back next. The two
+        must be one.
+        recover: go on where a worker that died stood, by its in-flight log; `last_avail_idx` counts only for a packed ring of
+        which nothing was ever taken.
         """
         cdef vf_queue *q = self._open()
         cdef uint32_t adopted = 0
@@ -265,18 +270,21 @@ cdef class Queue:
         self._drain()
         self.started = False
         queue_set_state(q, VF_QUEUE_STOPPED)
-        _check(vf_vring_setup(&q.vring, acked_features, size, desc_addr, driver_addr, device_addr), "virtqueue size")
+        _check(vf_vring_setup(&q.vring, acked_features, size, desc_addr, driver_addr, device_addr,
+                              q.inflight_log), "virtqueue size")
         err = vf_vring_map(&q.vring, &q.tlb)
         if err:
             raise RingError(_RING_ERRORS[-err])
         q.faults_seen = q.counters.memory_faults  # a fault from here on fails the queue
         self.note = ""
+        if q.vring.is_packed and last_avail_idx >> 16 != last_avail_idx & 0xFFFF:
+            raise RingError("a packed ring that is to go on with requests in flight, of which nothing is known")
         if recover:
-            adopted = self._adopt()
+            adopted = self._adopt(last_avail_idx & 0xFFFF)
         else:
-            vf_vring_start(&q.vring, last_avail_idx)
-            vf_log_begin(q.inflight, q.inflight_log, q.queue_size_max, vf_vring_last_avail_idx(&q.vring),
-                         vf_vring_last_used_idx(&q.vring))
+            err = queue_begin_log(q, last_avail_idx & 0xFFFF)
+            if err:
+                raise RingError(_RING_ERRORS[-err])
         q.device.discard = bool(acked_features & _F_DISCARD)
         q.device.write_zeroes = bool(acked_features & _F_WRITE_ZEROES)
         # Without FLUSH the driver cannot ask for durability, so that every write has it (VIRTIO 1.3, 5.2.6.2).
@@ -294,15 +302,16 @@ cdef class Queue:
             if q.poison.count:
                 self._note_poison()
 
-    cdef int _adopt(self) except -1:
+    cdef int _adopt(self, uint16_t state) except -1:
         """Go on where the log says; from the ring alone where nothing is outstanding. Requests in flight. RingError."""
         cdef vf_queue *q = self.q
-        cdef int err = queue_adopt(q)
+        cdef int err = queue_adopt(q, state)
         if err >= 0:
             return err
-        if err == -VF_RING_POISON or not vf_vring_is_idle(&q.vring):
+        if err == -VF_RING_POISON or not vf_takeover_is_idle(&q.vring):
             raise RingError(_RING_ERRORS[-err])
-        queue_log_begin(q)
+        vf_takeover_begin(&q.vring, q.inflight, q.inflight_log, q.queue_size_max, state)
+        queue_align_order(q)
         self.note = f"{_RING_ERRORS[-err]}; no request was outstanding, so that the ring itself says where to go on"
         return 0
 
@@ -368,7 +377,8 @@ cdef class Queue:
     def quiesce(self):
         """Finish what is in flight and stop; kicks are asked for again.
 
-        Returns (last_avail_idx, last_used_idx, whether requests wait that nobody will be kicked for).
+        Returns (last_avail_idx, last_used_idx, whether requests wait that nobody will be kicked for); of a packed ring both
+        are a slot and its wrap counter, in bit 15.
         """
         cdef vf_queue *q = self._open()
         cdef bint waiting = False
@@ -379,7 +389,7 @@ cdef class Queue:
                 waiting = vf_vring_kick_enable(&q.vring)
             queue_set_state(q, VF_QUEUE_STOPPED)
         self.started = False
-        return vf_vring_last_avail_idx(&q.vring), vf_vring_last_used_idx(&q.vring), waiting
+        return vf_vring_avail_state(&q.vring), vf_vring_used_state(&q.vring), waiting
 
     def control_seen(self):
         """Take note of the control word: messages up to now are about to be read."""

@@ -50,30 +50,67 @@ cdef struct loop_idle:
     loop_lesson of_storage
 
 
+cdef inline void queue_count(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """Count what has been given back: requests, bytes, and how long they took up to now."""
+    cdef uint32_t i
+    cdef vf_tally *tally
+    cdef vf_op_counters *op
+    for i in range(q.tally_count):
+        tally = &q.tally[i]
+        op = &q.counters.op[tally.op]
+        op.requests += tally.count
+        op.bytes += tally.bytes
+        q.counters.requests += tally.count
+        q.hist.bucket[tally.op][vf_hist_bucket(now_ns - tally.start_ns)] += tally.count
+    q.tally_count = 0
+
+
+cdef inline void queue_tally(vf_queue *q, const vf_req *req, uint64_t bytes) noexcept nogil:
+    """Note a request that is given back, for queue_count(): most are like the one before."""
+    cdef vf_tally *tally
+    if vf_likely(q.tally_count):
+        tally = &q.tally[q.tally_count - 1]
+        if vf_likely(tally.op == req.op and tally.start_ns == req.start_ns):
+            tally.count += 1
+            tally.bytes += bytes
+            return
+    if vf_unlikely(q.tally_count == VF_TALLY_MAX):
+        queue_count(q, vf_now_ns())
+    tally = &q.tally[q.tally_count]
+    q.tally_count += 1
+    tally.op = req.op
+    tally.start_ns = req.start_ns
+    tally.count = 1
+    tally.bytes = bytes
+
+
+cdef inline void queue_clear_suspects(vf_queue *q) noexcept nogil:
+    """Forget the deaths of requests that were given back: of a packed ring, where nothing else clears their entries."""
+    cdef uint32_t i
+    for i in range(q.unpublished_count):
+        if q.inflight_log[q.unpublished[i]].deaths:
+            q.inflight_log[q.unpublished[i]].deaths = 0
+            q.suspect_count -= 1
+
+
 cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
     """Show the driver what was pushed, clear the log, count. Returns the time in nanoseconds."""
     cdef uint32_t i
-    cdef uint32_t bucket = 0
     cdef uint64_t now_ns
-    cdef uint64_t start_ns = 0  # of the request before: those of one round share it, and with it the bucket
-    cdef vf_req *req
+    vf_log_work(q.inflight, 0)  # before its request is shown
     vf_vring_publish(&q.vring)
     vf_seed_pause(VF_SEED_REPEAT)
     # Only what the driver can see may leave the log: a crash here repeats a request, and never forgets one.
-    now_ns = vf_now_ns()
-    for i in range(q.unpublished_count):
-        req = q.unpublished[i]
-        vf_log_set(&q.inflight_log[req.head], 0)
-        if req.start_ns != start_ns:
-            start_ns = req.start_ns
-            bucket = vf_hist_bucket(now_ns - start_ns)
-        q.hist.bucket[req.op][bucket] += 1
-        q.free_slots[q.free_count] = req.slot
-        q.free_count += 1
-    q.counters.requests += q.unpublished_count
+    if not q.vring.is_packed:
+        for i in range(q.unpublished_count):
+            vf_log_set(&q.inflight_log[q.unpublished[i]], 0)
+    elif vf_unlikely(q.suspect_count):
+        queue_clear_suspects(q)
     q.unpublished_count = 0
-    vf_log_note(q.inflight, vf_vring_last_avail_idx(&q.vring), vf_vring_last_used_idx(&q.vring))
+    vf_log_note(q.inflight, vf_vring_avail_state(&q.vring), vf_vring_used_state(&q.vring))
     q.counters.batches += 1
+    now_ns = vf_now_ns()
+    queue_count(q, now_ns)
     return now_ns
 
 
@@ -99,23 +136,45 @@ cdef inline void queue_tell(vf_queue *q, uint64_t now_ns) noexcept nogil:
         queue_interrupt(q)
 
 
-cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
-    """Write the status, give the chain back, count."""
-    cdef vf_op_counters *op = &q.counters.op[req.op]
+cdef inline void queue_give_back(vf_queue *q, vf_req *req) noexcept nogil:
+    """Write the status, give the chain and the slot back, count."""
     cdef uint32_t written_bytes = req.stored_bytes
     if vf_likely(req.status != NULL):
         vf_store_relaxed_u8(req.status, req.blk_status)
         # used.len promises that so many bytes were written from the first writable one on (VIRTIO 1.3, 2.7.8.2): behind a
         # gap, as after an error, the status does not count.
         written_bytes += written_bytes + 1 == req.writable_bytes
-    vf_vring_push(&q.vring, req.head, written_bytes)
-    op.requests += 1
-    if vf_likely(req.blk_status == VF_BLK_S_OK):
-        op.bytes += req.data_bytes
-    else:
-        op.errors += 1
-    q.unpublished[q.unpublished_count] = req
+    vf_vring_push(&q.vring, req.head, req.id, req.slot_count, written_bytes, written_bytes == req.writable_bytes)
+    if vf_unlikely(req.blk_status != VF_BLK_S_OK):
+        q.counters.op[req.op].errors += 1
+    queue_tally(q, req, req.data_bytes if req.blk_status == VF_BLK_S_OK else 0)
+    q.unpublished[q.unpublished_count] = req.head
     q.unpublished_count += 1
+    q.free_slots[q.free_count] = req.slot
+    q.free_count += 1
+
+
+cdef inline void queue_enqueue(vf_queue *q, vf_req *req) noexcept nogil:
+    """Have req wait for its turn to be given back, unless it does already."""
+    cdef uint32_t at = q.fifo_head + q.fifo_count
+    if req.queued:
+        return
+    req.queued = True
+    q.fifo[at - q.slot_count if at >= q.slot_count else at] = req
+    q.fifo_count += 1
+
+
+cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
+    """Give req back; where that has an order, when its turn comes, together with those that wait for it."""
+    if vf_likely(q.fifo_count == 0):
+        queue_give_back(q, req)
+        return
+    queue_enqueue(q, req)
+    req.finished = True
+    while q.fifo_count and q.fifo[q.fifo_head].finished:
+        queue_give_back(q, q.fifo[q.fifo_head])
+        q.fifo_head = q.fifo_head + 1 if q.fifo_head + 1 < q.slot_count else 0
+        q.fifo_count -= 1
 
 
 cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
@@ -131,6 +190,8 @@ cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
         if not blk_next(q, req):
             queue_finish(q, req)
             return
+    if q.vring.ordered:
+        queue_enqueue(q, req)
 
 
 cdef inline uint32_t queue_reap(vf_queue *q) noexcept nogil:
@@ -151,6 +212,10 @@ cdef inline vf_req *queue_slot(vf_queue *q, uint64_t now_ns) noexcept nogil:
     q.free_count -= 1
     req = &q.reqs[q.free_slots[q.free_count]]
     req.head = q.chain.head
+    req.id = q.chain.id
+    req.slot_count = q.chain.slot_count
+    req.queued = False
+    req.finished = False
     req.start_ns = now_ns
     return req
 
@@ -163,145 +228,39 @@ cdef inline void queue_begin(vf_queue *q, uint64_t now_ns) noexcept nogil:
         queue_submit(q, req)
     else:
         queue_finish(q, req)
-    vf_log_work(q.inflight, 0)
 
 
 cdef inline void queue_refuse(vf_queue *q, uint64_t now_ns) noexcept nogil:
     """Answer the request in q.chain, which workers have died of, with an error; the store does not see it."""
     cdef vf_req *req = queue_slot(q, now_ns)
-    vf_log_work(q.inflight, <uint32_t> req.head + 1)
-    if blk_parse(q, req) == BLK_SUBMIT:
-        blk_fail(q, req, VF_BLK_S_IOERR)
-    queue_finish(q, req)
-    vf_log_work(q.inflight, 0)
     q.poison.count += 1
     q.poison.deaths = q.inflight_log[req.head].deaths
     q.poison.head = req.head
+    vf_log_work(q.inflight, <uint32_t> req.head + 1)
+    if blk_parse(q, req) == BLK_SUBMIT:
+        blk_fail(q, req, VF_BLK_S_IOERR)
     q.poison.op = req.op
     q.poison.offset_bytes = req.offset_bytes
+    queue_finish(q, req)
 
 
 cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """Pop one chain and start its request. 0, or -enum vf_ring_error."""
+    """Pop one chain and start its request. 0, VF_RING_EMPTY, or -enum vf_ring_error."""
     cdef int err = vf_vring_pop(&q.vring, &q.tlb, &q.chain)
     if vf_unlikely(err):
         return err
-    if vf_unlikely(q.inflight_log[q.chain.head].order != 0):
-        vf_vring_unpop(&q.vring)
-        return -VF_RING_HEAD_BUSY
-    q.next_order += 1
-    if not vf_seed_forgets(q.next_order):
-        vf_log_take(&q.inflight_log[q.chain.head], q.next_order)
+    if not q.vring.is_packed:
+        if vf_unlikely(q.inflight_log[q.chain.head].order != 0):
+            vf_split_unpop(&q.vring.split)
+            return -VF_RING_HEAD_BUSY
+        q.next_order += 1
+        if not vf_seed_forgets(q.next_order):
+            vf_log_take(&q.inflight_log[q.chain.head], q.next_order)
+    elif vf_unlikely(q.suspect_count) and q.inflight_log[q.chain.head].deaths >= VF_LOG_DEATHS_MAX:
+        queue_refuse(q, now_ns)
+        return 0
     queue_begin(q, now_ns)
     return 0
-
-
-cdef inline int queue_blame(vf_queue *q) noexcept nogil:
-    """Count the death of the worker before against the request that it was at. 0, or -VF_RING_POISON."""
-    cdef uint32_t working = q.inflight.working
-    cdef vf_inflight_entry *entry
-    vf_log_work(q.inflight, 0)  # first: a death that is not counted is better than one counted twice
-    if working == 0:
-        return 0
-    entry = &q.inflight_log[working - 1]
-    if entry.order:
-        entry.deaths += 1
-        if entry.deaths >= VF_LOG_HOPELESS:
-            return -VF_RING_POISON
-    return 0
-
-
-cdef inline void queue_log_begin(vf_queue *q) noexcept nogil:
-    """Start a mapped ring where all that was taken has been given back: at its used index, with an empty log."""
-    cdef uint16_t used_idx
-    vf_vring_start(&q.vring, 0)
-    used_idx = vf_vring_last_used_idx(&q.vring)
-    vf_vring_start(&q.vring, used_idx)
-    vf_log_begin(q.inflight, q.inflight_log, q.queue_size_max, used_idx, used_idx)
-
-
-cdef inline int queue_adopt(vf_queue *q) noexcept nogil:
-    """Take a mapped ring over from a worker that died: its cursors from the ring and the in-flight log.
-
-    The number of requests in flight, or -enum vf_ring_error. A batch that was shown to the driver may still be in the log:
-    its note of the used index, written after the clearing, tells how far back to look.
-    """
-    cdef uint32_t i, head
-    cdef uint32_t size = vf_vring_size(&q.vring)
-    cdef uint32_t count = 0
-    cdef uint16_t logged_used_idx, next_idx
-    cdef int given_back
-    if q.inflight.state == VF_LOG_VOID:
-        queue_log_begin(q)
-        return 0
-    if not vf_log_is_ours(q.inflight, q.queue_size_max):
-        return -VF_RING_LOG_FOREIGN
-    logged_used_idx = <uint16_t> q.inflight.last_used_idx
-    given_back = vf_vring_used_since(&q.vring, logged_used_idx)
-    if given_back < 0:
-        return -VF_RING_LOG
-    for i in range(<uint32_t> given_back):
-        head = vf_vring_used_head(&q.vring, <uint16_t> (logged_used_idx + i))
-        if head < size and not vf_seed_repeats():
-            vf_log_set(&q.inflight_log[head], 0)
-    for i in range(q.queue_size_max):
-        if q.inflight_log[i].order:
-            if i >= size:
-                return -VF_RING_LOG
-            count += 1
-    # Everything made available before this index was either given back or is in the log.
-    next_idx = <uint16_t> (logged_used_idx + given_back + count)
-    if count > q.slot_count or not vf_vring_could_take(&q.vring, next_idx):
-        return -VF_RING_LOG
-    vf_vring_start(&q.vring, next_idx)
-    vf_log_note(q.inflight, next_idx, vf_vring_last_used_idx(&q.vring))
-    if queue_blame(q):
-        return -VF_RING_POISON
-    return <int> count
-
-
-cdef inline int queue_redo(vf_queue *q, uint32_t count) noexcept nogil:
-    """Start the `count` requests of the log again, in the order in which they were taken. 0, or -enum vf_ring_error."""
-    cdef uint32_t i, next_head, done
-    cdef uint32_t size = vf_vring_size(&q.vring)
-    cdef uint64_t last_order = 0
-    cdef uint64_t next_order
-    cdef uint64_t now_ns = vf_now_ns()
-    cdef int err = 0
-    memset(&q.poison, 0, sizeof(q.poison))
-    for i in range(size):
-        if q.inflight_log[i].order > q.next_order:
-            q.next_order = q.inflight_log[i].order
-    vf_seed_disorder(q.inflight_log, size)
-    cdef uint64_t end_order = q.next_order
-    for done in range(count):
-        next_order = end_order + 1
-        next_head = size
-        for i in range(size):
-            if last_order < q.inflight_log[i].order < next_order:
-                next_order = q.inflight_log[i].order
-                next_head = i
-        if next_head == size:
-            err = -VF_RING_LOG  # two of one order
-            break
-        last_order = next_order
-        err = vf_vring_walk(&q.vring, &q.tlb, <uint16_t> next_head, &q.chain)
-        if err:
-            break
-        if vf_unlikely(q.inflight_log[next_head].deaths >= VF_LOG_DEATHS_MAX):
-            queue_refuse(q, now_ns)
-        else:
-            queue_begin(q, now_ns)
-        if q.unpublished_count >= q.engine.ops.publish_batch:
-            queue_publish(q)
-    if q.engine.ops.flush != NULL:
-        q.engine.ops.flush(&q.engine)
-    if q.unpublished_count:
-        queue_publish(q)
-    queue_interrupt(q)  # whatever the worker before has published and not told
-    if q.counters.memory_faults != q.faults_seen:
-        err = -VF_RING_MEMORY_GONE
-    return err
 
 
 cdef inline int queue_round(vf_queue *q) noexcept nogil:
@@ -322,7 +281,8 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
     published = q.irq_hold.since_ns != 0
     count = vf_vring_available(&q.vring)
     if count > 0:
-        limit = <uint32_t> count if <uint32_t> count < VF_BATCH_MAX else VF_BATCH_MAX
+        # Of a packed ring nobody knows how many there are.
+        limit = <uint32_t> count if not q.vring.is_packed and <uint32_t> count < VF_BATCH_MAX else VF_BATCH_MAX
         if vf_unlikely(limit > q.free_count):
             limit = q.free_count
         now_ns = vf_now_ns()
@@ -332,6 +292,7 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
             err = queue_take(q, now_ns)
             if vf_unlikely(err or q.counters.memory_faults != q.faults_seen):
                 break
+            moved += 1
             # A driver that spins sees these at once. One that sleeps is woken once for many, unless that takes long:
             # on a CPU shared with it, each wake-up would end our turn.
             if q.unpublished_count >= q.engine.ops.publish_batch:
@@ -342,7 +303,9 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
             if published and done_ns - now_ns > IRQ_DELAY_NS:
                 queue_interrupt(q)
                 published = False
-        moved += limit
+        if err == VF_RING_EMPTY:
+            err = 0
+        vf_log_work(q.inflight, 0)  # what is in flight now is in the engine's hands
     elif vf_unlikely(count < 0):
         err = count
     if q.engine.ops.flush != NULL:
@@ -371,8 +334,8 @@ cdef inline void queue_drain(vf_queue *q) noexcept nogil:
 
 
 cdef inline void queue_set_state(vf_queue *q, uint32_t state) noexcept nogil:
-    q.shm_status.last_avail_idx = vf_vring_last_avail_idx(&q.vring)
-    q.shm_status.last_used_idx = vf_vring_last_used_idx(&q.vring)
+    q.shm_status.last_avail_idx = vf_vring_avail_state(&q.vring)
+    q.shm_status.last_used_idx = vf_vring_used_state(&q.vring)
     q.shm_status.inflight_count = q.engine.inflight_count
     q.counters.iotlb_misses = q.tlb.miss_count
     vf_store_relaxed_u32(&q.shm_status.state, state)

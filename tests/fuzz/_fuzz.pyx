@@ -6,14 +6,19 @@ Nothing here touches a Python object, so that the interpreter is never initialis
 from vdusefast._blk cimport *
 from vdusefast._csrc cimport *
 from vdusefast._loop cimport *
+from vdusefast._recover cimport *
 
 
 cdef public int fuzz_queue_round(vf_queue *q) noexcept nogil:
     return queue_round(q)
 
 
-cdef public int fuzz_queue_adopt(vf_queue *q) noexcept nogil:
-    return queue_adopt(q)
+cdef public int fuzz_queue_begin(vf_queue *q, uint16_t state) noexcept nogil:
+    return queue_begin_log(q, state)
+
+
+cdef public int fuzz_queue_adopt(vf_queue *q, uint16_t state) noexcept nogil:
+    return queue_adopt(q, state)
 
 
 cdef public int fuzz_queue_redo(vf_queue *q, uint32_t count) noexcept nogil:
