@@ -136,6 +136,19 @@ static inline void vf_copy_from_shared(void *to, const void *from, size_t len_by
 	__asm__ __volatile__("" : : "r"(to) : "memory");
 }
 
+/* Two words of shared memory, at any alignment, read once: behind the asm they are values, not memory. */
+static inline void vf_load_pair_from_shared(const void *from, uint64_t *first, uint64_t *second)
+{
+	uint64_t a, b;
+
+	VF_SHARED_READ(from, sizeof(a) + sizeof(b));
+	memcpy(&a, from, sizeof(a));
+	memcpy(&b, (const uint8_t *)from + sizeof(a), sizeof(b));
+	__asm__ __volatile__("" : "+r"(a), "+r"(b));
+	*first = a;
+	*second = b;
+}
+
 static inline void vf_copy_to_shared(void *to, const void *from, size_t len_bytes)
 {
 	memcpy(to, from, len_bytes);

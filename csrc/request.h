@@ -46,19 +46,26 @@ _Static_assert(sizeof(struct vf_blk_header) == VF_BLK_HEADER_BYTES, "VIRTIO 1.3,
 _Static_assert(sizeof(struct vf_blk_range) == 16, "VIRTIO 1.3, 5.2.6");
 
 struct vf_req {
-	/* What the engine works on: a cursor that moves as bytes do. */
+	/* All of these begin as 0, most of them for good: next to each other, which takes two stores. */
 	uint8_t op; /* enum vf_op */
 	uint8_t unmap; /* write zeroes: deallocating is welcome */
 	uint8_t blk_status;
 	uint8_t retry_count; /* of transfers that came back empty-handed */
-	uint16_t head; /* head, id and slot_count are those of the chain: struct vf_chain */
-	uint16_t slot; /* of the table of requests */
-	uint16_t id;
+	uint8_t held; /* it has its slot until it is given back: it was in flight */
 	uint8_t queued; /* it waits for its turn to be given back: struct vf_queue.fifo */
 	uint8_t finished; /* while it does: its turn is all that it waits for */
-	uint32_t slot_count;
-	uint32_t iov_count;
+	uint8_t reserved;
 	int32_t result; /* 0 or -errno, once finished */
+	uint32_t range_count;
+	uint32_t range_at; /* the one the cursor stands for */
+	uint32_t stored_bytes; /* put into device-writable memory, from its start, without the status */
+
+	/* What the engine works on: a cursor that moves as bytes do. */
+	uint32_t iov_count;
+	uint32_t slot_count; /* head, id and slot_count are those of the chain: struct vf_chain */
+	uint16_t head;
+	uint16_t id;
+	uint16_t slot; /* of the table of requests */
 	struct iovec *iov;
 	uint64_t offset_bytes;
 	uint64_t left_bytes;
@@ -68,9 +75,6 @@ struct vf_req {
 	uint64_t start_ns;
 	uint64_t data_bytes; /* asked for; left_bytes at the start */
 	uint64_t writable_bytes; /* of the chain, with the status */
-	uint32_t range_count;
-	uint32_t range_at; /* the one the cursor stands for */
-	uint32_t stored_bytes; /* put into device-writable memory, from its start, without the status */
 	struct iovec *iov_base; /* this slot's VF arrays, set once */
 	struct vf_blk_range *ranges;
 };

@@ -262,7 +262,7 @@ static inline int vf_packed_irq_wanted(struct vf_packed *vr)
 		event = (uint16_t)(wish & VF_PACKED_OFF_MASK);
 		if ((wish >> VF_PACKED_WRAP_BIT & 1u) != vr->used_wrap_counter)
 			event = (uint16_t)(event - vr->size);
-		wanted = vr->given_count >= vr->size || vf_need_event(event, new_idx, old_idx);
+		wanted = vr->given_count > vr->size || vf_need_event(event, new_idx, old_idx);
 	} else {
 		wanted = flags != VF_PACKED_EVENT_DISABLE;
 	}

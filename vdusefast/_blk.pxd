@@ -281,7 +281,6 @@ cdef inline int blk_parse_plain(vf_queue *q, vf_req *req, const vf_blk_header *h
 
 cdef inline int blk_parse_any(vf_queue *q, vf_req *req, vf_blk_header *header, bint have_header) noexcept nogil:
     """Any request, in any number of pieces. have_header: it has been copied already."""
-    req.op = VF_OP_OTHER
     req.iov_count = 0
     req.left_bytes = 0
     req.data_bytes = 0
@@ -316,11 +315,16 @@ cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
     cdef bint have_header = False
     cdef void *va
     cdef void *status
+    cdef uint64_t first_word
     cdef int what
 
+    req.op = VF_OP_OTHER
     req.unmap = 0
     req.blk_status = VF_BLK_S_OK
     req.retry_count = 0
+    req.held = False
+    req.queued = False
+    req.finished = False
     req.result = 0
     req.range_count = 0
     req.range_at = 0
@@ -334,7 +338,8 @@ cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
         va = vf_iotlb_whole(&q.tlb, &q.tlb.last_hit, segment[0].iova, VF_BLK_HEADER_BYTES, VF_PERM_RO)
         status = vf_iotlb_whole(&q.tlb, &q.tlb.last_hit, segment[2].iova, 1, VF_PERM_WO)
         if vf_likely(va != NULL and status != NULL):
-            vf_copy_from_shared(&header, va, VF_BLK_HEADER_BYTES)
+            vf_load_pair_from_shared(va, &first_word, &header.sector)
+            header.type = <uint32_t> first_word
             have_header = True
             what = blk_parse_plain(q, req, &header, <uint8_t *> status)
             if vf_likely(what != BLK_NOT_PLAIN):

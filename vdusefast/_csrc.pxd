@@ -16,6 +16,7 @@ cdef extern from "barrier.h" nogil:
     void vf_store_relaxed_u64(uint64_t *, uint64_t)
     void vf_fence_compiler()
     void vf_copy_from_shared(void *, const void *, size_t)
+    void vf_load_pair_from_shared(const void *, uint64_t *, uint64_t *)
     void vf_copy_to_shared(void *, const void *, size_t)
     void vf_cpu_relax()
 
@@ -125,6 +126,7 @@ cdef extern from "request.h" nogil:
         VF_BLK_WRITE_ZEROES_F_UNMAP
     struct vf_blk_header:
         uint32_t type
+        uint32_t reserved
         uint64_t sector
     struct vf_blk_range:
         uint64_t sector
@@ -138,6 +140,7 @@ cdef extern from "request.h" nogil:
         uint16_t head
         uint16_t slot
         uint16_t id
+        uint8_t held
         uint8_t queued
         uint8_t finished
         uint32_t slot_count

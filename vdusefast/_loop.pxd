@@ -150,8 +150,16 @@ cdef inline void queue_give_back(vf_queue *q, vf_req *req) noexcept nogil:
     queue_tally(q, req, req.data_bytes if req.blk_status == VF_BLK_S_OK else 0)
     q.unpublished[q.unpublished_count] = req.head
     q.unpublished_count += 1
-    q.free_slots[q.free_count] = req.slot
-    q.free_count += 1
+    if req.held:
+        q.free_slots[q.free_count] = req.slot
+        q.free_count += 1
+
+
+cdef inline void queue_hold(vf_queue *q, vf_req *req) noexcept nogil:
+    """Keep the slot of req, which outlives the turn of the loop that has begun it."""
+    if not req.held:
+        req.held = True
+        q.free_count -= 1
 
 
 cdef inline void queue_enqueue(vf_queue *q, vf_req *req) noexcept nogil:
@@ -160,6 +168,7 @@ cdef inline void queue_enqueue(vf_queue *q, vf_req *req) noexcept nogil:
     if req.queued:
         return
     req.queued = True
+    queue_hold(q, req)
     q.fifo[at - q.slot_count if at >= q.slot_count else at] = req
     q.fifo_count += 1
 
@@ -190,6 +199,7 @@ cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
         if not blk_next(q, req):
             queue_finish(q, req)
             return
+    queue_hold(q, req)
     if q.vring.ordered:
         queue_enqueue(q, req)
 
@@ -207,15 +217,11 @@ cdef inline uint32_t queue_reap(vf_queue *q) noexcept nogil:
 
 
 cdef inline vf_req *queue_slot(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """A slot for the request in q.chain; there is a free one."""
-    cdef vf_req *req
-    q.free_count -= 1
-    req = &q.reqs[q.free_slots[q.free_count]]
+    """A slot for the request in q.chain; there is a free one. It is taken by queue_hold(), and most are done before that."""
+    cdef vf_req *req = &q.reqs[q.free_slots[q.free_count - 1]]
     req.head = q.chain.head
     req.id = q.chain.id
     req.slot_count = q.chain.slot_count
-    req.queued = False
-    req.finished = False
     req.start_ns = now_ns
     return req
 

@@ -9,6 +9,7 @@ from model import (
     BATCH_MAX,
     F_DISCARD,
     F_EVENT_IDX,
+    F_IN_ORDER,
     F_INDIRECT,
     F_WRITE_ZEROES,
     HEADER_BYTES,
@@ -144,28 +145,35 @@ class DeviceModel:
             if waiting > self.ring.size:
                 raise RingBroken(Reason.AVAIL_OVERRUN)
             self.seen_avail_idx = idx
-        done: list[tuple[int, int]] = []
+        done: list[tuple[int, int, bool]] = []
         try:
             for _ in range(min(waiting, BATCH_MAX, self.params.queue_size_max)):
                 head = self.u16(self.ring.avail + 4 + 2 * (self.last_avail_idx % self.ring.size))
                 segments = self.walk(head)
                 self.last_avail_idx = (self.last_avail_idx + 1) & 0xFFFF
-                if head in [other for other, _ in done]:
+                if head in [other for other, _, _ in done]:
                     raise RingBroken(Reason.HEAD_BUSY)
-                done.append((head, self.serve(segments)))
+                length = self.serve(segments)
+                done.append((head, length, length == sum(part.len for part in segments if part.flags & WRITE)))
                 if len(done) == self.batch:
                     self.publish(done)
         finally:
             self.publish(done)
             self.least.decide(self)
 
-    def publish(self, done: list[tuple[int, int]]) -> None:
+    def publish(self, done: list[tuple[int, int, bool]]) -> None:
         if not done:
             return
-        for head, length in done:
-            at = self.ring.used + 4 + 8 * (self.last_used_idx % self.ring.size)
+        # With IN_ORDER an entry stands for those before it that were used completely, and lies where the first would.
+        goes_on = False
+        at_idx = self.last_used_idx
+        for head, length, full in done:
+            if not goes_on:
+                at_idx = self.last_used_idx
+            at = self.ring.used + 4 + 8 * (at_idx % self.ring.size)
             self.view.put(at, struct.pack("<II", head, length))
             self.last_used_idx = (self.last_used_idx + 1) & 0xFFFF
+            goes_on = full and bool(self.params.features & F_IN_ORDER)
         done.clear()
         self.view.put(self.ring.used + 2, struct.pack("<H", self.last_used_idx))
         self.most.decide(self)

@@ -19,7 +19,7 @@ U64 = 1 << 64
 NEXT, WRITE, INDIRECT = 1, 2, 4
 RO, WO, RW = 1, 2, 3
 F_RO, F_FLUSH, F_DISCARD, F_WRITE_ZEROES = 1 << 5, 1 << 9, 1 << 13, 1 << 14
-F_INDIRECT, F_EVENT_IDX = 1 << 28, 1 << 29
+F_INDIRECT, F_EVENT_IDX, F_PACKED, F_IN_ORDER = 1 << 28, 1 << 29, 1 << 34, 1 << 35
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 HEADER_BYTES = 16
@@ -64,6 +64,10 @@ class Desc:
 
     def pack(self) -> bytes:
         return struct.pack("<QIHH", self.addr, self.len, self.flags, self.next)
+
+    def pack_as_packed(self) -> bytes:
+        """As a packed ring has it, where the id of the buffer stands in place of `next`."""
+        return struct.pack("<QIHH", self.addr, self.len, self.next, self.flags)
 
 
 class Region:
@@ -126,10 +130,12 @@ class Ring:
     used: int
     start_idx: int = 0
     avail_idx: int = field(init=False)
+    reaped_idx: int = field(init=False)
+    outstanding: list[int] = field(init=False, default_factory=list)
     free_desc: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.avail_idx = self.start_idx
+        self.avail_idx = self.reaped_idx = self.start_idx
         self.put_u16(self.avail + 2, self.start_idx)
         self.put_u16(self.used + 2, self.start_idx)
 
@@ -152,6 +158,7 @@ class Ring:
     def make_available(self, head: int) -> None:
         self.put_u16(self.avail + 4 + 2 * (self.avail_idx % self.size), head)
         self.avail_idx = (self.avail_idx + 1) & 0xFFFF
+        self.outstanding.append(head)
         self.put_u16(self.avail + 2, self.avail_idx)
 
     def set_wish(self, *, no_interrupt: bool = False, used_event: int = 0) -> None:
@@ -167,6 +174,18 @@ class Ring:
         at = self.used + 4 + 8 * (idx % self.size)
         head, length = struct.unpack("<II", self.memory.read(at, 8))
         return head, length
+
+    def reap(self, *, in_order: bool = False) -> list[tuple[int, int | None]]:
+        """(head, used.len) of what was given back since; None is the length of one that an entry for others stands for."""
+        found: list[tuple[int, int | None]] = []
+        while self.reaped_idx != self.used_idx:
+            head, length = self.used_elem(self.reaped_idx)
+            heads = self.outstanding[: self.outstanding.index(head) + 1] if in_order else [head]
+            for one in heads:
+                self.outstanding.remove(one)
+                found.append((one, length if one == head else None))
+            self.reaped_idx = (self.reaped_idx + len(heads)) & 0xFFFF
+        return found
 
 
 def table(parts: Sequence[Desc]) -> bytes:

@@ -7,9 +7,25 @@ import os
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from device_model import DeviceModel, Params, View
-from model import RO, RW, SECTOR_BYTES, WRITE, Desc, Memory, Reason, Region, Ring, RingBroken, header
+from model import (
+    F_IN_ORDER,
+    F_PACKED,
+    RO,
+    RW,
+    SECTOR_BYTES,
+    WRITE,
+    Desc,
+    Memory,
+    Reason,
+    Region,
+    Ring,
+    RingBroken,
+    header,
+)
+from packed_model import PackedDeviceModel, PackedRing
 
 from vdusefast import _datapath, shm
 
@@ -51,30 +67,34 @@ class Rig:
         size: int = 16,
         engine: str = "memory",
         store_fd: int | None = None,
-        start_idx: int = 0,
+        start_idx: int | None = None,
         regions: Sequence[Region] | None = None,
-        ring_perms: tuple[int, int, int] = (RO, RO, RW),
+        ring_perms: tuple[int, int, int] | None = None,
         start: bool = True,
         cache: str = "writeback",
     ) -> None:
         self.params, self.engine = params, engine
         desc, avail, used = RING_IOVA, RING_IOVA + 0x10_0000, RING_IOVA + 0x20_0000
-        areas = [
-            Region(desc, 16 * size, ring_perms[0]),
-            Region(avail, 6 + 2 * size, ring_perms[1]),
-            Region(used, 6 + 8 * size, ring_perms[2]),
-        ]
+        self.packed = bool(params.features & F_PACKED)
+        sizes = (16 * size, 4, 4) if self.packed else (16 * size, 6 + 2 * size, 6 + 8 * size)
+        perms = ring_perms or ((RW, RO, RW) if self.packed else (RO, RO, RW))
+        areas = [Region(*area) for area in zip((desc, avail, used), sizes, perms, strict=True)]
         if regions is None:
             regions = [Region(IN_IOVA, 0x1_0000), Region(OUT_IOVA, 0x1_0000)]
         self.memory = Memory([*areas, *regions])
-        self.ring = Ring(self.memory, size, desc, avail, used, start_idx)
+        # Tests of one format use what only that has; those of both go by what the two have in common.
+        make_ring: Any = PackedRing if self.packed else Ring
+        make_model: Any = PackedDeviceModel if self.packed else DeviceModel
+        if start_idx is None:
+            start_idx = 1 << 15 if self.packed else 0
+        self.ring = make_ring(self.memory, size, desc, avail, used, start_idx)
         bytes_in_store = params.capacity_sectors * SECTOR_BYTES
         self.store = bytearray(pattern(bytes_in_store))
         self.owns_store = store_fd is None
         self.store_fd = os.memfd_create("store", os.MFD_CLOEXEC) if store_fd is None else store_fd
         if self.owns_store:
             os.pwrite(self.store_fd, self.store, 0)
-        self.model = DeviceModel(params, self.ring, self.store, PUBLISH_BATCH[engine])
+        self.model = make_model(params, self.ring, self.store, PUBLISH_BATCH[engine])
         self.irq_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.pages = mmap.mmap(-1, shm.queue_stride_bytes(params.queue_size_max))
         self.queue = _datapath.Queue(
@@ -109,8 +129,12 @@ class Rig:
             desc_addr=ring.desc,
             driver_addr=ring.avail,
             device_addr=ring.used,
-            last_avail_idx=ring.start_idx,
+            last_avail_idx=ring.start_idx | (ring.start_idx << 16 if self.packed else 0),
         )
+
+    @property
+    def in_order(self) -> bool:
+        return bool(self.params.features & F_IN_ORDER)
 
     def close(self) -> None:
         if not self.queue.failure:
@@ -182,11 +206,10 @@ class Rig:
     def ask(self, parts: Sequence[Desc]) -> tuple[int, int]:
         """Have one chain served: (used.len, status byte at the end of the last writable descriptor)."""
         head = self.ring.put_chain(parts)
-        before = self.ring.used_idx
+        self.ring.reap(in_order=self.in_order)
         self.ring.make_available(head)
         assert self.poll() > 0, self.queue.failure
-        assert self.ring.used_idx == (before + 1) & 0xFFFF
-        answered, length = self.ring.used_elem(before)
+        ((answered, length),) = self.ring.reap(in_order=self.in_order)
         assert answered == head
         last = [p for p in parts if p.flags & WRITE and p.len]
         status = self.memory.read(last[-1].addr + last[-1].len - 1, 1)[0] if last else -1

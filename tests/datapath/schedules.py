@@ -97,6 +97,8 @@ def put(rig: Rig, chain: Chain) -> int:
     if not parts:
         parts = [Desc(chain.in_at, 0)]
     direct = parts if not chain.indirect else parts[: chain.indirect - 1]
+    if rig.packed and chain.indirect and not chain.flip:
+        direct = []  # else the ring would be broken: a packed one does not take a table behind other descriptors
     if chain.indirect:
         rest = parts[len(direct) :] or [Desc(chain.out_at, 1, WRITE)]
         rig.memory.write(chain.table_at, table(rest))
@@ -178,9 +180,9 @@ def chains(draw: st.DrawFn, layout: list[tuple[int, int, int, int]], what: Param
 
 
 @st.composite
-def params(draw: st.DrawFn, *, queue_size: int) -> Params:
-    """A device: features, block size, limits."""
-    features = F_FLUSH
+def params(draw: st.DrawFn, *, queue_size: int, ring: int = 0) -> Params:
+    """A device: features, block size, limits. ring: the features of the ring's format."""
+    features = F_FLUSH | ring
     for bit in (F_EVENT_IDX, F_INDIRECT, F_DISCARD, F_WRITE_ZEROES):
         features |= bit if draw(st.sampled_from([True, True, True, False])) else 0
     return Params(
