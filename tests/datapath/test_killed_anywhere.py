@@ -17,13 +17,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
-from model import SECTOR_BYTES, T_IN, T_OUT, WRITE, Desc, header
+from device_model import Params
+from model import F_IN_ORDER, F_PACKED, NEXT, SECTOR_BYTES, T_IN, T_OUT, WRITE, Desc, header
+from packed_model import AVAIL, USED
 from rig import IN_IOVA, OUT_IOVA, Rig
 
 from vdusefast import _datapath
 
 STRIDE = int(os.environ.get("VDUSEFAST_KILL_STRIDE", "53"))
 FOREVER = 1 << 40
+FORMATS = {"split": 0, "split in order": F_IN_ORDER, "packed": F_PACKED, "packed in order": F_PACKED | F_IN_ORDER}
 
 STEPPER = """
 #include <errno.h>
@@ -74,40 +77,74 @@ class Victim(Rig):
 
     A, B, C, D, LATER = (bytes([number]) * SECTOR_BYTES for number in (0xA1, 0xB2, 0xC3, 0xD4, 0xE5))
 
-    def __init__(self, engine: str) -> None:
-        super().__init__(engine=engine)
-        self.heads = [
-            self.put_write(i, sector, data) for i, (sector, data) in enumerate(((0, self.A), (0, self.B), (1, self.C)))
-        ]
+    def __init__(self, engine: str, ring: int = 0) -> None:
+        """ring: the features of the ring's format."""
+        super().__init__(Params(features=Params.features | ring), engine=engine)
+        self.size = self.ring.size
+        writes = [self.put_write(i, sector, data) for i, (sector, data) in enumerate(((0, self.A), (0, self.B), (1, self.C)))]
         self.memory.write(IN_IOVA + 0x8000, header(T_IN, 1))
         self.memory.write(OUT_IOVA + 0x8000, b"\xff" * (SECTOR_BYTES + 1))
         out = OUT_IOVA + 0x8000
-        self.read_head = self.ring.put_chain(
-            [Desc(IN_IOVA + 0x8000, 16), Desc(out, SECTOR_BYTES, WRITE), Desc(out + SECTOR_BYTES, 1, WRITE)]
-        )
-        self.size = self.ring.size
-        self.offer(0, [*self.heads])
+        read = [Desc(IN_IOVA + 0x8000, 16), Desc(out, SECTOR_BYTES, WRITE), Desc(out + SECTOR_BYTES, 1, WRITE)]
+        # What is made available, in this order: the fourth is the first one's chain again. Of a packed ring the numbers are ids.
+        self.chains = [*writes, writes[0], read]
+        if self.packed:
+            self.heads = [0, 1, 2, 3, 4]
+        else:
+            self.heads = [self.ring.put_chain(chain) for chain in (*writes, read)]
+            self.heads.insert(3, self.heads[0])
+        self.offer(0, 3)
 
-    def put_write(self, index: int, sector: int, data: bytes) -> int:
+    def put_write(self, index: int, sector: int, data: bytes) -> list[Desc]:
         at = IN_IOVA + 0x1000 * index
         self.memory.write(at, header(T_OUT, sector) + data)
         self.memory.write(OUT_IOVA + index, b"\xff")
-        return self.ring.put_chain([Desc(at, 16), Desc(at + 16, SECTOR_BYTES), Desc(OUT_IOVA + index, 1, WRITE)])
+        return [Desc(at, 16), Desc(at + 16, SECTOR_BYTES), Desc(OUT_IOVA + index, 1, WRITE)]
 
-    def offer(self, first: int, heads: list[int]) -> None:
-        """Make heads available as entries `first` and on: a second time changes nothing."""
-        for place, head in enumerate(heads, first):
-            self.memory.write(self.ring.avail + 4 + 2 * (place % self.size), struct.pack("<H", head))
-        self.memory.write(self.ring.avail + 2, struct.pack("<H", first + len(heads)))
+    def offer(self, first: int, count: int) -> None:
+        """Make chains available, as numbers `first` and on: a second time changes nothing."""
+        for place in range(first, first + count):
+            if self.packed:
+                self.put_packed(place)
+            else:
+                self.memory.write(self.ring.avail + 4 + 2 * (place % self.size), struct.pack("<H", self.heads[place]))
+        if not self.packed:
+            self.memory.write(self.ring.avail + 2, struct.pack("<H", first + count))
+
+    def put_packed(self, place: int) -> None:
+        """Three descriptors side by side, and the flags of the first one last."""
+        for i in (1, 2, 0):
+            part = self.chains[place][i]
+            flags = part.flags | AVAIL | (NEXT if i < 2 else 0)
+            self.ring.put_desc(3 * place + i, Desc(part.addr, part.len, flags, self.heads[place]))
 
     def offer_more(self) -> None:
         """The driver's second turn, once the first three are given back."""
         self.memory.write(IN_IOVA + 16, self.D)
         self.memory.write(OUT_IOVA, b"\xff")
-        self.offer(3, [self.heads[0], self.read_head])
+        self.offer(3, 2)
+
+    def packed_flags(self, place: int) -> int:
+        return int(struct.unpack("<H", self.memory.read(self.ring.desc + 48 * place + 14, 2))[0])
+
+    def told(self) -> list[int]:
+        """The heads or ids that the driver was told of, in order."""
+        count = place = 0
+        if not self.packed:
+            count = self.ring.used_idx
+            if self.in_order:  # an entry names the last of a run; where the runs were, nobody can see any more
+                return self.heads[:count]
+            return [self.ring.used_elem(place)[0] for place in range(count)]
+        while place < 5 and self.packed_flags(place) & USED:
+            buffer_id = struct.unpack("<H", self.memory.read(self.ring.desc + 48 * place + 12, 2))[0]
+            assert buffer_id == place or (self.in_order and buffer_id > place)
+            place = buffer_id + 1
+        return self.heads[:place]
 
     @property
     def offered_count(self) -> int:
+        if self.packed:
+            return next((place for place in range(5) if not self.packed_flags(place) & AVAIL), 5)
         return int(struct.unpack("<H", self.memory.read(self.ring.avail + 2, 2))[0])
 
     def serve(self, queue: _datapath.Queue) -> None:
@@ -150,10 +187,10 @@ class Victim(Rig):
 
     def check_told(self) -> bytes:
         """What the driver was told of is true. Returns what sector 1 holds from now on, which may be changed."""
-        told = self.ring.used_idx
+        told = len(self.told())
         assert told <= self.offered_count
+        assert self.told() == self.heads[:told]
         for place in range(min(told, 3)):
-            assert self.ring.used_elem(place)[0] == self.heads[place]
             if not (place == 0 and self.offered_count > 3):
                 assert self.memory.read(OUT_IOVA + place, 1) == b"\0"
         if told >= 2:
@@ -170,16 +207,14 @@ class Victim(Rig):
 
     def check_end(self, sector_1: bytes) -> None:
         if self.offered_count == 3:
-            assert self.ring.used_idx == 3
+            assert len(self.told()) == 3
             assert self.sector(0) == self.B
             self.offer_more()
             queue = self.another()
             self.recover(queue)
             queue.quiesce()
             queue.close()
-        assert self.ring.used_idx == 5
-        given_back = [self.ring.used_elem(place)[0] for place in range(5)]
-        assert given_back == [*self.heads, self.heads[0], self.read_head]
+        assert self.told() == self.heads
         assert (self.sector(0), self.sector(1)) == (self.D, sector_1)
         assert self.memory.read(OUT_IOVA, 3) == bytes(3)
         assert self.memory.read(OUT_IOVA + 0x8000, SECTOR_BYTES + 1) == sector_1 + b"\0"
@@ -208,9 +243,9 @@ def kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def count_steps(stepper: ctypes.CDLL, turn: int) -> int:
+def count_steps(stepper: ctypes.CDLL, turn: int, ring: int) -> int:
     """Return how many instructions a turn has."""
-    with Victim("sync") as victim:
+    with Victim("sync", ring) as victim:
         pid = start(stepper, victim.turns, turn)
         count = int(stepper.steps(pid, FOREVER))
         kill(pid)
@@ -236,13 +271,16 @@ def finish(victim: Victim, sector_1: bytes) -> None:
     victim.check_end(sector_1)
 
 
+@pytest.mark.parametrize("ring", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("turn", [0, 1])
-def test_a_worker_killed_at_any_instruction_loses_and_repeats_nothing(stepper: ctypes.CDLL, turn: int) -> None:
+def test_a_worker_killed_at_any_instruction_loses_and_repeats_nothing(
+    stepper: ctypes.CDLL, turn: int, ring: int
+) -> None:
     seen = set()
-    for place in places(count_steps(stepper, turn), STRIDE):
-        with Victim("sync") as victim:
+    for place in places(count_steps(stepper, turn, ring), STRIDE):
+        with Victim("sync", ring) as victim:
             kill_at(stepper, victim, turn, place)
-            seen.add((victim.ring.used_idx, victim.offered_count))
+            seen.add((len(victim.told()), victim.offered_count))
             finish(victim, victim.check_told())
     assert [{(0, 3), (3, 3)}, {(3, 5), (5, 5)}][turn] <= seen  # killed before and behind the turn's publication
 
@@ -253,11 +291,12 @@ def recover_between_stops(victim: Victim, queue: _datapath.Queue, stop: Callable
     stop()
 
 
+@pytest.mark.parametrize("ring", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("turn", [0, 1])
-def test_a_worker_killed_while_it_recovers_is_recovered_from(stepper: ctypes.CDLL, turn: int) -> None:
-    total = count_steps(stepper, turn)
+def test_a_worker_killed_while_it_recovers_is_recovered_from(stepper: ctypes.CDLL, turn: int, ring: int) -> None:
+    total = count_steps(stepper, turn, ring)
     for place in places(total, 8 * STRIDE):
-        with Victim("sync") as victim:
+        with Victim("sync", ring) as victim:
             kill_at(stepper, victim, turn, place)
             sector_1 = victim.check_told()
             # Once: a third death at one request would have it answered with an error.

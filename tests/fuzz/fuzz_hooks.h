@@ -21,23 +21,24 @@ static inline int fuzz_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, stru
 	return err;
 }
 
-static inline int fuzz_vring_walk(struct vf_vring *vr, struct vf_iotlb *tlb, uint16_t head, struct vf_chain *chain)
+static inline int fuzz_split_walk(struct vf_split *vr, struct vf_iotlb *tlb, uint16_t head, struct vf_chain *chain)
 {
-	int err = vf_vring_walk(vr, tlb, head, chain);
+	int err = vf_split_walk(vr, tlb, head, chain);
 
 	if (!err)
 		fuzz_walked(chain);
 	return err;
 }
 
-static inline void fuzz_vring_push(struct vf_vring *vr, uint16_t head, uint32_t written_bytes)
+static inline void fuzz_vring_push(struct vf_vring *vr, uint16_t head, uint16_t id, uint32_t slot_count, uint32_t written_bytes,
+				   int full)
 {
 	fuzz_pushed(head, written_bytes);
-	vf_vring_push(vr, head, written_bytes);
+	vf_vring_push(vr, head, id, slot_count, written_bytes, full);
 }
 
 #define vf_vring_pop fuzz_vring_pop
-#define vf_vring_walk fuzz_vring_walk
+#define vf_split_walk fuzz_split_walk
 #define vf_vring_push fuzz_vring_push
 
 #endif

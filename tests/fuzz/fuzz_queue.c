@@ -19,9 +19,12 @@
 #define DATA_IOVA 0x100000u
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int fuzz_queue_begin(struct vf_queue *q, uint16_t state);
 
 static struct {
 	uint32_t size;
+	bool packed;
+	uint8_t wrap_counter; /* packed: of next_desc */
 	uint16_t avail_idx;
 	uint16_t next_desc;
 	uint64_t data_iova[6]; /* starts of the data regions */
@@ -45,9 +48,9 @@ static void driver_map(uint8_t bits)
 	uint32_t skew = bits & 1u ? fuzz_u8() % 16u : 0; /* misaligned in the process, aligned in the IOVA space */
 	uint64_t at = DATA_IOVA;
 
-	fuzz_region_add(DESC_IOVA - skew, size * 16u + skew, VF_PERM_RO);
-	fuzz_region_add(AVAIL_IOVA, 6u + 2u * size, VF_PERM_RO);
-	fuzz_region_add(USED_IOVA, 6u + 8u * size, VF_PERM_RW);
+	fuzz_region_add(DESC_IOVA - skew, size * 16u + skew, driver.packed ? VF_PERM_RW : VF_PERM_RO);
+	fuzz_region_add(AVAIL_IOVA, driver.packed ? 4u : 6u + 2u * size, VF_PERM_RO);
+	fuzz_region_add(USED_IOVA, driver.packed ? 4u : 6u + 8u * size, VF_PERM_RW);
 	fuzz_region_add(TABLE_IOVA, TABLE_BYTES_MAX / 2u + 8u, VF_PERM_RO);
 	fuzz_region_add(TABLE_IOVA + TABLE_BYTES_MAX / 2u + 8u, TABLE_BYTES_MAX, VF_PERM_RO);
 	for (uint32_t i = 0; i < 5u; i++) {
@@ -197,6 +200,24 @@ static void driver_twist(struct vf_desc *descs, uint32_t count)
 	}
 }
 
+/* Descriptors of a packed ring or table. available: they are in the ring, and end a chain that the device is to take. */
+static void driver_put_packed(uint64_t table_iova, const struct vf_desc *descs, uint32_t first, uint32_t count,
+			      uint32_t modulus, bool available)
+{
+	for (uint32_t i = 0; i < count; i++) {
+		uint32_t slot = (first + i) % modulus;
+		bool wrap_counter = driver.wrap_counter ^ ((first + i) / modulus & 1u);
+		bool shown = available || i;
+		struct vf_packed_desc desc = {
+			.addr = descs[i].addr,
+			.len = descs[i].len,
+			.id = (uint16_t)first,
+			.flags = (uint16_t)(descs[i].flags | (wrap_counter == shown ? VF_PACKED_DESC_F_AVAIL : VF_PACKED_DESC_F_USED)),
+		};
+		fuzz_write(table_iova + slot * sizeof(desc), &desc, sizeof(desc));
+	}
+}
+
 static void driver_put_descs(uint64_t table_iova, const struct vf_desc *descs, uint32_t first, uint32_t count,
 			     uint32_t modulus)
 {
@@ -238,7 +259,10 @@ static void driver_add_chain(void)
 
 		if (shape & 16u && in_table)
 			driver_twist(table, in_table);
-		driver_put_descs(iova, table, 0, in_table, PIECES_MAX);
+		if (driver.packed)
+			driver_put_packed(iova, table, 0, in_table, PIECES_MAX, true);
+		else
+			driver_put_descs(iova, table, 0, in_table, PIECES_MAX);
 		if (direct) {
 			descs[0].flags |= VF_DESC_F_NEXT;
 			descs[0].next = (uint16_t)((head + 1u) % driver.size);
@@ -251,6 +275,12 @@ static void driver_add_chain(void)
 	}
 	if (shape & 32u)
 		driver_twist(descs, count);
+	if (driver.packed) {
+		driver_put_packed(DESC_IOVA, descs, head, count, driver.size, !(shape & 64u));
+		driver.wrap_counter ^= (head + count) / driver.size & 1u;
+		driver.next_desc = (uint16_t)((head + count) % driver.size);
+		return;
+	}
 	driver_put_descs(DESC_IOVA, descs, head, count, driver.size);
 	driver.next_desc = (uint16_t)((head + count) % driver.size);
 	if (shape & 64u)
@@ -273,11 +303,11 @@ static void driver_invalidate(uint8_t how)
 	vf_iotlb_drop(&world.q->tlb, gone.start, gone.start);
 	fuzz_region_remove(how % world.region_count);
 	if (!(how & 128u) && world.region_count < FUZZ_REGION_MAX) {
-		uint16_t used_idx = world.q->vring.split.published_used_idx;
-
 		fuzz_region_add(gone.start, gone.len, gone.perm);
-		driver_write_u16(AVAIL_IOVA + 2u, driver.avail_idx);
-		driver_write_u16(USED_IOVA + 2u, used_idx);
+		if (!driver.packed) {
+			driver_write_u16(AVAIL_IOVA + 2u, driver.avail_idx);
+			driver_write_u16(USED_IOVA + 2u, world.q->vring.split.published_used_idx);
+		}
 	}
 	err = vf_vring_map(&world.q->vring, &world.q->tlb);
 	if (err)
@@ -336,10 +366,20 @@ static void driver_step(uint8_t step)
 		driver_invalidate(fuzz_u8());
 		break;
 	case 8:
+		if (driver.packed) { /* flags of whatever slot */
+			driver_write_u16(DESC_IOVA + fuzz_u8() % driver.size * 16u + 14u, fuzz_u16());
+			break;
+		}
 		driver.avail_idx = (uint16_t)(driver.avail_idx + fuzz_u8());
 		driver_write_u16(AVAIL_IOVA + 2u, driver.avail_idx);
 		break;
 	default:
+		if (driver.packed) {
+			driver_write_u16(AVAIL_IOVA, fuzz_u16());
+			driver_write_u16(AVAIL_IOVA + 2u, fuzz_u8() & 3u);
+			fuzz_world_drain();
+			break;
+		}
 		driver_write_u16(AVAIL_IOVA, fuzz_u8() & 1u);
 		driver_write_u16(AVAIL_IOVA + 4u + 2u * driver.size, (uint16_t)(driver.avail_idx + fuzz_u8() - 1u));
 		fuzz_world_drain();
@@ -348,29 +388,37 @@ static void driver_step(uint8_t step)
 }
 
 /* Set up and start as Queue.start() does. False: the rings were refused. */
-static bool driver_start(uint8_t bits)
+static bool driver_start(uint8_t bits, uint8_t format)
 {
 	static const uint32_t sizes[] = { 0, 2, 4, 8 };
 	struct vf_queue *q = world.q;
 	uint64_t features = 0;
 	uint16_t start_idx = bits & 16u ? (uint16_t)(fuzz_u8() - 8u) : 0;
 
+	driver.packed = format & 1u;
 	driver.size = sizes[bits & 3u] && sizes[bits & 3u] < q->queue_size_max ? sizes[bits & 3u] : q->queue_size_max;
 	driver.avail_idx = start_idx;
 	driver.next_desc = 0;
+	driver.wrap_counter = 1;
+	features |= driver.packed ? 1ull << VF_F_RING_PACKED : 0;
+	features |= format & 2u ? 1ull << VF_F_IN_ORDER : 0;
 	features |= bits & 4u ? 0 : 1ull << VF_F_RING_EVENT_IDX;
 	features |= bits & 8u ? 0 : 1ull << VF_F_RING_INDIRECT_DESC;
 	if (vf_vring_setup(&q->vring, features, driver.size - (bits == 253u), DESC_IOVA + (bits == 255u),
-			   bits == 254u ? UINT64_MAX - 3u : AVAIL_IOVA, USED_IOVA))
+			   bits == 254u ? UINT64_MAX - 3u : AVAIL_IOVA, USED_IOVA, q->inflight_log))
 		return false;
 	driver_map(bits >> 5);
 	if (vf_vring_map(&q->vring, &q->tlb))
 		return false;
+	if (driver.packed) {
+		/* As a driver finds it: at some slot of either lap. */
+		driver.next_desc = (uint16_t)(start_idx % driver.size);
+		driver.wrap_counter = (start_idx >> 8 & 1u) ^ 1u;
+		return fuzz_queue_begin(q, vf_packed_position(driver.next_desc, driver.wrap_counter)) == 0;
+	}
 	driver_write_u16(AVAIL_IOVA + 2u, start_idx);
 	driver_write_u16(USED_IOVA + 2u, start_idx);
-	vf_vring_start(&q->vring, start_idx);
-	vf_log_begin(q->inflight, q->inflight_log, q->queue_size_max, start_idx, start_idx);
-	return true;
+	return fuzz_queue_begin(q, start_idx) == 0;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -383,7 +431,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	world.error_every = which & 16u ? 3u : 0u;
 	world.irq_fail_every = which & 32u ? 2u : 0u;
 	world.random = which >> 6;
-	if (driver_start(fuzz_u8())) {
+	if (driver_start(fuzz_u8(), which >> 6)) {
 		for (uint32_t steps = 0; steps < SCRIPT_STEPS_MAX && fuzz_input_left() && !world.failed; steps++)
 			driver_step(fuzz_u8());
 		if (!world.failed)

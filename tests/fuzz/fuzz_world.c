@@ -22,7 +22,7 @@
 
 /* _fuzz.pyx */
 int fuzz_queue_round(struct vf_queue *q);
-int fuzz_queue_adopt(struct vf_queue *q);
+int fuzz_queue_adopt(struct vf_queue *q, uint16_t state);
 int fuzz_queue_redo(struct vf_queue *q, uint32_t count);
 void fuzz_queue_drain(struct vf_queue *q);
 void fuzz_queue_fail(struct vf_queue *q, int err);
@@ -134,14 +134,33 @@ void vf_fuzz_shared_read(const volatile void *address, size_t len_bytes)
 
 /* Invariants of chains */
 
+static void fuzz_order_add(uint16_t head)
+{
+	if (!world.q->vring.ordered)
+		return;
+	FUZZ_ASSERT(world.order_count < FUZZ_QUEUE_MAX);
+	world.order[world.order_count++] = head;
+}
+
+/* What comes back is what was taken first. */
+static void fuzz_order_remove(uint16_t head)
+{
+	if (!world.q->vring.ordered)
+		return;
+	FUZZ_ASSERT(world.order_count && world.order[0] == head);
+	memmove(world.order, world.order + 1, --world.order_count * sizeof(world.order[0]));
+}
+
 void fuzz_popped(const struct vf_chain *chain)
 {
-	FUZZ_ASSERT(chain->head < world.q->vring.split.size);
+	FUZZ_ASSERT(chain->head < world.q->vring.size);
 	FUZZ_ASSERT(chain->segment_count >= 1 && chain->segment_count <= chain->segment_max);
 	world.last_popped = chain->head;
 	world.busy_popped = head_state[chain->head].out;
+	FUZZ_ASSERT(!world.busy_popped || !world.q->vring.is_packed); /* slots in flight are never taken again */
 	if (world.busy_popped)
 		return; /* what is known of the chain in flight stays */
+	fuzz_order_add(chain->head);
 	head_state[chain->head].out = true;
 	head_state[chain->head].writable_bytes = 0;
 	for (uint32_t i = 0; i < chain->segment_count; i++) {
@@ -153,7 +172,8 @@ void fuzz_popped(const struct vf_chain *chain)
 /* A chain that a worker before had taken is looked at again, as the driver has it by now. */
 void fuzz_walked(const struct vf_chain *chain)
 {
-	FUZZ_ASSERT(chain->head < world.q->vring.split.size && head_state[chain->head].out);
+	FUZZ_ASSERT(chain->head < world.q->vring.size && head_state[chain->head].out);
+	fuzz_order_add(chain->head);
 	head_state[chain->head].writable_bytes = 0;
 	for (uint32_t i = 0; i < chain->segment_count; i++) {
 		if (chain->segments[i].writable)
@@ -165,6 +185,7 @@ void fuzz_pushed(uint16_t head, uint32_t written_bytes)
 {
 	FUZZ_ASSERT(head < FUZZ_QUEUE_MAX && head_state[head].out);
 	FUZZ_ASSERT(written_bytes <= head_state[head].writable_bytes);
+	fuzz_order_remove(head);
 	head_state[head].out = false;
 }
 
@@ -348,6 +369,8 @@ void fuzz_world_open(uint8_t which_queue, uint8_t device_bits)
 	};
 	q->faults_seen = q->counters->memory_faults;
 	q->ring_error = VF_RING_OK;
+	q->fifo_head = q->fifo_count = q->tally_count = 0;
+	memset(q->inflight_log, 0, q->queue_size_max * sizeof(*q->inflight_log)); /* a packed ring leaves its lengths there */
 	/* The same input must do the same again, whatever ran before. */
 	for (uint32_t i = 0; i < q->slot_count; i++)
 		q->free_slots[i] = (uint16_t)(q->slot_count - 1u - i);
@@ -366,9 +389,12 @@ void fuzz_world_round(void)
 	FUZZ_ASSERT((moved == -VF_RING_MEMORY_GONE) == (world.q->counters->memory_faults != world.q->faults_seen));
 	FUZZ_ASSERT(!world.busy_popped || moved == -VF_RING_HEAD_BUSY || moved == -VF_RING_MEMORY_GONE);
 	/* Given back within this round, but not yet published when it was taken again: that second chain never was. */
-	if ((moved == -VF_RING_HEAD_BUSY || moved == -VF_RING_MEMORY_GONE) &&
-	    !world.q->inflight_log[world.last_popped].order)
+	if ((moved == -VF_RING_HEAD_BUSY || moved == -VF_RING_MEMORY_GONE) && !world.q->vring.is_packed &&
+	    !world.q->inflight_log[world.last_popped].order) {
+		if (head_state[world.last_popped].out && world.q->vring.ordered)
+			world.order_count--;
 		head_state[world.last_popped].out = false;
+	}
 	if (moved < 0)
 		fuzz_world_fail(moved);
 }
@@ -386,8 +412,12 @@ static void fuzz_check_idle(void)
 		seen[q->free_slots[i]] = true;
 	}
 	for (uint32_t i = 0; i < q->queue_size_max; i++)
-		FUZZ_ASSERT(q->inflight_log[i].order == 0 && !head_state[i].out);
-	FUZZ_ASSERT(q->vring.split.published_used_idx == q->vring.split.last_used_idx);
+		FUZZ_ASSERT(!head_state[i].out && (q->vring.is_packed || q->inflight_log[i].order == 0));
+	FUZZ_ASSERT(q->fifo_count == 0 && q->tally_count == 0 && world.order_count == 0);
+	if (q->vring.is_packed)
+		FUZZ_ASSERT(q->vring.packed.taken_count == 0 && q->vring.packed.run_count == 0);
+	else
+		FUZZ_ASSERT(q->vring.split.published_used_idx == q->vring.split.last_used_idx);
 }
 
 void fuzz_world_drain(void)
@@ -403,7 +433,8 @@ static void fuzz_forget(bool log_too)
 	struct vf_queue *q = world.q;
 
 	q->engine.inflight_count = 0;
-	q->unpublished_count = 0;
+	q->unpublished_count = q->fifo_count = q->tally_count = 0;
+	world.order_count = 0;
 	q->irq_due = 0;
 	q->free_count = q->slot_count;
 	for (uint32_t i = 0; i < q->slot_count; i++)
@@ -411,7 +442,7 @@ static void fuzz_forget(bool log_too)
 	for (uint32_t i = 0; i < q->queue_size_max; i++) {
 		if (log_too)
 			q->inflight_log[i].order = 0;
-		head_state[i].out = q->inflight_log[i].order != 0;
+		head_state[i].out = !q->vring.is_packed && q->inflight_log[i].order != 0;
 	}
 }
 
@@ -425,7 +456,7 @@ void fuzz_world_crash(void)
 	/* Now and then it dies of a request, of one and the same until that is refused. */
 	if (fuzz_random() % 4u)
 		world.q->inflight->working = fuzz_random() % 2u ? 1u : fuzz_random() % world.q->queue_size_max + 1u;
-	err = fuzz_queue_adopt(world.q);
+	err = fuzz_queue_adopt(world.q, 0);
 	FUZZ_ASSERT(err == -VF_RING_LOG || err == -VF_RING_POISON || (err >= 0 && (uint32_t)err <= world.q->slot_count));
 	if (err >= 0) {
 		fuzz_forget(false); /* the adoption has taken out what the used ring names */

@@ -32,6 +32,8 @@ struct fuzz_world {
 	bool failed; /* the ring has been given up */
 	bool busy_popped; /* a head in flight was popped again: the round must fail */
 	uint16_t last_popped;
+	uint16_t order[FUZZ_QUEUE_MAX]; /* heads that are out of a ring with an order, first taken first */
+	uint32_t order_count;
 	bool async; /* the engine completes later, in any order */
 	uint8_t error_every; /* every so many requests the engine reports an error; 0 = never */
 	uint32_t request_count;
