@@ -17,6 +17,10 @@
  *      other's store, so a request is either found by the second look or announced by a kick.
  *   D  the device publishes used->idx, full fence, looks at used_event or avail->flags; the driver arms the
  *      interrupt, full fence, looks at used->idx again. The mirror image of C.
+ *
+ * A packed ring (vring_packed.h, driver_packed.h) has the same four. In place of avail->idx stand the flags of the first
+ * descriptor that a batch makes available, in place of used->idx those of the first used descriptor of a batch, and in
+ * place of avail_event and used_event the event suppression structures, each loaded and stored as one u32.
  */
 #ifndef VF_BARRIER_H
 #define VF_BARRIER_H
