@@ -63,6 +63,7 @@ COUNTERS = (
 INFLIGHT_MAGIC = b"VDUSELOG"
 INFLIGHT_VERSION = 2
 INFLIGHT_SPLIT = 0  # enum vf_log_format
+INFLIGHT_PACKED = 1
 INFLIGHT_HEADER_BYTES = 64
 INFLIGHT_ENTRY_BYTES = 16
 
@@ -239,15 +240,18 @@ class SharedPages:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def begin_log(self, queue: int, last_idx: int) -> None:
-        """Make an empty log of `queue`, which starts at `last_idx` (free-running u16); no worker may serve it."""
+    def begin_log(self, queue: int, last_avail_idx: int, *, packed: bool = False) -> None:
+        """Make an empty log of `queue`, which starts at `last_avail_idx` (as uapi.VqInfo); no worker may serve it."""
         offset = self._offset(queue) + INFLIGHT_OFFSET
         self.void_log(queue)  # until all of it is there
         entries = offset + INFLIGHT_HEADER_BYTES
         length = self.queue_size * INFLIGHT_ENTRY_BYTES
         self.map[entries : entries + length] = bytes(length)
-        kind = (INFLIGHT_MAGIC, INFLIGHT_VERSION, INFLIGHT_SPLIT, INFLIGHT_ENTRY_BYTES, self.queue_size)
-        _LOG_HEADER.pack_into(self.map, offset, *kind, LogState.VOID, last_idx, last_idx, 0)
+        ring_format = INFLIGHT_PACKED if packed else INFLIGHT_SPLIT
+        kind = (INFLIGHT_MAGIC, INFLIGHT_VERSION, ring_format, INFLIGHT_ENTRY_BYTES, self.queue_size)
+        # With nothing in flight a split queue stands at one index in both rings.
+        stands = (last_avail_idx & 0xFFFF, last_avail_idx >> 16 if packed else last_avail_idx)
+        _LOG_HEADER.pack_into(self.map, offset, *kind, LogState.VOID, *stands, 0)
         _LOG_STATE.pack_into(self.map, offset + _LOG_STATE_OFFSET, LogState.VALID)
 
     def void_log(self, queue: int) -> None:

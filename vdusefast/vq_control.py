@@ -20,7 +20,7 @@ from typing import Any
 from vdusefast.control import Command, FromWorker, ToWorker, WorkerSpec
 from vdusefast.errors import TimedOutError, VdusefastError, WorkerError
 from vdusefast.transport import Transport
-from vdusefast.transport.uapi import VqInfo
+from vdusefast.transport.uapi import VqInfo, is_packed
 from vdusefast.worker_process import REAP_TIMEOUT_S, Pages, RefusedError, WorkerProcess
 
 _log = logging.getLogger("vdusefast")
@@ -90,7 +90,8 @@ class VqControl:
         self._on_failure = on_failure
         self._failure_count = 0
         self.stop_count = 0  # changes with resets and quiesces; a start asked for before does not count
-        self._last_avail_idx: int | None = None  # where a quiesced queue stands; None = as the driver has set it up
+        # Where a quiesced queue stands, as VqInfo.last_avail_idx; None = as the driver has set it up.
+        self._last_avail_idx: int | None = None
         self._serving = False  # the worker alone knows where the queue stands
         self._lost = ""  # why nobody knows any more; only a reset helps
         self._served: ToWorker | None = None  # the last START
@@ -164,7 +165,7 @@ class VqControl:
             if not start.recover:
                 # Nothing is in flight: all that was taken has been given back. A worker that is killed before it has
                 # written its own log must not leave that of an earlier one.
-                self._pages.begin_log(self.index, start.last_avail_idx)
+                self._pages.begin_log(self.index, start.last_avail_idx, packed=is_packed(acked_features))
             if not 0 < info.size <= self._spec.queue_size or info.size & (info.size - 1):
                 return self._refuse(f"size {info.size} is no power of two up to {self._spec.queue_size}")
             if self._lost:
@@ -198,7 +199,7 @@ class VqControl:
             await self._serve(self._served._replace(recover=1))
 
     async def quiesce(self) -> int | None:
-        """Stop the queue once it has finished what is in flight. Returns the avail index, None when that is lost."""
+        """Stop the queue once it has finished what is in flight. Returns where it stands, None when that is lost."""
         async with self._stopping():
             self.unwatch_kick()
             if self._lost:
@@ -212,7 +213,7 @@ class VqControl:
                 event = await self._settle(Command.QUIESCE)  # with what the dead one had in flight
             if event is None:
                 return None
-            self._last_avail_idx, self._serving = event.last_avail_idx & 0xFFFF, False
+            self._last_avail_idx, self._serving = event.last_avail_idx, False
             if self.state == VqState.QUIESCING:
                 self.state = VqState.STOPPED
             return self._last_avail_idx
