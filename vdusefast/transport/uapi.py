@@ -130,7 +130,7 @@ VDUSE_IOTLB_GET_INFO = _ioc(_R | _W, 0x1A, IOVA_INFO.size)
 VDUSE_IOTLB_GET_FD2 = _ioc(_R | _W, 0x1B, IOTLB_ENTRY_V2.size)
 
 _VQ_STATE = struct.Struct("=I8s")  # index, split or packed
-_SPLIT_STATE = struct.Struct("=H6x")  # avail_index
+_SPLIT_STATE = struct.Struct("=H")  # avail_index
 _PACKED_STATE = struct.Struct("=4H")  # last_avail_counter, last_avail_idx, last_used_counter, last_used_idx
 PACKED_FRESH = 0x8000_8000  # state of a packed queue that was never used: index 0, both wrap counters 1
 _STATUS = struct.Struct("=B")
@@ -285,7 +285,7 @@ def fresh_vq_state(acked_features: int) -> int:
 
 
 def pack_vq_state(last_avail_idx: int, *, packed: bool) -> bytes:
-    """Return the 8 bytes of struct vduse_vq_state_split or _packed for VqInfo.last_avail_idx."""
+    """Return struct vduse_vq_state_split or _packed for VqInfo.last_avail_idx."""
     if not packed:
         return _SPLIT_STATE.pack(last_avail_idx)
     avail, used = last_avail_idx & 0xFFFF, last_avail_idx >> 16
@@ -293,9 +293,9 @@ def pack_vq_state(last_avail_idx: int, *, packed: bool) -> bytes:
 
 
 def unpack_vq_state(state: bytes, *, packed: bool) -> int:
-    """Return VqInfo.last_avail_idx for the 8 bytes of struct vduse_vq_state_split or _packed."""
+    """Return VqInfo.last_avail_idx for the 8 bytes that hold struct vduse_vq_state_split or _packed."""
     if not packed:
-        return int(_SPLIT_STATE.unpack(state)[0])
+        return int(_SPLIT_STATE.unpack_from(state)[0])
     counters: tuple[int, int, int, int] = _PACKED_STATE.unpack(state)
     avail_counter, avail_idx, used_counter, used_idx = counters
     avail, used = bool(avail_counter) << 15 | avail_idx & 0x7FFF, bool(used_counter) << 15 | used_idx & 0x7FFF
