@@ -18,8 +18,9 @@
  *   D  the device publishes used->idx, full fence, looks at used_event or avail->flags; the driver arms the
  *      interrupt, full fence, looks at used->idx again. The mirror image of C.
  *
- * In a packed ring the flags of a descriptor stand for either index: the driver stores those of a chain's first descriptor last,
- * with release (A), the device those of a used element (B); the event suppression structures stand for the events.
+ * A packed ring (vring_packed.h, driver_packed.h) has the same four. In place of avail->idx stand the flags of the first
+ * descriptor that a batch makes available, in place of used->idx those of each used descriptor, and in
+ * place of avail_event and used_event the event suppression structures, each loaded and stored as one u32.
  */
 #ifndef VF_BARRIER_H
 #define VF_BARRIER_H

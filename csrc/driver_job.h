@@ -14,8 +14,8 @@
 #include "barrier.h"
 #include "counters.h"
 #include "driver_seq.h"
-#include "driver_split.h"
 #include "driver_verify.h"
+#include "driver_vq.h"
 
 #define VF_DRV_DATA_SEGMENTS_MAX 256u
 #define VF_DRV_SEGMENTS_MAX (VF_DRV_DATA_SEGMENTS_MAX + 2u)
@@ -317,8 +317,7 @@ static inline void vf_drv_job_enqueue_any(struct vf_drv_job *job, struct vf_drv_
 	segments[count++] = (struct vf_drv_segment){ line_iova + 32, 1, 1 };
 	if (job->indirect) {
 		uint64_t at = index * job->table_stride_bytes;
-		vf_drv_vq_add_indirect(vq, (struct vf_desc *)(void *)(job->table_va + at), job->table_iova + at, segments,
-				       count, cookie);
+		vf_drv_vq_add_indirect(vq, job->table_va + at, job->table_iova + at, segments, count, cookie);
 	} else {
 		vf_drv_vq_add(vq, segments, count, cookie);
 	}
@@ -337,12 +336,19 @@ static inline void vf_drv_job_enqueue(struct vf_drv_job *job, struct vf_drv_vq *
 
 	*(struct vf_blk_header *)line = (struct vf_blk_header){ types[slot->op], 0, plain ? sector : 0 };
 	vf_store_relaxed_u8(line + 32, VF_DRV_STATUS_UNSET);
-	if (vf_likely(plain && !job->indirect && job->block_bytes <= job->size_max_bytes))
-		vf_drv_vq_add_three(vq, line_iova, sizeof(struct vf_blk_header),
-				    job->data_iova + index * job->data_stride_bytes, job->block_bytes,
-				    slot->op != VF_DRV_WRITE ? VF_DESC_F_WRITE : 0, line_iova + 32, job->id << 16 | index);
-	else
+	if (vf_likely(plain && !job->indirect && job->block_bytes <= job->size_max_bytes)) {
+		struct vf_drv_three three = {
+			.header_iova = line_iova,
+			.data_iova = job->data_iova + index * job->data_stride_bytes,
+			.status_iova = line_iova + 32,
+			.header_bytes = sizeof(struct vf_blk_header),
+			.data_bytes = job->block_bytes,
+			.data_flags = slot->op != VF_DRV_WRITE ? VF_DESC_F_WRITE : 0,
+		};
+		vf_drv_vq_add_three(vq, &three, job->id << 16 | index);
+	} else {
 		vf_drv_job_enqueue_any(job, vq, index, line_iova, sector);
+	}
 }
 
 /* Note that slot `index` got a write: either it is the second of a pair, whose first then says nothing about the block any
@@ -427,7 +433,6 @@ static inline void vf_drv_stats_add(struct vf_drv_stats *stats, uint64_t lat_ns,
 	stats->hist[vf_hist_bucket(lat_ns)]++;
 }
 
-/* A hint: the index comes from a ring that the device can scribble on. */
 static inline void vf_drv_job_prefetch(const struct vf_drv_job *job, uint32_t index)
 {
 	__builtin_prefetch(job->slot_va + (uint64_t)index * VF_DRV_SLOT_BYTES, 1);

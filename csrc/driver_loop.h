@@ -14,14 +14,14 @@
 #include <unistd.h>
 
 #include "driver_job.h"
-#include "driver_split.h"
+#include "driver_vq.h"
 
 #define VF_DRV_QUEUES_MAX 64u
 #define VF_DRV_SLEEP_MS 20 /* then look whether to stop */
 #define VF_DRV_SPIN_BURST 64u /* looks between two looks at the clock */
 #define VF_DRV_SPIN_FAILS 4u /* in a row, then spinning is given up for a while */
 #define VF_DRV_SPIN_PAUSE 64u /* sleeps until it is tried again */
-#define VF_DRV_REAP_BATCH 16 /* reaped, refilled, published: the device works on these while we do the next */
+#define VF_DRV_REAP_BATCH 16u /* reaped, refilled, published: the device works on these while we do the next */
 
 enum vf_drv_stop {
 	VF_DRV_GO,
@@ -101,7 +101,7 @@ static inline void vf_drv_queues_sleep(struct vf_drv_queue **queues, uint32_t co
 	bool ready = false;
 	for (uint32_t i = 0; i < count; i++) {
 		fds[i] = (struct pollfd){ queues[i]->irq_fd, POLLIN, 0 };
-		ready |= vf_drv_vq_enable_irq(&queues[i]->vq) != 0;
+		ready |= vf_drv_vq_enable_irq(&queues[i]->vq);
 	}
 	if (!ready && poll(fds, count, timeout_ms) > 0)
 		for (uint32_t i = 0; i < count; i++) {
@@ -116,7 +116,7 @@ static inline void vf_drv_queues_sleep(struct vf_drv_queue **queues, uint32_t co
 static inline bool vf_drv_thread_has_used(const struct vf_drv_thread *t)
 {
 	for (uint32_t i = 0; i < t->queue_count; i++)
-		if (vf_drv_vq_used_count(&t->queues[i]->vq) != 0)
+		if (vf_drv_vq_has_used(&t->queues[i]->vq))
 			return true;
 	return false;
 }
@@ -169,47 +169,36 @@ static inline int vf_drv_thread_wait(struct vf_drv_thread *t)
 	return 0;
 }
 
-/* Start loading the lines of the next finished requests, which the device has just written: their status will be read, and
- * a new header written. */
-static inline void vf_drv_thread_prefetch(const struct vf_drv_thread *t, const struct vf_drv_vq *vq, int count)
+/* Account for a batch of finished requests. First their lines are loaded, which the device has just written: their status
+ * will be read, and a new header written. */
+static inline void vf_drv_thread_complete(const struct vf_drv_thread *t, const struct vf_drv_used *used, int count,
+					  uint64_t now_ns)
 {
-	for (int k = 0; k < count; k++) {
-		uint32_t id = vf_load_relaxed_u32(&vq->used_ring[(vq->last_used_idx + (uint32_t)k) & vq->mask].id);
-		uint32_t cookie = vq->state[id & vq->mask].cookie;
-		__builtin_prefetch(&vq->desc[id & vq->mask], 1);
-		if (vf_likely(cookie >> 16 < t->job_count))
-			vf_drv_job_prefetch(t->jobs[cookie >> 16], cookie & 0xffffu);
-	}
+	for (int k = 0; k < count; k++)
+		vf_drv_job_prefetch(t->jobs[used[k].cookie >> 16], used[k].cookie & 0xffffu);
+	for (int k = 0; k < count; k++)
+		vf_drv_job_complete(t->jobs[used[k].cookie >> 16], used[k].cookie & 0xffffu, used[k].written_bytes, now_ns);
 }
 
 /* Reap every queue. `*now_ns` is set at the first finished request: one look at the clock a batch. Returns how many, or
- * -EPROTO when the device broke the used ring. */
+ * -EPROTO when the device broke a ring. */
 static inline int vf_drv_thread_reap(struct vf_drv_thread *t, uint64_t *now_ns)
 {
 	int total = 0;
 	for (uint32_t i = 0; i < t->queue_count; i++) {
 		struct vf_drv_queue *queue = t->queues[i];
-		int count = vf_drv_vq_used_count(&queue->vq);
+		struct vf_drv_used used[VF_DRV_REAP_BATCH];
+		int count = vf_drv_vq_reap(&queue->vq, used, VF_DRV_REAP_BATCH);
 		if (count == 0)
 			continue;
-		if (total == 0)
-			*now_ns = vf_drv_now_ns();
-		vf_drv_queue_note_gap(queue, *now_ns);
-		if (count > VF_DRV_REAP_BATCH)
-			count = VF_DRV_REAP_BATCH;
-		vf_drv_thread_prefetch(t, &queue->vq, count);
-		for (int k = 0; k < count; k++) {
-			struct vf_drv_used used;
-			if (vf_unlikely(vf_drv_vq_reap(&queue->vq, &used))) {
-				count = -EPROTO;
-				break;
-			}
-			vf_drv_job_complete(t->jobs[used.cookie >> 16], used.cookie & 0xffffu, used.written_bytes, *now_ns);
-		}
 		if (vf_unlikely(count < 0)) {
 			t->failed_queue = queue->index;
 			return count;
 		}
+		if (total == 0)
+			*now_ns = vf_drv_now_ns();
+		vf_drv_queue_note_gap(queue, *now_ns);
+		vf_drv_thread_complete(t, used, count, *now_ns);
 		total += count;
 	}
 	return total;

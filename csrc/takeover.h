@@ -81,7 +81,7 @@ static inline int vf_takeover_packed(struct vf_vring *vr, struct vf_inflight_hea
 {
 	struct vf_packed *packed = &vr->packed;
 	uint16_t position = (uint16_t)header->last_used_idx;
-	uint32_t noted_slot = position & VF_PACKED_OFF_MASK;
+	uint32_t noted_slot = position & VF_PACKED_SLOT_MASK;
 	int passed = forget ? vf_packed_find_used(packed, &position) : 0;
 
 	if (passed < 0)

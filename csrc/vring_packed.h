@@ -18,6 +18,8 @@
 #include "vring.h"
 #include "vring_packed_abi.h"
 
+#define VF_PACKED_SLOT_MASK 0x7fffu /* of a position: a slot, and its wrap counter above */
+
 struct vf_packed {
 	struct vf_packed_desc *desc;
 	const struct vf_packed_event *driver_event;
@@ -61,7 +63,7 @@ static inline void vf_packed_set_areas(struct vf_packed *vr, void *desc, void *d
 /* A slot and its wrap counter as vhost has them: 15 bits and one. */
 static inline uint16_t vf_packed_position(uint16_t slot, uint8_t wrap_counter)
 {
-	return (uint16_t)(slot | (uint32_t)wrap_counter << VF_PACKED_WRAP_BIT);
+	return (uint16_t)(slot | (uint32_t)wrap_counter << VF_PACKED_EVENT_WRAP_BIT);
 }
 
 static inline uint16_t vf_packed_avail_position(const struct vf_packed *vr)
@@ -89,12 +91,12 @@ static inline void vf_packed_advance(const struct vf_packed *vr, uint16_t *slot,
 /* Start where nothing is in flight. -VF_RING_LOG for a slot outside the ring. */
 static inline int vf_packed_start(struct vf_packed *vr, uint16_t position)
 {
-	uint16_t slot = position & VF_PACKED_OFF_MASK;
+	uint16_t slot = position & VF_PACKED_SLOT_MASK;
 
 	if (slot >= vr->size)
 		return -VF_RING_LOG;
 	vr->avail_slot = vr->used_slot = slot;
-	vr->avail_wrap_counter = vr->used_wrap_counter = (uint8_t)(position >> VF_PACKED_WRAP_BIT);
+	vr->avail_wrap_counter = vr->used_wrap_counter = (uint8_t)(position >> VF_PACKED_EVENT_WRAP_BIT);
 	vr->taken_count = vr->given_count = vr->owed_count = vr->run_count = vr->run_chain_count = 0;
 	vr->first = 1;
 	return 0;
@@ -259,8 +261,8 @@ static inline int vf_packed_irq_wanted(struct vf_packed *vr)
 
 	if (flags == VF_PACKED_EVENT_DESC && vr->event_idx) {
 		/* Relative to the lap of new_idx; one that is a lap or more behind was passed. */
-		event = (uint16_t)(wish & VF_PACKED_OFF_MASK);
-		if ((wish >> VF_PACKED_WRAP_BIT & 1u) != vr->used_wrap_counter)
+		event = (uint16_t)(wish & VF_PACKED_SLOT_MASK);
+		if ((wish >> VF_PACKED_EVENT_WRAP_BIT & 1u) != vr->used_wrap_counter)
 			event = (uint16_t)(event - vr->size);
 		wanted = vr->given_count > vr->size || vf_need_event(event, new_idx, old_idx);
 	} else {
@@ -307,8 +309,8 @@ static inline int vf_packed_is_used(const struct vf_packed *vr, uint16_t slot, u
  */
 static inline int vf_packed_find_used(const struct vf_packed *vr, uint16_t *position)
 {
-	uint16_t slot = *position & VF_PACKED_OFF_MASK;
-	uint8_t wrap_counter = (uint8_t)(*position >> VF_PACKED_WRAP_BIT);
+	uint16_t slot = *position & VF_PACKED_SLOT_MASK;
+	uint8_t wrap_counter = (uint8_t)(*position >> VF_PACKED_EVENT_WRAP_BIT);
 	uint32_t passed = 0;
 
 	if (slot >= vr->size)

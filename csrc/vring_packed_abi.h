@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What lies in the memory of a packed virtqueue (VIRTIO 1.3, 2.8), as driver and device see it.
+ * Structures and numbers of a packed virtqueue (VIRTIO 1.3, 2.8), for both of its sides.
  */
 #ifndef VF_VRING_PACKED_ABI_H
 #define VF_VRING_PACKED_ABI_H
 
 #include <stdint.h>
 
+/* Bits of a descriptor's flags, beside VF_DESC_F_*. Available: AVAIL is the driver's wrap counter, USED its inverse. Used:
+ * both are the device's wrap counter (2.8.1). */
 #define VF_PACKED_DESC_F_AVAIL_BIT 7u
 #define VF_PACKED_DESC_F_USED_BIT 15u
 #define VF_PACKED_DESC_F_AVAIL (1u << VF_PACKED_DESC_F_AVAIL_BIT)
@@ -15,11 +17,10 @@
 /* vf_packed_event.flags */
 #define VF_PACKED_EVENT_ENABLE 0u
 #define VF_PACKED_EVENT_DISABLE 1u
-#define VF_PACKED_EVENT_DESC 2u
+#define VF_PACKED_EVENT_DESC 2u /* at the descriptor that off_wrap names; with EVENT_IDX alone */
 
-/* off_wrap: an offset into the ring, and the wrap counter that goes with it */
-#define VF_PACKED_WRAP_BIT 15u
-#define VF_PACKED_OFF_MASK 0x7fffu
+/* vf_packed_event.off_wrap: the slot, and the wrap counter above it */
+#define VF_PACKED_EVENT_WRAP_BIT 15u
 
 struct vf_packed_desc {
 	uint64_t addr;
@@ -28,7 +29,7 @@ struct vf_packed_desc {
 	uint16_t flags;
 };
 
-/* The event suppression structure. */
+/* Of the driver: which used descriptors it wants interrupts for. Of the device: which available ones it wants kicks for. */
 struct vf_packed_event {
 	uint16_t off_wrap;
 	uint16_t flags;

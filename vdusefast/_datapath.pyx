@@ -377,11 +377,12 @@ cdef class Queue:
     def quiesce(self):
         """Finish what is in flight and stop; kicks are asked for again.
 
-        Returns (last_avail_idx, last_used_idx, whether requests wait that nobody will be kicked for); of a packed ring both
-        are a slot and its wrap counter, in bit 15.
+        Returns (where it stands, as `last_avail_idx` of start(); last_used_idx; whether requests wait that nobody will be
+        kicked for).
         """
         cdef vf_queue *q = self._open()
         cdef bint waiting = False
+        cdef uint32_t stands
         with nogil:
             queue_set_state(q, VF_QUEUE_QUIESCING)
             self._drain()
@@ -389,7 +390,10 @@ cdef class Queue:
                 waiting = vf_vring_kick_enable(&q.vring)
             queue_set_state(q, VF_QUEUE_STOPPED)
         self.started = False
-        return vf_vring_avail_state(&q.vring), vf_vring_used_state(&q.vring), waiting
+        stands = <uint32_t> vf_vring_avail_state(&q.vring)
+        if q.vring.is_packed:
+            stands |= <uint32_t> vf_vring_used_state(&q.vring) << 16
+        return stands, vf_vring_used_state(&q.vring), waiting
 
     def control_seen(self):
         """Take note of the control word: messages up to now are about to be read."""

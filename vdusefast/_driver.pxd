@@ -1,10 +1,6 @@
 # Mirror of the parts of csrc/driver_*.h and csrc/crc32c.h that _driver.pyx uses.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-cdef extern from "vring.h" nogil:
-    struct vf_desc:
-        pass
-
 cdef extern from "counters.h" nogil:
     enum:
         VF_HIST_BUCKET_COUNT
@@ -36,7 +32,7 @@ cdef extern from "driver_seq.h" nogil:
     void vf_drv_seq_init(vf_drv_seq *seq, uint32_t order, uint64_t count, uint64_t seed)
     uint64_t vf_drv_seq_next(vf_drv_seq *seq)
 
-cdef extern from "driver_split.h" nogil:
+cdef extern from "driver_ring.h" nogil:
     struct vf_drv_segment:
         uint64_t iova
         uint32_t len_bytes
@@ -52,18 +48,28 @@ cdef extern from "driver_split.h" nogil:
         uint16_t free_count
         uint16_t avail_idx
         uint16_t last_used_idx
-        int event_idx
-    int vf_drv_vq_init(vf_drv_vq *vq, uint32_t size, void *desc, void *avail, void *used, vf_drv_desc_state *state,
-                       bint event_idx)
-    void vf_drv_vq_set_idx(vf_drv_vq *vq, uint16_t idx)
     uint16_t vf_drv_vq_inflight(const vf_drv_vq *vq)
+
+cdef extern from "driver_vq.h" nogil:
+    struct vf_drv_vq_params:
+        void *desc
+        void *driver
+        void *device
+        vf_drv_desc_state *state
+        uint32_t size
+        uint32_t start
+        bint packed
+        bint event_idx
+        bint in_order
+    int vf_drv_vq_init(vf_drv_vq *vq, const vf_drv_vq_params *params)
     int vf_drv_vq_add(vf_drv_vq *vq, const vf_drv_segment *segments, uint32_t count, uint32_t cookie)
-    int vf_drv_vq_add_indirect(vf_drv_vq *vq, vf_desc *table, uint64_t table_iova, const vf_drv_segment *segments,
+    int vf_drv_vq_add_indirect(vf_drv_vq *vq, void *table, uint64_t table_iova, const vf_drv_segment *segments,
                                uint32_t count, uint32_t cookie)
     int vf_drv_vq_publish(vf_drv_vq *vq)
-    int vf_drv_vq_used_count(const vf_drv_vq *vq)
-    int vf_drv_vq_reap(vf_drv_vq *vq, vf_drv_used *out)
+    bint vf_drv_vq_has_used(const vf_drv_vq *vq)
+    int vf_drv_vq_reap(vf_drv_vq *vq, vf_drv_used *out, uint32_t max_count)
     void vf_drv_vq_disable_irq(vf_drv_vq *vq)
+    uint32_t vf_drv_vq_position(const vf_drv_vq *vq)
 
 cdef extern from "driver_job.h" nogil:
     enum:

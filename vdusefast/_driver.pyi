@@ -15,6 +15,7 @@ VERIFIES: tuple[str, ...]
 ORDERS: tuple[str, ...]
 FAULTS: tuple[str, ...]
 PHASES: tuple[str, ...]
+PACKED_FRESH: int
 
 Segment = tuple[int, int, bool]
 
@@ -66,7 +67,9 @@ class Ring:
         kick_fd: int,
         irq_fd: int,
         event_idx: bool,
-        start_idx: int = 0,
+        packed: bool = False,
+        in_order: bool = False,
+        start: int | None = None,
     ) -> None: ...
     def close(self) -> None: ...
     def add(self, chain: Sequence[Segment], cookie: int = 0) -> int: ...
@@ -89,6 +92,8 @@ class Ring:
     def avail_idx(self) -> int: ...
     @property
     def last_used_idx(self) -> int: ...
+    @property
+    def position(self) -> int: ...
 
 class Job:
     def __init__(

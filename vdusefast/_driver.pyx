@@ -24,6 +24,7 @@ VERIFIES = ("none", "crc32c", "pattern")
 ORDERS = ("sequential", "random_once", "random")
 FAULTS = ("none", "status", "used_len", "no_header", "offset", "seed", "generation", "length", "checksum", "pattern")
 PHASES = ("run", "check", "done")
+PACKED_FRESH = 0x80008000  # `start` of a new packed ring: slot 0, both wrap counters 1
 
 vf_crc32c_init()
 
@@ -74,7 +75,12 @@ cdef object _error(int rc, str what):
 
 
 cdef class Ring:
-    """The driver's side of one split vq. One thread at a time uses it; close() is idempotent."""
+    """The driver's side of one vq, split or packed. One thread at a time uses it; close() is idempotent.
+
+    The areas are zeroed memory. `start` is where the device begins, with nothing in flight: the free-running index of a
+    split ring; of a packed one the next descriptor's slot, with the wrap counter in bit 15, and the same again in the upper
+    half, for used descriptors (uapi.VqInfo has the same encoding).
+    """
 
     cdef vf_drv_queue queue
     cdef vf_drv_desc_state *state
@@ -84,7 +90,7 @@ cdef class Ring:
         self.state = NULL
 
     def __init__(self, uint32_t index, uint32_t size, *, uintptr_t desc_va, uintptr_t driver_va, uintptr_t device_va,
-                 int kick_fd, int irq_fd, bint event_idx, uint16_t start_idx=0):
+                 int kick_fd, int irq_fd, bint event_idx, bint packed=False, bint in_order=False, start=None):
         if self.state != NULL:
             raise ValueError("ring is initialised already")
         if not 2 <= size <= 32768 or size & (size - 1):
@@ -92,11 +98,13 @@ cdef class Ring:
         self.state = <vf_drv_desc_state *>calloc(size, sizeof(vf_drv_desc_state))
         if self.state == NULL:
             raise MemoryError()
-        cdef int rc = vf_drv_vq_init(&self.queue.vq, size, <void *>desc_va, <void *>driver_va, <void *>device_va,
-                                     self.state, event_idx)
-        if rc:
-            raise ValueError("ring areas are misaligned")
-        vf_drv_vq_set_idx(&self.queue.vq, start_idx)
+        cdef vf_drv_vq_params params
+        params.desc, params.driver, params.device = <void *>desc_va, <void *>driver_va, <void *>device_va
+        params.state, params.size = self.state, size
+        params.start = (PACKED_FRESH if packed else 0) if start is None else start
+        params.packed, params.event_idx, params.in_order = packed, event_idx, in_order
+        if vf_drv_vq_init(&self.queue.vq, &params):
+            raise ValueError(f"ring areas are misaligned, or {params.start:#x} is no place in the ring")
         vf_drv_vq_disable_irq(&self.queue.vq)
         self.queue.index = index
         self.queue.kick_fd = kick_fd
@@ -139,8 +147,7 @@ cdef class Ring:
     def add_indirect(self, chain, uintptr_t table_va, uint64_t table_iova, uint32_t cookie=0):
         """Add a chain through an indirect table of 16 bytes a segment at `table_va`; returns its head."""
         cdef int count = self.take(chain)
-        cdef int rc = vf_drv_vq_add_indirect(&self.queue.vq, <vf_desc *>table_va, table_iova, self.segments, count,
-                                             cookie)
+        cdef int rc = vf_drv_vq_add_indirect(&self.queue.vq, <void *>table_va, table_iova, self.segments, count, cookie)
         if rc < 0:
             raise BlockingIOError(-rc, "no room in the ring")
         return rc
@@ -160,20 +167,20 @@ cdef class Ring:
     def reap(self):
         """Return the finished chains as a list of (head, cookie, written_bytes).
 
-        Raises OSError(EPROTO) when the device broke the used ring.
+        Raises OSError(EPROTO) when the device gave back what is not in flight, or not next under IN_ORDER; what came
+        before that is returned first.
         """
         self.check_open()
-        cdef int count = vf_drv_vq_used_count(&self.queue.vq)
-        cdef vf_drv_used used
-        cdef int rc
-        if count < 0:
-            raise _error(count, f"queue {self.queue.index}: used index out of range")
+        cdef vf_drv_used used[64]
+        cdef int count = 64
+        cdef int i
         result = []
-        for _ in range(count):
-            rc = vf_drv_vq_reap(&self.queue.vq, &used)
-            if rc < 0:
-                raise _error(rc, f"queue {self.queue.index}: used element names no chain in flight")
-            result.append((used.head, used.cookie, used.written_bytes))
+        while count == 64 and len(result) < self.queue.vq.size:
+            count = vf_drv_vq_reap(&self.queue.vq, used, 64)
+            for i in range(count):
+                result.append((used[i].head, used[i].cookie, used[i].written_bytes))
+        if count < 0 and not result:
+            raise _error(count, f"queue {self.queue.index}: the device broke the ring")
         return result
 
     def wait(self, int timeout_ms):
@@ -182,7 +189,7 @@ cdef class Ring:
         cdef vf_drv_queue *queue = &self.queue
         with nogil:
             vf_drv_queues_sleep(&queue, 1, timeout_ms)
-        return vf_drv_vq_used_count(&self.queue.vq) != 0
+        return vf_drv_vq_has_used(&self.queue.vq)
 
     @property
     def index(self):
@@ -213,6 +220,11 @@ cdef class Ring:
     def last_used_idx(self):
         """Free-running index of the chains reaped."""
         return self.queue.vq.last_used_idx
+
+    @property
+    def position(self):
+        """Where a device stands that has finished all that was added, encoded as `start`."""
+        return vf_drv_vq_position(&self.queue.vq)
 
     def take_gap_s(self):
         """Return the longest time between two completions, in seconds, since this was called last; in any thread."""
@@ -426,7 +438,7 @@ cdef class DriverThread:
         """Run the jobs to their end with the GIL released.
 
         Raises OSError: ECANCELED when abandoned, ETIMEDOUT when nothing finishes for `stall_s` seconds, EPROTO when the
-        device broke a used ring.
+        device broke a ring.
         """
         cdef int rc
         with nogil:

@@ -57,6 +57,10 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     seg_max: int = 0  # data segments in one request; 0 = chosen from queue_size
     event_idx: bool = True
     indirect: bool = True
+    packed: bool = False  # offer packed rings; a driver that does not know them takes split ones
+    in_order: bool = (
+        False  # offer IN_ORDER, where requests end in their order: not by io_uring, nor "auto" with O_DIRECT
+    )
     cpus: str | list[int] = ""  # "auto", a list such as "0,2" or [0, 2] (one a queue), or "" = as the queues say
     msg_timeout_s: int = 90  # kernel transport: a control message unanswered for so long breaks the device; 0 = never
     bounce_size_bytes: int = 64 << 20  # kernel transport, bus virtio: memory that the kernel copies data through

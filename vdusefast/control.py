@@ -40,7 +40,10 @@ class Event(IntEnum):
 
 
 class ToWorker(NamedTuple):
-    """A command. Addresses are IOVAs; `last` is inclusive; fields that a command does not use are 0."""
+    """A command. Addresses are IOVAs; `last` is inclusive; fields that a command does not use are 0.
+
+    `last_avail_idx` is as in uapi.VqInfo.
+    """
 
     command: int
     seq: int
@@ -56,7 +59,7 @@ class ToWorker(NamedTuple):
 
 
 class FromWorker(NamedTuple):
-    """An answer or an event. `last_avail_idx` and `last_used_idx` are free-running u16 (split ring)."""
+    """An answer or an event. `last_avail_idx` is as in uapi.VqInfo, `last_used_idx` a free-running u16."""
 
     event: int
     seq: int

@@ -14,7 +14,7 @@ from vdusefast.transport import DeviceSpec, uapi
 
 if TYPE_CHECKING:
     from vdusefast.backends import Store
-    from vdusefast.config import Config
+    from vdusefast.config import BackendConfig, Config
 
 SECTOR_BYTES = 512
 
@@ -64,6 +64,14 @@ class StatusRefusedError(Exception):
     """The device cannot take that status; the message says why."""
 
 
+def completes_in_order(backend: BackendConfig, store: Store) -> bool:
+    """Return whether requests to `store` end in the order in which they were taken, whichever engine it will be.
+
+    Those of io_uring do not; "auto" tries it for O_DIRECT (worker._engine_order).
+    """
+    return backend.engine != "uring" and not (backend.engine == "auto" and store.direct_align)
+
+
 def config_fields(config_space: bytes) -> dict[str, int]:
     """Return the fields of a configuration space by the names that struct virtio_blk_config has for them.
 
@@ -103,7 +111,7 @@ class BlockDevice:
         self.write_zeroes_max_seg = (DISCARD_MAX_SEG if store.zeroes_cheaply else 1) if write_zeroes else 0
         self.write_zeroes_may_unmap = discard
         self.writeback = store.cache != "writethrough"
-        self.offered_features = self._features(config)
+        self.offered_features = self._features(config, store)
         self.config_space = self._config_space(store)
         self.status = 0
 
@@ -157,10 +165,12 @@ class BlockDevice:
         if missing:
             raise StatusRefusedError(f"the driver did not accept {uapi.feature_names(missing)}")
 
-    def _features(self, config: Config) -> int:
+    def _features(self, config: Config, store: Store) -> int:
         optional = {
             uapi.VIRTIO_RING_F_INDIRECT_DESC: config.device.indirect,
             uapi.VIRTIO_RING_F_EVENT_IDX: config.device.event_idx,
+            uapi.VIRTIO_F_RING_PACKED: config.device.packed,
+            uapi.VIRTIO_F_IN_ORDER: config.device.in_order and completes_in_order(config.backend, store),
             uapi.VIRTIO_BLK_F_FLUSH: self.writeback,
             uapi.VIRTIO_BLK_F_RO: self.read_only,
             uapi.VIRTIO_BLK_F_MQ: self.queue_count > 1,

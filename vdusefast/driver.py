@@ -51,6 +51,8 @@ _ERRNO_BY_STATUS = {1: errno.EIO, 2: errno.EOPNOTSUPP}
 _UNDERSTOOD = (
     uapi.VIRTIO_F_VERSION_1
     | uapi.VIRTIO_F_ACCESS_PLATFORM
+    | uapi.VIRTIO_F_RING_PACKED
+    | uapi.VIRTIO_F_IN_ORDER
     | uapi.VIRTIO_RING_F_INDIRECT_DESC
     | uapi.VIRTIO_RING_F_EVENT_IDX
     | uapi.VIRTIO_BLK_F_SIZE_MAX
@@ -131,8 +133,14 @@ class BlkConfig(NamedTuple):
         )
 
 
-def area_sizes(queue_size: int) -> tuple[int, int, int]:
-    """Return the bytes of descriptor table, available ring and used ring (VIRTIO 1.3, 2.7)."""
+def area_sizes(queue_size: int, *, packed: bool = False) -> tuple[int, int, int]:
+    """Return the bytes of a queue's three areas.
+
+    They are descriptor table, available ring and used ring (VIRTIO 1.3, 2.7), or in a packed queue the descriptor ring
+    and the driver's and the device's event suppression structures (2.8).
+    """
+    if packed:
+        return 16 * queue_size, 4, 4
     return 16 * queue_size, 6 + 2 * queue_size, 6 + 8 * queue_size
 
 
@@ -153,13 +161,13 @@ class LoopbackDriver:
     """
 
     def __init__(
-        self, bus: Bus, *, queue_size: int | None = None, features: int | None = None, first_idx: int = 0
+        self, bus: Bus, *, queue_size: int | None = None, features: int | None = None, first_idx: int | None = None
     ) -> None:
         """Take the device on `bus`.
 
         queue_size: descriptors in each vq; the largest that the device allows when None. features: a mask of
-        uapi.VIRTIO_*, all that is offered and understood when None. first_idx: where the rings' free-running
-        indices start. Raises VdusefastError when the device refuses.
+        uapi.VIRTIO_*, all that is offered and understood when None. first_idx: where the rings start, as
+        `uapi.VqInfo.last_avail_idx`; at their beginning when None. Raises VdusefastError when the device refuses.
         """
         self.bus = bus
         self.features = bus.offered_features & _UNDERSTOOD if features is None else features
@@ -172,7 +180,7 @@ class LoopbackDriver:
         self._lock = threading.RLock()
         self._closed = False
         try:
-            self._start(first_idx)
+            self._start(uapi.fresh_vq_state(self.features) if first_idx is None else first_idx)
         except BaseException:
             self.close()
             raise
@@ -326,20 +334,23 @@ class LoopbackDriver:
                 kick_fd=self.bus.kickfd(index),
                 irq_fd=self.bus.irqfd(index),
                 event_idx=self.has(uapi.VIRTIO_RING_F_EVENT_IDX),
-                start_idx=first_idx,
+                packed=self.has(uapi.VIRTIO_F_RING_PACKED),
+                in_order=self.has(uapi.VIRTIO_F_IN_ORDER),
+                start=first_idx,
             )
             self._rings.append(ring)
 
     def _set_up_vq(self, index: int, first_idx: int) -> tuple[int, int, int]:
         """Make ring memory, tell the bus, and return the three areas' addresses in this process."""
-        sizes = area_sizes(self.queue_size)
+        packed = self.has(uapi.VIRTIO_F_RING_PACKED)
+        sizes = area_sizes(self.queue_size, packed=packed)
         offsets = [0, 0, 0]
         offsets[1] = -(-sizes[0] // PAGE_BYTES) * PAGE_BYTES
         offsets[2] = offsets[1] + -(-sizes[1] // PAGE_BYTES) * PAGE_BYTES
         region = self.add_region(offsets[2] + sizes[2])
-        # Before the device starts: it may look at the indices at once.
-        struct.pack_into("<H", region.buf, offsets[1] + 2, first_idx)
-        struct.pack_into("<H", region.buf, offsets[2] + 2, first_idx)
+        if not packed:  # before the device starts: it may look at the indices at once
+            struct.pack_into("<H", region.buf, offsets[1] + 2, first_idx)
+            struct.pack_into("<H", region.buf, offsets[2] + 2, first_idx)
         iovas = [region.iova + offset for offset in offsets]
         self.bus.set_vq(index, self.queue_size, iovas[0], iovas[1], iovas[2], first_idx)
         self.bus.set_vq_ready(index, True)

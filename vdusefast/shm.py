@@ -63,6 +63,8 @@ COUNTERS = (
 INFLIGHT_MAGIC = b"VDUSELOG"
 INFLIGHT_VERSION = 2
 INFLIGHT_SPLIT = 0  # enum vf_log_format
+INFLIGHT_PACKED = 1
+INFLIGHT_SPLIT_IN_ORDER = 2
 INFLIGHT_HEADER_BYTES = 64
 INFLIGHT_ENTRY_BYTES = 16
 
@@ -71,6 +73,9 @@ _STATUS = struct.Struct("=IIiIIII")
 _LOG_HEADER = struct.Struct("=8sIHHIIIII")  # struct vf_inflight_header
 _LOG_STATE = struct.Struct("=I")
 _LOG_STATE_OFFSET = 20
+_LOG_FORMAT = struct.Struct("=H")
+_LOG_FORMAT_OFFSET = 12
+_LOG_WORKING_OFFSET = 32
 _U64 = struct.Struct("=Q")
 
 
@@ -239,15 +244,17 @@ class SharedPages:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def begin_log(self, queue: int, last_idx: int) -> None:
-        """Make an empty log of `queue`, which starts at `last_idx` (free-running u16); no worker may serve it."""
+    def begin_log(self, queue: int, last_avail_idx: int, ring_format: int = INFLIGHT_SPLIT) -> None:
+        """Make an empty log of `queue`, which starts at `last_avail_idx` (as uapi.VqInfo); no worker may serve it."""
         offset = self._offset(queue) + INFLIGHT_OFFSET
         self.void_log(queue)  # until all of it is there
         entries = offset + INFLIGHT_HEADER_BYTES
         length = self.queue_size * INFLIGHT_ENTRY_BYTES
         self.map[entries : entries + length] = bytes(length)
-        kind = (INFLIGHT_MAGIC, INFLIGHT_VERSION, INFLIGHT_SPLIT, INFLIGHT_ENTRY_BYTES, self.queue_size)
-        _LOG_HEADER.pack_into(self.map, offset, *kind, LogState.VOID, last_idx, last_idx, 0)
+        kind = (INFLIGHT_MAGIC, INFLIGHT_VERSION, ring_format, INFLIGHT_ENTRY_BYTES, self.queue_size)
+        # With nothing in flight a split queue stands at one index in both rings.
+        last_used_idx = last_avail_idx >> 16 if ring_format == INFLIGHT_PACKED else last_avail_idx
+        _LOG_HEADER.pack_into(self.map, offset, *kind, LogState.VOID, last_avail_idx & 0xFFFF, last_used_idx, 0)
         _LOG_STATE.pack_into(self.map, offset + _LOG_STATE_OFFSET, LogState.VALID)
 
     def void_log(self, queue: int) -> None:
@@ -265,7 +272,13 @@ class SharedPages:
 
     def has_inflight(self, queue: int) -> bool:
         """Return whether requests of `queue` have been taken and not been given back, without NumPy."""
-        start = self._offset(queue) + INFLIGHT_OFFSET + INFLIGHT_HEADER_BYTES
+        header = self._offset(queue) + INFLIGHT_OFFSET
+        (ring_format,) = _LOG_FORMAT.unpack_from(self.map, header + _LOG_FORMAT_OFFSET)
+        if ring_format == INFLIGHT_PACKED and not self.log_is_void(queue):
+            # Its entries say something else; but its worker is at a request, or has said so when it began to wait.
+            (working,) = _LOG_STATE.unpack_from(self.map, header + _LOG_WORKING_OFFSET)
+            return bool(working or self.status(queue).inflight_count)
+        start = header + INFLIGHT_HEADER_BYTES
         end = start + self.queue_size * INFLIGHT_ENTRY_BYTES
         if self.log_is_void(queue) or not self.map[start:end].strip(b"\0"):
             return False

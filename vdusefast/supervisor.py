@@ -33,6 +33,7 @@ from vdusefast.transport.uapi import (
     Suspend,
     UnknownRequest,
     UpdateIotlb,
+    is_packed,
 )
 from vdusefast.vq_control import Limits, VqControl, VqState
 from vdusefast.worker_process import Pages, WorkerProcess, default_command
@@ -419,7 +420,8 @@ class Supervisor:
                     return Response(request_id, False)
                 last_avail_idx = await self._vqs[vq_index].quiesce()
                 self._go_on_when_kicked(self._vqs[vq_index])
-                return Response(request_id, last_avail_idx is not None, vq_index, last_avail_idx or 0)
+                packed = is_packed(self.transport.acked_features())
+                return Response(request_id, last_avail_idx is not None, vq_index, last_avail_idx or 0, packed)
             case UpdateIotlb(request_id, start, last):
                 gone = await asyncio.gather(*(vq.invalidate(start, last) for vq in self._vqs))
                 return Response(request_id, all(gone))

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from vdusefast import shm
 from vdusefast.control import Command, FromWorker, ToWorker, WorkerSpec
 from vdusefast.errors import TimedOutError, VdusefastError, WorkerError
 from vdusefast.transport import Transport
-from vdusefast.transport.uapi import VqInfo
+from vdusefast.transport.uapi import VIRTIO_F_IN_ORDER, VqInfo, is_packed
 from vdusefast.worker_process import REAP_TIMEOUT_S, Pages, RefusedError, WorkerProcess
 
 _log = logging.getLogger("vdusefast")
@@ -31,6 +32,13 @@ TAKE_OVER_PAUSE_MAX_S = 5.0
 
 FAIL_REAP_S = 1.0  # for a worker that is killed to fail its requests; a longer wait is for the kernel's storage
 RESIZE_S = 5.0  # for a worker to take a new size: it looks between two rounds of its loop
+
+
+def _log_format(acked_features: int) -> int:
+    """Return which in-flight log goes with the rings of these features."""
+    if is_packed(acked_features):
+        return shm.INFLIGHT_PACKED
+    return shm.INFLIGHT_SPLIT_IN_ORDER if acked_features & VIRTIO_F_IN_ORDER else shm.INFLIGHT_SPLIT
 
 
 class VqState(StrEnum):
@@ -90,7 +98,8 @@ class VqControl:
         self._on_failure = on_failure
         self._failure_count = 0
         self.stop_count = 0  # changes with resets and quiesces; a start asked for before does not count
-        self._last_avail_idx: int | None = None  # where a quiesced queue stands; None = as the driver has set it up
+        # Where a quiesced queue stands, as VqInfo.last_avail_idx; None = as the driver has set it up.
+        self._last_avail_idx: int | None = None
         self._serving = False  # the worker alone knows where the queue stands
         self._lost = ""  # why nobody knows any more; only a reset helps
         self._served: ToWorker | None = None  # the last START
@@ -164,7 +173,7 @@ class VqControl:
             if not start.recover:
                 # Nothing is in flight: all that was taken has been given back. A worker that is killed before it has
                 # written its own log must not leave that of an earlier one.
-                self._pages.begin_log(self.index, start.last_avail_idx)
+                self._pages.begin_log(self.index, start.last_avail_idx, _log_format(acked_features))
             if not 0 < info.size <= self._spec.queue_size or info.size & (info.size - 1):
                 return self._refuse(f"size {info.size} is no power of two up to {self._spec.queue_size}")
             if self._lost:
@@ -198,7 +207,7 @@ class VqControl:
             await self._serve(self._served._replace(recover=1))
 
     async def quiesce(self) -> int | None:
-        """Stop the queue once it has finished what is in flight. Returns the avail index, None when that is lost."""
+        """Stop the queue once it has finished what is in flight. Returns where it stands, None when that is lost."""
         async with self._stopping():
             self.unwatch_kick()
             if self._lost:
@@ -212,7 +221,7 @@ class VqControl:
                 event = await self._settle(Command.QUIESCE)  # with what the dead one had in flight
             if event is None:
                 return None
-            self._last_avail_idx, self._serving = event.last_avail_idx & 0xFFFF, False
+            self._last_avail_idx, self._serving = event.last_avail_idx, False
             if self.state == VqState.QUIESCING:
                 self.state = VqState.STOPPED
             return self._last_avail_idx

@@ -205,7 +205,7 @@ class Worker:
                 desc_addr=message.desc_addr,
                 driver_addr=message.driver_addr,
                 device_addr=message.device_addr,
-                last_avail_idx=message.last_avail_idx & 0xFFFF,
+                last_avail_idx=message.last_avail_idx,
                 recover=bool(message.recover),
             )
         except (OSError, self._datapath.RingError) as error:

@@ -49,8 +49,8 @@ class Pages(Protocol):
     def ring_ctl(self, queue: int) -> None:
         """Tell the worker of `queue` that a message waits."""
 
-    def begin_log(self, queue: int, last_idx: int) -> None:
-        """Make an empty in-flight log of `queue`, which starts at `last_idx` (free-running u16)."""
+    def begin_log(self, queue: int, last_avail_idx: int, ring_format: int = 0) -> None:
+        """Make an empty in-flight log of `queue`, which starts at `last_avail_idx` (as uapi.VqInfo)."""
 
     def void_log(self, queue: int) -> None:
         """Say that nothing of `queue` is in flight."""

@@ -6,7 +6,9 @@ import ctypes
 import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from packed_device import DESC, PackedRing
 
 from vdusefast.transport import uapi
 from vdusefast.transport.loopback_region import Region, RegionTable
@@ -27,13 +29,22 @@ OFFERED = (
     | uapi.VIRTIO_BLK_F_WRITE_ZEROES
 )
 
+FORMATS = {
+    "split": 0,
+    "split in order": uapi.VIRTIO_F_IN_ORDER,
+    "packed": uapi.VIRTIO_F_RING_PACKED,
+    "packed in order": uapi.VIRTIO_F_RING_PACKED | uapi.VIRTIO_F_IN_ORDER,
+}
+
 
 class FakeBus:
     """A bus and the device on it. `spoil(kind, sector, data)` may change what a request does; see PyDevice.serve."""
 
-    def __init__(self, size_bytes: int, *, queues: int = 1, queue_size: int = 64, size_max: int = 131072):
+    def __init__(
+        self, size_bytes: int, *, queues: int = 1, queue_size: int = 64, size_max: int = 131072, more: int = 0
+    ):
         self.disk = bytearray(size_bytes)
-        self.offered_features = OFFERED
+        self.offered_features = OFFERED | more
         self.queue_count = queues
         self.queue_size_max = queue_size
         self.features = 0
@@ -74,7 +85,8 @@ class FakeBus:
         pass
 
     def driver_ok(self) -> None:
-        self.threads = [threading.Thread(target=PyQueue(self, i).run) for i in range(self.queue_count)]
+        kind = PackedPyQueue if uapi.is_packed(self.features) else PyQueue
+        self.threads = [threading.Thread(target=kind(self, i).run) for i in range(self.queue_count)]
         for thread in self.threads:
             thread.start()
 
@@ -101,16 +113,23 @@ class FakeBus:
         return region.address + iova - region.iova
 
 
-class PyQueue:
-    """The device's side of one split vq."""
+def writable_bytes(buffers: Sequence[tuple[int, int, int]]) -> int:
+    """Return how much the device writes of a chain that it uses completely: all others are named, under IN_ORDER."""
+    return sum(length for _address, length, writable in buffers if writable)
+
+
+class BlkQueue:
+    """One queue of virtio-blk, of either format."""
 
     def __init__(self, bus: FakeBus, index: int):
         self.bus = bus
         self.index = index
-        self.size, desc, driver, device, self.last_avail_idx = bus.vqs[index]
-        self.desc, self.avail, self.used = bus.va(desc), bus.va(driver), bus.va(device)
-        self.used_idx = self.last_avail_idx
         self.event_idx = bool(bus.features & uapi.VIRTIO_RING_F_EVENT_IDX)
+        self.in_order = bool(bus.features & uapi.VIRTIO_F_IN_ORDER)
+
+    def serve_all(self) -> bool:
+        """Serve what is available. Returns whether there was any."""
+        raise NotImplementedError
 
     def run(self) -> None:
         poll = __import__("select").poll()
@@ -118,48 +137,6 @@ class PyQueue:
         while not self.bus.stopping:
             if not self.serve_all() and poll.poll(5):
                 os.eventfd_read(self.bus.kickfds[self.index])
-
-    def u16(self, va: int) -> ctypes.c_uint16:
-        return ctypes.c_uint16.from_address(va)
-
-    def serve_all(self) -> bool:
-        avail_idx = self.u16(self.avail + 2).value
-        old, work = self.used_idx, False
-        while self.last_avail_idx != avail_idx and not self.bus.mute:
-            slot = self.last_avail_idx % self.size
-            head = self.u16(self.avail + 4 + 2 * slot).value
-            written = self.serve(self.chain(head))
-            ctypes.memmove(self.used + 4 + 8 * (self.used_idx % self.size), struct.pack("<II", head, written), 8)
-            self.last_avail_idx = (self.last_avail_idx + 1) & 0xFFFF
-            self.used_idx = (self.used_idx + 1) & 0xFFFF
-            work = True
-        if work:
-            self.u16(self.used + 2).value = self.used_idx
-            if self.event_idx:  # ask for a kick at the next chain
-                self.u16(self.used + 4 + 8 * self.size).value = self.last_avail_idx
-            self.interrupt(old)
-        return work
-
-    def interrupt(self, old: int) -> None:
-        if self.event_idx:
-            event = self.u16(self.avail + 4 + 2 * self.size).value
-            wanted = ((self.used_idx - event - 1) & 0xFFFF) < ((self.used_idx - old) & 0xFFFF)
-        else:
-            wanted = not self.u16(self.avail).value & 1
-        if wanted:
-            os.eventfd_write(self.bus.irqfds[self.index], 1)
-
-    def chain(self, head: int) -> list[tuple[int, int, int]]:
-        table, at, out = self.desc, head, []
-        while True:
-            addr, length, flags, following = struct.unpack("<QIHH", ctypes.string_at(table + 16 * at, 16))
-            if flags & INDIRECT:
-                table, at = self.bus.va(addr), 0
-                continue
-            out.append((self.bus.va(addr), length, flags & WRITE))
-            if not flags & NEXT:
-                return out
-            at = following
 
     def serve(self, chain: list[tuple[int, int, int]]) -> int:
         """Carry out one request; returns used.len. `spoil` returns the data to use instead, or None for an IOERR."""
@@ -190,3 +167,84 @@ class PyQueue:
                 moved += n
         ctypes.memset(status, 0, 1)
         return moved + 1 + self.bus.lie_about_length
+
+
+class PyQueue(BlkQueue):
+    """The device's side of one split vq."""
+
+    def __init__(self, bus: FakeBus, index: int):
+        super().__init__(bus, index)
+        self.size, desc, driver, device, self.last_avail_idx = bus.vqs[index]
+        self.desc, self.avail, self.used = bus.va(desc), bus.va(driver), bus.va(device)
+        self.used_idx = self.last_avail_idx
+
+    def u16(self, va: int) -> ctypes.c_uint16:
+        return ctypes.c_uint16.from_address(va)
+
+    def serve_all(self) -> bool:
+        avail_idx = self.u16(self.avail + 2).value
+        old, work, element = self.used_idx, False, self.used_idx
+        while self.last_avail_idx != avail_idx and not self.bus.mute:
+            slot = self.last_avail_idx % self.size
+            head = self.u16(self.avail + 4 + 2 * slot).value
+            chain = self.chain(head)
+            written = self.serve(chain)
+            ctypes.memmove(self.used + 4 + 8 * (element % self.size), struct.pack("<II", head, written), 8)
+            self.last_avail_idx = (self.last_avail_idx + 1) & 0xFFFF
+            self.used_idx = (self.used_idx + 1) & 0xFFFF
+            # Under IN_ORDER one element, at the place of the first, names the last (VIRTIO 1.3, 2.7.9).
+            if not self.in_order or written != writable_bytes(chain):
+                element = self.used_idx
+            work = True
+        if work:
+            self.u16(self.used + 2).value = self.used_idx
+            if self.event_idx:  # ask for a kick at the next chain
+                self.u16(self.used + 4 + 8 * self.size).value = self.last_avail_idx
+            self.interrupt(old)
+        return work
+
+    def interrupt(self, old: int) -> None:
+        if self.event_idx:
+            event = self.u16(self.avail + 4 + 2 * self.size).value
+            wanted = ((self.used_idx - event - 1) & 0xFFFF) < ((self.used_idx - old) & 0xFFFF)
+        else:
+            wanted = not self.u16(self.avail).value & 1
+        if wanted:
+            os.eventfd_write(self.bus.irqfds[self.index], 1)
+
+    def chain(self, head: int) -> list[tuple[int, int, int]]:
+        table, at, out = self.desc, head, []
+        while True:
+            addr, length, flags, following = struct.unpack("<QIHH", ctypes.string_at(table + 16 * at, 16))
+            if flags & INDIRECT:
+                table, at = self.bus.va(addr), 0
+                continue
+            out.append((self.bus.va(addr), length, flags & WRITE))
+            if not flags & NEXT:
+                return out
+            at = following
+
+
+class PackedPyQueue(BlkQueue):
+    """The device's side of one packed vq."""
+
+    def __init__(self, bus: FakeBus, index: int):
+        super().__init__(bus, index)
+        size, desc, driver, device, start = bus.vqs[index]
+        self.ring = PackedRing(size, bus.va(desc), bus.va(driver), bus.va(device), start, bus.va)
+
+    def serve_all(self) -> bool:
+        done = []
+        while not self.bus.mute and (chain := self.ring.pop()) is not None:
+            written = self.serve([(self.bus.va(iova), n, w) for iova, n, w in chain.buffers])
+            done.append((chain, written))
+        if done:
+            if self.event_idx:
+                self.ring.set_kicks(DESC)
+            if self.in_order:
+                self.ring.push_in_order(done)
+            else:
+                self.ring.push(done)
+            if self.ring.irq_wanted(sum(chain.count for chain, _written in done)):
+                os.eventfd_write(self.bus.irqfds[self.index], 1)
+        return bool(done)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from driver_device import DISCARD, FLUSH, IN, OUT, FakeBus
+from driver_device import DISCARD, FLUSH, FORMATS, IN, OUT, FakeBus
 
 from vdusefast import _driver
 from vdusefast.bench.memory import make_job
@@ -19,9 +19,9 @@ from vdusefast.driver import LoopbackDriver
 SIZE = 256 * 1024
 
 
-@pytest.fixture
-def bus() -> Iterator[FakeBus]:
-    bus = FakeBus(SIZE)
+@pytest.fixture(params=FORMATS)
+def bus(request: pytest.FixtureRequest) -> Iterator[FakeBus]:
+    bus = FakeBus(SIZE, more=FORMATS[request.param])
     yield bus
     bus.close()
 

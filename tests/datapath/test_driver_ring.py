@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from driver_device import FakeBus
+from driver_device import FORMATS, FakeBus
 
 from vdusefast import _driver
 from vdusefast.driver import LoopbackDriver
@@ -15,9 +15,9 @@ from vdusefast.errors import TimedOutError
 from vdusefast.transport import uapi
 
 
-@pytest.fixture
-def bus() -> Iterator[FakeBus]:
-    bus = FakeBus(1 << 20)
+@pytest.fixture(params=FORMATS)
+def bus(request: pytest.FixtureRequest) -> Iterator[FakeBus]:
+    bus = FakeBus(1 << 20, more=FORMATS[request.param])
     yield bus
     bus.close()
 
@@ -55,11 +55,14 @@ def test_write_then_read(bus: FakeBus, features: int) -> None:
 
 
 def test_indices_wrap_around(bus: FakeBus) -> None:
-    with LoopbackDriver(bus, first_idx=65530) as driver:
+    packed = uapi.is_packed(bus.offered_features)
+    with LoopbackDriver(bus, first_idx=0x003E003E if packed else 65530) as driver:
         for i in range(20):
             driver.write(512 * i, bytes([i]) * 512)
-        assert driver.ring(0).last_used_idx == (65530 + 20) & 0xFFFF
         assert driver.read(512 * 19, 512) == bytes([19]) * 512
+        # 21 requests of 3 descriptors from slot 62 of 64, with the wrap counter at 0
+        assert driver.ring(0).position == (0x803D803D if packed else 65530 + 21 - 65536)
+        assert driver.ring(0).last_used_idx == (21 if packed else 65530 + 21 - 65536)
 
 
 def test_data_is_cut_at_size_max() -> None:

@@ -93,7 +93,8 @@ class FakeWorker:
             waiting = [self.ctl.fileno(), self.spec.kick_fd] if self.running else [self.ctl.fileno()]
             ready = select.select(waiting, [], [])[0]
             if self.spec.kick_fd in ready:
-                self.last_avail_idx = (self.last_avail_idx + os.eventfd_read(self.spec.kick_fd)) & 0xFFFF
+                taken = (self.last_avail_idx + os.eventfd_read(self.spec.kick_fd)) & 0xFFFF
+                self.last_avail_idx = self.last_avail_idx & ~0xFFFF | taken  # the upper half is a packed ring's
                 os.eventfd_write(self.spec.irq_fd, 1)
             if self.ctl.fileno() in ready:
                 packet = self.ctl.recv(MESSAGE_MAX_BYTES)

@@ -24,8 +24,8 @@ MEMORY_IOVA = 0x10000
 WAIT_S = 10.0
 
 
-def make_device(behaviour: str = "normal", queues: int = 2, limits: Limits = QUICK) -> Device:
-    config = make_config(name="d0", uri="memory:1M", queues=queues, queue_size=64)
+def make_device(behaviour: str = "normal", queues: int = 2, limits: Limits = QUICK, *, packed: bool = False) -> Device:
+    config = make_config(name="d0", uri="memory:1M", queues=queues, queue_size=64, packed=packed)
     return Device(config, limits=limits, worker_command=[sys.executable, fake_worker.__file__, behaviour])
 
 

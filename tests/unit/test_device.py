@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from vdusefast import worker
 from vdusefast.backends import Store
 from vdusefast.config import make_config
+from vdusefast.control import WorkerSpec
 from vdusefast.device import BlockDevice, StatusChange, StatusRefusedError
 from vdusefast.errors import ConfigError
 from vdusefast.transport import uapi
@@ -84,6 +86,10 @@ def test_config_space_lies_as_the_specification_says() -> None:
         ({}, {"queues": 2}, uapi.VIRTIO_BLK_F_MQ, True),
         ({}, {"event_idx": False}, uapi.VIRTIO_RING_F_EVENT_IDX, False),
         ({}, {"indirect": False}, uapi.VIRTIO_RING_F_INDIRECT_DESC, False),
+        ({}, {}, uapi.VIRTIO_F_RING_PACKED, False),
+        ({}, {"packed": True}, uapi.VIRTIO_F_RING_PACKED, True),
+        ({}, {}, uapi.VIRTIO_F_IN_ORDER, False),
+        ({}, {"in_order": True}, uapi.VIRTIO_F_IN_ORDER, True),
         ({}, {}, uapi.VIRTIO_BLK_F_CONFIG_WCE, False),
         ({}, {}, uapi.VIRTIO_F_VERSION_1, True),
         ({}, {}, uapi.VIRTIO_F_ACCESS_PLATFORM, True),
@@ -93,6 +99,16 @@ def test_features_follow_store_and_configuration(
     store: dict[str, Any], config: dict[str, object], bit: int, offered: bool
 ) -> None:
     assert bool(make_device(store, **config).offered_features & bit) is offered
+
+
+@pytest.mark.parametrize("engine", ["auto", "sync", "uring"])
+@pytest.mark.parametrize("direct_align", [0, 512])
+def test_in_order_is_offered_where_no_engine_that_is_tried_reorders(engine: str, direct_align: int) -> None:
+    store = {"kind": "file", "uri": "file:disk.img", "direct_align": direct_align}
+    device = make_device(store, in_order=True, engine=engine)
+    spec = WorkerSpec("d0", 0, 256, 1, -1, -1, -1, store="file", engine=engine, direct_align=direct_align)
+    reorders = "uring" in worker._engine_order(spec)
+    assert bool(device.offered_features & uapi.VIRTIO_F_IN_ORDER) is not reorders
 
 
 def test_zeros_that_have_to_be_written_come_in_smaller_pieces() -> None:

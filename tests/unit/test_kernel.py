@@ -119,6 +119,25 @@ def test_the_device_is_created_with_its_queues_and_settings(fake: FakeKernel, tm
     assert len(fake.words(uapi.VDUSE_DESTROY_DEV)) == 1
 
 
+@pytest.mark.parametrize(
+    ("features", "state", "last_avail_idx"),
+    [
+        (0, struct.pack("=H6x", 0xFFFE), 0xFFFE),
+        (uapi.VIRTIO_F_RING_PACKED, struct.pack("=4H", 1, 0, 1, 0), uapi.PACKED_FRESH),
+        (uapi.VIRTIO_F_RING_PACKED, struct.pack("=4H", 0, 7, 1, 255), 0x80FF_0007),
+    ],
+)
+def test_where_a_queue_stands_is_read_as_the_features_have_it(
+    fake: FakeKernel, features: int, state: bytes, last_avail_idx: int
+) -> None:
+    transport = KernelTransport(KernelOptions())
+    transport.create(SPEC)
+    fake.answers[uapi.VDUSE_DEV_GET_FEATURES] = struct.pack("=Q", features)
+    fake.answers[uapi.VDUSE_VQ_GET_INFO] = uapi.VQ_INFO.pack(2, 256, 0x1000, 0x2000, 0x3000, state, 1)
+    assert transport.vq_info(2) == uapi.VqInfo(2, 256, 0x1000, 0x2000, 0x3000, last_avail_idx, True)
+    transport.close()
+
+
 def test_no_queue_is_left_with_interrupts_for_absent_cpus_alone(fake: FakeKernel, tmp_path: Path) -> None:
     transport = KernelTransport(KernelOptions(irq_cpus=(None, None, 33)))
     affinities = [tmp_path / f"class/vduse/vd0/vq{index}/irq_cb_affinity" for index in range(3)]

@@ -107,6 +107,12 @@ def test_vq_state_comes_from_the_device(side: Side) -> None:
     assert side.seen == [uapi.GetVqState(1, 1)]
 
 
+def test_vq_state_of_a_packed_queue_comes_from_the_device(side: Side) -> None:
+    side.bus.set_driver_features(uapi.VIRTIO_F_RING_PACKED)
+    side.answer = lambda request: Response(request.request_id, True, 1, 0xFFFE_0003, packed=True)
+    assert side.bus.get_vq_state(1) == 0xFFFE_0003
+
+
 def test_answers_may_come_in_another_order(side: Side) -> None:
     waiting: list[uapi.GetVqState] = []
 

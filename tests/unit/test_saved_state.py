@@ -153,13 +153,16 @@ def file_state(tmp_path: Path, **overrides: Any) -> SavedState:
         (1 << 20, {"queues": 3}, "device.queues: .* made with 2, and would now get 3"),
         (1 << 20, {"queue_size": 512}, "device.queue_size: .* made with 256, and would now get 512"),
         (1 << 20, {"event_idx": False}, "features: .* made with EVENT_IDX, and would now get none of it"),
+        (1 << 20, {"packed": False}, "features: .* made with RING_PACKED, and would now get none of it"),
+        (1 << 20, {"engine": "uring"}, "features: .* made with IN_ORDER, and would now get none of it"),
     ],
 )
 def test_another_device_over_the_store_is_refused(
     tmp_path: Path, size_bytes: int, overrides: dict[str, Any], words: str
 ) -> None:
-    state = file_state(tmp_path)
-    model = file_model(tmp_path, size_bytes, **overrides)
+    offered = {"packed": True, "in_order": True}
+    state = file_state(tmp_path, **offered)
+    model = file_model(tmp_path, size_bytes, **(offered | overrides))
     before = (model.offered_features, model.config_space)
     with pytest.raises(ConfigError, match=f"^vd0: {words}"):
         saved_state.adopt(state, model)

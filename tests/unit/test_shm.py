@@ -402,6 +402,16 @@ def test_a_log_that_begins_is_one_queues_empty_and_notes_where_it_stands() -> No
         assert state == shm.LogState.VOID
 
 
+def test_a_log_of_a_packed_queue_says_so_and_where_both_sides_stand() -> None:
+    with SharedPages.create(None, "a", 1, 16) as pages:
+        pages.begin_log(0, 0x8003_0005, shm.INFLIGHT_PACKED)
+        header = np.frombuffer(
+            pages.map, shm.inflight_header_dtype(), 1, shm.queue_offset(0, 16) + shm.INFLIGHT_OFFSET
+        )[0].copy()
+        assert header["ring_format"] == shm.INFLIGHT_PACKED
+        assert (header["last_avail_idx"], header["last_used_idx"]) == (0x0005, 0x8003)
+
+
 def test_pages_are_taken_over_once_the_last_storage_io_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

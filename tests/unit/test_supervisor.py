@@ -340,6 +340,19 @@ def test_vq_state_stops_the_queue_and_driver_ok_goes_on_from_there(device: Devic
     assert device.bus.get_vq_state(0) == 2
 
 
+def test_vq_state_of_a_packed_queue_has_both_sides_and_their_wrap_counters() -> None:
+    with make_device(packed=True) as device:
+        device.bus.add_region(MEMORY_IOVA, 4096)
+        set_up(device.bus, MEMORY_IOVA, idx=0x8030_002F)
+        kick(device.bus, 0)
+        assert device.bus.get_vq_state(0) == 0x8030_0030
+        device.bus.set_status(0xF)
+        kick(device.bus, 0)
+        assert device.bus.get_vq_state(0) == 0x8030_0031
+        device.bus.set_vq(1, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA, uapi.PACKED_FRESH)
+        assert device.bus.get_vq_state(1) == uapi.PACKED_FRESH
+
+
 def test_vq_state_of_a_queue_never_started_is_what_the_driver_set(device: Device) -> None:
     device.bus.set_vq(1, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA, 42)
     assert device.bus.get_vq_state(1) == 42

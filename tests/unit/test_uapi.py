@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from pathlib import Path
 
@@ -61,6 +62,38 @@ def test_responses_survive_packing() -> None:
     assert len(packet) == 152
     assert uapi.unpack_response(packet) == response
     assert not uapi.unpack_response(uapi.pack_response(uapi.Response(5, False))).ok
+
+
+@pytest.mark.parametrize(
+    ("state", "members"),
+    [
+        (uapi.PACKED_FRESH, (1, 0, 1, 0)),
+        (0, (0, 0, 0, 0)),
+        (0x0003_8005, (1, 5, 0, 3)),
+        (0xFFFF_7FFF, (0, 0x7FFF, 1, 0x7FFF)),
+    ],
+)
+def test_state_of_a_packed_queue_is_one_integer(state: int, members: tuple[int, ...]) -> None:
+    packed = uapi.pack_vq_state(state, packed=True)
+    assert struct.unpack("=4H", packed) == members  # struct vduse_vq_state_packed
+    assert uapi.unpack_vq_state(packed, packed=True) == state
+    response = uapi.Response(5, True, 2, state, packed=True)
+    packet = uapi.pack_response(response)
+    assert packet[24:36] == struct.pack("=I4H", 2, *members)
+    assert uapi.unpack_response(packet, packed=True) == response
+
+
+def test_what_a_kernel_should_not_say_of_a_packed_queue_stays_within_its_bits() -> None:
+    state = struct.pack("=4H", 2, 0x8001, 0xFFFF, 0x8002)
+    assert uapi.unpack_vq_state(state, packed=True) == 0x8002_8001
+
+
+def test_features_tell_the_format_and_where_a_fresh_queue_stands() -> None:
+    assert not uapi.is_packed(uapi.VIRTIO_F_IN_ORDER)
+    assert uapi.is_packed(uapi.VIRTIO_F_RING_PACKED)
+    assert uapi.fresh_vq_state(uapi.VIRTIO_F_IN_ORDER) == 0
+    assert uapi.fresh_vq_state(uapi.VIRTIO_F_RING_PACKED) == 0x8000_8000
+    assert uapi.feature_names(uapi.VIRTIO_F_RING_PACKED | uapi.VIRTIO_F_IN_ORDER) == "RING_PACKED, IN_ORDER"
 
 
 def test_packets_of_another_size_are_refused() -> None:

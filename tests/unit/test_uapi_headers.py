@@ -28,10 +28,15 @@ STRUCTURES = {
     "IOVA_UMEM": ("vduse_iova_umem", "uaddr iova size asid"),
     "IOVA_INFO": ("vduse_iova_info", "start last capability asid"),
     "VQ_CONFIG": ("vduse_vq_config", "index max_size reserved1 group"),
-    "VQ_INFO": ("vduse_vq_info", "index num desc_addr driver_addr device_addr split.avail_index ready"),
+    "VQ_INFO": ("vduse_vq_info", "index num desc_addr driver_addr device_addr packed ready"),
     "VQ_EVENTFD": ("vduse_vq_eventfd", "index fd"),
     # Read from and written to the beginning of a message's body, which is larger.
-    "_VQ_STATE": ("vduse_vq_state", "index split.avail_index"),
+    "_VQ_STATE": ("vduse_vq_state", "index packed"),
+    "_SPLIT_STATE": ("vduse_vq_state_split", "avail_index"),
+    "_PACKED_STATE": (
+        "vduse_vq_state_packed",
+        "last_avail_counter last_avail_idx last_used_counter last_used_idx",
+    ),
     "_STATUS": ("vduse_dev_status", "status"),
     "_IOVA_RANGE": ("vduse_iova_range", "start last"),
     "_VQ_GROUP_ASID": ("vduse_vq_group_asid", "group asid"),

@@ -222,9 +222,10 @@ class KernelTransport:
 
     def vq_info(self, index: int) -> VqInfo:
         """Return what the driver has set up for queue `index`."""
-        packed = self._ioctl(uapi.VDUSE_VQ_GET_INFO, uapi.VQ_INFO.pack(index, 0, 0, 0, 0, 0, 0))
-        vq_index, size, desc, driver, device, avail_index, ready = uapi.VQ_INFO.unpack(packed)
-        return VqInfo(vq_index, size, desc, driver, device, avail_index, bool(ready))
+        packed = uapi.is_packed(self.acked_features())
+        answer = self._ioctl(uapi.VDUSE_VQ_GET_INFO, uapi.VQ_INFO.pack(index, 0, 0, 0, 0, b"", 0))
+        vq_index, size, desc, driver, device, state, ready = uapi.VQ_INFO.unpack(answer)
+        return VqInfo(vq_index, size, desc, driver, device, uapi.unpack_vq_state(state, packed=packed), bool(ready))
 
     def set_kickfd(self, index: int, fd: int) -> None:
         """Have the driver's kicks of queue `index` signal `fd` (borrowed)."""

@@ -241,7 +241,7 @@ class LoopbackBus:
             vq.info = vq.info._replace(ready=ready)
 
     def get_vq_state(self, index: int) -> int:
-        """Have queue `index` stopped; return the avail index where it stands (free-running u16).
+        """Have queue `index` stopped; return where it stands, as VqInfo.last_avail_idx.
 
         Raises TransportError when the device does not know it.
         """
@@ -475,7 +475,7 @@ class LoopbackBus:
                 self._disconnect(messages)
                 return
             try:
-                response = uapi.unpack_response(packet)
+                response = uapi.unpack_response(packet, packed=uapi.is_packed(self.driver_features))
             except ValueError as error:
                 _log.error("device %s: %s", self.name, error)
                 continue

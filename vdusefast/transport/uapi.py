@@ -95,7 +95,7 @@ IOTLB_ENTRY_V2 = struct.Struct("=QQQB7xI44x")  # offset, start, last, perm, asid
 IOVA_UMEM = struct.Struct("=QQQI20x")  # uaddr, iova, size, asid; 48 bytes
 IOVA_INFO = struct.Struct("=QQQI20x")  # start, last, capability, asid; 48 bytes
 VQ_CONFIG = struct.Struct("=IHHI20x")  # index, max_size, reserved, group; 32 bytes
-VQ_INFO = struct.Struct("=IIQQQH6xB7x")  # index, num, desc, driver, device, split.avail_index, ready; 48 bytes
+VQ_INFO = struct.Struct("=IIQQQ8sB7x")  # index, num, desc, driver, device, split or packed, ready; 48 bytes
 VQ_EVENTFD = struct.Struct("=Ii")  # index, fd; 8 bytes
 
 
@@ -129,7 +129,10 @@ VDUSE_IOTLB_DEREG_UMEM = _ioc(_W, 0x19, IOVA_UMEM.size)
 VDUSE_IOTLB_GET_INFO = _ioc(_R | _W, 0x1A, IOVA_INFO.size)
 VDUSE_IOTLB_GET_FD2 = _ioc(_R | _W, 0x1B, IOTLB_ENTRY_V2.size)
 
-_VQ_STATE = struct.Struct("=IH")  # index, split.avail_index
+_VQ_STATE = struct.Struct("=I8s")  # index, split or packed
+_SPLIT_STATE = struct.Struct("=H")  # avail_index
+_PACKED_STATE = struct.Struct("=4H")  # last_avail_counter, last_avail_idx, last_used_counter, last_used_idx
+PACKED_FRESH = 0x8000_8000  # state of a packed queue that was never used: index 0, both wrap counters 1
 _STATUS = struct.Struct("=B")
 _IOVA_RANGE = struct.Struct("=QQ")
 _VQ_GROUP_ASID = struct.Struct("=II")  # group, asid
@@ -192,16 +195,22 @@ Request = GetVqState | SetStatus | UpdateIotlb | SetVqGroupAsid | SetVqReady | S
 
 
 class Response(NamedTuple):
-    """An answer. `vq_index` and `avail_idx` (free-running u16) answer GetVqState only."""
+    """An answer. `vq_index`, `avail_idx` (as VqInfo.last_avail_idx) and `packed` answer GetVqState only."""
 
     request_id: int
     ok: bool
     vq_index: int = 0
     avail_idx: int = 0
+    packed: bool = False  # the driver has acked VIRTIO_F_RING_PACKED
 
 
 class VqInfo(NamedTuple):
-    """What the driver has set up for one queue. Addresses are IOVAs; `last_avail_idx` is a free-running u16."""
+    """What the driver has set up for one queue. Addresses are IOVAs.
+
+    `last_avail_idx` is where the device begins. In a split queue that is a free-running u16; in a packed
+    one, as vhost has it, bits 0 to 14 name the next descriptor to take, bit 15 is the driver's wrap counter,
+    bits 16 to 30 name the next used descriptor to write, and bit 31 is the device's wrap counter.
+    """
 
     vq_index: int
     size: int = 0  # descriptors; 0 where the driver does not use the queue
@@ -229,7 +238,7 @@ def pack_request(request: Request) -> bytes:
     """Return struct vduse_dev_request for `request`."""
     match request:
         case GetVqState(request_id, vq_index):
-            return REQUEST.pack(VDUSE_GET_VQ_STATE, request_id, _VQ_STATE.pack(vq_index, 0))
+            return REQUEST.pack(VDUSE_GET_VQ_STATE, request_id, _VQ_STATE.pack(vq_index, b""))
         case SetStatus(request_id, status):
             return REQUEST.pack(VDUSE_SET_STATUS, request_id, _STATUS.pack(status))
         case UpdateIotlb(request_id, start, last):
@@ -265,15 +274,43 @@ def unpack_request(packet: bytes) -> Request:
     return UnknownRequest(request_id, kind)
 
 
+def is_packed(acked_features: int) -> bool:
+    """Return whether queues under these features are packed ones."""
+    return bool(acked_features & VIRTIO_F_RING_PACKED)
+
+
+def fresh_vq_state(acked_features: int) -> int:
+    """Return where a queue that was never used stands, as VqInfo.last_avail_idx."""
+    return PACKED_FRESH if is_packed(acked_features) else 0
+
+
+def pack_vq_state(last_avail_idx: int, *, packed: bool) -> bytes:
+    """Return struct vduse_vq_state_split or _packed for VqInfo.last_avail_idx."""
+    if not packed:
+        return _SPLIT_STATE.pack(last_avail_idx)
+    avail, used = last_avail_idx & 0xFFFF, last_avail_idx >> 16
+    return _PACKED_STATE.pack(avail >> 15, avail & 0x7FFF, used >> 15, used & 0x7FFF)
+
+
+def unpack_vq_state(state: bytes, *, packed: bool) -> int:
+    """Return VqInfo.last_avail_idx for the 8 bytes that hold struct vduse_vq_state_split or _packed."""
+    if not packed:
+        return int(_SPLIT_STATE.unpack_from(state)[0])
+    counters: tuple[int, int, int, int] = _PACKED_STATE.unpack(state)
+    avail_counter, avail_idx, used_counter, used_idx = counters
+    avail, used = bool(avail_counter) << 15 | avail_idx & 0x7FFF, bool(used_counter) << 15 | used_idx & 0x7FFF
+    return used << 16 | avail
+
+
 def pack_response(response: Response) -> bytes:
     """Return struct vduse_dev_response for `response`."""
     result = VDUSE_REQ_RESULT_OK if response.ok else VDUSE_REQ_RESULT_FAILED
-    body = _VQ_STATE.pack(response.vq_index, response.avail_idx)
+    body = _VQ_STATE.pack(response.vq_index, pack_vq_state(response.avail_idx, packed=response.packed))
     return RESPONSE.pack(response.request_id, result, _RESERVED, body)
 
 
-def unpack_response(packet: bytes) -> Response:
-    """Return the answer in struct vduse_dev_response.
+def unpack_response(packet: bytes, *, packed: bool = False) -> Response:
+    """Return the answer in struct vduse_dev_response; `packed` says how to read the state of a queue in it.
 
     Raises ValueError when it is not of that size, or when its reserved words are not zero (the kernel says EINVAL).
     """
@@ -282,7 +319,8 @@ def unpack_response(packet: bytes) -> Response:
     request_id, result, reserved, body = RESPONSE.unpack(packet)
     if reserved != _RESERVED:
         raise ValueError("vduse response with reserved words that are not zero")
-    return Response(request_id, result == VDUSE_REQ_RESULT_OK, *_VQ_STATE.unpack_from(body))
+    vq_index, state = _VQ_STATE.unpack_from(body)
+    return Response(request_id, result == VDUSE_REQ_RESULT_OK, vq_index, unpack_vq_state(state, packed=packed), packed)
 
 
 def names_of(features: int) -> list[str]:
