@@ -27,8 +27,9 @@
  *
  * A packed ring needs less. Its chains are given back in the order of taking, so that a used element never overwrites what is in
  * flight, and all that was not told is taken again from the ring. header.last_used_idx is the position of the next used element,
- * noted at each publication; behind it, the elements shown since are followed by entry.order, which is how many descriptors
- * the element of that slot stands for, and is written before the element.
+ * noted at each publication. Of each element shown since, header.next_used_idx says where it ends, and entry.order of its slot how
+ * many descriptors it stands for; both are written before the element. Hence the elements up to next_used_idx can be followed, and
+ * only of the last one is it to be asked whether the driver was shown it.
  */
 #ifndef VF_INFLIGHT_H
 #define VF_INFLIGHT_H
@@ -64,7 +65,8 @@ struct vf_inflight_header {
 	uint32_t last_avail_idx; /* where the device stood at its last publication: indices, or positions of a packed ring */
 	uint32_t last_used_idx;
 	uint32_t working; /* head + 1 of the request that our own code is at; 0 = none. Whose fault a death may be. */
-	uint32_t reserved[7];
+	uint32_t next_used_idx; /* packed ring: the end of the used element that is about to be shown, or was shown last */
+	uint32_t reserved[6];
 };
 
 /* One a head, or a slot. Of a head: 0 when it is not in flight, else its place in the sequence of heads taken. */
@@ -97,6 +99,12 @@ static inline void vf_log_note(struct vf_inflight_header *header, uint16_t last_
 	vf_store_release_u32(&header->last_used_idx, last_used_idx);
 }
 
+/* Packed ring: announce where the next used element will end. */
+static inline void vf_log_announce(struct vf_inflight_header *header, uint16_t next_used_idx)
+{
+	vf_store_release_u32(&header->next_used_idx, next_used_idx);
+}
+
 /* Note whose request comes next, before it is looked at; 0 when it is done or in the engine's hands. */
 static inline void vf_log_work(struct vf_inflight_header *header, uint32_t head_plus_one)
 {
@@ -115,6 +123,7 @@ static inline void vf_log_begin(struct vf_inflight_header *header, struct vf_inf
 	header->entry_bytes = sizeof(*entries);
 	header->entry_count = entry_count;
 	vf_log_work(header, 0);
+	vf_log_announce(header, last_used_idx);
 	vf_log_note(header, last_avail_idx, last_used_idx);
 	vf_store_release_u32(&header->state, VF_LOG_VALID);
 }
@@ -125,7 +134,7 @@ static inline int vf_log_is_ours(const struct vf_inflight_header *header, enum v
 	return memcmp(header->magic, VF_LOG_MAGIC, sizeof(header->magic)) == 0 && header->version == VF_LOG_VERSION &&
 	       header->ring_format == format && header->entry_bytes == sizeof(struct vf_inflight_entry) &&
 	       header->entry_count == entry_count && header->state == VF_LOG_VALID &&
-	       header->last_used_idx <= UINT16_MAX && header->working <= entry_count;
+	       header->last_used_idx <= UINT16_MAX && header->next_used_idx <= UINT16_MAX && header->working <= entry_count;
 }
 
 #endif

@@ -82,7 +82,7 @@ static inline int vf_takeover_packed(struct vf_vring *vr, struct vf_inflight_hea
 	struct vf_packed *packed = &vr->packed;
 	uint16_t position = (uint16_t)header->last_used_idx;
 	uint32_t noted_slot = position & VF_PACKED_SLOT_MASK;
-	int passed = forget ? vf_packed_find_used(packed, &position) : 0;
+	int passed = forget ? vf_packed_find_used(packed, &position, (uint16_t)header->next_used_idx) : 0;
 
 	if (passed < 0)
 		return passed;
@@ -112,8 +112,11 @@ static inline int vf_takeover(struct vf_vring *vr, struct vf_inflight_header *he
 		return -VF_RING_LOG_FOREIGN;
 	count = vr->is_packed ? vf_takeover_packed(vr, header, forget) :
 				vf_takeover_split(vr, header, log, entry_count, forget);
-	if (count >= 0)
+	if (count >= 0) {
+		/* In this order: between the two the note is as far behind as it was. */
+		vf_log_announce(header, vf_vring_used_state(vr));
 		vf_log_note(header, vf_vring_avail_state(vr), vf_vring_used_state(vr));
+	}
 	return count;
 }
 

@@ -67,10 +67,11 @@ static inline int vf_vring_map(struct vf_vring *vr, struct vf_iotlb *tlb)
 	return 0;
 }
 
-/* Set a queue up. log: of the queue, an entry for each descriptor of the largest ring. -EINVAL for a size that VIRTIO 1.3, 2.7
+/* Set a queue up. log_header, log: of the queue, with an entry for each descriptor of the largest ring. -EINVAL for a size that VIRTIO 1.3, 2.7
  * does not allow. */
 static inline int vf_vring_setup(struct vf_vring *vr, uint64_t acked_features, uint32_t size, uint64_t desc_addr,
-				 uint64_t driver_addr, uint64_t device_addr, struct vf_inflight_entry *log)
+				 uint64_t driver_addr, uint64_t device_addr, struct vf_inflight_header *log_header,
+				 struct vf_inflight_entry *log)
 {
 	uint8_t event_idx = (acked_features >> VF_F_RING_EVENT_IDX) & 1u;
 	uint8_t indirect = (acked_features >> VF_F_RING_INDIRECT_DESC) & 1u;
@@ -88,6 +89,7 @@ static inline int vf_vring_setup(struct vf_vring *vr, uint64_t acked_features, u
 	};
 	vr->ordered = vr->is_packed || in_order;
 	if (vr->is_packed) {
+		vr->packed.log_header = log_header;
 		vr->packed.log = log;
 		vr->packed.size = size;
 		vr->packed.event_idx = event_idx;

@@ -8,7 +8,8 @@
  * the ring over from a worker that died finds the descriptors of all that it has to do again.
  *
  * Each element is visible to the driver once it is written. Before that the in-flight log gets to know how many descriptors it
- * stands for, so that the next worker can follow the elements from the last position noted (vf_packed_find_used).
+ * stands for and where it ends, so that the next worker can follow the elements from the last position noted
+ * (vf_packed_find_used).
  */
 #ifndef VF_VRING_PACKED_H
 #define VF_VRING_PACKED_H
@@ -24,6 +25,7 @@ struct vf_packed {
 	struct vf_packed_desc *desc;
 	const struct vf_packed_event *driver_event;
 	struct vf_packed_event *device_event;
+	struct vf_inflight_header *log_header;
 	struct vf_inflight_entry *log; /* one a slot: order is how many descriptors the used element there stands for */
 
 	uint32_t size; /* 2..32768 */
@@ -217,14 +219,16 @@ static inline void vf_packed_prefetch(const struct vf_packed *vr, const struct v
 static inline void vf_packed_end_run(struct vf_packed *vr)
 {
 	uint64_t flags = vr->used_wrap_counter ? VF_PACKED_DESC_F_AVAIL | VF_PACKED_DESC_F_USED : 0;
+	uint16_t slot = vr->used_slot;
 
 	if (vr->run_count == 0)
 		return;
 	flags |= vr->run_bytes ? VF_DESC_F_WRITE : 0;
-	vf_log_set(&vr->log[vr->used_slot], vr->run_count);
-	vf_store_release_u64((uint64_t *)(void *)&vr->desc[vr->used_slot].len,
-			     flags << 48 | (uint64_t)vr->run_id << 32 | vr->run_bytes); /* Barrier B */
 	vf_packed_advance(vr, &vr->used_slot, &vr->used_wrap_counter, vr->run_count);
+	vf_log_set(&vr->log[slot], vr->run_count);
+	vf_log_announce(vr->log_header, vf_packed_used_position(vr));
+	vf_store_release_u64((uint64_t *)(void *)&vr->desc[slot].len,
+			     flags << 48 | (uint64_t)vr->run_id << 32 | vr->run_bytes); /* Barrier B */
 	vr->taken_count -= vr->run_count;
 	vr->given_count += vr->run_count;
 	vr->owed_count += vr->run_chain_count;
@@ -295,19 +299,20 @@ static inline int vf_packed_kick_enable(struct vf_packed *vr)
 	return vf_packed_available(vr);
 }
 
-/* Whether the driver has been shown that the device is done with the descriptor at a position: its USED bit says so, also when
- * the driver has made it available again. */
+/* Whether the driver has been shown the used element that was to come at a position where it had made a chain available: the USED
+ * bit says so, also when the driver has made the slot available again. */
 static inline int vf_packed_is_used(const struct vf_packed *vr, uint16_t slot, uint8_t wrap_counter)
 {
 	return ((vf_load_acquire_u16(&vr->desc[slot].flags) >> VF_PACKED_DESC_F_USED_BIT) & 1u) == wrap_counter;
 }
 
 /*
- * Where a worker that died has come to, from the position that it noted last: behind the elements that it has shown since, of
- * which the log says how long they are. The position in *position, and how many descriptors it lies further on; or
- * -VF_RING_LOG when that cannot be.
+ * Where a worker that died has come to, from the position that it noted last: behind the elements that it has shown since, up to
+ * the one that it had announced. Nothing can be told from the flags beyond that: a slot where no chain of this lap began looks like
+ * one that was given back. The position in *position, and how many descriptors it lies further on; or -VF_RING_LOG when that
+ * cannot be.
  */
-static inline int vf_packed_find_used(const struct vf_packed *vr, uint16_t *position)
+static inline int vf_packed_find_used(const struct vf_packed *vr, uint16_t *position, uint16_t announced)
 {
 	uint16_t slot = *position & VF_PACKED_SLOT_MASK;
 	uint8_t wrap_counter = (uint8_t)(*position >> VF_PACKED_EVENT_WRAP_BIT);
@@ -315,15 +320,15 @@ static inline int vf_packed_find_used(const struct vf_packed *vr, uint16_t *posi
 
 	if (slot >= vr->size)
 		return -VF_RING_LOG;
-	while (passed < vr->size && vf_packed_is_used(vr, slot, wrap_counter)) {
+	while (*position != announced && vf_packed_is_used(vr, slot, wrap_counter)) {
 		uint64_t count = vr->log[slot].order;
 
 		if (count == 0 || count > vr->size - passed)
 			return -VF_RING_LOG;
 		vf_packed_advance(vr, &slot, &wrap_counter, (uint32_t)count);
 		passed += (uint32_t)count;
+		*position = vf_packed_position(slot, wrap_counter);
 	}
-	*position = vf_packed_position(slot, wrap_counter);
 	return (int)passed;
 }
 

@@ -278,7 +278,8 @@ cdef extern from "vring_format.h" nogil:
         uint8_t mapped
     int vf_split_walk(vf_split *, vf_iotlb *, uint16_t, vf_chain *)
     void vf_split_unpop(vf_split *)
-    int vf_vring_setup(vf_vring *, uint64_t, uint32_t, uint64_t, uint64_t, uint64_t, vf_inflight_entry *)
+    int vf_vring_setup(vf_vring *, uint64_t, uint32_t, uint64_t, uint64_t, uint64_t, vf_inflight_header *,
+                       vf_inflight_entry *)
     int vf_vring_map(vf_vring *, vf_iotlb *)
     int vf_vring_start(vf_vring *, uint16_t)
     int vf_vring_log_format(const vf_vring *)

@@ -271,7 +271,7 @@ cdef class Queue:
         self.started = False
         queue_set_state(q, VF_QUEUE_STOPPED)
         _check(vf_vring_setup(&q.vring, acked_features, size, desc_addr, driver_addr, device_addr,
-                              q.inflight_log), "virtqueue size")
+                              q.inflight, q.inflight_log), "virtqueue size")
         err = vf_vring_map(&q.vring, &q.tlb)
         if err:
             raise RingError(_RING_ERRORS[-err])

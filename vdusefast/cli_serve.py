@@ -25,6 +25,13 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (("--bus",), click.Choice(["virtio", "vhost"]), "virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N."),
     (("--queues",), int, "Virtqueues, each with a worker process of its own."),
     (("--queue-size",), int, "Largest number of entries of a virtqueue, a power of two."),
+    (("--packed/--split", "packed"), bool, "Whether packed rings are offered, or split ones alone."),
+    (
+        ("--in-order/--any-order", "in_order"),
+        bool,
+        "Whether IN_ORDER is offered, where the engine ends requests in order.",
+    ),
+    (("--indirect/--direct", "indirect"), bool, "Whether indirect descriptors are offered."),
     (("--cpus",), str, 'CPUs of the workers, one a queue: 0,1 or 0-3; or "auto".'),
     (("--irq-cpus",), str, "CPUs that the queues' interrupts go to, one a queue."),
     (("--serial",), str, "Serial number that the driver sees."),

@@ -70,7 +70,7 @@ INFLIGHT_ENTRY_BYTES = 16
 
 _HEADER = struct.Struct("=8s10IQ64s")
 _STATUS = struct.Struct("=IIiIIII")
-_LOG_HEADER = struct.Struct("=8sIHHIIIII")  # struct vf_inflight_header
+_LOG_HEADER = struct.Struct("=8sIHHIIIIII")  # struct vf_inflight_header
 _LOG_STATE = struct.Struct("=I")
 _LOG_STATE_OFFSET = 20
 _LOG_FORMAT = struct.Struct("=H")
@@ -254,7 +254,8 @@ class SharedPages:
         kind = (INFLIGHT_MAGIC, INFLIGHT_VERSION, ring_format, INFLIGHT_ENTRY_BYTES, self.queue_size)
         # With nothing in flight a split queue stands at one index in both rings.
         last_used_idx = last_avail_idx >> 16 if ring_format == INFLIGHT_PACKED else last_avail_idx
-        _LOG_HEADER.pack_into(self.map, offset, *kind, LogState.VOID, last_avail_idx & 0xFFFF, last_used_idx, 0)
+        stands = (last_avail_idx & 0xFFFF, last_used_idx, 0, last_used_idx)
+        _LOG_HEADER.pack_into(self.map, offset, *kind, LogState.VOID, *stands)
         _LOG_STATE.pack_into(self.map, offset + _LOG_STATE_OFFSET, LogState.VALID)
 
     def void_log(self, queue: int) -> None:
@@ -361,9 +362,12 @@ def inflight_header_dtype() -> np.dtype[Any]:
     """Return struct vf_inflight_header as a NumPy dtype."""
     import numpy as np
 
-    words = [(field, "<u4") for field in ("entry_count", "state", "last_avail_idx", "last_used_idx", "working")]
+    words = [
+        (field, "<u4")
+        for field in ("entry_count", "state", "last_avail_idx", "last_used_idx", "working", "next_used_idx")
+    ]
     kind = [("magic", "S8"), ("version", "<u4"), ("ring_format", "<u2"), ("entry_bytes", "<u2")]
-    return np.dtype([*kind, *words, ("reserved", "<u4", (7,))])
+    return np.dtype([*kind, *words, ("reserved", "<u4", (6,))])
 
 
 def bucket_bounds_ns() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:

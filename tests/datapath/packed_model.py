@@ -1,4 +1,4 @@
-"""A packed ring in pure Python, twice, as model.py and device_model.py have the split one: from VIRTIO 1.3, 2.8 alone."""
+"""A packed ring in pure Python, twice, as model.py and device_model.py have the split one: from VIRTIO 1.3, 2.8."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ import struct
 from collections.abc import Sequence
 
 from device_model import BadRequest, DeviceModel, Interrupts, Params
-from model import BATCH_MAX, F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, INDIRECT, NEXT, RO, U64, WRITE, Desc, Memory, Reason, RingBroken
+from model import (
+    BATCH_MAX,
+    F_EVENT_IDX,
+    F_IN_ORDER,
+    F_INDIRECT,
+    INDIRECT,
+    NEXT,
+    RO,
+    U64,
+    WRITE,
+    Desc,
+    Memory,
+    Reason,
+    RingBroken,
+)
 
 AVAIL, USED = 1 << 7, 1 << 15
 ENABLE, DISABLE, DESC = 0, 1, 2  # flags of the event suppression structures
@@ -37,13 +51,23 @@ class PackedRing:
 
     def __init__(self, memory: Memory, size: int, desc: int, avail: int, used: int, start_idx: int = 1 << 15) -> None:
         """start_idx: slot and wrap counter (bit 15)."""
-        self.memory, self.size, self.desc, self.avail, self.used, self.start_idx = memory, size, desc, avail, used, start_idx
+        self.memory, self.size, self.desc, self.avail, self.used, self.start_idx = (
+            memory,
+            size,
+            desc,
+            avail,
+            used,
+            start_idx,
+        )
         self.next_avail, self.next_used = Position(size, start_idx), Position(size, start_idx)
         self.heads: list[tuple[int, int, int]] = []  # (slot, flags, descriptors) by id, of all chains ever put
         self.outstanding: list[int] = []  # ids, in the order in which they were made available
-        before = 0 if self.next_avail.wrap else AVAIL | USED  # as the lap before has left them
+        # A new ring, or what long chains have left: slots where none began keep the driver's flags of their lap.
+        of_this_lap, of_the_lap_before = (AVAIL, USED) if self.next_avail.wrap else (USED, AVAIL)
         for slot in range(size):
-            flags = before if slot >= self.next_avail.slot else before ^ (AVAIL | USED)
+            flags = of_the_lap_before if slot >= self.next_avail.slot else of_this_lap
+            if start_idx == 1 << 15:
+                flags = 0
             memory.write(desc + 16 * slot, struct.pack("<QIHH", 0, 0, 0, flags))
 
     @property
@@ -85,7 +109,7 @@ class PackedRing:
         return (buffer_id, length) if flags & (AVAIL | USED) == bits else None
 
     def reap(self, *, in_order: bool = False) -> list[tuple[int, int | None]]:
-        """(id, used.len) of what was given back since; None is the length of one that an element for others stands for."""
+        """(id, used.len) of what was given back since; None where an element stands for others, too."""
         found: list[tuple[int, int | None]] = []
         while element := self.used_here():
             run = self.outstanding.index(element[0]) + 1 if in_order else 1
@@ -193,7 +217,9 @@ class PackedDeviceModel(DeviceModel):
                 pieces = self.view.pieces(where.addr + 16 * slot, 16, RO)
             except BadRequest:
                 raise RingBroken(Reason.INDIRECT_UNMAPPED) from None
-            addr, length, _, flags = struct.unpack("<QIHH", b"".join(bytes(data[at : at + n]) for data, at, n in pieces))
+            addr, length, _, flags = struct.unpack(
+                "<QIHH", b"".join(bytes(data[at : at + n]) for data, at, n in pieces)
+            )
             found.append(Desc(addr, length, flags))
         return found
 

@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ("vdusefast/_loop.pxd", "vdusefast/_blk.pxd", "vdusefast/_recover.pxd")
-DEFINITION = re.compile(r"^static [^;={}]*?\b__pyx_f_9vdusefast_(?:5_loop|4_blk|8_recover)_(?P<name>\w+)\([^;{}]*\) \{$", re.M)
+DEFINITION = re.compile(
+    r"^static [^;={}]*?\b__pyx_f_9vdusefast_(?:5_loop|4_blk|8_recover)_(?P<name>\w+)\([^;{}]*\) \{$", re.M
+)
 FORBIDDEN = re.compile(r"\b(?:_?Py[A-Z_]\w*|__Pyx_(?!pretend_to_initialize|unreachable)\w*|__pyx_(?:L\d+_error|m|b)\b)")
 
 

@@ -405,7 +405,7 @@ static bool driver_start(uint8_t bits, uint8_t format)
 	features |= bits & 4u ? 0 : 1ull << VF_F_RING_EVENT_IDX;
 	features |= bits & 8u ? 0 : 1ull << VF_F_RING_INDIRECT_DESC;
 	if (vf_vring_setup(&q->vring, features, driver.size - (bits == 253u), DESC_IOVA + (bits == 255u),
-			   bits == 254u ? UINT64_MAX - 3u : AVAIL_IOVA, USED_IOVA, q->inflight_log))
+			   bits == 254u ? UINT64_MAX - 3u : AVAIL_IOVA, USED_IOVA, q->inflight, q->inflight_log))
 		return false;
 	driver_map(bits >> 5);
 	if (vf_vring_map(&q->vring, &q->tlb))

@@ -19,6 +19,16 @@ MIXES = {
     "uring": (["--engine", "uring"], "worker=24,supervisor=4,group=4,stall=1"),
     "uring, O_DIRECT": (["--engine", "uring", "--cache", "none"], "worker=24,supervisor=4,group=4,restart=2,fail=2"),
     "sync, O_DIRECT": (["--engine", "sync", "--cache", "none"], "worker=12,supervisor=2,group=2"),
+    "sync, in order": (["--engine", "sync", "--ring", "split-in-order"], "worker=24,supervisor=3,group=3,restart=2"),
+    "sync, packed": (["--engine", "sync", "--ring", "packed"], "worker=24,supervisor=3,group=3,restart=2,fail=2"),
+    "sync, packed in order": (
+        ["--engine", "sync", "--ring", "packed-in-order"],
+        "worker=24,supervisor=3,group=3,stall=1",
+    ),
+    "uring, packed": (
+        ["--engine", "uring", "--cache", "none", "--ring", "packed"],
+        "worker=24,supervisor=3,group=3,fail=2",
+    ),
     "memory": (["--engine", "memory", "--backend", "memory:8M"], "worker=24,stall=1"),
 }
 

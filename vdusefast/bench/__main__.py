@@ -11,6 +11,7 @@ import click
 
 from vdusefast.bench.help import option_help
 from vdusefast.bench.jobs import parse_arguments
+from vdusefast.bench.torture_plan import RINGS
 from vdusefast.errors import VdusefastError
 
 RAW = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
@@ -85,6 +86,7 @@ def peers(**options: Any) -> None:
 @click.option("--kills", metavar="LIST", help="How often what is done: see above.")
 @click.option("--seed", type=click.IntRange(0, 2**63), default=0, help="Of every random choice. Default: 0.")
 @click.option("--queues", type=click.IntRange(1, 64), default=2, help="Of the device. Default: 2.")
+@click.option("--ring", type=click.Choice(list(RINGS)), default="default", help="Format of the queues' rings.")
 @click.option("--engine", metavar="NAME", default="auto", help="auto, sync, uring or memory.")
 @click.option(
     "--cache", metavar="MODE", default="writeback", help="writeback, writethrough, none (O_DIRECT) or unsafe."

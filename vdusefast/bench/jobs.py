@@ -84,6 +84,9 @@ class RunOptions:
     cpus: str | None = None
     driver_cpus: str | None = None
     queue_size: int | None = None
+    packed: bool | None = None
+    in_order: bool | None = None
+    indirect: bool | None = None
     backend: str | None = None
     engine: str | None = None
     cache: str | None = None
@@ -200,6 +203,9 @@ RUN_OPTIONS: dict[str, Parser] = {
     "cpus": str,
     "driver_cpus": str,
     "queue_size": _parse_int(2, 32768),
+    "packed": _parse_bool,
+    "in_order": _parse_bool,
+    "indirect": _parse_bool,
     "backend": str,
     "engine": _parse_choice("auto", "sync", "uring", "memory", "null"),
     "cache": _parse_choice("writeback", "writethrough", "none", "unsafe"),

@@ -20,7 +20,7 @@ from vdusefast.bench.fio import choose_transport
 from vdusefast.bench.store import BenchStore
 from vdusefast.bench.torture_leaks import Leaks
 from vdusefast.bench.torture_load import DriverLoad
-from vdusefast.bench.torture_plan import ENDS_SERVER, NEEDS_FILE, SIZE_BYTES, TortureOptions
+from vdusefast.bench.torture_plan import ENDS_SERVER, NEEDS_FILE, RINGS, SIZE_BYTES, TortureOptions
 from vdusefast.bench.torture_report import Findings, as_json, as_text
 from vdusefast.bench.torture_scene import Scene
 from vdusefast.bench.torture_server import LoopbackServer
@@ -93,6 +93,7 @@ def _torture_loopback(options: TortureOptions, uri: str, findings: Findings, sig
         queue_size=options.queue_size,
         engine=options.engine,
         cache=options.cache,
+        **RINGS[options.ring],
     )
     with ExitStack() as opened:
         directory = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="vdusefast-torture-")))

@@ -19,7 +19,7 @@ from typing import TextIO
 
 from vdusefast import run_dir
 from vdusefast.bench.torture_disk import DiskLoad
-from vdusefast.bench.torture_plan import TortureOptions
+from vdusefast.bench.torture_plan import RINGS, TortureOptions
 from vdusefast.bench.torture_report import Findings
 from vdusefast.bench.torture_scene import Scene
 from vdusefast.bench.torture_server import LOG_TAIL_LINES, ServerError, TorturedServer
@@ -42,6 +42,7 @@ def torture_kernel(options: TortureOptions, uri: str, findings: Findings, signal
         queue_size=options.queue_size,
         engine=options.engine,
         cache=options.cache,
+        **RINGS[options.ring],
     )
     with ExitStack() as opened:
         server = opened.enter_context(KernelServer(resolve_cpus(config)))

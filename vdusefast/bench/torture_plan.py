@@ -45,6 +45,16 @@ class Blow:
         return f"{self.kind}, again while it recovers" if self.again_s >= 0 else self.kind
 
 
+# The keys of a device's configuration for each format of its rings.
+RINGS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "split": {"packed": False, "in_order": False},
+    "split-in-order": {"packed": False, "in_order": True},
+    "packed": {"packed": True, "in_order": False},
+    "packed-in-order": {"packed": True, "in_order": True},
+}
+
+
 @dataclass(frozen=True)
 class TortureOptions:
     """What `bench torture` was asked for."""
@@ -54,6 +64,7 @@ class TortureOptions:
     seed: int = 0
     queues: int = 2
     queue_size: int = 64
+    ring: str = "default"  # one of RINGS
     engine: str = "auto"
     cache: str = "writeback"
     backend: str | None = None
