@@ -81,7 +81,7 @@ def worker_specs(config: Config, device: BlockDevice, store: Store, pages: Share
             shm_fd=pages.fd,
             kick_fd=-1,
             cpu=-1 if queue.cpu is None else queue.cpu,
-            poll_us=queue.poll_us,
+            poll_us=queue.spin_limit_us,
             irq_delay_us=queue.irq_delay_us,
             store=store.kind,
             store_fd=store.fd,

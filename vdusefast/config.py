@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from vdusefast.control import POLL_ALWAYS
 from vdusefast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ TransportName = Literal["auto", "loopback", "kernel"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 BusName = Literal["virtio", "vhost"]
 EngineName = Literal["auto", "sync", "uring", "memory", "null"]
+PollMode = Literal["adaptive", "always", "never"]
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -87,8 +89,14 @@ class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     cpu: int | None = None  # None = not pinned
     irq_cpu: int | None = None  # kernel transport: where the driver's interrupts go
+    poll: PollMode = "adaptive"  # always: the worker never sleeps while its queue runs; never: it sleeps at once
     poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once
     irq_delay_us: int = 200  # longest hold of an interrupt for more completions, 0 = interrupt at once
+
+    @property
+    def spin_limit_us(self) -> int:
+        """Return how long the worker may spin before it sleeps: microseconds, or control.POLL_ALWAYS."""
+        return {"adaptive": self.poll_us, "always": POLL_ALWAYS, "never": 0}[self.poll]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -177,7 +185,7 @@ def validate(config: Config, topology: Topology | None = None) -> list[str]:
         _check_range(f"queue[{index}].poll_us", queue.poll_us, 0, POLL_MAX_US)
         _check_range(f"queue[{index}].irq_delay_us", queue.irq_delay_us, 0, IRQ_DELAY_MAX_US)
     resolved = resolve_cpus(config, topology)
-    return _cpu_warnings(resolved)
+    return [*_cpu_warnings(resolved), *_poll_warnings(resolved, topology)]
 
 
 def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
@@ -306,6 +314,33 @@ def _cpu_warnings(config: Config) -> list[str]:
     for cpu in sorted(cpu for cpu, count in times.items() if count > 1):
         queues = ", ".join(str(index) for index, queue in enumerate(config.queue) if queue.cpu == cpu)
         warnings.append(f"{config.device.name}: queues {queues} share CPU {cpu}; they will slow each other down")
+    return warnings
+
+
+def _poll_warnings(config: Config, topology: Topology | None) -> list[str]:
+    """Return a line for each worker that never sleeps where something else needs its CPU."""
+    polling = [index for index, queue in enumerate(config.queue) if queue.poll == "always"]
+    if not polling:
+        return []
+    from vdusefast import affinity
+
+    allowed = (topology or affinity.read_topology()).allowed
+    name, warnings = config.device.name, []
+    for index in polling:
+        cpu = config.queue[index].cpu
+        others = [place for place, queue in enumerate(config.queue) if place != index and queue.cpu == cpu]
+        if cpu is not None and others:
+            text = f"and the worker of queue {', '.join(map(str, others))} needs it, too"
+        elif cpu is not None and any(queue.irq_cpu == cpu for queue in config.queue):
+            text = "and interrupts of the device are to go there, too; choose another irq_cpu"
+        else:
+            continue
+        warnings.append(f'{name}: queue {index} has poll = "always": its worker takes all of CPU {cpu}, {text}')
+    if len(polling) >= len(allowed):
+        warnings.append(
+            f'{name}: {len(polling)} queues have poll = "always", and {len(allowed)} CPUs are allowed: none is left '
+            'to the driver and to everything else; use fewer queues, or poll = "adaptive"'
+        )
     return warnings
 
 

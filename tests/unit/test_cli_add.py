@@ -46,6 +46,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "block_size_bytes": 4096,
         "cache": "none",
         "engine": "sync",
+        "poll": "never",
         "poll_us": 7,
         "irq_delay_us": 9,
         "msg_timeout_s": 60,
@@ -61,7 +62,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         if key in ("queue_size", "serial", "read_only", "block_size_bytes", "msg_timeout_s", "attach_timeout_s"):
             assert getattr(found.device, key) == value
     assert [(queue.cpu, queue.irq_cpu) for queue in found.queue] == [(0, 0)] * 3
-    assert [(queue.poll_us, queue.irq_delay_us) for queue in found.queue] == [(7, 9)] * 3
+    assert [(queue.poll, queue.poll_us, queue.irq_delay_us) for queue in found.queue] == [("never", 7, 9)] * 3
 
 
 def test_without_options_the_file_stands(config: str) -> None:

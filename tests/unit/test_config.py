@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast import affinity
+from vdusefast import affinity, control
 from vdusefast.config import (
+    BackendConfig,
     Config,
     QueueConfig,
     load_config,
@@ -78,13 +79,14 @@ def test_seg_max_leaves_room_for_header_and_status(queue_size: int, seg_max: int
     [
         ("queues = 2", "quues = 2", ":4: device.quues: unknown key; known here: name, serial, "),
         ("cache =", "caches =", ":8: backend.caches: unknown key; known here: uri, cache, engine"),
-        ("irq_cpu =", "irqcpu =", ":12: queue[0].irqcpu: unknown key; known here: cpu, irq_cpu, poll_us"),
+        ("irq_cpu =", "irqcpu =", ":12: queue[0].irqcpu: unknown key; known here: cpu, irq_cpu, poll, poll_us"),
         ("[backend]", "[store]\n[backend]", ":6: store: unknown key; known here: device, backend, queue"),
         ('name = "vd0"\n', "", ":1: device.name: missing"),
         ('uri = "file:/srv/vd0.img"\n', "", ":6: backend.uri: missing"),
         ("queues = 2", 'queues = "2"', ":4: device.queues: expected `int`, got `str`"),
         ('"uring"', '"turbo"', ":9: backend.engine: invalid enum value 'turbo'"),
         ("poll_us = 20", "poll_us = -1", ":13: queue[0].poll_us: -1 is not between 0 and 1000000"),
+        ("poll_us = 20", 'poll = "often"', ":13: queue[0].poll: invalid enum value 'often'"),
         ("poll_us = 20", "irq_delay_us = 10001", ":13: queue[0].irq_delay_us: 10001 is not between 0 and 10000"),
         ("queues = 2", "queues = 65", ":4: device.queues: 65 is not between 1 and 64"),
         ("queues = 2", "queues = 0", ":4: device.queues: 0 is not between 1 and 64"),
@@ -187,6 +189,41 @@ def test_two_queues_on_one_cpu_are_allowed_and_warned_of() -> None:
     config = make_config(name="a", uri="null:1M", queues=2, cpu=0)
     assert validate(config) == ["a: queues 0, 1 share CPU 0; they will slow each other down"]
     assert validate(make_config(name="a", uri="null:1M", queues=2)) == []
+
+
+@pytest.mark.parametrize(("poll", "limit_us"), [("adaptive", 7), ("always", control.POLL_ALWAYS), ("never", 0)])
+def test_mode_of_polling_becomes_a_limit(poll: str, limit_us: int) -> None:
+    assert make_config(name="a", uri="null:1M", poll=poll, poll_us=7).queue[0].spin_limit_us == limit_us
+
+
+@pytest.mark.parametrize(
+    ("queues", "problems"),
+    [
+        ([QueueConfig(poll="always")], []),
+        ([QueueConfig(poll="always", cpu=0, irq_cpu=1)], []),
+        (
+            [QueueConfig(poll="always"), QueueConfig(poll="always")],
+            ["a: 2 queues have poll .* none is left to the driver"],
+        ),
+        (
+            [QueueConfig(poll="always", cpu=0), QueueConfig(cpu=0)],
+            ["a: queues 0, 1 share CPU 0", "a: queue 0 has .* all of CPU 0, and the worker of queue 1 needs it, too"],
+        ),
+        (
+            [QueueConfig(poll="always", cpu=0), QueueConfig(cpu=1, irq_cpu=0)],
+            ["a: queue 0 has .* all of CPU 0, and interrupts of the device are to go there"],
+        ),
+    ],
+)
+def test_worker_that_never_sleeps_is_warned_of_where_others_need_its_cpu(
+    queues: list[QueueConfig], problems: list[str]
+) -> None:
+    device = make_config(name="a", uri="null:1M", queues=len(queues)).device
+    config = Config(device=device, backend=BackendConfig(uri="null:1M"), queue=queues)
+    warnings = validate(config, topology(2))
+    assert len(warnings) == len(problems)
+    for warning, problem in zip(warnings, problems, strict=True):
+        assert re.match(problem, warning)
 
 
 def test_auto_gives_each_queue_a_cpu_and_keeps_those_named() -> None:
