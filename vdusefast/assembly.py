@@ -60,7 +60,7 @@ def make_transport(config: Config, state: SavedState | None) -> Transport:
         KernelOptions(
             bus=device.bus,
             msg_timeout_s=device.msg_timeout_s,
-            bounce_size_bytes=device.bounce_size_bytes,
+            bounce_size_bytes=device.effective_bounce_size_bytes,
             attach_timeout_s=device.attach_timeout_s,
             irq_cpus=tuple(queue.irq_cpu for queue in config.queue),
             api_version=state.api_version if state is not None else 0,

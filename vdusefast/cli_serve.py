@@ -27,6 +27,8 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (("--queue-size",), int, "Largest number of entries of a virtqueue, a power of two."),
     (("--cpus",), str, 'CPUs of the workers, one a queue: 0,1 or 0-3; or "auto".'),
     (("--irq-cpus",), str, "CPUs that the queues' interrupts go to, one a queue."),
+    (("--indirect/--no-indirect",), bool, "Whether the driver may use indirect tables."),
+    (("--event-idx/--no-event-idx",), bool, "Whether kicks and interrupts are asked for by index."),
     (("--serial",), str, "Serial number that the driver sees."),
     (("--read-only/--read-write", "read_only"), bool, "Whether writing is refused."),
     (("--block-size", "block_size_bytes"), int, "Logical blocks of so many bytes: 512 to 4096."),

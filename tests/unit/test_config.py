@@ -64,7 +64,7 @@ def test_file_is_loaded_and_missing_queues_get_the_defaults(tmp_path: Path) -> N
 def test_smallest_file_has_sensible_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, '[device]\nname = "a"\n[backend]\nuri = "null:1G"\n')
     device = config.device
-    assert (device.queues, device.queue_size, device.effective_seg_max) == (1, 256, 126)
+    assert (device.queues, device.effective_queue_size, device.effective_seg_max) == (1, 256, 126)
     assert (device.transport, config.backend.cache, config.backend.engine) == ("auto", "writeback", "auto")
     assert config.queue == [QueueConfig(cpu=None, irq_cpu=None, poll_us=50)]
 
@@ -141,6 +141,41 @@ def test_kernel_transport_keeps_requests_well_below_the_bounce_size() -> None:
         make_config(name="a", uri="null:1M", transport="kernel", bounce_size_bytes=1 << 20, seg_max=10)
     with pytest.raises(ConfigError, match=r"device\.bounce_size_bytes: .* no multiple of 4096"):
         make_config(name="a", uri="null:1M", bounce_size_bytes=(1 << 20) + 512)
+
+
+@pytest.mark.parametrize(
+    ("settings", "queue_size", "indirect"),
+    [
+        ({}, 256, True),
+        ({"transport": "kernel", "bus": "vhost"}, 256, True),
+        ({"transport": "kernel"}, 1024, False),
+        ({"transport": "kernel", "queue_size": 256}, 256, True),  # too small without tables
+        ({"transport": "kernel", "queue_size": 4096}, 4096, False),
+        ({"transport": "kernel", "indirect": True}, 1024, True),
+        ({"queue_size": 8, "indirect": False}, 8, False),
+    ],
+)
+def test_rings_are_large_and_direct_where_the_driver_maps_each_descriptor(
+    settings: dict[str, object], queue_size: int, indirect: bool
+) -> None:
+    device = make_config(name="a", uri="null:1M", **settings).device
+    assert (device.effective_queue_size, device.effective_indirect) == (queue_size, indirect)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size_bytes"),
+    [
+        ({"queues": 1}, 64 << 20),  # as the kernel has it: 341 requests of 128 KiB take less
+        ({"queues": 2}, 86 << 20),
+        ({"queues": 4, "queue_size": 256}, 64 << 20),
+        ({"queues": 64}, 1 << 30),  # the kernel's limit
+        ({"queues": 2, "size_max_bytes": 262144}, 171 << 20),
+        ({"queues": 2, "bounce_size_bytes": 32 << 20}, 32 << 20),
+    ],
+)
+def test_bounce_pages_suffice_for_what_the_rings_hold(settings: dict[str, object], size_bytes: int) -> None:
+    config = make_config(name="a", uri="null:1M", transport="kernel", **settings)
+    assert config.device.effective_bounce_size_bytes == size_bytes
 
 
 def test_a_message_timeout_leaves_time_for_answers() -> None:

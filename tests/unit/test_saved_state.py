@@ -107,10 +107,10 @@ def test_directory_that_is_gone_is_told(path: Path) -> None:
     ("overrides", "words"),
     [
         ({"queues": 1}, "device.queues: .* made with 2, and would now get 1"),
-        ({"queue_size": 128}, "device.queue_size: .* made with 256, and would now get 128"),
+        ({"queue_size": 128}, "device.queue_size: .* made with 1024, and would now get 128"),
         ({"read_only": True}, "device.read_only: .* made with false, and would now get true"),
         ({"bus": "vhost"}, "device.bus: .* made with virtio, and would now get vhost"),
-        ({"bounce_size_bytes": 128 << 20}, "device.bounce_size_bytes: .* made with 67108864, .* get 134217728"),
+        ({"bounce_size_bytes": 128 << 20}, "device.bounce_size_bytes: .* made with 90177536, .* get 134217728"),
         ({"transport": "loopback"}, "device.transport: .* made with kernel, and would now get loopback"),
         ({"cache": "writethrough"}, "backend.cache: .* made with writeback, and would now get writethrough"),
         ({"uri": "null:9M"}, "backend.uri: .* made with null:8M, and would now get null:9M"),
@@ -151,7 +151,7 @@ def file_state(tmp_path: Path, **overrides: Any) -> SavedState:
         (1 << 20, {"size_max_bytes": 65536}, "device.size_max_bytes: .* made with 131072, and would now get 65536"),
         (1 << 20, {"seg_max": 5}, "device.seg_max: .* made with 126, and would now get 5"),
         (1 << 20, {"queues": 3}, "device.queues: .* made with 2, and would now get 3"),
-        (1 << 20, {"queue_size": 512}, "device.queue_size: .* made with 256, and would now get 512"),
+        (1 << 20, {"queue_size": 512}, "device.queue_size: .* made with 1024, and would now get 512"),
         (1 << 20, {"event_idx": False}, "features: .* made with EVENT_IDX, and would now get none of it"),
     ],
 )

@@ -229,7 +229,7 @@ def _extra(config: Config, transport: str, outcome: Outcome) -> Json:
         "cache": config.backend.cache,
         "engine": config.backend.engine,
         "engine_used": outcome.engine_used,
-        "queue_size": config.device.queue_size,
+        "queue_size": config.device.effective_queue_size,
         "host": figures.host(),
         "queues": outcome.queues,
         "verify": figures.verification(outcome.runs),
