@@ -95,6 +95,7 @@ list_missing_for_tests() {
     have setpriv || need util-linux "setpriv"
     have dpkg-deb || need dpkg "dpkg-deb, to unpack the guests' kernels"
     have mkfs.ext4 || need e2fsprogs "mkfs.ext4"
+    have strace || need strace "strace, to count system calls"
     have mkfs.xfs || need xfsprogs "mkfs.xfs"
     have vdpa || need iproute2 "ip and vdpa"
 }

@@ -3,7 +3,7 @@
 import os
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from vdusefast._blk cimport *
@@ -323,14 +323,15 @@ cdef class Queue:
                      f"{poison.deaths} workers: answered with IOERR")
         return 0
 
-    def run(self, int kick_fd, int ctl_fd, int wake_fd, uint64_t poll_us, uint64_t irq_delay_us=0):
+    def run(self, int kick_fd, int ctl_fd, int wake_fd, int64_t poll_us, uint64_t irq_delay_us=0):
         """Serve the queue, without the GIL, until CONTROL, FAILED, STOP or UNMAPPED is returned.
 
-        poll_us: longest spin; irq_delay_us: longest hold of an interrupt for more completions, by a loop that spins.
+        poll_us: longest spin, negative for one without an end: then it makes no system call of its own, and a kick that
+        comes all the same is not read. irq_delay_us: longest hold of an interrupt for more completions, by a loop that spins.
         UNMAPPED: the rings lie in no region since an invalidation, as while a driver changes its map; run again later.
         """
         cdef vf_queue *q = self._open()
-        cdef uint64_t poll_ns = poll_us * 1000
+        cdef uint64_t poll_ns = UINT64_MAX if poll_us < 0 else <uint64_t> poll_us * 1000  # 584 years: no spin is in vain
         cdef uint64_t irq_delay_ns = irq_delay_us * 1000
         cdef int reason, err
         if not self.started:

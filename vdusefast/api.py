@@ -264,7 +264,7 @@ class Device:
         if state is not None:
             saved_state.adopt(state, model, checked=not fail_requests)
         pages = (SharedPages.create if state is None else SharedPages.reopen)(
-            directory.pages_path, self.name, device.queues, device.queue_size
+            directory.pages_path, self.name, device.queues, device.effective_queue_size
         )
         self._pages = self._resources.enter_context(pages)
         self._transport = self._transport or make_transport(self.config, state)

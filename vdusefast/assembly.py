@@ -60,7 +60,7 @@ def make_transport(config: Config, state: SavedState | None) -> Transport:
         KernelOptions(
             bus=device.bus,
             msg_timeout_s=device.msg_timeout_s,
-            bounce_size_bytes=device.bounce_size_bytes,
+            bounce_size_bytes=device.effective_bounce_size_bytes,
             attach_timeout_s=device.attach_timeout_s,
             irq_cpus=tuple(queue.irq_cpu for queue in config.queue),
             api_version=state.api_version if state is not None else 0,
@@ -81,7 +81,7 @@ def worker_specs(config: Config, device: BlockDevice, store: Store, pages: Share
             shm_fd=pages.fd,
             kick_fd=-1,
             cpu=-1 if queue.cpu is None else queue.cpu,
-            poll_us=queue.poll_us,
+            poll_us=queue.spin_limit_us,
             irq_delay_us=queue.irq_delay_us,
             store=store.kind,
             store_fd=store.fd,

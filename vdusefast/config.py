@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from vdusefast.control import POLL_ALWAYS
 from vdusefast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 
 QUEUE_COUNT_MAX = 64
 QUEUE_SIZE_MAX = 32768  # VIRTIO 1.3, 2.7
+QUEUE_SIZE_DEFAULT = 256
+# Where the kernel maps each descriptor, an indirect table is one more to map and to copy. A ring of this size holds
+# enough requests without such tables: 341 of three descriptors.
+QUEUE_SIZE_DIRECT = 1024
+DESCRIPTORS_MIN = 3  # of a request: header, data, status
 BLOCK_SIZE_MIN_BYTES = 512
 BLOCK_SIZE_MAX_BYTES = 4096
 SIZE_MAX_MIN_BYTES = 4096
@@ -34,12 +40,15 @@ BOUNCE_SIZE_MIN_BYTES = 1 << 20  # both limits are the kernel's
 BOUNCE_SIZE_MAX_BYTES = 1 << 30
 # A request that does not fit into the bounce pages waits for ever; one that fills them keeps every other out.
 BOUNCE_REQUESTS_MIN = 2
+BOUNCE_SIZE_DEFAULT_BYTES = 64 << 20  # the kernel's
+BOUNCE_STEP_BYTES = 1 << 20
 CONFIG_MAX_BYTES = 1 << 20
 
 TransportName = Literal["auto", "loopback", "kernel"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 BusName = Literal["virtio", "vhost"]
 EngineName = Literal["auto", "sync", "uring", "memory", "null"]
+PollMode = Literal["adaptive", "always", "never"]
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,21 +59,51 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     transport: TransportName = "auto"  # kernel for the commands `add` and `serve`, loopback for the Python API
     bus: BusName = "virtio"  # kernel transport: virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N
     queues: int = 1
-    queue_size: int = 256  # the largest that the driver may choose
+    queue_size: int = 0  # the largest that the driver may choose; 0 = 1024 where it maps descriptors, else 256
     read_only: bool = False
     block_size_bytes: int = 0  # 0 = the store's
     size_max_bytes: int = 131072  # largest segment
     seg_max: int = 0  # data segments in one request; 0 = chosen from queue_size
     event_idx: bool = True
-    indirect: bool = True
     packed: bool = False  # offer packed rings; a driver that does not know them takes split ones
     in_order: bool = (
-        False  # offer IN_ORDER, where requests end in their order: not by io_uring, nor "auto" with O_DIRECT
+        False  # offer IN_ORDER where requests end in their order: not by io_uring, nor "auto" with O_DIRECT
     )
+    indirect: bool | None = None  # None = unless the driver maps each descriptor and has a large ring
     cpus: str | list[int] = ""  # "auto", a list such as "0,2" or [0, 2] (one a queue), or "" = as the queues say
     msg_timeout_s: int = 90  # kernel transport: a control message unanswered for so long breaks the device; 0 = never
-    bounce_size_bytes: int = 64 << 20  # kernel transport, bus virtio: memory that the kernel copies data through
+    bounce_size_bytes: int = 0  # kernel transport, bus virtio: what the kernel copies data through; 0 = computed
     attach_timeout_s: int = 30  # kernel transport: for the driver to come up
+
+    @property
+    def maps_descriptors(self) -> bool:
+        """Return whether the driver pays for each descriptor: the kernel maps it, and copies what it points at."""
+        return self.transport == "kernel" and self.bus == "virtio"
+
+    @property
+    def effective_queue_size(self) -> int:
+        """Return queue_size with its default filled in."""
+        return self.queue_size or (QUEUE_SIZE_DIRECT if self.maps_descriptors else QUEUE_SIZE_DEFAULT)
+
+    @property
+    def effective_indirect(self) -> bool:
+        """Return indirect with its default filled in."""
+        if self.indirect is not None:
+            return self.indirect
+        return not self.maps_descriptors or self.effective_queue_size < QUEUE_SIZE_DIRECT
+
+    @property
+    def effective_bounce_size_bytes(self) -> int:
+        """Return bounce_size_bytes with its default filled in.
+
+        That is room for as many requests as the rings hold, each with a segment of size_max_bytes, but not less than
+        the kernel's own choice, nor more than it takes. Pages come into being only as far as they are in use at once.
+        """
+        if self.bounce_size_bytes:
+            return self.bounce_size_bytes
+        requests = self.queues * (self.effective_queue_size // DESCRIPTORS_MIN)
+        wanted = -(-requests * self.size_max_bytes // BOUNCE_STEP_BYTES) * BOUNCE_STEP_BYTES
+        return min(max(wanted, BOUNCE_SIZE_DEFAULT_BYTES), BOUNCE_SIZE_MAX_BYTES)
 
     @property
     def effective_seg_max(self) -> int:
@@ -73,9 +112,9 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         A chain also holds the header and the status byte; the largest request must fit into the kernel's bounce pages.
         """
         default = SEG_MAX_DEFAULT
-        if self.transport == "kernel" and self.bus == "virtio":
-            default = min(default, self.bounce_size_bytes // (BOUNCE_REQUESTS_MIN * self.size_max_bytes))
-        return self.seg_max or max(1, min(default, self.queue_size - 2))
+        if self.maps_descriptors:
+            default = min(default, self.effective_bounce_size_bytes // (BOUNCE_REQUESTS_MIN * self.size_max_bytes))
+        return self.seg_max or max(1, min(default, self.effective_queue_size - 2))
 
 
 class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -91,8 +130,14 @@ class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     cpu: int | None = None  # None = not pinned
     irq_cpu: int | None = None  # kernel transport: where the driver's interrupts go
+    poll: PollMode = "adaptive"  # always: the worker never sleeps while its queue runs; never: it sleeps at once
     poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once
     irq_delay_us: int = 200  # longest hold of an interrupt for more completions, 0 = interrupt at once
+
+    @property
+    def spin_limit_us(self) -> int:
+        """Return how long the worker may spin before it sleeps: microseconds, or control.POLL_ALWAYS."""
+        return {"adaptive": self.poll_us, "always": POLL_ALWAYS, "never": 0}[self.poll]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -181,7 +226,7 @@ def validate(config: Config, topology: Topology | None = None) -> list[str]:
         _check_range(f"queue[{index}].poll_us", queue.poll_us, 0, POLL_MAX_US)
         _check_range(f"queue[{index}].irq_delay_us", queue.irq_delay_us, 0, IRQ_DELAY_MAX_US)
     resolved = resolve_cpus(config, topology)
-    return _cpu_warnings(resolved)
+    return [*_cpu_warnings(resolved), *_poll_warnings(resolved, topology)]
 
 
 def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
@@ -243,14 +288,15 @@ def _check_device(device: DeviceConfig) -> None:
     if not device.serial.isascii() or not (device.serial or "x").isprintable() or len(device.serial) > SERIAL_MAX_BYTES:
         raise ConfigError(f"device.serial: {device.serial!r}; a serial is at most {SERIAL_MAX_BYTES} ASCII characters")
     _check_range("device.queues", device.queues, 1, QUEUE_COUNT_MAX)
-    _check_power("device.queue_size", device.queue_size, 2, QUEUE_SIZE_MAX)
+    if device.queue_size:
+        _check_power("device.queue_size", device.queue_size, 2, QUEUE_SIZE_MAX)
     if device.block_size_bytes:
         _check_power("device.block_size_bytes", device.block_size_bytes, BLOCK_SIZE_MIN_BYTES, BLOCK_SIZE_MAX_BYTES)
     _check_range("device.size_max_bytes", device.size_max_bytes, SIZE_MAX_MIN_BYTES, SIZE_MAX_MAX_BYTES)
     if device.size_max_bytes % BLOCK_SIZE_MAX_BYTES:
         raise ConfigError(f"device.size_max_bytes: {device.size_max_bytes} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
     if device.seg_max:
-        _check_range("device.seg_max", device.seg_max, 1, min(SEG_MAX_LIMIT, max(1, device.queue_size - 2)))
+        _check_range("device.seg_max", device.seg_max, 1, min(SEG_MAX_LIMIT, max(1, device.effective_queue_size - 2)))
     _check_kernel(device)
 
 
@@ -262,12 +308,12 @@ def _check_kernel(device: DeviceConfig) -> None:
             f"device.msg_timeout_s: {device.msg_timeout_s} is below the {MSG_TIMEOUT_MIN_S} s that an answer may take"
         )
     _check_range("device.attach_timeout_s", device.attach_timeout_s, 1, ATTACH_TIMEOUT_MAX_S)
-    key, bounce = "device.bounce_size_bytes", device.bounce_size_bytes
+    key, bounce = "device.bounce_size_bytes", device.effective_bounce_size_bytes
     _check_range(key, bounce, BOUNCE_SIZE_MIN_BYTES, BOUNCE_SIZE_MAX_BYTES)
     if bounce % BLOCK_SIZE_MAX_BYTES:
         raise ConfigError(f"{key}: {bounce} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
     largest = device.size_max_bytes * device.effective_seg_max
-    if device.transport == "kernel" and device.bus == "virtio" and largest * BOUNCE_REQUESTS_MIN > bounce:
+    if device.maps_descriptors and largest * BOUNCE_REQUESTS_MIN > bounce:
         raise ConfigError(
             f"{key}: {bounce} does not hold {BOUNCE_REQUESTS_MIN} requests of size_max_bytes x seg_max = "
             f"{largest} bytes; raise it, or lower one of these"
@@ -310,6 +356,33 @@ def _cpu_warnings(config: Config) -> list[str]:
     for cpu in sorted(cpu for cpu, count in times.items() if count > 1):
         queues = ", ".join(str(index) for index, queue in enumerate(config.queue) if queue.cpu == cpu)
         warnings.append(f"{config.device.name}: queues {queues} share CPU {cpu}; they will slow each other down")
+    return warnings
+
+
+def _poll_warnings(config: Config, topology: Topology | None) -> list[str]:
+    """Return a line for each worker that never sleeps where something else needs its CPU."""
+    polling = [index for index, queue in enumerate(config.queue) if queue.poll == "always"]
+    if not polling:
+        return []
+    from vdusefast import affinity
+
+    allowed = (topology or affinity.read_topology()).allowed
+    name, warnings = config.device.name, []
+    for index in polling:
+        cpu = config.queue[index].cpu
+        others = [place for place, queue in enumerate(config.queue) if place != index and queue.cpu == cpu]
+        if cpu is not None and others:
+            text = f"and the worker of queue {', '.join(map(str, others))} needs it, too"
+        elif cpu is not None and any(queue.irq_cpu == cpu for queue in config.queue):
+            text = "and interrupts of the device are to go there, too; choose another irq_cpu"
+        else:
+            continue
+        warnings.append(f'{name}: queue {index} has poll = "always": its worker takes all of CPU {cpu}, {text}')
+    if len(polling) >= len(allowed):
+        warnings.append(
+            f'{name}: {len(polling)} queues have poll = "always", and {len(allowed)} CPUs are allowed: none is left '
+            'to the driver and to everything else; use fewer queues, or poll = "adaptive"'
+        )
     return warnings
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 PROTOCOL_VERSION = 1
 MESSAGE_MAX_BYTES = 1024
+POLL_ALWAYS = -1  # as WorkerSpec.poll_us: no limit
 
 
 class Command(IntEnum):
@@ -122,7 +123,7 @@ class WorkerSpec(NamedTuple):
     port_api: int = 0  # kernel: VDUSE API version that the device was created under
     irq_fd: int = -1  # loopback: eventfd, device to driver
     cpu: int = -1  # -1: not pinned
-    poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once
+    poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once, POLL_ALWAYS = never sleep
     irq_delay_us: int = 200  # longest hold of an interrupt for more completions, 0 = interrupt at once
     # the store
     store: str = "null"  # file, blockdev, memory, null

@@ -48,7 +48,7 @@ def describe(
         **_kernel_only(config, transport),
         "failure": str(failure) if failure is not None else "",
         "queues": [
-            {**queue, "irq_cpu": -1 if wanted.irq_cpu is None else wanted.irq_cpu, "size": device.queue_size}
+            {**queue, "irq_cpu": -1 if wanted.irq_cpu is None else wanted.irq_cpu, "size": device.effective_queue_size}
             for queue, wanted in zip(counters["queues"], config.queue, strict=True)
         ],
         "total": counters["total"],
@@ -73,6 +73,6 @@ def _kernel_only(config: Config, transport: Transport) -> dict[str, Any]:
         "api_version": transport.api_version,
         "vduse_features": uapi.vduse_feature_names(transport.vduse_features),
         "msg_timeout_s": config.device.msg_timeout_s,
-        "bounce_size_bytes": config.device.bounce_size_bytes if config.device.bus == "virtio" else 0,
+        "bounce_size_bytes": config.device.effective_bounce_size_bytes if config.device.bus == "virtio" else 0,
         "regions": transport.region_count(),
     }

@@ -95,7 +95,7 @@ class BlockDevice:
         self.name = device.name
         self.serial = device.serial
         self.queue_count = device.queues
-        self.queue_size = device.queue_size
+        self.queue_size = device.effective_queue_size
         self.read_only = device.read_only or store.read_only
         self.block_size_bytes = block_size(store, device.block_size_bytes)
         self.capacity_sectors = store.size_bytes // SECTOR_BYTES
@@ -167,7 +167,7 @@ class BlockDevice:
 
     def _features(self, config: Config, store: Store) -> int:
         optional = {
-            uapi.VIRTIO_RING_F_INDIRECT_DESC: config.device.indirect,
+            uapi.VIRTIO_RING_F_INDIRECT_DESC: config.device.effective_indirect,
             uapi.VIRTIO_RING_F_EVENT_IDX: config.device.event_idx,
             uapi.VIRTIO_F_RING_PACKED: config.device.packed,
             uapi.VIRTIO_F_IN_ORDER: config.device.in_order and completes_in_order(config.backend, store),

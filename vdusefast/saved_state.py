@@ -130,11 +130,11 @@ def check_config(state: SavedState, config: Config, transport: str) -> None:
     """
     old, new = state.config.device, config.device
     _check(new.name, "device.transport", state.transport, transport)
-    keys = ["queues", "queue_size", "read_only"]
-    if transport == "kernel":
-        keys += ["bus", *(["bounce_size_bytes"] if new.bus == "virtio" else [])]
+    # The bus first: defaults of others come from it.
+    keys = [*(["bus"] if transport == "kernel" else []), "queues", "effective_queue_size", "read_only"]
+    keys += ["effective_bounce_size_bytes"] if transport == "kernel" and new.bus == "virtio" else []
     for key in keys:
-        _check(new.name, f"device.{key}", getattr(old, key), getattr(new, key))
+        _check(new.name, f"device.{key.removeprefix('effective_')}", getattr(old, key), getattr(new, key))
     # A driver keeps a cache of its own in mind, or none.
     old_cache, new_cache = state.config.backend.cache, config.backend.cache
     if "writethrough" in (old_cache, new_cache):

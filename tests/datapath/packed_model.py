@@ -23,7 +23,7 @@ from model import (
 )
 
 AVAIL, USED = 1 << 7, 1 << 15
-ENABLE, DISABLE, DESC = 0, 1, 2  # flags of the event suppression structures
+DISABLE, DESC = 1, 2  # flags of the event suppression structures
 
 
 class Position:
@@ -97,8 +97,8 @@ class PackedRing:
         self.outstanding.append(buffer_id)
 
     def set_wish(self, *, no_interrupt: bool = False, used_event: int = 0) -> None:
-        """used_event: a position (slot and wrap counter), which counts where EVENT_IDX is negotiated; None is at any time."""
-        flags = DISABLE if no_interrupt else DESC if used_event >= 0 else ENABLE
+        """used_event: a position (slot and wrap counter), which counts where EVENT_IDX is negotiated."""
+        flags = DISABLE if no_interrupt else DESC
         self.memory.write(self.avail, struct.pack("<HH", used_event & 0xFFFF, flags))
 
     def used_here(self) -> tuple[int, int] | None:

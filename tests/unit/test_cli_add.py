@@ -42,10 +42,13 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "irq_cpus": "0,0,0",
         "bus": "vhost",
         "serial": "other",
+        "indirect": True,
+        "event_idx": False,
         "read_only": True,
         "block_size_bytes": 4096,
         "cache": "none",
         "engine": "sync",
+        "poll": "never",
         "poll_us": 7,
         "irq_delay_us": 9,
         "msg_timeout_s": 60,
@@ -58,10 +61,19 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
     assert (found.device.bounce_size_bytes, found.device.bus, found.device.queues) == (128 << 20, "vhost", 3)
     assert found.device.transport == "loopback"
     for key, value in given.items():
-        if key in ("queue_size", "serial", "read_only", "block_size_bytes", "msg_timeout_s", "attach_timeout_s"):
+        if key in (
+            "queue_size",
+            "indirect",
+            "event_idx",
+            "serial",
+            "read_only",
+            "block_size_bytes",
+            "msg_timeout_s",
+            "attach_timeout_s",
+        ):
             assert getattr(found.device, key) == value
     assert [(queue.cpu, queue.irq_cpu) for queue in found.queue] == [(0, 0)] * 3
-    assert [(queue.poll_us, queue.irq_delay_us) for queue in found.queue] == [(7, 9)] * 3
+    assert [(queue.poll, queue.poll_us, queue.irq_delay_us) for queue in found.queue] == [("never", 7, 9)] * 3
 
 
 def test_without_options_the_file_stands(config: str) -> None:

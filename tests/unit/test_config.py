@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast import affinity
+from vdusefast import affinity, control
 from vdusefast.config import (
+    BackendConfig,
     Config,
     QueueConfig,
     load_config,
@@ -63,7 +64,7 @@ def test_file_is_loaded_and_missing_queues_get_the_defaults(tmp_path: Path) -> N
 def test_smallest_file_has_sensible_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, '[device]\nname = "a"\n[backend]\nuri = "null:1G"\n')
     device = config.device
-    assert (device.queues, device.queue_size, device.effective_seg_max) == (1, 256, 126)
+    assert (device.queues, device.effective_queue_size, device.effective_seg_max) == (1, 256, 126)
     assert (device.transport, config.backend.cache, config.backend.engine) == ("auto", "writeback", "auto")
     assert config.queue == [QueueConfig(cpu=None, irq_cpu=None, poll_us=50)]
 
@@ -78,13 +79,14 @@ def test_seg_max_leaves_room_for_header_and_status(queue_size: int, seg_max: int
     [
         ("queues = 2", "quues = 2", ":4: device.quues: unknown key; known here: name, serial, "),
         ("cache =", "caches =", ":8: backend.caches: unknown key; known here: uri, cache, engine"),
-        ("irq_cpu =", "irqcpu =", ":12: queue[0].irqcpu: unknown key; known here: cpu, irq_cpu, poll_us"),
+        ("irq_cpu =", "irqcpu =", ":12: queue[0].irqcpu: unknown key; known here: cpu, irq_cpu, poll, poll_us"),
         ("[backend]", "[store]\n[backend]", ":6: store: unknown key; known here: device, backend, queue"),
         ('name = "vd0"\n', "", ":1: device.name: missing"),
         ('uri = "file:/srv/vd0.img"\n', "", ":6: backend.uri: missing"),
         ("queues = 2", 'queues = "2"', ":4: device.queues: expected `int`, got `str`"),
         ('"uring"', '"turbo"', ":9: backend.engine: invalid enum value 'turbo'"),
         ("poll_us = 20", "poll_us = -1", ":13: queue[0].poll_us: -1 is not between 0 and 1000000"),
+        ("poll_us = 20", 'poll = "often"', ":13: queue[0].poll: invalid enum value 'often'"),
         ("poll_us = 20", "irq_delay_us = 10001", ":13: queue[0].irq_delay_us: 10001 is not between 0 and 10000"),
         ("queues = 2", "queues = 65", ":4: device.queues: 65 is not between 1 and 64"),
         ("queues = 2", "queues = 0", ":4: device.queues: 0 is not between 1 and 64"),
@@ -141,6 +143,41 @@ def test_kernel_transport_keeps_requests_well_below_the_bounce_size() -> None:
         make_config(name="a", uri="null:1M", bounce_size_bytes=(1 << 20) + 512)
 
 
+@pytest.mark.parametrize(
+    ("settings", "queue_size", "indirect"),
+    [
+        ({}, 256, True),
+        ({"transport": "kernel", "bus": "vhost"}, 256, True),
+        ({"transport": "kernel"}, 1024, False),
+        ({"transport": "kernel", "queue_size": 256}, 256, True),  # too small without tables
+        ({"transport": "kernel", "queue_size": 4096}, 4096, False),
+        ({"transport": "kernel", "indirect": True}, 1024, True),
+        ({"queue_size": 8, "indirect": False}, 8, False),
+    ],
+)
+def test_rings_are_large_and_direct_where_the_driver_maps_each_descriptor(
+    settings: dict[str, object], queue_size: int, indirect: bool
+) -> None:
+    device = make_config(name="a", uri="null:1M", **settings).device
+    assert (device.effective_queue_size, device.effective_indirect) == (queue_size, indirect)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size_bytes"),
+    [
+        ({"queues": 1}, 64 << 20),  # as the kernel has it: 341 requests of 128 KiB take less
+        ({"queues": 2}, 86 << 20),
+        ({"queues": 4, "queue_size": 256}, 64 << 20),
+        ({"queues": 64}, 1 << 30),  # the kernel's limit
+        ({"queues": 2, "size_max_bytes": 262144}, 171 << 20),
+        ({"queues": 2, "bounce_size_bytes": 32 << 20}, 32 << 20),
+    ],
+)
+def test_bounce_pages_suffice_for_what_the_rings_hold(settings: dict[str, object], size_bytes: int) -> None:
+    config = make_config(name="a", uri="null:1M", transport="kernel", **settings)
+    assert config.device.effective_bounce_size_bytes == size_bytes
+
+
 def test_a_message_timeout_leaves_time_for_answers() -> None:
     assert make_config(name="a", uri="null:1M", msg_timeout_s=0).device.msg_timeout_s == 0
     with pytest.raises(ConfigError, match=r"device\.msg_timeout_s: 5 is below the 30 s"):
@@ -187,6 +224,41 @@ def test_two_queues_on_one_cpu_are_allowed_and_warned_of() -> None:
     config = make_config(name="a", uri="null:1M", queues=2, cpu=0)
     assert validate(config) == ["a: queues 0, 1 share CPU 0; they will slow each other down"]
     assert validate(make_config(name="a", uri="null:1M", queues=2)) == []
+
+
+@pytest.mark.parametrize(("poll", "limit_us"), [("adaptive", 7), ("always", control.POLL_ALWAYS), ("never", 0)])
+def test_mode_of_polling_becomes_a_limit(poll: str, limit_us: int) -> None:
+    assert make_config(name="a", uri="null:1M", poll=poll, poll_us=7).queue[0].spin_limit_us == limit_us
+
+
+@pytest.mark.parametrize(
+    ("queues", "problems"),
+    [
+        ([QueueConfig(poll="always")], []),
+        ([QueueConfig(poll="always", cpu=0, irq_cpu=1)], []),
+        (
+            [QueueConfig(poll="always"), QueueConfig(poll="always")],
+            ["a: 2 queues have poll .* none is left to the driver"],
+        ),
+        (
+            [QueueConfig(poll="always", cpu=0), QueueConfig(cpu=0)],
+            ["a: queues 0, 1 share CPU 0", "a: queue 0 has .* all of CPU 0, and the worker of queue 1 needs it, too"],
+        ),
+        (
+            [QueueConfig(poll="always", cpu=0), QueueConfig(cpu=1, irq_cpu=0)],
+            ["a: queue 0 has .* all of CPU 0, and interrupts of the device are to go there"],
+        ),
+    ],
+)
+def test_worker_that_never_sleeps_is_warned_of_where_others_need_its_cpu(
+    queues: list[QueueConfig], problems: list[str]
+) -> None:
+    device = make_config(name="a", uri="null:1M", queues=len(queues)).device
+    config = Config(device=device, backend=BackendConfig(uri="null:1M"), queue=queues)
+    warnings = validate(config, topology(2))
+    assert len(warnings) == len(problems)
+    for warning, problem in zip(warnings, problems, strict=True):
+        assert re.match(problem, warning)
 
 
 def test_auto_gives_each_queue_a_cpu_and_keeps_those_named() -> None:

@@ -38,6 +38,7 @@ RUN_HELP = {
     "backend": "file:PATH, memory:SIZE or null:SIZE; a temporary file unless given",
     "engine": "auto, sync or uring",
     "cache": "writeback, writethrough, none (O_DIRECT) or unsafe",
+    "poll": "adaptive, always (an idle worker spins for ever) or never (it sleeps at once)",
     "poll_us": "microseconds that an idle worker spins at most before it sleeps",
     "irq_delay_us": "microseconds that an interrupt waits at most for more completions; 0 = never",
     "baseline": "afterwards the real fio by these engines: psync,io_uring",

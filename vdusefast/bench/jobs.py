@@ -90,6 +90,7 @@ class RunOptions:
     backend: str | None = None
     engine: str | None = None
     cache: str | None = None
+    poll: str | None = None
     poll_us: int | None = None
     irq_delay_us: int | None = None
     baseline: tuple[str, ...] = ()
@@ -209,6 +210,7 @@ RUN_OPTIONS: dict[str, Parser] = {
     "backend": str,
     "engine": _parse_choice("auto", "sync", "uring", "memory", "null"),
     "cache": _parse_choice("writeback", "writethrough", "none", "unsafe"),
+    "poll": _parse_choice("adaptive", "always", "never"),
     "poll_us": _parse_int(0, 1_000_000),
     "irq_delay_us": _parse_int(0, 10_000),
     "baseline": _parse_words,

@@ -143,7 +143,7 @@ def _describe(device: Device, plan: Plan, engine: str, say: Say) -> None:
     capacity_bytes = block_node.size_bytes(node)
     say(
         f"device: {node}, {bytes_text(capacity_bytes)} on {backend.uri}, cache {backend.cache}, "
-        f"engine {queues[0].engine}, {len(queues)} queue(s) of {config.device.queue_size}"
+        f"engine {queues[0].engine}, {len(queues)} queue(s) of {config.device.effective_queue_size}"
     )
     for line in [*queue_lines(device), *job_lines(plan.jobs, capacity_bytes)]:
         say(line)

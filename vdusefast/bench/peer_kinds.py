@@ -52,7 +52,6 @@ class Vdusefast(Peer):
             uri=f"file:{setup.path}",
             transport="kernel",
             queues=setup.queues,
-            queue_size=QUEUE_SIZE,
             cpus=cpus,
         )
         self._device: Device = Device(config)

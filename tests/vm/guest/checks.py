@@ -18,6 +18,7 @@ MODULES = (
     "scenario_filesystem",
     "scenario_fio",
     "scenario_settings",
+    "scenario_polling",
     "scenario_resize",
     "scenario_vhost",
     "scenario_binding",

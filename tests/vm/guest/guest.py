@@ -146,15 +146,19 @@ def refused(
     return lines[0]
 
 
-def write_config(name: str, uri: str, *, cpus: list[int] | None = None, queue: str = "", **device: object) -> Path:
-    """Write NAME.toml. queue: lines for every [[queue]] table; keys `cache` and `engine` go to [backend]."""
+def write_config(
+    name: str, uri: str, *, cpus: list[int] | None = None, queue: str | list[str] = "", **device: object
+) -> Path:
+    """Write NAME.toml. queue: lines for each [[queue]], or a list of them; `cache` and `engine` go to [backend]."""
     backend = {key: device.pop(key) for key in ("cache", "engine") if key in device}
     lines = ["[device]", f'name = "{name}"', *_toml(device)]
     if cpus is not None:
         lines.append(f"cpus = {cpus}")
     lines += ["[backend]", f'uri = "{uri}"', *_toml(backend)]
-    for _ in range(int(str(device.get("queues", 1))) if queue else 0):
-        lines += ["[[queue]]", queue]
+    if isinstance(queue, str):
+        queue = [queue] * int(str(device.get("queues", 1))) if queue else []
+    for text in queue:
+        lines += ["[[queue]]", text]
     path = WORK / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
