@@ -28,16 +28,34 @@ def latency_table(report: Json) -> Table:
 
 
 def ratio_table(report: Json) -> Table | None:
-    """Return our IOPS to those of each other peer, the median of the rounds' ratios; None without any."""
+    """Return our IOPS to those of each other peer, the median of the rounds' ratios; None without any.
+
+    With variants each other peer's IOPS to those of the first.
+    """
     if not any(row["ratio"] is not None for row in report["table"]):
         return None
+    base = report["method"].get("base", OURS)
     headings, rows = _pivot(
         report,
-        f"{OURS} /",
+        f"/ {base}" if report["method"].get("variants") else f"{base} /",
         lambda row: f"{row['ratio']:.2f} {spread_text(row['ratio_spread'])}" if row["ratio"] is not None else "",
     )
-    place = headings.index(OURS)
+    place = headings.index(base)
     return headings[:place] + headings[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
+
+
+def counter_table(report: Json) -> Table | None:
+    """Return what our workers counted, a request: kicks, interrupts, sleeps, requests a batch. None without any."""
+    counting = [row for row in report["table"] if row.get("per_request")]
+    if not counting:
+        return None
+    return _pivot(report | {"table": counting}, "kicks, interrupts, sleeps a request; batch", _counted_text)
+
+
+def _counted_text(row: Json) -> str:
+    each = row["per_request"]
+    batch = f"{1 / each['batches']:.1f}" if each["batches"] else "-"
+    return f"{each['kicks']:.3f}, {each['irqs']:.3f}, {each['sleeps']:.3f}; {batch}"
 
 
 def _pivot(report: Json, corner: str, cell: Any) -> Table:
@@ -49,8 +67,8 @@ def _pivot(report: Json, corner: str, cell: Any) -> Table:
 
 def tables(report: Json) -> list[Table]:
     """Return all tables of a report."""
-    ratio = ratio_table(report)
-    return [iops_table(report), *([ratio] if ratio is not None else []), latency_table(report)]
+    found = [iops_table(report), ratio_table(report), latency_table(report), counter_table(report)]
+    return [table for table in found if table is not None]
 
 
 def notes(report: Json) -> list[str]:

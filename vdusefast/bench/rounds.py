@@ -52,11 +52,21 @@ def ratios(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
     return [ours[number] / theirs[number] for number in sorted(ours) if theirs.get(number)]
 
 
-def table(runs: Sequence[Json], jobs: Sequence[str], peers: Sequence[str], base: str) -> list[Json]:
+def per_request(runs: Sequence[Json]) -> dict[str, float]:
+    """Return what servers have counted in `runs`, a request; nothing where they count nothing."""
+    counted = [run["counted"] for run in runs if run.get("counted")]
+    requests = sum(one["requests"] for one in counted)
+    names = [name for name in counted[0] if name != "requests"] if requests else []
+    return {name: sum(one[name] for one in counted) / requests for name in names}
+
+
+def table(
+    runs: Sequence[Json], jobs: Sequence[str], peers: Sequence[str], base: str, *, over_base: bool = False
+) -> list[Json]:
     """Return an object for each job and peer that has runs, in this order: medians, spreads, and the ratio to `base`.
 
     runs: objects with job, peer, round, iops, clat_mean_ns and clat_p99_ns. base: the peer whose IOPS are divided by
-    those of the others.
+    those of the others; over_base: by which those of the others are divided.
     """
     rows = []
     for job in jobs:
@@ -66,7 +76,9 @@ def table(runs: Sequence[Json], jobs: Sequence[str], peers: Sequence[str], base:
             iops = summarize([run["iops"] for run in mine[peer]])
             if iops is None:
                 continue
-            ratio = summarize(ratios(by_round.get(base, {}), by_round[peer])) if peer != base else None
+            over, under = by_round.get(base, {}), by_round[peer]
+            over, under = (under, over) if over_base else (over, under)
+            ratio = summarize(ratios(over, under)) if peer != base else None
             rows.append(
                 {
                     "job": job,
@@ -81,6 +93,7 @@ def table(runs: Sequence[Json], jobs: Sequence[str], peers: Sequence[str], base:
                     "ratio": ratio.median if ratio is not None else None,
                     "ratio_spread": ratio.spread if ratio is not None else None,
                     "ratio_min": ratio.low if ratio is not None else None,
+                    "per_request": per_request(mine[peer]),
                 }
             )
     return rows
