@@ -71,6 +71,20 @@ def test_report_shows_iops_ratios_and_what_did_not_run(capsys: pytest.CaptureFix
     assert "| IOPS | vdusefast | qsd | null_blk |\n|---|---:|---:|---:|\n| j | 6k ±50 % |" in capsys.readouterr().out
 
 
+def test_cost_of_a_request_is_above_that_of_null_blk(capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"vdusefast": 4000.0, "qsd": 2000.0, "null_blk": 10000.0}
+    runs = [run(peer, n, iops * (n + 1)) for peer, iops in speeds.items() for n in range(3)]
+    ours, theirs = rounds.costs(runs, ["j"], list(speeds), "null_blk", "qsd")
+    # 250 - 100 us and 500 - 100 us in round 0, half of it in round 1.
+    assert (ours["peer"], ours["cost_ns"], ours["share"]) == ("vdusefast", 75e3, pytest.approx(0.375))
+    assert (theirs["peer"], theirs["cost_ns"], theirs["share"]) == ("qsd", 200e3, 1.0)
+    assert rounds.costs(runs, ["j"], ["vdusefast", "qsd"], "null_blk", "qsd") == []
+    assert rounds.costs(runs, ["j"], ["vdusefast", "null_blk"], "null_blk", "qsd")[0]["share"] is None
+    report = sample() | {"runs": runs, "table": rounds.table(runs, ["j"], list(speeds), "vdusefast")}
+    print_peers(report, sys.stdout, markdown=True)
+    assert "| above null_blk | vdusefast | qsd |\n|---|---:|---:|\n| j | 75 us, 0.38" in capsys.readouterr().out
+
+
 def test_report_without_us_has_no_ratios() -> None:
     report = sample()
     report["table"] = rounds.table([run("qsd", 0, 5)], ["j"], ["qsd"], "vdusefast")
@@ -137,7 +151,7 @@ def test_counted_time_takes_a_boot_a_measurement(
     body = f'case "$*" in *--peers=qsd*) p=qsd;; *) p=vdusefast;; esac; cp {tmp_path}/$p $results/peers.json'
     kit(tmp_path, monkeypatch, body)
     saved = tmp_path / "saved.json"
-    assert command(vm="7.3", icount=True, rounds=2, jobs=("rw=randread",), json_path=saved) == 0
+    assert command(vm="7.3", icount=True, peers="vdusefast,qsd", rounds=2, jobs=("rw=randread",), json_path=saved) == 0
     assert "4.00 ±0 %" in capsys.readouterr().out
     boots = (tmp_path / "boots").read_text().splitlines()
     assert len(boots) == 4

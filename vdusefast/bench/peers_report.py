@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from vdusefast.bench import rounds
 from vdusefast.bench.report import Table, bytes_text, count_text, latency_text, print_tables
 
 Json = dict[str, Any]
 
 OURS = "vdusefast"
+FLOOR = "null_blk"  # what a request costs without any server
+REFERENCE = "qsd"  # whose cost the others' are compared with
 
 
 def spread_text(spread: float) -> str:
@@ -44,6 +47,19 @@ def ratio_table(report: Json) -> Table | None:
     return headings[:place] + headings[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
 
 
+def cost_table(report: Json) -> Table | None:
+    """Return what a request costs above null_blk's, as time and as a share of qsd's; None without null_blk."""
+    names = [peer["name"] for peer in report["peers"]]
+    jobs = list(dict.fromkeys(row["job"] for row in report["table"]))
+    costs = rounds.costs(report["runs"], jobs, names, FLOOR, REFERENCE)
+    return _pivot(report | {"table": costs}, f"above {FLOOR}", _cost_text) if costs else None
+
+
+def _cost_text(row: Json) -> str:
+    share = "" if row["share"] is None else f", {row['share']:.2f} {spread_text(row['share_spread'])} of {REFERENCE}"
+    return f"{latency_text(row['cost_ns'])}{share if row['peer'] != REFERENCE else ''}"
+
+
 def counter_table(report: Json) -> Table | None:
     """Return what our workers counted, a request: kicks, interrupts, sleeps, requests a batch. None without any."""
     counting = [row for row in report["table"] if row.get("per_request")]
@@ -67,7 +83,7 @@ def _pivot(report: Json, corner: str, cell: Any) -> Table:
 
 def tables(report: Json) -> list[Table]:
     """Return all tables of a report."""
-    found = [iops_table(report), ratio_table(report), latency_table(report), counter_table(report)]
+    found = [iops_table(report), ratio_table(report), cost_table(report), latency_table(report), counter_table(report)]
     return [table for table in found if table is not None]
 
 

@@ -29,7 +29,12 @@ END_S = 10.0
 
 # One short measurement a boot: instructions repeat, so few rounds do, and a boot takes a while.
 ICOUNT_DEFAULTS = PeersOptions(
-    jobs=standard_jobs(), peers=(OURS, "qsd"), runtime_s=0.5, ramp_s=0.1, rounds=1, size_bytes=16 << 20
+    jobs=standard_jobs(),
+    peers=(OURS, "qsd", "loop", "null_blk"),
+    runtime_s=0.5,
+    ramp_s=0.1,
+    rounds=1,
+    size_bytes=16 << 20,
 )
 
 

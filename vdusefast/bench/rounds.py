@@ -60,6 +60,32 @@ def per_request(runs: Sequence[Json]) -> dict[str, float]:
     return {name: sum(one[name] for one in counted) / requests for name in names}
 
 
+def costs(runs: Sequence[Json], jobs: Sequence[str], peers: Sequence[str], floor: str, reference: str) -> list[Json]:
+    """Return, for each job and peer, the time of a request above that of `floor`: 1 / IOPS - 1 / IOPS of `floor`.
+
+    cost_ns: the median of the rounds. share: of the reference's cost, the median of the rounds' ratios. Rounds without
+    a floor do not count.
+    """
+    rows = []
+    for job in jobs:
+        by_peer = {
+            peer: {r["round"]: r["iops"] for r in runs if r["job"] == job and r["peer"] == peer} for peer in peers
+        }
+        floors = by_peer.get(floor, {})
+        cost_ns = {
+            peer: {n: 1e9 / iops - 1e9 / floors[n] for n, iops in by_round.items() if iops and floors.get(n)}
+            for peer, by_round in by_peer.items()
+            if peer != floor
+        }
+        for peer, by_round in cost_ns.items():
+            cost = summarize(list(by_round.values()))
+            if cost is not None:
+                share = summarize(ratios(by_round, cost_ns.get(reference, {})))
+                rows.append({"job": job, "peer": peer, "cost_ns": cost.median, "cost_spread": cost.spread})
+                rows[-1] |= {"share": share.median if share else None, "share_spread": share.spread if share else None}
+    return rows
+
+
 def table(
     runs: Sequence[Json], jobs: Sequence[str], peers: Sequence[str], base: str, *, over_base: bool = False
 ) -> list[Json]:
