@@ -56,34 +56,43 @@ def _kind(name: str, settings: str, overrides: dict[str, Any]) -> type[peer_kind
 
 
 def _overrides(part: str, settings: str) -> dict[str, Any]:
-    """Return what `settings` ("key=value,...") says, each value of its key's type. Raises ConfigError."""
-    overrides: dict[str, Any] = {}
-    for word in filter(None, (word.strip() for word in settings.split(","))):
-        key, equals, value = word.partition("=")
-        if not equals or key not in _FIELDS or key in overrides:
-            raise ConfigError(f"--variants {part!r}: {word!r}: write KEY=VALUE once; keys are {', '.join(_FIELDS)}")
-        overrides[key] = _value(part, key, value)
+    """Return what `settings` says. Raises ConfigError."""
+    overrides = parse_settings(f"--variants {part!r}", settings)
     uri = str(overrides.get("uri", "file:"))
     if uri not in STORES:
         raise ConfigError(f"--variants {part!r}: uri={uri}: write one of {', '.join(STORES)}; the size is the peers'")
     if uri == "file:":
         overrides.pop("uri", None)
+    return overrides
+
+
+def parse_settings(option: str, text: str) -> dict[str, Any]:
+    """Return what `text` ("key=value,...") says, each value of its key's type. Raises ConfigError that names `option`.
+
+    Keys are those of the configuration, but for a device's name and transport.
+    """
+    overrides: dict[str, Any] = {}
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        key, equals, value = word.partition("=")
+        if not equals or key not in _FIELDS or key in overrides:
+            raise ConfigError(f"{option}: {word!r}: write KEY=VALUE once; keys are {', '.join(_FIELDS)}")
+        overrides[key] = _value(option, key, value)
     # The device's own checks, before anything is started.
     checked = overrides | {"uri": "null:64M", "transport": "kernel"}
     try:
         make_config(name="variant", **checked)
     except ConfigError as error:
-        raise ConfigError(f"--variants {part!r}: {error}") from None
+        raise ConfigError(f"{option}: {error}") from None
     return overrides
 
 
-def _value(part: str, key: str, text: str) -> Any:
+def _value(option: str, key: str, text: str) -> Any:
     try:
         if key.endswith("_bytes"):
             return parse_size(text)
         return msgspec.convert(text, type=_FIELDS[key], strict=False)
     except (ConfigError, msgspec.ValidationError) as error:
-        raise ConfigError(f"--variants {part!r}: {key}: {error}") from None
+        raise ConfigError(f"{option}: {key}: {error}") from None
 
 
 def kinds(peers: tuple[str, ...] | None, variants: str) -> list[type[Peer]]:
