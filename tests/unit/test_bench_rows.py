@@ -170,6 +170,30 @@ def test_load_of_a_counted_run_is_the_one_that_was_asked_for() -> None:
     assert 2000 <= found.requests < 2000 + contestants.IODEPTH
 
 
+# -- the bare exchange
+
+
+@pytest.mark.parametrize("words", [[], ["-p"], ["-p", "-q", "4", "-d", "1"]], ids=["split", "packed", "packed, tight"])
+def test_bare_exchange_goes_round_the_ring(tmp_path: Path, words: list[str]) -> None:
+    cpus = sorted(counted.os.sched_getaffinity(0))
+    build = ["make", "-s", "-C", str(ROOT / "bench" / "micro"), f"BUILD={tmp_path}", str(tmp_path / "ring_exchange")]
+    subprocess.run(build, check=True, timeout=60)
+    pinned = ["-c", str(cpus[-1]), "-C", str(cpus[0])]
+    found = contestants.parse_json([str(tmp_path / "ring_exchange"), "-t", "0.2", *pinned, *words])
+    assert found["ring"] == ("packed" if "-p" in words else "split")
+    assert found["requests"] > 0
+
+
+def test_bare_exchange_has_the_format_of_our_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(contestants, "parse_json", lambda words: asked.append(words) or {"iops": 1})
+    for packed in (False, True):
+        config = SimpleNamespace(device=SimpleNamespace(packed=packed))
+        monkeypatch.setattr(contestants, "device_config", lambda _setup, _uri, config=config: config)
+        contestants.ring_exchange(SETUP)
+    assert ["-p" in words for words in asked] == [False, True]
+
+
 # -- our device and the command
 
 
