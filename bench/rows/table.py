@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from rows import counted
 from rows.contestants import Setup, fio, read_loop, ring_exchange, vdusefast
-from vdusefast.bench.rounds import summarize
+from vdusefast.bench.rounds import summarize, verdict
 
 Measure = Callable[[Setup], float]
 POLL_US = 1_000_000  # a worker that does not sleep while there is a load
@@ -111,14 +111,8 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """Return "moonshot", "reached", "missed", or "" without a goal."""
-        if self.row.wanted is None:
-            return ""
-        sign = -1 if self.row.at_most else 1
-        for goal, word in ((self.row.moonshot, "moonshot"), (self.row.wanted, "reached")):
-            if goal is not None and sign * self.value >= sign * goal:
-                return word
-        return "missed"
+        """See `rounds.verdict`."""
+        return verdict(self.value, self.row.wanted, self.row.moonshot, at_most=self.row.at_most)
 
 
 def needed(rows: Iterable[Row]) -> list[str]:

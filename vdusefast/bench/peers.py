@@ -362,6 +362,7 @@ class Session:
                 "note": options.note,
                 "variants": options.variants,
                 "base": base,
+                "counted": options.keep_awake,
             },
             "peers": self.described,
             "not_run": [{"name": name, "reason": reason} for name, reason in absent.items()],

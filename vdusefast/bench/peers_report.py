@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from vdusefast.bench import rounds
+from vdusefast.bench.peers_goals import goals_table
 from vdusefast.bench.report import Table, bytes_text, count_text, latency_text, print_tables
 
 Json = dict[str, Any]
@@ -49,10 +50,14 @@ def ratio_table(report: Json) -> Table | None:
 
 def cost_table(report: Json) -> Table | None:
     """Return what a request costs above null_blk's, as time and as a share of qsd's; None without null_blk."""
+    costs = _costs(report)
+    return _pivot(report | {"table": costs}, f"above {FLOOR}", _cost_text) if costs else None
+
+
+def _costs(report: Json) -> list[Json]:
     names = [peer["name"] for peer in report["peers"]]
     jobs = list(dict.fromkeys(row["job"] for row in report["table"]))
-    costs = rounds.costs(report["runs"], jobs, names, FLOOR, REFERENCE)
-    return _pivot(report | {"table": costs}, f"above {FLOOR}", _cost_text) if costs else None
+    return rounds.costs(report["runs"], jobs, names, FLOOR, REFERENCE)
 
 
 def _cost_text(row: Json) -> str:
@@ -83,7 +88,17 @@ def _pivot(report: Json, corner: str, cell: Any) -> Table:
 
 def tables(report: Json) -> list[Table]:
     """Return all tables of a report."""
-    found = [iops_table(report), ratio_table(report), cost_table(report), latency_table(report), counter_table(report)]
+    method = report["method"]
+    goals = goals_table(report["table"], _costs(report), OURS, counted=method.get("counted", False))
+    goals = goals if not method.get("variants") else None
+    found = [
+        goals,
+        iops_table(report),
+        ratio_table(report),
+        cost_table(report),
+        latency_table(report),
+        counter_table(report),
+    ]
     return [table for table in found if table is not None]
 
 

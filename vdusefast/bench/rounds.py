@@ -60,6 +60,17 @@ def per_request(runs: Sequence[Json]) -> dict[str, float]:
     return {name: sum(one[name] for one in counted) / requests for name in names}
 
 
+def verdict(value: float, wanted: float | None, moonshot: float | None, *, at_most: bool = False) -> str:
+    """Return "moonshot", "reached", "missed", or "" without a goal. at_most: less is better."""
+    if wanted is None:
+        return ""
+    sign = -1 if at_most else 1
+    for goal, word in ((moonshot, "moonshot"), (wanted, "reached")):
+        if goal is not None and sign * value >= sign * goal:
+            return word
+    return "missed"
+
+
 def costs(runs: Sequence[Json], jobs: Sequence[str], peers: Sequence[str], floor: str, reference: str) -> list[Json]:
     """Return, for each job and peer, the time of a request above that of `floor`: 1 / IOPS - 1 / IOPS of `floor`.
 
