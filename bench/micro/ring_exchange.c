@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The bare ring exchange: what two CPUs can pass between them through a split virtqueue when nobody does anything else.
+ * The bare ring exchange: what two CPUs can pass between them through a virtqueue when nobody does anything else.
  * Two processes, a CPU each; requests of three descriptors (header, data, status), written anew each time as a driver
  * does; the device side reads descriptors and header and writes the status byte. Both sides spin. One JSON line.
  *
- *   ring_exchange [-t seconds] [-d iodepth] [-c driver_cpu] [-C device_cpu] [-q queue_size]
+ *   ring_exchange [-p] [-t seconds] [-d iodepth] [-c driver_cpu] [-C device_cpu] [-q queue_size]
+ *
+ * The ring is a split one (VIRTIO 1.3, 2.7), or with -p a packed one (2.8), used in the order of its requests.
  */
 #define _GNU_SOURCE
 #include <sched.h>
@@ -38,8 +40,21 @@ struct slot { /* a cache line, as the driver of vdusefast lays it out */
 	uint8_t pad[31];
 };
 
+struct packed_desc {
+	uint64_t addr;
+	uint32_t len;
+	uint16_t id;
+	uint16_t flags;
+};
+
+#define PACKED_AVAIL (1u << 7)
+#define PACKED_USED (1u << 15)
+
 struct shared {
-	_Alignas(4096) struct vf_desc desc[VF_QUEUE_SIZE_MAX];
+	union { /* the ring is of one format or the other */
+		_Alignas(4096) struct vf_desc desc[VF_QUEUE_SIZE_MAX];
+		struct packed_desc packed[VF_QUEUE_SIZE_MAX];
+	};
 	_Alignas(4096) uint16_t avail_flags;
 	uint16_t avail_idx;
 	uint16_t avail_ring[VF_QUEUE_SIZE_MAX];
@@ -103,27 +118,38 @@ static void submit(struct shared *s, uint16_t slot, uint16_t mask, uint16_t *ava
 	(*avail)++;
 }
 
-/* Returns the requests finished within the measured time, or 0 when a status byte was wrong. */
-static uint64_t driver(struct shared *s, uint16_t mask, uint32_t depth, uint64_t run_ns, uint64_t *measured_ns)
+/* The measured time of a driver: it begins when all is warm. */
+struct measurement {
+	uint64_t start_ns, begin_ns, run_ns, measured_ns;
+	uint64_t done; /* requests */
+};
+
+/* Whether the measured time is over. turn: how often the loop has come here; the clock is read now and then. */
+static inline int is_over(struct measurement *m, uint32_t turn)
+{
+	if (turn & 1023u)
+		return 0;
+	uint64_t now = now_ns();
+	if (!m->begin_ns && now - m->start_ns > WARM_UP_NS) {
+		m->begin_ns = now;
+		m->done = 0;
+	}
+	m->measured_ns = now - m->begin_ns;
+	return m->begin_ns && m->measured_ns > m->run_ns;
+}
+
+/* 0, or -1 when a status byte was wrong. */
+static int driver(struct shared *s, uint16_t mask, uint32_t depth, struct measurement *m)
 {
 	uint16_t avail = 0, last = 0;
-	uint64_t sector = 0, done = 0, start = now_ns(), begin = 0;
+	uint64_t sector = 0;
 	for (uint32_t i = 0; i < depth; i++)
 		submit(s, (uint16_t)i, mask, &avail, sector += 8);
 	vf_store_release_u16(&s->avail_idx, avail);
 	for (uint32_t turn = 0;; turn++) {
 		uint16_t used = vf_load_acquire_u16(&s->used_idx);
-		if ((turn & 1023u) == 0) {
-			uint64_t now = now_ns();
-			if (!begin && now - start > WARM_UP_NS) {
-				begin = now;
-				done = 0;
-			}
-			if (begin && now - begin > run_ns) {
-				*measured_ns = now - begin;
-				return done;
-			}
-		}
+		if (is_over(m, turn))
+			return 0;
 		if (used == last) {
 			vf_cpu_relax();
 			continue;
@@ -131,22 +157,120 @@ static uint64_t driver(struct shared *s, uint16_t mask, uint32_t depth, uint64_t
 		while (last != used) {
 			uint16_t slot = (uint16_t)(s->used_ring[last & mask].id / 3);
 			if (s->slots[slot].status != 0)
-				return 0;
+				return -1;
 			submit(s, slot, mask, &avail, sector += 8);
 			last++;
-			done++;
+			m->done++;
 		}
 		vf_store_release_u16(&s->avail_idx, avail);
 	}
+}
+
+/* A place in a packed ring. */
+struct place {
+	uint32_t slot, size;
+	uint16_t wrap_counter;
+};
+
+static inline uint32_t slot_behind(const struct place *at, uint32_t count)
+{
+	uint32_t slot = at->slot + count;
+	return slot < at->size ? slot : slot - at->size;
+}
+
+static inline void advance(struct place *at)
+{
+	uint32_t slot = slot_behind(at, 3);
+	at->wrap_counter ^= slot < at->slot;
+	at->slot = slot;
+}
+
+/* The two bits of a descriptor that is available, or used, in this turn of the ring. */
+static inline uint16_t avail_bits(uint16_t wrap_counter)
+{
+	return wrap_counter ? PACKED_AVAIL : PACKED_USED;
+}
+
+static inline uint16_t used_bits(uint16_t wrap_counter)
+{
+	return wrap_counter ? PACKED_AVAIL | PACKED_USED : 0;
+}
+
+static void device_packed(struct shared *s, uint32_t size)
+{
+	struct place at = { 0, size, 1 };
+	uint64_t sectors = 0;
+	while (!vf_load_relaxed_u32(&s->stop)) {
+		struct packed_desc *first = &s->packed[at.slot];
+		uint16_t flags = vf_load_acquire_u16(&first->flags);
+		if ((flags & (PACKED_AVAIL | PACKED_USED)) != avail_bits(at.wrap_counter)) {
+			vf_cpu_relax();
+			continue;
+		}
+		struct packed_desc data = s->packed[slot_behind(&at, 1)], status = s->packed[slot_behind(&at, 2)];
+		sectors += ((const struct header *)(uintptr_t)first->addr)->sector + data.len;
+		*(uint8_t *)(uintptr_t)status.addr = 0;
+		first->id = status.id;
+		first->len = data.len + 1;
+		vf_store_release_u16(&first->flags, used_bits(at.wrap_counter));
+		advance(&at);
+	}
+	s->sectors = sectors;
+}
+
+static void submit_packed(struct shared *s, uint16_t slot, struct place *at, uint64_t sector)
+{
+	struct slot *line = &s->slots[slot];
+	struct packed_desc *first = &s->packed[at->slot];
+	uint32_t data = slot_behind(at, 1), status = slot_behind(at, 2);
+	line->header = (struct header){ 0, 0, sector };
+	line->status = 0xff;
+	/* Descriptors behind the end of the ring belong to its next turn. */
+	uint16_t data_bits = avail_bits(at->wrap_counter ^ (data < at->slot));
+	uint16_t status_bits = avail_bits(at->wrap_counter ^ (status < at->slot));
+	s->packed[data] = (struct packed_desc){ 0x100000000ull + 4096ull * slot, 4096, slot,
+						(uint16_t)(data_bits | VF_DESC_F_NEXT | VF_DESC_F_WRITE) };
+	s->packed[status] = (struct packed_desc){ (uintptr_t)&line->status, 1, slot,
+						  (uint16_t)(status_bits | VF_DESC_F_WRITE) };
+	first->addr = (uintptr_t)&line->header;
+	first->len = 16;
+	first->id = slot;
+	/* All of the chain is available with its first descriptor. */
+	vf_store_release_u16(&first->flags, (uint16_t)(avail_bits(at->wrap_counter) | VF_DESC_F_NEXT));
+	advance(at);
+}
+
+static int driver_packed(struct shared *s, uint32_t size, uint32_t depth, struct measurement *m)
+{
+	struct place avail = { 0, size, 1 }, used = avail;
+	uint64_t sector = 0;
+	for (uint32_t i = 0; i < depth; i++)
+		submit_packed(s, (uint16_t)i, &avail, sector += 8);
+	for (uint32_t turn = 0; !is_over(m, turn); turn++) {
+		const struct packed_desc *first = &s->packed[used.slot];
+		uint16_t flags = vf_load_acquire_u16(&first->flags);
+		if ((flags & (PACKED_AVAIL | PACKED_USED)) != used_bits(used.wrap_counter)) {
+			vf_cpu_relax();
+			continue;
+		}
+		uint16_t slot = first->id;
+		if (slot >= depth || s->slots[slot].status != 0)
+			return -1;
+		advance(&used);
+		submit_packed(s, slot, &avail, sector += 8);
+		m->done++;
+	}
+	return 0;
 }
 
 int main(int argc, char **argv)
 {
 	double seconds = 2;
 	uint32_t depth = 32, size = 256;
-	int driver_cpu = 1, device_cpu = 0, option;
-	while ((option = getopt(argc, argv, "t:d:c:C:q:")) != -1) {
+	int driver_cpu = 1, device_cpu = 0, packed = 0, option;
+	while ((option = getopt(argc, argv, "pt:d:c:C:q:")) != -1) {
 		switch (option) {
+		case 'p': packed = 1; break;
 		case 't': seconds = atof(optarg); break;
 		case 'd': depth = (uint32_t)atoi(optarg); break;
 		case 'c': driver_cpu = atoi(optarg); break;
@@ -169,19 +293,23 @@ int main(int argc, char **argv)
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		if (pin(device_cpu))
 			_exit(1);
-		device(s, (uint16_t)(size - 1));
+		if (packed)
+			device_packed(s, size);
+		else
+			device(s, (uint16_t)(size - 1));
 		_exit(0);
 	}
-	uint64_t measured_ns = 1, done = 0;
-	if (pin(driver_cpu) == 0)
-		done = driver(s, (uint16_t)(size - 1), depth, (uint64_t)(seconds * 1e9), &measured_ns);
-	else
+	struct measurement m = { .start_ns = now_ns(), .run_ns = (uint64_t)(seconds * 1e9), .measured_ns = 1 };
+	int err = pin(driver_cpu);
+	if (err)
 		perror("ring_exchange: sched_setaffinity");
+	else if ((err = packed ? driver_packed(s, size, depth, &m) : driver(s, (uint16_t)(size - 1), depth, &m)))
+		fprintf(stderr, "ring_exchange: the device side gave a wrong answer\n");
 	vf_store_relaxed_u32(&s->stop, 1);
 	waitpid(child, NULL, 0);
-	printf("{\"name\": \"ring_exchange\", \"iodepth\": %u, \"driver_cpu\": %d, \"device_cpu\": %d, \"requests\": %llu, "
-	       "\"seconds\": %.6f, \"iops\": %.0f}\n",
-	       depth, driver_cpu, device_cpu, (unsigned long long)done, (double)measured_ns / 1e9,
-	       (double)done * 1e9 / (double)measured_ns);
-	return done ? 0 : 1;
+	printf("{\"name\": \"ring_exchange\", \"ring\": \"%s\", \"iodepth\": %u, \"driver_cpu\": %d, \"device_cpu\": %d, "
+	       "\"requests\": %llu, \"seconds\": %.6f, \"iops\": %.0f}\n",
+	       packed ? "packed" : "split", depth, driver_cpu, device_cpu, (unsigned long long)m.done,
+	       (double)m.measured_ns / 1e9, (double)m.done * 1e9 / (double)m.measured_ns);
+	return err || !m.done;
 }

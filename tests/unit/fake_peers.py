@@ -18,7 +18,7 @@ def run(peer: str, number: int, iops: float, job: str = "j") -> Json:
 def command(**changed: Any) -> int:
     values: dict[str, Any] = dict.fromkeys(("peers", "runtime", "ramp", "rounds", "size", "backing", "queues"))
     values |= dict.fromkeys(("ioengine", "json_path", "plot", "vm"))
-    values |= {"server_cpus": "", "driver_cpus": "", "note": "", "jobs": ()}
+    values |= {"server_cpus": "", "driver_cpus": "", "note": "", "variants": "", "jobs": ()}
     values |= dict.fromkeys(("load_modules", "markdown", "icount", "keep_awake"), False)
     return peers_options.run_command(**(values | changed))
 

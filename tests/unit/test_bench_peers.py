@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import fake_fio
 import pytest
 from fake_peers import A, B, C, FilePeer, Json, command, run
 
-from vdusefast.bench import data_check, peers, peers_vm, rounds
+from vdusefast.bench import data_check, peers, peers_files, peers_vm, rounds
 from vdusefast.bench.awake import Awake
 from vdusefast.bench.peers import PeersOptions, Session, parse_job, standard_jobs
 from vdusefast.bench.peers_report import method_text, notes
@@ -117,30 +116,29 @@ def test_output_that_cannot_be_written_is_refused_first() -> None:
 
 
 def test_files_need_room_and_a_directory(tmp_path: Path) -> None:
-    options = PeersOptions(jobs=(), backing=tmp_path, size_bytes=4 * MIB)
-    with peers.backing_directory(options, 2) as directory:
+    with peers_files.backing_directory(tmp_path, 4 * MIB, 2) as directory:
         assert directory.parent == tmp_path
         (directory / "left").write_text("x")
     assert list(tmp_path.iterdir()) == []
     with (
         pytest.raises(ConfigError, match="no such directory"),
-        peers.backing_directory(replace(options, backing=tmp_path / "no"), 1),
+        peers_files.backing_directory(tmp_path / "no", 4 * MIB, 1),
     ):
         pass
     with (
         pytest.raises(ConfigError, match="free for the peers' files"),
-        peers.backing_directory(replace(options, size_bytes=1 << 60), 1),
+        peers_files.backing_directory(tmp_path, 1 << 60, 1),
     ):
         pass
     with (
         pytest.raises(ConfigError, match="no tmpfs has"),
-        peers.backing_directory(replace(options, backing=None, size_bytes=1 << 60), 1),
+        peers_files.backing_directory(None, 1 << 60, 1),
     ):
         pass
 
 
 def test_file_system_of_a_path() -> None:
-    assert peers.file_system(Path("/proc/self")) == "proc"
+    assert peers_files.file_system(Path("/proc/self")) == "proc"
 
 
 # -- a session with peers that are plain files
@@ -301,3 +299,27 @@ def test_data_that_was_right_only_before_the_timing_is_noticed(session: Session,
     report = session.run([Rotting], {})
     assert report["failed"][0]["job"] == "the check after the last job"
     assert f"byte {4 * MIB - 4096}" in report["failed"][0]["reason"]
+
+
+def test_peers_rest_unless_they_are_timed_or_checked(session: Session) -> None:
+    awake: set[str] = set()
+    seen: list[set[str]] = []
+
+    class Restless(A):
+        def rest(self) -> None:
+            awake.discard(self.name)
+
+        def wake(self) -> None:
+            awake.add(self.name)
+
+        def counters(self) -> dict[str, int]:
+            seen.append(set(awake))
+            return {"requests": len(seen)}
+
+    class Other(Restless):
+        name = "b"
+
+    report = session.run([Restless, Other], {})
+    assert report["failed"] == []
+    assert {frozenset(one) for one in seen} == {frozenset({"a"}), frozenset({"b"})}
+    assert [one["counted"] for one in report["runs"]] == [{"requests": 1}] * len(report["runs"])

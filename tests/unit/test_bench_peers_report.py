@@ -16,6 +16,7 @@ from fake_peers import Json, command, run
 
 from vdusefast.bench import peers_plot, peers_vm, rounds
 from vdusefast.bench.awake import Awake
+from vdusefast.bench.peers_goals import goals_table
 from vdusefast.bench.peers_report import print_peers, ratio_table
 from vdusefast.errors import ConfigError, VdusefastError
 
@@ -69,6 +70,45 @@ def test_report_shows_iops_ratios_and_what_did_not_run(capsys: pytest.CaptureFix
         assert text in out
     print_peers(sample(), sys.stdout, markdown=True)
     assert "| IOPS | vdusefast | qsd | null_blk |\n|---|---:|---:|---:|\n| j | 6k ±50 % |" in capsys.readouterr().out
+
+
+def test_cost_of_a_request_is_above_that_of_null_blk(capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"vdusefast": 4000.0, "qsd": 2000.0, "null_blk": 10000.0}
+    runs = [run(peer, n, iops * (n + 1)) for peer, iops in speeds.items() for n in range(3)]
+    ours, theirs = rounds.costs(runs, ["j"], list(speeds), "null_blk", "qsd")
+    # 250 - 100 us and 500 - 100 us in round 0, half of it in round 1.
+    assert (ours["peer"], ours["cost_ns"], ours["share"]) == ("vdusefast", 75e3, pytest.approx(0.375))
+    assert (theirs["peer"], theirs["cost_ns"], theirs["share"]) == ("qsd", 200e3, 1.0)
+    assert rounds.costs(runs, ["j"], ["vdusefast", "qsd"], "null_blk", "qsd") == []
+    assert rounds.costs(runs, ["j"], ["vdusefast", "null_blk"], "null_blk", "qsd")[0]["share"] is None
+    report = sample() | {"runs": runs, "table": rounds.table(runs, ["j"], list(speeds), "vdusefast")}
+    print_peers(report, sys.stdout, markdown=True)
+    assert "| above null_blk | vdusefast | qsd |\n|---|---:|---:|\n| j | 75 us, 0.38" in capsys.readouterr().out
+
+
+def test_goals_are_judged_by_the_worst_of_their_jobs() -> None:
+    jobs = ["randread 4k qd32 x1", "randwrite 4k qd32 x2", "randread 4k qd1 x1", "read 128k qd32 x1"]
+    runs = [run("qsd", 0, 100.0, job) for job in jobs] + [run("loop", 0, 400.0, job) for job in jobs]
+    runs += [run("vdusefast", 0, iops, job) for iops, job in zip((600.0, 300.0, 150.0, 1.0), jobs, strict=True)]
+    rows = rounds.table(runs, jobs, ["vdusefast", "qsd", "loop"], "vdusefast")
+    table = goals_table(rows, [], "vdusefast", counted=False)
+    assert table is not None
+    assert [line[1:] for line in table[1]] == [
+        ("3.00", "2.5", "5", "reached"),
+        ("1.50", "2", "4", "missed"),
+        ("0.75", "0.8", "1.2", "missed"),
+        ("1.50", "<= 1", "", "missed"),
+    ]
+    assert "the least of 2 (randwrite 4k qd32 x2)" in table[1][0][0]
+    assert goals_table([], [], "vdusefast", counted=False) is None
+
+
+def test_cost_is_a_goal_in_counted_time() -> None:
+    costs = [{"job": "j", "peer": peer, "share": share} for peer, share in (("vdusefast", 0.3), ("qsd", 1.0))]
+    table = goals_table([], costs, "vdusefast", counted=True)
+    assert table is not None
+    assert table[1] == [("cost above null_blk / that of qsd (j)", "0.30", "<= 0.4", "<= 0.2", "reached")]
+    assert goals_table([], costs, "vdusefast", counted=False) is None
 
 
 def test_report_without_us_has_no_ratios() -> None:
@@ -137,7 +177,7 @@ def test_counted_time_takes_a_boot_a_measurement(
     body = f'case "$*" in *--peers=qsd*) p=qsd;; *) p=vdusefast;; esac; cp {tmp_path}/$p $results/peers.json'
     kit(tmp_path, monkeypatch, body)
     saved = tmp_path / "saved.json"
-    assert command(vm="7.3", icount=True, rounds=2, jobs=("rw=randread",), json_path=saved) == 0
+    assert command(vm="7.3", icount=True, peers="vdusefast,qsd", rounds=2, jobs=("rw=randread",), json_path=saved) == 0
     assert "4.00 ±0 %" in capsys.readouterr().out
     boots = (tmp_path / "boots").read_text().splitlines()
     assert len(boots) == 4

@@ -42,6 +42,8 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "irq_cpus": "0,0,0",
         "bus": "vhost",
         "serial": "other",
+        "packed": True,
+        "in_order": True,
         "indirect": True,
         "event_idx": False,
         "read_only": True,
@@ -63,6 +65,8 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
     for key, value in given.items():
         if key in (
             "queue_size",
+            "packed",
+            "in_order",
             "indirect",
             "event_idx",
             "serial",

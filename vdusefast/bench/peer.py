@@ -95,6 +95,16 @@ class Peer(ABC):
         for server in self._servers:
             server.check()
 
+    def rest(self) -> None:  # noqa: B027 (most kinds have nothing to do)
+        """Keep the servers off the CPUs while other peers are timed. Those that sleep when idle need nothing."""
+
+    def wake(self) -> None:  # noqa: B027
+        """Undo `rest`."""
+
+    def counters(self) -> dict[str, int]:
+        """Return what the server itself has counted since its start, nothing where it does not count."""
+        return {}
+
     def stop(self, *, force: bool = False) -> None:
         """Remove device and server. force: requests that nobody would answer are failed. A second call does nothing."""
         del force

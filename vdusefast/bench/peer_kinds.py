@@ -8,9 +8,11 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vdusefast.bench import nbd
 from vdusefast.bench.peer import Json, Peer, ServerProcess, first_line, run_tool
@@ -24,6 +26,7 @@ CONFIGFS = Path("/sys/kernel/config")
 CONTROL_NODE = "/dev/vduse/control"
 PAGE_CACHE = "page cache"
 UBLK_SERVERS = ("ublk", "rublk")
+COUNTERS = ("requests", "batches", "kicks", "irqs", "sleeps")  # that a report tells of us
 
 
 class Vdusefast(Peer):
@@ -33,6 +36,7 @@ class Vdusefast(Peer):
     title = "vdusefast, kernel transport, a worker process a queue"
     cache = f"writeback ({PAGE_CACHE})"
     modules = ("vduse", "virtio_blk", "virtio_vdpa")
+    overrides: Mapping[str, Any] = {}  # of the configuration; see peers_variants
 
     @classmethod
     def missing_in_kernel(cls) -> str:
@@ -47,12 +51,13 @@ class Vdusefast(Peer):
         setup = self.setup
         # Not pinned by default: the CPU that feeds a queue is the wrong one for its worker, and fio may run on any.
         cpus = [setup.cpus[i % len(setup.cpus)] for i in range(setup.queues)] if setup.cpus else ""
+        settings: dict[str, Any] = {"queues": setup.queues, "cpus": cpus, **self.overrides}
+        store = settings.pop("uri", "file:")
         config = make_config(
             name=f"peers-{setup.tag}",
-            uri=f"file:{setup.path}",
+            uri=f"{store}{setup.path if store == 'file:' else setup.size_bytes}",
             transport="kernel",
-            queues=setup.queues,
-            cpus=cpus,
+            **settings,
         )
         self._device: Device = Device(config)
         self._device.start()
@@ -67,10 +72,30 @@ class Vdusefast(Peer):
         if self._device.failure is not None:
             raise self._device.failure
 
+    def rest(self) -> None:
+        """See `Peer`; the workers of a device that polls without end would not sleep."""
+        self._signal_workers(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        """See `Peer`."""
+        self._signal_workers(signal.SIGCONT)
+
+    def _signal_workers(self, number: int) -> None:
+        for pid in (queue.pid for queue in self._device.queues() if queue.pid > 0):
+            with contextlib.suppress(ProcessLookupError):  # `check` tells of one that has ended
+                os.kill(pid, number)
+
+    def counters(self) -> dict[str, int]:
+        """See `Peer`."""
+        counted = self._device.stats().counters
+        return {name: counted[name] for name in COUNTERS}
+
     def stop(self, *, force: bool = False) -> None:
         """See `Peer`."""
-        if force and self.node:
-            self._device.stop(force=True)
+        if self.node:
+            self.wake()
+            if force:
+                self._device.stop(force=True)
         super().stop()
 
     def version(self) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from vdusefast.affinity import check_cpu, parse_cpu_list, read_topology
-from vdusefast.bench import data_check, figures, peer_kinds, rounds
+from vdusefast.bench import data_check, figures, peers_variants, rounds
 from vdusefast.bench.awake import Awake
 from vdusefast.bench.fio_words import measure_words, verify_words
 from vdusefast.bench.jobs import JobSpec, RunOptions, parse_arguments
 from vdusefast.bench.peer import Peer, PeerSetup, first_line, load_modules
-from vdusefast.bench.peers_report import OURS, print_peers
+from vdusefast.bench.peers_files import backing_directory, file_system
+from vdusefast.bench.peers_report import print_peers
 from vdusefast.bench.real_fio import (
     KILL_S,
     FioOutcome,
@@ -31,7 +30,7 @@ from vdusefast.bench.real_fio import (
     problem,
     run_fio,
 )
-from vdusefast.bench.report import bytes_text, count_text
+from vdusefast.bench.report import count_text
 from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
 from vdusefast.signals import PatientStopSignals
 
@@ -42,8 +41,6 @@ MARGIN_S = 120.0  # for fio to start and to end on a slow machine
 CHECK_DEPTH = 32
 CHECK_BYTES = 2 << 20
 SEED = 0x5EED
-SHM = Path("/dev/shm")  # noqa: S108 (a directory of our own is made there)
-ROOM = 1.1  # of a file system, as a multiple of what the files take
 DEFAULT_SIZE_BYTES = 64 << 20
 
 
@@ -53,6 +50,7 @@ class PeersOptions:
 
     jobs: tuple[JobSpec, ...]
     peers: tuple[str, ...] | None = None
+    variants: str = ""  # of ourselves, in place of all peers unless `peers` names some; see peers_variants
     runtime_s: float = 2.0
     ramp_s: float = 0.3
     rounds: int = 5
@@ -119,14 +117,14 @@ def _compare(options: PeersOptions, signals: PatientStopSignals, awake: Awake) -
     """Find out what can run, run it, and return the report. Raises VdusefastError when nothing can."""
     fio = find_fio("bench peers")
     engine = choose_engine(fio, options.ioengine)
-    wanted = [peer for peer in peer_kinds.ALL if options.peers is None or peer.name in options.peers]
+    wanted = peers_variants.kinds(options.peers, options.variants)
     if options.load_modules:
         load_modules([module for peer in wanted for module in peer.modules])
     absent = {peer.name: reason for peer in wanted if (reason := peer.missing())}
     runnable = [peer for peer in wanted if peer.name not in absent]
     if not runnable:
         raise KernelSupportError("no peer can run here: " + "; ".join(f"{k}: {v}" for k, v in absent.items()))
-    with backing_directory(options, len(runnable)) as directory:
+    with backing_directory(options.backing, options.size_bytes, len(runnable)) as directory:
         return Session(options, fio, engine, directory, signals, awake).run(runnable, absent)
 
 
@@ -158,45 +156,6 @@ def emit(report: Json, options: PeersOptions) -> None:
         raise BackendError(f"{error.filename}: cannot write the report: {error.strerror}") from None
 
 
-@contextmanager
-def backing_directory(options: PeersOptions, file_count: int) -> Iterator[Path]:
-    """Yield a directory for the peers' files, removed with all that is in it. Raises ConfigError without room."""
-    needed = int(file_count * options.size_bytes * ROOM)
-    parent = options.backing
-    if parent is None:
-        candidates = [SHM, Path(tempfile.gettempdir())]
-        fitting = [path for path in candidates if file_system(path) == "tmpfs" and _room_bytes(path) >= needed]
-        if not fitting:
-            raise ConfigError(
-                f"no tmpfs has {bytes_text(needed)} free for the peers' files; give --backing DIR or --size"
-            )
-        parent = fitting[0]
-    if not parent.is_dir():
-        raise ConfigError(f"--backing {parent}: no such directory; the peers' files are made in it")
-    if _room_bytes(parent) < needed:
-        raise ConfigError(f"--backing {parent}: less than {bytes_text(needed)} free for the peers' files; see --size")
-    with tempfile.TemporaryDirectory(prefix="vdusefast-peers-", dir=parent) as directory:
-        yield Path(directory)
-
-
-def file_system(path: Path) -> str:
-    """Return the type of the file system that holds `path`, "" when the kernel does not show it."""
-    place, kind = Path("/"), ""
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _device, point, name, *_rest = line.split()
-        here = Path(point.replace("\\040", " "))
-        if path.resolve().is_relative_to(here) and len(here.parts) >= len(place.parts):
-            place, kind = here, name
-    return kind
-
-
-def _room_bytes(path: Path) -> int:
-    try:
-        return shutil.disk_usage(path).free
-    except OSError:
-        return 0
-
-
 @dataclass
 class Session:
     """One run of the comparison: which peers live, what has been measured, what failed."""
@@ -220,6 +179,8 @@ class Session:
                 if self.signals.requested:
                     break
                 self._start(kind, number)
+            for peer in self.peers.values():
+                peer.rest()
             if self.peers and not self.signals.requested:
                 self._measure()
                 self._check_again()
@@ -291,8 +252,11 @@ class Session:
         )
         try:
             self._settle(peer)
-            with self.awake.paused():
-                outcome = self._fio(peer, words, MARGIN_S + options.runtime_s + options.ramp_s)
+            with self._woken(peer):
+                before = peer.counters()
+                with self.awake.paused():
+                    outcome = self._fio(peer, words, MARGIN_S + options.runtime_s + options.ramp_s)
+                counted = {name: value - before[name] for name, value in peer.counters().items()}
             self._settle(peer)
             if why := problem(outcome):
                 raise VdusefastError(why)
@@ -303,7 +267,17 @@ class Session:
             if not self.signals.requested:
                 self._give_up(peer.name, job.name, error)
             return None
-        return {"job": job.name, "peer": peer.name, "round": number, **figures_of_run}
+        return {"job": job.name, "peer": peer.name, "round": number, **figures_of_run, "counted": counted}
+
+    @contextmanager
+    def _woken(self, peer: Peer) -> Iterator[None]:
+        """Let one peer run; the others rest."""
+        peer.wake()
+        try:
+            yield
+        finally:
+            if peer.name in self.peers and peer.node:
+                peer.rest()
 
     def _settle(self, peer: Peer) -> None:
         """Write back what the peer's file has in the page cache: it must not be written in the next one's time."""
@@ -329,7 +303,8 @@ class Session:
             if not peer.keeps_data or self.signals.requested:
                 continue
             try:
-                data_check.compare(peer.node, peer.setup.path, peer.setup.size_bytes)
+                with self._woken(peer):
+                    data_check.compare(peer.node, peer.setup.path, peer.setup.size_bytes)
             except (VdusefastError, OSError) as error:
                 self._give_up(peer.name, "the check after the last job", error)
 
@@ -364,6 +339,8 @@ class Session:
     def _report(self, absent: dict[str, str]) -> Json:
         options = self.options
         names = [peer["name"] for peer in self.described]
+        kinds = peers_variants.kinds(options.peers, options.variants)
+        base = peers_variants.base_of([kind.name for kind in kinds], options.variants)
         jobs = [job.name for job in options.jobs]
         backing = file_system(self.directory) or "unknown file system"
         return {
@@ -383,12 +360,15 @@ class Session:
                 "server_cpus": options.server_cpus,
                 "driver_cpus": options.driver_cpus,
                 "note": options.note,
+                "variants": options.variants,
+                "base": base,
+                "counted": options.keep_awake,
             },
             "peers": self.described,
             "not_run": [{"name": name, "reason": reason} for name, reason in absent.items()],
             "failed": self.failed,
             "runs": self.runs,
-            "table": rounds.table(self.runs, jobs, names, OURS),
+            "table": rounds.table(self.runs, jobs, names, base, over_base=bool(options.variants)),
             "stopped_by": self.signals.received.name if self.signals.received is not None else "",
         }
 

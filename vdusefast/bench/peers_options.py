@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vdusefast.bench import peer_kinds
+from vdusefast.bench import peer_kinds, peers_variants
 from vdusefast.bench.jobs import parse_seconds
 from vdusefast.bench.peers import PeersOptions, parse_job, run_peers, standard_jobs
 from vdusefast.config import parse_size
@@ -18,6 +18,7 @@ def run_command(
     *,
     jobs: tuple[str, ...],
     peers: str | None,
+    variants: str,
     runtime: str | None,
     ramp: str | None,
     rounds: int | None,
@@ -41,10 +42,13 @@ def run_command(
 
     if icount and vm is None:
         raise ConfigError("--icount counts the instructions of an emulator: give --vm 6.12 or --vm 7.3, too")
+    if variants:
+        peers_variants.parse_variants(variants)
     defaults = peers_vm.ICOUNT_DEFAULTS if icount else PeersOptions(jobs=standard_jobs())
     options = PeersOptions(
         jobs=tuple(parse_job(text) for text in jobs) or defaults.jobs,
-        peers=_peers(peers) if peers is not None else defaults.peers,
+        peers=_peers(peers) if peers is not None else None if variants else defaults.peers,
+        variants=variants,
         runtime_s=_seconds("--runtime", runtime, defaults.runtime_s),
         ramp_s=_seconds("--ramp", ramp, defaults.ramp_s),
         rounds=rounds or defaults.rounds,

@@ -45,14 +45,15 @@ def plot(report: Json, path: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False)
     for place, panel in enumerate(panels.flat):
         if place < len(jobs):
-            _draw(panel, jobs[place], [row for row in report["table"] if row["job"] == jobs[place]])
+            base = report["method"].get("base", OURS)
+            _draw(panel, jobs[place], [row for row in report["table"] if row["job"] == jobs[place]], base)
         else:
             panel.set_visible(False)
     figure.suptitle(f"IOPS, Linux {report['host']['kernel']}: median of {report['method']['rounds']} rounds, and range")
     figure.savefig(path, dpi=DPI)
 
 
-def _draw(panel: Any, job: str, rows: list[Json]) -> None:
+def _draw(panel: Any, job: str, rows: list[Json], base: str) -> None:
     # A bar for the ceiling would leave the others no room: it is told in words.
     ceiling = next((f"   ({CEILING}: {count_text(row['iops'])})" for row in rows if row["peer"] == CEILING), "")
     bars = [row for row in rows if row["peer"] != CEILING]
@@ -60,7 +61,7 @@ def _draw(panel: Any, job: str, rows: list[Json]) -> None:
     panel.xaxis.set_major_formatter(lambda value, _place: count_text(value))
     for place, row in enumerate(bars):
         whiskers = [[row["iops"] - row["iops_min"]], [row["iops_max"] - row["iops"]]]
-        panel.barh(place, row["iops"], xerr=whiskers, color=OUR_COLOUR if row["peer"] == OURS else PEER_COLOUR)
+        panel.barh(place, row["iops"], xerr=whiskers, color=OUR_COLOUR if row["peer"] == base else PEER_COLOUR)
         where = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         panel.annotate(count_text(row["iops"]), (row["iops_max"], place), **where)
     panel.set_yticks(range(len(bars)), [row["peer"] for row in bars])

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from vdusefast.bench import rounds
+from vdusefast.bench.peers_goals import goals_table
 from vdusefast.bench.report import Table, bytes_text, count_text, latency_text, print_tables
 
 Json = dict[str, Any]
 
 OURS = "vdusefast"
+FLOOR = "null_blk"  # what a request costs without any server
+REFERENCE = "qsd"  # whose cost the others' are compared with
 
 
 def spread_text(spread: float) -> str:
@@ -28,16 +32,51 @@ def latency_table(report: Json) -> Table:
 
 
 def ratio_table(report: Json) -> Table | None:
-    """Return our IOPS to those of each other peer, the median of the rounds' ratios; None without any."""
+    """Return our IOPS to those of each other peer, the median of the rounds' ratios; None without any.
+
+    With variants each other peer's IOPS to those of the first.
+    """
     if not any(row["ratio"] is not None for row in report["table"]):
         return None
+    base = report["method"].get("base", OURS)
     headings, rows = _pivot(
         report,
-        f"{OURS} /",
+        f"/ {base}" if report["method"].get("variants") else f"{base} /",
         lambda row: f"{row['ratio']:.2f} {spread_text(row['ratio_spread'])}" if row["ratio"] is not None else "",
     )
-    place = headings.index(OURS)
+    place = headings.index(base)
     return headings[:place] + headings[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
+
+
+def cost_table(report: Json) -> Table | None:
+    """Return what a request costs above null_blk's, as time and as a share of qsd's; None without null_blk."""
+    costs = _costs(report)
+    return _pivot(report | {"table": costs}, f"above {FLOOR}", _cost_text) if costs else None
+
+
+def _costs(report: Json) -> list[Json]:
+    names = [peer["name"] for peer in report["peers"]]
+    jobs = list(dict.fromkeys(row["job"] for row in report["table"]))
+    return rounds.costs(report["runs"], jobs, names, FLOOR, REFERENCE)
+
+
+def _cost_text(row: Json) -> str:
+    share = "" if row["share"] is None else f", {row['share']:.2f} {spread_text(row['share_spread'])} of {REFERENCE}"
+    return f"{latency_text(row['cost_ns'])}{share if row['peer'] != REFERENCE else ''}"
+
+
+def counter_table(report: Json) -> Table | None:
+    """Return what our workers counted, a request: kicks, interrupts, sleeps, requests a batch. None without any."""
+    counting = [row for row in report["table"] if row.get("per_request")]
+    if not counting:
+        return None
+    return _pivot(report | {"table": counting}, "kicks, interrupts, sleeps a request; batch", _counted_text)
+
+
+def _counted_text(row: Json) -> str:
+    each = row["per_request"]
+    batch = f"{1 / each['batches']:.1f}" if each["batches"] else "-"
+    return f"{each['kicks']:.3f}, {each['irqs']:.3f}, {each['sleeps']:.3f}; {batch}"
 
 
 def _pivot(report: Json, corner: str, cell: Any) -> Table:
@@ -49,8 +88,18 @@ def _pivot(report: Json, corner: str, cell: Any) -> Table:
 
 def tables(report: Json) -> list[Table]:
     """Return all tables of a report."""
-    ratio = ratio_table(report)
-    return [iops_table(report), *([ratio] if ratio is not None else []), latency_table(report)]
+    method = report["method"]
+    goals = goals_table(report["table"], _costs(report), OURS, counted=method.get("counted", False))
+    goals = goals if not method.get("variants") else None
+    found = [
+        goals,
+        iops_table(report),
+        ratio_table(report),
+        cost_table(report),
+        latency_table(report),
+        counter_table(report),
+    ]
+    return [table for table in found if table is not None]
 
 
 def notes(report: Json) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vdusefast.bench import peer_kinds, rounds
+from vdusefast.bench import peers_variants, rounds
 from vdusefast.bench.jobs import JobSpec
 from vdusefast.bench.peers import PeersOptions, check_outputs, emit, say, standard_jobs
 from vdusefast.bench.peers_report import OURS
@@ -29,7 +29,12 @@ END_S = 10.0
 
 # One short measurement a boot: instructions repeat, so few rounds do, and a boot takes a while.
 ICOUNT_DEFAULTS = PeersOptions(
-    jobs=standard_jobs(), peers=(OURS, "qsd"), runtime_s=0.5, ramp_s=0.1, rounds=1, size_bytes=16 << 20
+    jobs=standard_jobs(),
+    peers=(OURS, "qsd", "loop", "null_blk"),
+    runtime_s=0.5,
+    ramp_s=0.1,
+    rounds=1,
+    size_bytes=16 << 20,
 )
 
 
@@ -54,11 +59,13 @@ def run_in_guest(options: PeersOptions, kernel: str, *, icount: bool) -> int:
 
 def _counted(options: PeersOptions, kernel: str, signals: PatientStopSignals) -> Json | None:
     """Measure each job, round and peer in a boot of its own and return one report over all."""
-    names = [peer.name for peer in peer_kinds.ALL if options.peers is None or peer.name in options.peers]
+    names = [kind.name for kind in peers_variants.kinds(options.peers, options.variants)]
     reports: list[Json] = []
     for number, job, order in rounds.schedule(options.jobs, names, options.rounds):
         for name in order:
-            one = _boot(replace(options, jobs=(job,), peers=(name,), rounds=1), kernel, True, signals)
+            variant = peers_variants.one_of(name, options.variants)
+            alone = replace(options, jobs=(job,), peers=None if variant else (name,), variants=variant, rounds=1)
+            one = _boot(alone, kernel, True, signals)
             if one is None or signals.requested:
                 return merge(reports, options) if reports else None
             for run in one["runs"]:
@@ -71,14 +78,17 @@ def merge(reports: list[Json], options: PeersOptions) -> Json:
     """Return one report over those of single boots: each peer once, all runs, the table anew."""
     merged: Json = json.loads(json.dumps(reports[0]))
     jobs = [job.name for job in options.jobs]
-    merged["method"] |= {"jobs": jobs, "rounds": options.rounds}
+    kinds = [kind.name for kind in peers_variants.kinds(options.peers, options.variants)]
+    base = peers_variants.base_of(kinds, options.variants)
+    merged["method"] |= {"jobs": jobs, "rounds": options.rounds, "variants": options.variants, "base": base}
     for key in ("peers", "not_run"):
         first = {entry["name"]: entry for report in reversed(reports) for entry in report[key]}
-        merged[key] = [first[kind.name] for kind in peer_kinds.ALL if kind.name in first]
+        merged[key] = [first[kind] for kind in kinds if kind in first]
     for key in ("runs", "failed"):
         merged[key] = [entry for report in reports for entry in report[key]]
     merged["stopped_by"] = next((report["stopped_by"] for report in reports if report["stopped_by"]), "")
-    merged["table"] = rounds.table(merged["runs"], jobs, [peer["name"] for peer in merged["peers"]], OURS)
+    names = [peer["name"] for peer in merged["peers"]]
+    merged["table"] = rounds.table(merged["runs"], jobs, names, base, over_base=bool(options.variants))
     return merged
 
 
@@ -89,6 +99,7 @@ def guest_words(options: PeersOptions, note: str) -> list[str]:
     words += [f"--size={options.size_bytes}"]
     words += [f"--queues={options.queues}"] if options.queues else []
     words += [f"--peers={','.join(options.peers)}"] if options.peers is not None else []
+    words += [f"--variants={options.variants}"] if options.variants else []
     words += [f"--server-cpus={options.server_cpus}"] if options.server_cpus else []
     words += [f"--driver-cpus={options.driver_cpus}"] if options.driver_cpus else []
     words += [f"--ioengine={options.ioengine}"] if options.ioengine else []
@@ -131,7 +142,7 @@ def _boot(options: PeersOptions, kernel: str, icount: bool, signals: PatientStop
 
 def limit(options: PeersOptions, icount: bool) -> float:
     """Return the seconds that a guest may take for `options`."""
-    peer_count = len(options.peers) if options.peers is not None else len(peer_kinds.ALL)
+    peer_count = len(peers_variants.kinds(options.peers, options.variants))
     measurements = len(options.jobs) * options.rounds * peer_count
     measured_s = (options.runtime_s + options.ramp_s) * (ICOUNT_FACTOR if icount else 1)
     return BOOT_S * (1 + peer_count / 2) + measurements * (MEASUREMENT_S + measured_s)

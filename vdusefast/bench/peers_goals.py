@@ -1,0 +1,81 @@
+"""What vdusefast is to reach beside its peers in a guest, and whether a run says that it does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vdusefast.bench.report import Table
+from vdusefast.bench.rounds import verdict
+
+Json = dict[str, Any]
+
+JOB = re.compile(r"rand(?:read|write) 4k qd(\d+) x[12]")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Of all random jobs of 4 KiB at `iodepth`: the least that our IOPS are, in IOPS of the peer."""
+
+    peer: str
+    iodepth: int
+    wanted: float
+    moonshot: float
+
+
+GOALS = (Goal("qsd", 32, 2.5, 5.0), Goal("qsd", 1, 2.0, 4.0), Goal("loop", 32, 0.8, 1.2))
+COST_WANTED, COST_MOONSHOT = 0.4, 0.2  # of a request above null_blk's, in that of the reference, at most
+LATENCY_PEER, LATENCY_IODEPTH = "qsd", 1  # whose p99 ours is not to be above
+
+
+def goals_table(rows: Sequence[Json], costs: Sequence[Json], base: str, *, counted: bool) -> Table | None:
+    """Return a line for each goal that `rows` (of rounds.table) can tell of; None without any.
+
+    costs: of rounds.costs; they are a goal in `counted` time alone, where noise does not drown a difference.
+    """
+    lines = [line for goal in GOALS if (line := _of_iops(goal, rows)) is not None]
+    lines += [line for line in (_of_latency(rows, base),) if line is not None and not counted]
+    lines += _of_costs(costs, base) if counted else []
+    return (("goal", "measured", "wanted", "moonshot", ""), lines) if lines else None
+
+
+def _iodepth(job: str) -> int:
+    match = JOB.fullmatch(job)
+    return int(match[1]) if match else 0
+
+
+def _of_iops(goal: Goal, rows: Sequence[Json]) -> tuple[str, ...] | None:
+    mine = [row for row in rows if row["peer"] == goal.peer and _iodepth(row["job"]) == goal.iodepth]
+    found = [row for row in mine if row["ratio"] is not None]
+    if not found:
+        return None
+    least = min(found, key=lambda row: row["ratio"])
+    told = verdict(least["ratio"], goal.wanted, goal.moonshot)
+    what = f"IOPS / {goal.peer}, iodepth {goal.iodepth}: the least of {len(found)} ({least['job']})"
+    return what, f"{least['ratio']:.2f}", f"{goal.wanted:g}", f"{goal.moonshot:g}", told
+
+
+def _of_latency(rows: Sequence[Json], base: str) -> tuple[str, ...] | None:
+    p99_ns = {(row["job"], row["peer"]): row["clat_p99_ns"] for row in rows if _iodepth(row["job"]) == LATENCY_IODEPTH}
+    jobs = [job for job, peer in p99_ns if peer == base and p99_ns.get((job, LATENCY_PEER))]
+    if not jobs:
+        return None
+    worst, job = max((p99_ns[job, base] / p99_ns[job, LATENCY_PEER], job) for job in jobs)
+    what = f"p99 / {LATENCY_PEER}, iodepth {LATENCY_IODEPTH}: the most of {len(jobs)} ({job})"
+    return what, f"{worst:.2f}", "<= 1", "", verdict(worst, 1.0, None, at_most=True)
+
+
+def _of_costs(costs: Sequence[Json], base: str) -> list[tuple[str, ...]]:
+    goals = (f"<= {COST_WANTED:g}", f"<= {COST_MOONSHOT:g}")
+    return [
+        (
+            f"cost above null_blk / that of qsd ({row['job']})",
+            f"{row['share']:.2f}",
+            *goals,
+            verdict(row["share"], COST_WANTED, COST_MOONSHOT, at_most=True),
+        )
+        for row in costs
+        if row["peer"] == base and row["share"] is not None
+    ]
