@@ -24,6 +24,8 @@ class LoopbackTransport:
     """The device's side of a loopback device; see `Transport` for the methods."""
 
     kind = "loopback"
+    memory_text = "the driver's own"
+    irq_cpus: tuple[int | None, ...] = ()
     node = ""
     driver = ""
 

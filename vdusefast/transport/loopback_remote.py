@@ -236,6 +236,8 @@ class RemoteLoopbackTransport:
     """
 
     kind = "loopback"
+    memory_text = "the driver's own"
+    irq_cpus: tuple[int | None, ...] = ()
     node = ""
     driver = ""
 
