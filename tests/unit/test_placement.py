@@ -65,18 +65,26 @@ def test_small_cores_are_known_where_the_kernel_lists_them(tmp_path: Path) -> No
     assert [cpu.capacity == CAPACITY_FULL for cpu in read_topology(root).cpus] == [True, False]
 
 
-def test_one_queue_of_two_cpus(tmp_path: Path) -> None:
-    (queue,) = placed(fake_cpus.two(tmp_path / "a"), 1).queues
-    assert (queue.cpu, queue.irq_cpu, queue.submit_cpus) == (1, 0, "0-1")
+@pytest.mark.parametrize("queues", [1, 2])
+def test_two_cpus_are_left_to_the_scheduler(tmp_path: Path, queues: int) -> None:
+    plan = placed(fake_cpus.two(tmp_path / "a"), queues)
+    assert plan.cpus == [-1] * queues
+    assert plan.irq_cpus == (None,) * queues
+    assert all(queue.cpu_reason.startswith(f"not pinned: {queues} queue") for queue in plan.queues)
+    assert not plan.advice
+
+
+def test_one_queue_of_many_cpus_has_its_worker_and_its_interrupts_apart(tmp_path: Path) -> None:
+    (queue,) = placed(fake_cpus.chiplets(tmp_path / "a"), 1).queues
+    assert (queue.cpu, queue.irq_cpu, queue.submit_cpus) == (7, 0, "0-7")
     assert queue.irq_reason == "submits to this queue, and has no worker"
 
 
 def test_as_many_queues_as_cpus_leave_workers_to_the_scheduler(tmp_path: Path) -> None:
-    plan = placed(fake_cpus.two(tmp_path / "a"), 2)
-    assert plan.cpus == [-1, -1]
-    assert plan.irq_cpus == (0, 1)
-    assert all(queue.cpu_reason.startswith("not pinned: 2 queues leave no CPU of 2") for queue in plan.queues)
-    assert [sentence for sentence in plan.advice if "queues = 1 leaves" in sentence]
+    plan = placed(fake_cpus.chiplets(tmp_path / "a"), 8)
+    assert plan.cpus == [-1] * 8
+    assert plan.irq_cpus == (None,) * 8
+    assert plan.advice[0].startswith("8 queues on 8 CPUs: when all are busy, fewer are faster: queues = 4 leaves")
 
 
 def test_worker_is_in_the_same_package_on_no_core_that_submits(tmp_path: Path) -> None:
@@ -198,7 +206,7 @@ def test_foreseen_is_the_rule_and_observed_what_the_disk_has(tmp_path: Path) -> 
 def test_plan_is_told_in_words(tmp_path: Path) -> None:
     text = display.placement_text("vd0", placed(fake_cpus.two(tmp_path / "a"), 3).to_dict())
     assert "queue 1 (requests from CPU 1)\n  worker      -: not pinned" in text
-    assert "\n  interrupts  CPU 1: submits to this queue\n" in text
+    assert "\n  interrupts  -: as the kernel has them, among the CPUs that submit to this queue\n" in text
     assert "\nadvice: 1 of 3 queues get no request" in text
 
 
