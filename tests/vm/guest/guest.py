@@ -146,12 +146,14 @@ def refused(
     return lines[0]
 
 
-def write_config(name: str, uri: str, *, cpus: list[int] | None = None, queue: str = "", **device: object) -> Path:
+def write_config(
+    name: str, uri: str, *, cpus: list[int] | str | None = None, queue: str = "", **device: object
+) -> Path:
     """Write NAME.toml. queue: lines for every [[queue]] table; keys `cache` and `engine` go to [backend]."""
     backend = {key: device.pop(key) for key in ("cache", "engine") if key in device}
     lines = ["[device]", f'name = "{name}"', *_toml(device)]
     if cpus is not None:
-        lines.append(f"cpus = {cpus}")
+        lines.append(f"cpus = {json.dumps(cpus)}")
     lines += ["[backend]", f'uri = "{uri}"', *_toml(backend)]
     for _ in range(int(str(device.get("queues", 1))) if queue else 0):
         lines += ["[[queue]]", queue]
