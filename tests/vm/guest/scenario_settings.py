@@ -90,7 +90,7 @@ def _check_placement(queues: int) -> list[int]:
         return [int(str(queue["cpu"])) for queue in plan["queues"]]
 
 
-@check(limit_s=150)
+@check(limit_s=300)
 def placement_by_the_kernels_map() -> dict[str, list[int]]:
     """Two CPUs are left to the scheduler; of four each worker gets one that does not submit to its queue."""
     assert _check_placement(4) == [-1] * 4
