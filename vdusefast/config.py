@@ -63,20 +63,20 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     attach_timeout_s: int = 30  # kernel transport: for the driver to come up
 
     @property
-    def is_kernel_disk(self) -> bool:
-        """Whether the driver is the kernel's own, which makes a /dev/vdX."""
-        return self.transport == "kernel" and self.bus == "virtio"
-
-    @property
     def effective_seg_max(self) -> int:
         """Return seg_max with its default filled in.
 
         A chain also holds the header and the status byte; the largest request must fit into the kernel's bounce pages.
         """
         default = SEG_MAX_DEFAULT
-        if self.is_kernel_disk:
+        if self.transport == "kernel" and self.bus == "virtio":
             default = min(default, self.bounce_size_bytes // (BOUNCE_REQUESTS_MIN * self.size_max_bytes))
         return self.seg_max or max(1, min(default, self.queue_size - 2))
+
+    @property
+    def is_kernel_disk(self) -> bool:
+        """Whether the driver is the kernel's own, which makes a /dev/vdX."""
+        return self.transport == "kernel" and self.bus == "virtio"
 
 
 class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -271,7 +271,7 @@ def _check_kernel(device: DeviceConfig) -> None:
     if bounce % BLOCK_SIZE_MAX_BYTES:
         raise ConfigError(f"{key}: {bounce} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
     largest = device.size_max_bytes * device.effective_seg_max
-    if device.is_kernel_disk and largest * BOUNCE_REQUESTS_MIN > bounce:
+    if device.transport == "kernel" and device.bus == "virtio" and largest * BOUNCE_REQUESTS_MIN > bounce:
         raise ConfigError(
             f"{key}: {bounce} does not hold {BOUNCE_REQUESTS_MIN} requests of size_max_bytes x seg_max = "
             f"{largest} bytes; raise it, or lower one of these"

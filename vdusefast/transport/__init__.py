@@ -62,8 +62,8 @@ class Transport(Protocol):
 
     kind: str
     memory_text: str  # what requests' data lies in, for people
-    irq_cpus: tuple[int | None, ...]  # where each queue's interrupts go from the next `place_irqs` on; None = anywhere
     msg_timeout_s: float  # a message unanswered for so long breaks the device; 0 = never
+    irq_cpus: tuple[int | None, ...]  # where each queue's interrupts go from the next `place_irqs` on; None = anywhere
 
     @property
     def node(self) -> str:

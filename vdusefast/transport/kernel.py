@@ -68,10 +68,10 @@ class KernelTransport:
         """Prepare; nothing is opened before `create` or `reopen`."""
         self.options = options or KernelOptions()
         self.memory_text = BOUNCE_PAGES if self.options.bus == "virtio" else "the client's own"
-        self.irq_cpus = self.options.irq_cpus
         self.msg_timeout_s = float(self.options.msg_timeout_s)
         self.api_version = self.options.api_version
         self.vduse_features = self.options.vduse_features
+        self.irq_cpus = self.options.irq_cpus
         self.name = ""
         self._fd = -1
         self._created = False

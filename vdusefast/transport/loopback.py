@@ -25,9 +25,9 @@ class LoopbackTransport:
 
     kind = "loopback"
     memory_text = "the driver's own"
-    irq_cpus: tuple[int | None, ...] = ()
     node = ""
     driver = ""
+    irq_cpus: tuple[int | None, ...] = ()
 
     def __init__(self, msg_timeout_s: float = MSG_TIMEOUT_S, bus: LoopbackBus | None = None):
         """Make a transport whose bus gives the device up after `msg_timeout_s` seconds without an answer; 0 = never.
