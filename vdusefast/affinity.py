@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 from vdusefast.errors import ConfigError
@@ -12,22 +14,60 @@ from vdusefast.errors import ConfigError
 CPU_COUNT_MAX = 8192  # CONFIG_NR_CPUS of the largest kernels
 
 
+CAPACITY_FULL = 1024  # the kernel's number for the fastest CPU
+CAPACITY_SMALL = 512  # for the small cores of a hybrid machine whose kernel has no numbers
+CACHE_INDEX_MAX = 8
+
+
+class Distance(IntEnum):
+    """What a line of memory crosses on its way from one CPU to another."""
+
+    SAME = 0
+    SIBLING = 1  # another thread of the core
+    CACHE = 2  # a cache that both share
+    PACKAGE = 3
+    FAR = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """One logical CPU. `core` and `package` are the kernel's numbers; `siblings` are the CPUs of its core, it too."""
+    """One logical CPU. `core`, `package` and `node` are the kernel's numbers; `siblings` are the CPUs of its core, it
+    too.
+
+    cache: the CPUs that share its largest cache, it too; empty where that is not known. capacity: how fast it is; the
+    fastest have CAPACITY_FULL.
+    """
 
     index: int
     package: int
     core: int
     siblings: tuple[int, ...]
+    node: int = 0
+    cache: frozenset[int] = frozenset()
+    capacity: int = CAPACITY_FULL
+
+    def distance(self, other: Cpu) -> Distance:
+        """Return how far another CPU is."""
+        if other.index == self.index:
+            return Distance.SAME
+        if other.index in self.siblings:
+            return Distance.SIBLING
+        if other.index in self.cache:
+            return Distance.CACHE
+        return Distance.PACKAGE if (other.package, other.node) == (self.package, self.node) else Distance.FAR
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The CPUs that are online, and those of them that this process may use."""
+    """The CPUs that are online, and those of them that this process may use.
+
+    absent: CPUs that there could be: of those only that may still be plugged in, `plugged` says which are offline only.
+    """
 
     cpus: tuple[Cpu, ...]
     allowed: frozenset[int]
+    absent: tuple[Cpu, ...] = ()
+    plugged: frozenset[int] = frozenset()
 
     @property
     def online(self) -> tuple[int, ...]:
@@ -74,15 +114,21 @@ def read_topology(sysfs: Path = Path("/sys"), allowed: Iterable[int] | None = No
     allowed: the CPUs that may be used; None asks for this process's own set.
     Where the kernel shows no topology (some containers), every CPU counts as a core of its own.
     """
-    import psutil
-
     root = sysfs / "devices/system/cpu"
     text = _read(root / "online")
-    online = parse_cpu_list(text) if text else list(range(psutil.cpu_count() or 1))
+    online = parse_cpu_list(text) if text else list(range(os.cpu_count() or 1))
     if allowed is None:
-        allowed = psutil.Process().cpu_affinity() or online
-    cpus = tuple(_read_cpu(root / f"cpu{index}/topology", index) for index in sorted(online))
-    return Topology(cpus, frozenset(allowed) & frozenset(online))
+        allowed = os.sched_getaffinity(0)
+    small = set(_read_list(sysfs / "devices/cpu_atom/cpus"))
+    cpus = tuple(_read_cpu(root / f"cpu{index}", index, small) for index in sorted(online))
+    absent = sorted(set(_read_list(root / "possible")) - set(online))
+    return Topology(
+        cpus,
+        frozenset(allowed) & frozenset(online),
+        # The kernel counts such a CPU as a core of its own.
+        tuple(Cpu(index, 0, index, (index,), _read_node(root / f"cpu{index}")) for index in absent),
+        frozenset(_read_list(root / "present")) & frozenset(absent),
+    )
 
 
 def check_cpu(cpu: int, topology: Topology, what: str, *, pinned: bool = True) -> None:
@@ -129,13 +175,41 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _read_cpu(topology: Path, index: int) -> Cpu:
-    """Return what sysfs says about one CPU."""
+def _read_list(path: Path) -> list[int]:
+    """Return the CPUs that a sysfs file lists, none when the kernel does not show it."""
+    text = _read(path)
+    return parse_cpu_list(text, f"{path}: ") if text else []
+
+
+def _read_cpu(directory: Path, index: int, small: set[int]) -> Cpu:
+    """Return what sysfs says about one CPU. small: those that are known to be a hybrid machine's small cores."""
+    topology = directory / "topology"
     package, core = _read(topology / "physical_package_id"), _read(topology / "core_id")
     siblings = _read(topology / "thread_siblings_list")
+    capacity = _read(directory / "cpu_capacity")
     return Cpu(
         index,
         int(package) if package else 0,
         int(core) if core else index,
         tuple(parse_cpu_list(siblings)) if siblings else (index,),
+        _read_node(directory),
+        _read_cache(directory / "cache"),
+        int(capacity) if capacity else CAPACITY_SMALL if index in small else CAPACITY_FULL,
     )
+
+
+def _read_node(directory: Path) -> int:
+    """Return the number of a CPU's memory node, 0 where the kernel has none."""
+    found = sorted(directory.glob("node[0-9]*"))
+    return int(found[0].name.removeprefix("node")) if found else 0
+
+
+def _read_cache(directory: Path) -> frozenset[int]:
+    """Return the CPUs that share the largest cache of one CPU: the one of the highest level that holds data."""
+    best_level, shared = 0, frozenset[int]()
+    for place in range(CACHE_INDEX_MAX):
+        cache = directory / f"index{place}"
+        level, cpus = _read(cache / "level"), _read(cache / "shared_cpu_list")
+        if level and cpus and _read(cache / "type") != "Instruction" and int(level) > best_level:
+            best_level, shared = int(level), frozenset(parse_cpu_list(cpus))
+    return shared

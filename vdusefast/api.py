@@ -27,6 +27,7 @@ from vdusefast.backends import SECTOR_BYTES, Store
 from vdusefast.config import Config, override, resolve_cpus, validate
 from vdusefast.device import BlockDevice
 from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
+from vdusefast.placement import Placement, foresee, observe
 from vdusefast.resize import choose_bytes, present_bytes, set_bytes
 from vdusefast.run_dir import RunDirectory
 from vdusefast.saved_state import SavedState
@@ -91,6 +92,7 @@ class Device:
         self._supervisor: Supervisor | None = None
         self._pages: SharedPages | None = None
         self._model: BlockDevice | None = None
+        self._placement: Placement | None = None
         self._store: Store | None = None
 
     def __enter__(self) -> Device:
@@ -218,7 +220,11 @@ class Device:
         stats = self.stats()
         assert self._model is not None
         assert self._transport is not None
-        return describe(self.config, self._model, self._transport, self.state, self.failure, stats)
+        assert self._placement is not None
+        memory = self._supervisor.memory if self._supervisor is not None else self._transport.memory_text
+        return describe(
+            self.config, self._model, self._transport, self.state, self.failure, stats, memory, self._placement
+        )
 
     def responds(self, timeout_s: float) -> bool:
         """Return whether the loop that looks after the device answers within `timeout_s`; for watchdogs."""
@@ -267,8 +273,10 @@ class Device:
             directory.pages_path, self.name, device.queues, device.effective_queue_size
         )
         self._pages = self._resources.enter_context(pages)
-        self._transport = self._transport or make_transport(self.config, state)
-        specs = worker_specs(self.config, model, store, pages)
+        placement = self._placement = foresee(self.config)
+        placed = placement.apply(self.config)
+        self._transport = self._transport or make_transport(placed, state)
+        specs = worker_specs(placed, model, store, pages)
         supervisor = Supervisor(
             model,
             self._transport,
@@ -283,10 +291,17 @@ class Device:
         attach_s = device.attach_timeout_s if device.transport == "kernel" else 0
         self._call(supervisor.start(timeout_s, reopen=state is not None), timeout_s + attach_s + MARGIN_S)
         self._supervisor = supervisor
+        self._place(supervisor, placement)
         if state is not None and state.resizing:
             self._call(supervisor.show_capacity(), MARGIN_S)
         if state is not None and not fail_requests:
             self._save_state()  # the configuration may be a new one
+
+    def _place(self, supervisor: Supervisor, foreseen: Placement) -> None:
+        """Look where the kernel's requests really come from, and move what was placed by another assumption."""
+        placement = self._placement = observe(self.config, self.node) or foreseen
+        if (placement.cpus, placement.irq_cpus) != (foreseen.cpus, foreseen.irq_cpus):
+            self._call(supervisor.place(placement.cpus, placement.irq_cpus), MARGIN_S)
 
     def _save_state(self) -> None:
         """Write down what the next server needs to know. Raises VdusefastError."""

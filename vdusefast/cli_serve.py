@@ -14,6 +14,10 @@ from vdusefast.errors import ConfigError, VdusefastError
 if TYPE_CHECKING:
     from vdusefast.config import Config
 
+_SAYING = (
+    ("--dry-run", "Make no device: print what --explain would, as far as it is known before."),
+    ("--explain", "Also print which CPUs workers and interrupts are on, and why."),
+)
 EXIT_DELETED = 7  # tells systemd from a server that has come to its end otherwise: it is not to be started again
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -50,6 +54,8 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
 
 
 def _device_options(command: _F) -> _F:
+    for name, text in _SAYING:
+        command = click.option(name, is_flag=True, help=text)(command)
     for names, kind, text in reversed(_OPTIONS):
         flag = {"is_flag": True} if kind is bool else {"type": kind}
         command = click.option(*names, default=None, help=text, **flag)(command)
@@ -59,7 +65,7 @@ def _device_options(command: _F) -> _F:
 @click.command()
 @_device_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the node.")
-def add(target: str, as_json: bool, **options: Any) -> None:
+def add(target: str, as_json: bool, explain: bool, dry_run: bool, **options: Any) -> None:
     """Serve a device in the background, and print its node once it is usable.
 
     The device is what CONFIG.toml says, with the options in place of the file's keys, or NAME with --backend. A device
@@ -69,14 +75,17 @@ def add(target: str, as_json: bool, **options: Any) -> None:
 
     fill_standard_descriptors()
     config = read_config(target, options)
+    if dry_run:
+        print_plan(config, as_json)
+        return
     info = background.start(config, config.device.attach_timeout_s + background.START_MARGIN_S)
-    print_ready(info, as_json)
+    print_ready(info, as_json, explain=explain)
 
 
 @click.command()
 @_device_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the node.")
-def serve(target: str, as_json: bool, **options: Any) -> int:
+def serve(target: str, as_json: bool, explain: bool, dry_run: bool, **options: Any) -> int:
     """Serve a device in the foreground until a signal comes.
 
     Prints the node once it is usable, and messages on standard error. Told by systemd, it tells systemd (Type=notify).
@@ -89,10 +98,13 @@ def serve(target: str, as_json: bool, **options: Any) -> int:
 
     fill_standard_descriptors()
     config = read_config(target, options)
+    if dry_run:
+        print_plan(config, as_json)
+        return 0
     systemd = is_service()  # before what it knows that by is taken out of the environment
     with logs.log_to_stderr():
         service = Service(config, registry.base_directory())
-        service.run(lambda info: print_ready(info, as_json))
+        service.run(lambda info: print_ready(info, as_json, explain=explain))
     return EXIT_DELETED if service.deleted and systemd else 0
 
 
@@ -159,14 +171,29 @@ def _with_absolute_path(config: Config) -> Config:
     return msgspec.structs.replace(config, backend=msgspec.structs.replace(config.backend, uri=uri))
 
 
-def print_ready(info: dict[str, Any], as_json: bool) -> None:
-    """Print what a device that is usable is to be found by. Raises VdusefastError."""
+def print_plan(config: Config, as_json: bool) -> None:
+    """Print where workers and interrupts of a device would go, as far as that is known before it is there."""
+    import json
+
+    from vdusefast import display, placement
+
+    name, plan = config.device.name, placement.foresee(config).to_dict()
+    text = json.dumps({"name": name, "placement": plan}) if as_json else display.placement_text(name, plan)
+    click.echo(text)
+
+
+def print_ready(info: dict[str, Any], as_json: bool, *, explain: bool = False) -> None:
+    """Print what a device that is usable is to be found by; `explain`: and where it runs. Raises VdusefastError."""
     if as_json:
         import json
 
         text = json.dumps(info)
     else:
         text = info["node"] or f"{info['name']}: no node, the transport is {info['transport']}"
+        if explain:
+            from vdusefast import display
+
+            text = f"{text}\n{display.placement_text(info['name'], info['placement'])}"
     try:
         click.echo(text)
     except OSError as error:

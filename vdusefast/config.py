@@ -76,21 +76,21 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     attach_timeout_s: int = 30  # kernel transport: for the driver to come up
 
     @property
-    def maps_descriptors(self) -> bool:
-        """Return whether the driver pays for each descriptor: the kernel maps it, and copies what it points at."""
+    def is_kernel_disk(self) -> bool:
+        """Whether the driver is the kernel's own, which makes a /dev/vdX, and pays for each descriptor by mapping it."""
         return self.transport == "kernel" and self.bus == "virtio"
 
     @property
     def effective_queue_size(self) -> int:
         """Return queue_size with its default filled in."""
-        return self.queue_size or (QUEUE_SIZE_DIRECT if self.maps_descriptors else QUEUE_SIZE_DEFAULT)
+        return self.queue_size or (QUEUE_SIZE_DIRECT if self.is_kernel_disk else QUEUE_SIZE_DEFAULT)
 
     @property
     def effective_indirect(self) -> bool:
         """Return indirect with its default filled in."""
         if self.indirect is not None:
             return self.indirect
-        return not self.maps_descriptors or self.effective_queue_size < QUEUE_SIZE_DIRECT
+        return not self.is_kernel_disk or self.effective_queue_size < QUEUE_SIZE_DIRECT
 
     @property
     def effective_bounce_size_bytes(self) -> int:
@@ -112,7 +112,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         A chain also holds the header and the status byte; the largest request must fit into the kernel's bounce pages.
         """
         default = SEG_MAX_DEFAULT
-        if self.maps_descriptors:
+        if self.is_kernel_disk:
             default = min(default, self.effective_bounce_size_bytes // (BOUNCE_REQUESTS_MIN * self.size_max_bytes))
         return self.seg_max or max(1, min(default, self.effective_queue_size - 2))
 
@@ -232,8 +232,9 @@ def validate(config: Config, topology: Topology | None = None) -> list[str]:
 def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
     """Return `config` with `device.cpus` turned into a CPU for each queue, and `device.cpus` empty.
 
-    "auto" leaves the queues that name a CPU as they are. Raises ConfigError for a CPU that does not exist or is not
-    allowed, and for a list that does not have one CPU a queue.
+    "auto" leaves the queues that name a CPU as they are. It stays as it is for a disk of the kernel's, whose workers
+    are placed by what the kernel makes of it (placement.py). Raises ConfigError for a CPU that does not exist or is
+    not allowed, and for a list that does not have one CPU a queue.
     """
     queues = _fill_queues(config).queue
     cpus = config.device.cpus
@@ -244,11 +245,12 @@ def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
     from vdusefast import affinity
 
     topology = topology or affinity.read_topology()
-    if cpus == "auto":
+    placed_later = cpus == "auto" and config.device.is_kernel_disk
+    if cpus == "auto" and not placed_later:
         fixed = [queue.cpu for queue in queues if queue.cpu is not None]
         chosen = iter(affinity.plan(len(queues) - len(fixed), topology, taken=fixed))
         queues = [q if q.cpu is not None else msgspec.structs.replace(q, cpu=next(chosen)) for q in queues]
-    elif cpus:
+    elif cpus and not placed_later:
         listed = affinity.parse_cpu_list(cpus, "device.cpus: ") if isinstance(cpus, str) else cpus
         queues = _assign_cpus(listed, queues)
     for index, queue in enumerate(queues):
@@ -256,7 +258,8 @@ def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
             affinity.check_cpu(queue.cpu, topology, f"queue[{index}].cpu")
         if queue.irq_cpu is not None:
             affinity.check_cpu(queue.irq_cpu, topology, f"queue[{index}].irq_cpu", pinned=False)
-    return msgspec.structs.replace(config, device=msgspec.structs.replace(config.device, cpus=""), queue=queues)
+    device = config.device if placed_later else msgspec.structs.replace(config.device, cpus="")
+    return msgspec.structs.replace(config, device=device, queue=queues)
 
 
 _SIZE = re.compile(r"(\d+)\s*(?:([KMGTP])(?:IB)?|B)?", re.IGNORECASE)
@@ -313,7 +316,7 @@ def _check_kernel(device: DeviceConfig) -> None:
     if bounce % BLOCK_SIZE_MAX_BYTES:
         raise ConfigError(f"{key}: {bounce} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
     largest = device.size_max_bytes * device.effective_seg_max
-    if device.maps_descriptors and largest * BOUNCE_REQUESTS_MIN > bounce:
+    if device.is_kernel_disk and largest * BOUNCE_REQUESTS_MIN > bounce:
         raise ConfigError(
             f"{key}: {bounce} does not hold {BOUNCE_REQUESTS_MIN} requests of size_max_bytes x seg_max = "
             f"{largest} bytes; raise it, or lower one of these"

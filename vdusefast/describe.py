@@ -11,9 +11,17 @@ if TYPE_CHECKING:
     from vdusefast.config import Config
     from vdusefast.device import BlockDevice
     from vdusefast.errors import VdusefastError
+    from vdusefast.placement import Placement
     from vdusefast.stats import DeviceStats
     from vdusefast.supervisor import DeviceState
     from vdusefast.transport import Transport
+
+RING_PACKED = 1 << 34
+RING_OPTIONS = {
+    1 << 35: "IN_ORDER",
+    uapi.VIRTIO_RING_F_EVENT_IDX: "EVENT_IDX",
+    uapi.VIRTIO_RING_F_INDIRECT_DESC: "INDIRECT_DESC",
+}
 
 
 def describe(
@@ -23,10 +31,16 @@ def describe(
     state: DeviceState,
     failure: VdusefastError | None,
     stats: DeviceStats,
+    memory: str,
+    placement: Placement,
 ) -> dict[str, Any]:
-    """Return everything known about a device that has been started; `config` has its CPUs resolved."""
+    """Return everything known about a device that has been started.
+
+    memory: what requests' data lies in. placement: where workers and interrupts are.
+    """
     device = config.device
     counters = stats.to_dict()
+    acked_features = _acked_features(model, transport)
     return {
         "name": device.name,
         "state": str(state),
@@ -41,18 +55,29 @@ def describe(
         "serial": model.serial,
         "backend": config.backend.uri,
         "cache": config.backend.cache,
+        "memory": memory,
+        "ring": ring_text(acked_features),
         "offered_features": uapi.names_of(model.offered_features),
-        "acked_features": uapi.names_of(_acked_features(model, transport)),
+        "acked_features": uapi.names_of(acked_features),
         "status": model.status,
         "status_names": uapi.status_names(model.status),
         **_kernel_only(config, transport),
         "failure": str(failure) if failure is not None else "",
-        "queues": [
-            {**queue, "irq_cpu": -1 if wanted.irq_cpu is None else wanted.irq_cpu, "size": device.effective_queue_size}
-            for queue, wanted in zip(counters["queues"], config.queue, strict=True)
-        ],
+        "placement": placement.to_dict(),
+        "queues": [{**queue, "size": device.effective_queue_size} for queue in counters["queues"]],
         "total": counters["total"],
     }
+
+
+def ring_text(acked_features: int) -> str:
+    """Return the form of the virtqueues that driver and device have agreed on, "" before they have.
+
+    A packed ring and IN_ORDER are told from the bits of VIRTIO 1.3, 6.
+    """
+    if not acked_features:
+        return ""
+    form = "packed" if acked_features & RING_PACKED else "split"
+    return ", ".join([form, *(name for bit, name in RING_OPTIONS.items() if acked_features & bit)])
 
 
 def _acked_features(model: BlockDevice, transport: Transport) -> int:

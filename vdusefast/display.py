@@ -82,6 +82,19 @@ def show_text(info: Json) -> str:
     return "\n".join(lines)
 
 
+def placement_text(name: str, placement: Json) -> str:
+    """Return where the workers and interrupts of a device go, and why."""
+    lines = [f"{name}: which CPUs submit to which queue: {placement['source']}"]
+    for queue in placement["queues"]:
+        submit = f" (requests from CPU {queue['submit_cpus']})" if queue["submit_cpus"] else ""
+        lines.append(f"queue {queue['index']}{submit}")
+        worker, irqs = (_known(queue[key]) for key in ("cpu", "irq_cpu"))
+        lines.append(f"  worker      {'CPU ' if worker != '-' else ''}{worker}: {queue['cpu_reason']}")
+        if queue["irq_reason"]:
+            lines.append(f"  interrupts  {'CPU ' if irqs != '-' else ''}{irqs}: {queue['irq_reason']}")
+    return "\n".join([*lines, *(f"advice: {sentence}" for sentence in placement["advice"])])
+
+
 def stats_text(stats: Json) -> str:
     """Return all counters, a column for each queue and one for their sum; latencies of what has been done below."""
     columns = [*stats["queues"], stats["total"]]
@@ -132,6 +145,8 @@ def _facts(info: Json) -> list[tuple[str, str]]:
         ("size", size),
         ("serial", get("serial", "")),
         ("backend", backend),
+        ("memory", get("memory", "")),
+        ("ring", get("ring", "")),
         ("status", status),
         ("acked", " ".join(acked) or ("none" if offered else "")),
         ("not acked", " ".join(name for name in offered if name not in acked)),
@@ -167,16 +182,17 @@ def duration_text(seconds: float) -> str:
 
 
 def _queue_table(info: Json) -> str:
-    heading = ["queue", "pid", "cpu", "irq cpu", "size", "engine", "state", *MAIN_COUNTERS.values()]
+    texts = {"engine": "engine", "poll": "poll", "irq_hold": "irqs held"}
+    heading = ["queue", "pid", "cpu", "irq cpu", "size", *texts.values(), "state", *MAIN_COUNTERS.values()]
     rows: list[list[object]] = [list(heading)]
     for queue in info["queues"]:
         state = queue["state"] + (f": {queue['reason']}" if queue.get("reason") else "")
         state += f", restarts {queue['restarts']}" if queue.get("restarts") else ""
         fixed = [queue["index"], *(_known(queue.get(key, -1)) for key in ("pid", "cpu", "irq_cpu", "size"))]
-        rows.append([*fixed, queue.get("engine") or "-", state, *_counters(queue)])
+        rows.append([*fixed, *(queue.get(key) or "-" for key in texts), state, *_counters(queue)])
     if len(info["queues"]) > 1 and "total" in info:
-        rows.append(["total", *[""] * 6, *_counters(info["total"])])
-    return table(rows, left=(5, 6))
+        rows.append(["total", *[""] * 8, *_counters(info["total"])])
+    return table(rows, left=(5, 6, 7, 8))
 
 
 def _known(number: int) -> object:

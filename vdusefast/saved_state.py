@@ -50,7 +50,7 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_state(config: Config, spec: DeviceSpec, transport: Transport) -> SavedState:
-    """Return the state of a device that `transport` has created as `spec` says; `config` has its CPUs resolved."""
+    """Return the state of a device that `transport` has created as `spec` says; the next server places "auto" anew."""
     api_version = vduse_features = 0
     if transport.kind == "kernel":
         from vdusefast.transport.kernel import KernelTransport

@@ -102,12 +102,16 @@ class QueueStats(Counters):
         self.reason = info.reason
         self.waiting_s = info.waiting_s
         self.restarts = info.restarts
+        self.irq_cpu = info.irq_cpu
+        self.poll = info.poll
+        self.irq_hold = info.irq_hold
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
-        worker = {"index": self.index, "pid": self.pid, "cpu": self.cpu, "engine": self.engine}
+        worker = {"index": self.index, "pid": self.pid, "cpu": self.cpu, "irq_cpu": self.irq_cpu, "engine": self.engine}
+        waits = {"poll": self.poll, "irq_hold": self.irq_hold}
         stands = {"state": str(self.state), "reason": self.reason, "waiting_s": self.waiting_s}
-        return {**worker, **stands, "restarts": self.restarts, **super().to_dict()}
+        return {**worker, **waits, **stands, "restarts": self.restarts, **super().to_dict()}
 
 
 class DeviceStats(Counters):

@@ -65,7 +65,9 @@ class DeviceState(StrEnum):
 
 @dataclass(frozen=True)
 class QueueInfo:
-    """One queue, as shown to people. `cpu` is -1 where the worker is not pinned, `pid` where there is none."""
+    """One queue, as shown to people. `pid` is -1 where there is no worker, `cpu` where it is not pinned, `irq_cpu`
+    where its interrupts go as the kernel has them.
+    """
 
     index: int
     pid: int
@@ -75,6 +77,9 @@ class QueueInfo:
     reason: str  # why it failed, "" otherwise
     waiting_s: float = 0.0  # for how long its storage has kept it waiting, 0.0 when it does not
     restarts: int = 0  # workers that had to be replaced
+    irq_cpu: int = -1
+    poll: str = ""  # how an idle worker waits: "adaptive, 50 us", "always", "never"
+    irq_hold: str = ""  # how long an interrupt may wait for more completions: "up to 200 us", "none"
 
 
 class Supervisor:
@@ -229,10 +234,25 @@ class Supervisor:
         """
         self._show_capacity(self.device.capacity_sectors)
 
+    async def place(self, cpus: Sequence[int], irq_cpus: Sequence[int | None]) -> None:
+        """Move the workers and the interrupts to other CPUs, one a queue; -1 and None are none of their own."""
+        for vq, cpu in zip(self._vqs, cpus, strict=True):
+            vq.pin(cpu)
+        self.transport.irq_cpus = tuple(irq_cpus)
+        self._place_irqs()
+
+    @property
+    def memory(self) -> str:
+        """What requests' data lies in, for people."""
+        return self.transport.memory_text
+
     def queues(self) -> list[QueueInfo]:
         """Return one line for each queue."""
         now_s = time.monotonic()
-        return [_describe(vq, vq.worker, self._watch.waiting_s(vq.index, now_s)) for vq in self._vqs]
+        irq_cpus = dict(enumerate(self.transport.irq_cpus))
+        return [
+            _describe(vq, vq.worker, self._watch.waiting_s(vq.index, now_s), irq_cpus.get(vq.index)) for vq in self._vqs
+        ]
 
     # -- inside
 
@@ -473,10 +493,7 @@ class Supervisor:
         """
         acked_features = self.transport.acked_features()
         self.device.judge_features(acked_features)
-        try:
-            self.transport.place_irqs()
-        except OSError as error:
-            _log.warning("device %s: interrupts go to any CPU: %s", self.device.name, error.strerror)
+        self._place_irqs()
         starts = []
         for vq in self._vqs:
             info = self.transport.vq_info(vq.index)
@@ -489,6 +506,12 @@ class Supervisor:
             done, _late = await asyncio.wait(starts, timeout=self._limits.start_grace_s)
             if not all(start.result() for start in done):
                 self._refuse("; ".join(vq.reason for vq in self._vqs if vq.state == VqState.FAILED))
+
+    def _place_irqs(self) -> None:
+        try:
+            self.transport.place_irqs()
+        except OSError as error:
+            _log.warning("device %s: interrupts go to any CPU: %s", self.device.name, error.strerror)
 
     async def _suspend(self) -> bool:
         """Stop every queue where it stands. Returns whether that is known of all; the device goes on otherwise."""
@@ -544,16 +567,20 @@ class Supervisor:
         return info.ready
 
 
-def _describe(vq: VqControl, worker: WorkerProcess | None, waiting_s: float) -> QueueInfo:
+def _describe(vq: VqControl, worker: WorkerProcess | None, waiting_s: float, irq_cpu: int | None) -> QueueInfo:
     """Return what is to be shown of a queue; the caller has read its worker once, as another thread may replace it."""
     pid, engine = (worker.pid, worker.engine) if worker is not None else (-1, "")
+    spec = vq.spec
     return QueueInfo(
         vq.index,
         pid,
-        vq.cpu,
+        spec.cpu,
         engine,
         vq.state,
         vq.reason,
         waiting_s=round(waiting_s, 1),
         restarts=vq.restart_count,
+        irq_cpu=-1 if irq_cpu is None else irq_cpu,
+        poll="never" if spec.poll_us == 0 else f"adaptive, {spec.poll_us} us" if spec.poll_us > 0 else "always",
+        irq_hold=f"up to {spec.irq_delay_us} us" if spec.irq_delay_us else "none",
     )

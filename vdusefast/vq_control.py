@@ -83,7 +83,6 @@ class VqControl:
         once for each failure.
         """
         self.index = spec.queue
-        self.cpu = spec.cpu
         self.state = VqState.STOPPED
         self.reason = ""
         self.worker: WorkerProcess | None = None
@@ -110,6 +109,24 @@ class VqControl:
         self._tries = 0  # take-overs since a request was last completed
         self._tried_at = -1  # how many had been completed then
 
+    @property
+    def spec(self) -> WorkerSpec:
+        """What the next worker is told."""
+        return self._spec
+
+    def pin(self, cpu: int) -> None:
+        """Have this worker and those after it run on `cpu`; -1 = on any that we may use."""
+        self._spec = self._spec._replace(cpu=cpu)
+        worker = self.worker
+        if worker is None or not worker.alive:
+            return
+        try:
+            os.sched_setaffinity(worker.pid, {cpu} if cpu >= 0 else os.sched_getaffinity(0))
+        except ProcessLookupError:
+            return  # it has just died: the next one is told at its start
+        except OSError as error:
+            _log.warning("%s: stays on its CPU, as CPU %d is refused: %s", worker.title, cpu, error.strerror)
+
     async def spawn(self, timeout_s: float) -> None:
         """Start a worker and wait until it is ready. Raises what WorkerProcess.wait_hello does; none is left then."""
         port = self._transport.worker_port(self.index)
@@ -124,6 +141,8 @@ class VqControl:
             else:
                 self.worker = None
             raise
+        if self._spec.cpu != spec.cpu:  # moved meanwhile, and its own start has had the last word
+            self.pin(self._spec.cpu)
 
     async def prepare(self) -> bool:
         """Be ready for a driver that is about to start. Returns whether there is a worker; a failure is reported."""

@@ -97,7 +97,9 @@ class Worker:
         self._running = False
         self._done = False
         offset_bytes, length_bytes = _datapath.block_extent(spec.queue, spec.queue_size)
-        self._pages = mmap.mmap(spec.shm_fd, length_bytes, offset=offset_bytes)
+        # With its pages in the table: the first requests shall not wait for them.
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+        self._pages = mmap.mmap(spec.shm_fd, length_bytes, flags, offset=offset_bytes)
         self._queue = _datapath.Queue(
             self._pages,
             queue_size=spec.queue_size,

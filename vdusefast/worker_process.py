@@ -66,11 +66,12 @@ def default_command() -> list[str]:
     """Return the words that start a worker; those of its WorkerSpec follow.
 
     Nothing is imported from the directory that we happen to be in (-P), and our own package from where it is, behind
-    the standard library.
+    the standard library. What lies in site-packages is not even looked for (-S): a worker has no use for it, and files
+    there may import half the standard library at each start.
     """
     here = str(Path(__file__).resolve().parent.parent)
     code = f"import sys; sys.path.append({here!r}); from vdusefast.worker import main; sys.exit(main(sys.argv[1:]))"
-    return [sys.executable, "-P", "-c", code]
+    return [sys.executable, "-P", "-S", "-c", code]
 
 
 class RefusedError(Exception):

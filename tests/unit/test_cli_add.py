@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from served import BASE, CONFIG
+from served import BASE, CONFIG, vdusefast
 
 from vdusefast import api, background, cli, cli_serve, errors, left
 from vdusefast.config import load_config
@@ -28,8 +29,11 @@ def config(tmp_path: Path) -> str:
 # -- the configuration that words stand for
 
 
+NOT_CONFIGURATION = ("target", "as_json", "explain", "dry_run")
+
+
 def no_options() -> dict[str, Any]:
-    return {option.name: None for option in cli_serve.add.params if option.name not in ("target", "as_json")}
+    return {option.name: None for option in cli_serve.add.params if option.name not in NOT_CONFIGURATION}
 
 
 def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,3 +227,29 @@ def test_server_whose_adder_is_gone_ends(config: str) -> None:
     os.close(write_fd)
     assert done.returncode == 1
     assert not (BASE / "vd0").exists()
+
+
+# -- where it runs
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing() -> None:
+    words = ("add", "vd0", "--backend=null:1M", "--queues=2", "--cpus=auto", "--dry-run")
+    done = vdusefast(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\nqueue 1 (requests from CPU " in done.stdout
+    assert "as the kernel's rule has it" in done.stdout
+    plan = json.loads(vdusefast(*words, "--json").stdout)
+    assert [queue["index"] for queue in plan["placement"]["queues"]] == [0, 1]
+    assert not (BASE / "vd0").exists()
+    assert vdusefast("serve", *words[1:]).stdout == done.stdout
+
+
+def test_plan_follows_the_node(config: str) -> None:
+    try:
+        done = vdusefast("add", config, "--cpus=auto", "--explain")
+        first, *rest = done.stdout.splitlines()
+        assert first == "vd0: no node, the transport is loopback", done.stderr
+        assert rest[0].endswith("not known: the driver is no kernel's block driver")
+        assert any(line.startswith("  worker      CPU ") for line in rest)
+    finally:
+        vdusefast("del", "vd0")

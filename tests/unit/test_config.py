@@ -271,6 +271,15 @@ def test_auto_gives_each_queue_a_cpu_and_keeps_those_named() -> None:
     assert resolve_cpus(resolved, topology(4)) == resolved
 
 
+def test_auto_of_a_kernel_disk_waits_for_the_disk() -> None:
+    """Its workers are placed by who submits to which queue; a virtual machine's by the machine alone."""
+    config = make_config(name="a", uri="null:1M", queues=2, cpus="auto", transport="kernel")
+    resolved = resolve_cpus(config, topology(4))
+    assert (resolved.device.cpus, [queue.cpu for queue in resolved.queue]) == ("auto", [None, None])
+    with_vhost = resolve_cpus(override(config, bus="vhost"), topology(4))
+    assert (with_vhost.device.cpus, [queue.cpu for queue in with_vhost.queue]) == ("", [0, 1])
+
+
 def test_auto_with_more_queues_than_cpus_warns() -> None:
     config = make_config(name="a", uri="null:1M", queues=3, cpus="auto")
     assert validate(config, topology(2)) == ["a: queues 0, 2 share CPU 0; they will slow each other down"]

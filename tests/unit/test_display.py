@@ -50,6 +50,7 @@ def test_queues_that_wait_for_their_storage_are_named() -> None:
 
 def test_show_has_what_a_kernel_device_has() -> None:
     queue = {"index": 0, "pid": 5, "cpu": 0, "irq_cpu": -1, "size": 256, "engine": "sync", "state": "failed"}
+    queue |= {"poll": "always", "irq_hold": "none"}
     counters = {"requests": 10, "bytes_read": 4096, "bytes_written": 0, "errors": 2, "kicks": 3, "irqs": 4}
     text = display.show_text(
         {
@@ -63,6 +64,8 @@ def test_show_has_what_a_kernel_device_has() -> None:
             "vduse_features": ["SUSPEND"],
             "msg_timeout_s": 90,
             "bounce_size_bytes": 64 << 20,
+            "memory": "the kernel's bounce pages",
+            "ring": "packed, IN_ORDER",
             "offered_features": ["FLUSH", "MQ"],
             "acked_features": ["FLUSH"],
             "status": 15,
@@ -76,9 +79,11 @@ def test_show_has_what_a_kernel_device_has() -> None:
     assert lines["transport"].endswith("kernel, VDUSE API 1 with SUSPEND")
     assert lines["acked"].endswith("FLUSH")
     assert lines["not acked"].endswith("MQ")
+    assert lines["memory"].endswith("  the kernel's bounce pages")
+    assert lines["ring"].endswith("  packed, IN_ORDER")
     assert lines["limits"].endswith("messages 90 s, bounce pages 64 MiB")
     last = text.splitlines()[-1].split()
-    assert last == [*"050-", "256", "sync", "failed:", "bad", "10", "4", "KiB", "0", "B", *"234"]
+    assert last == [*"050-", "256", "sync", "always", "none", "failed:", "bad", "10", "4", "KiB", "0", "B", *"234"]
 
 
 def test_stats_show_latencies_of_what_was_done() -> None:

@@ -120,7 +120,7 @@ def _fio_words(plan: Plan, device: Device, fio: str, engine: str) -> list[str]:
     node = device.node
     _check_abilities(plan.jobs, node, keeps_data=not device.config.backend.uri.startswith("null:"))
     groups = place_jobs(plan.jobs, block_node.size_bytes(node), block_node.logical_block_bytes(node))
-    worker_cpus = [q.cpu for q in device.config.queue if q.cpu is not None]
+    worker_cpus = [queue.cpu for queue in device.queues() if queue.cpu >= 0]
     wanted = parse_cpu_list(plan.run.driver_cpus) if plan.run.driver_cpus else None
     cpus = driver_cpus(wanted, worker_cpus, os.sched_getaffinity(0))
     return device_words(fio, node, groups, engine=engine, direct=plan.run.direct is not False, cpus=cpus)

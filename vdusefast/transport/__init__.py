@@ -61,7 +61,9 @@ class Transport(Protocol):
     """The device's side of one device. All methods are called in the supervisor's thread."""
 
     kind: str
+    memory_text: str  # what requests' data lies in, for people
     msg_timeout_s: float  # a message unanswered for so long breaks the device; 0 = never
+    irq_cpus: tuple[int | None, ...]  # where each queue's interrupts go from the next `place_irqs` on; None = anywhere
 
     @property
     def node(self) -> str:
@@ -115,7 +117,7 @@ class Transport(Protocol):
         """Have the driver's kicks of queue `index` signal eventfd `fd` (borrowed); -1 takes it away. Raises OSError."""
 
     def place_irqs(self) -> None:
-        """Send interrupts where the configuration says; at each DRIVER_OK, as drivers overwrite it. Raises OSError."""
+        """Send interrupts where `irq_cpus` says; at each DRIVER_OK, as drivers overwrite it. Raises OSError."""
 
     def inject_irq(self, index: int) -> None:
         """Interrupt the driver for queue `index`. Raises OSError: EINVAL before DRIVER_OK."""

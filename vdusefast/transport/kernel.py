@@ -30,6 +30,7 @@ from vdusefast.transport import (
 )
 from vdusefast.transport.uapi import Request, Response, VqInfo
 
+BOUNCE_PAGES = "the kernel's bounce pages"
 KERNEL_BOUNCE_SIZE_BYTES = 64 << 20
 
 REGION_COUNT_MAX = 1024
@@ -66,9 +67,11 @@ class KernelTransport:
     def __init__(self, options: KernelOptions | None = None):
         """Prepare; nothing is opened before `create` or `reopen`."""
         self.options = options or KernelOptions()
+        self.memory_text = BOUNCE_PAGES if self.options.bus == "virtio" else "the client's own"
         self.msg_timeout_s = float(self.options.msg_timeout_s)
         self.api_version = self.options.api_version
         self.vduse_features = self.options.vduse_features
+        self.irq_cpus = self.options.irq_cpus
         self.name = ""
         self._fd = -1
         self._created = False
@@ -233,13 +236,13 @@ class KernelTransport:
         self._ioctl(uapi.VDUSE_VQ_SETUP_KICKFD, uapi.VQ_EVENTFD.pack(index, wanted))
 
     def place_irqs(self) -> None:
-        """Let each queue's interrupts go to the CPU that the configuration names, and none to CPUs that are not there.
+        """Let each queue's interrupts go to the CPU that `irq_cpus` names, and none to CPUs that are not there.
 
         The kernel's driver spreads queues over all CPUs that there could be, and for a queue whose mask holds none that
         is online the injection of an interrupt loops in the kernel for ever.
         """
         online = sysfs.online_cpus()
-        for index, cpu in enumerate(self.options.irq_cpus):
+        for index, cpu in enumerate(self.irq_cpus):
             attribute = f"vq{index}/irq_cb_affinity"
             if cpu is not None and cpu in online:
                 sysfs.set_attribute(self.name, attribute, sysfs.pack_mask([cpu]))

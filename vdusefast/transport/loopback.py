@@ -24,8 +24,10 @@ class LoopbackTransport:
     """The device's side of a loopback device; see `Transport` for the methods."""
 
     kind = "loopback"
+    memory_text = "the driver's own"
     node = ""
     driver = ""
+    irq_cpus: tuple[int | None, ...] = ()
 
     def __init__(self, msg_timeout_s: float = MSG_TIMEOUT_S, bus: LoopbackBus | None = None):
         """Make a transport whose bus gives the device up after `msg_timeout_s` seconds without an answer; 0 = never.

@@ -236,8 +236,10 @@ class RemoteLoopbackTransport:
     """
 
     kind = "loopback"
+    memory_text = "the driver's own"
     node = ""
     driver = ""
+    irq_cpus: tuple[int | None, ...] = ()
 
     def __init__(self, path: Path, msg_timeout_s: float = MSG_TIMEOUT_S):
         """Prepare; the host at `path` is asked when the device is created or reopened."""

@@ -28,6 +28,14 @@ def virtio_blk_loaded() -> bool:
     return (SYS / "bus/virtio/drivers/virtio_blk").is_dir()
 
 
+def request_queue_limit() -> int:
+    """Return how many queues virtio_blk was told to use at most, 0 when it was not told."""
+    try:
+        return int((SYS / "module/virtio_blk/parameters/num_request_queues").read_text())
+    except OSError:
+        return 0
+
+
 def attached(name: str) -> bool:
     """Return whether the device is on the vDPA bus."""
     return _device_path(name).is_dir()

@@ -147,13 +147,13 @@ def refused(
 
 
 def write_config(
-    name: str, uri: str, *, cpus: list[int] | None = None, queue: str | list[str] = "", **device: object
+    name: str, uri: str, *, cpus: list[int] | str | None = None, queue: str | list[str] = "", **device: object
 ) -> Path:
     """Write NAME.toml. queue: lines for each [[queue]], or a list of them; `cache` and `engine` go to [backend]."""
     backend = {key: device.pop(key) for key in ("cache", "engine") if key in device}
     lines = ["[device]", f'name = "{name}"', *_toml(device)]
     if cpus is not None:
-        lines.append(f"cpus = {cpus}")
+        lines.append(f"cpus = {json.dumps(cpus)}")
     lines += ["[backend]", f'uri = "{uri}"', *_toml(backend)]
     if isinstance(queue, str):
         queue = [queue] * int(str(device.get("queues", 1))) if queue else []

@@ -9,6 +9,9 @@ import guest
 from checks import check
 from guest import MIB
 
+from vdusefast import queue_map
+from vdusefast.affinity import format_cpu_list, read_topology
+
 
 @check(limit_s=90)
 def sysfs_and_show() -> dict[str, object]:
@@ -66,6 +69,42 @@ def interrupts_where_no_cpu_is_online() -> list[str]:
         ]
         assert all(int(mask.replace(",", ""), 16) & online for mask in masks), f"{masks}, online {online:#x}"
     return masks
+
+
+def _check_placement(queues: int) -> list[int]:
+    """Check that a device is placed by what the kernel says, and that this was foreseen. Returns its workers' CPUs."""
+    foreseen = queue_map.predict(read_topology(), queues)
+    with guest.device("vd0", "memory:16M", queues=queues, cpus="auto") as node:
+        assert queue_map.read(node, queues) == foreseen, f"{queue_map.read(node, queues)}, foreseen {foreseen}"
+        shown = guest.info("vd0")
+        plan: dict[str, list[dict[str, object]]] = shown["placement"]  # type: ignore[assignment]
+        assert f"{Path(node).name}/mq" in str(plan["source"]), plan
+        assert [queue["submit_cpus"] for queue in plan["queues"]] == [format_cpu_list(group) for group in foreseen]
+        for index, queue in enumerate(shown["queues"]):  # type: ignore[arg-type]
+            allowed = os.sched_getaffinity(queue["pid"])
+            assert allowed == ({queue["cpu"]} if queue["cpu"] >= 0 else os.sched_getaffinity(0)), queue
+            mask = (guest.VDUSE_CLASS / "vd0" / f"vq{index}" / "irq_cb_affinity").read_text().strip()
+            if queue["irq_cpu"] >= 0:
+                assert int(mask.replace(",", ""), 16) == 1 << queue["irq_cpu"], f"{mask}, {queue}"
+                assert queue["irq_cpu"] in foreseen[index], queue
+        return [int(str(queue["cpu"])) for queue in plan["queues"]]
+
+
+@check(limit_s=300)
+def placement_by_the_kernels_map() -> dict[str, list[int]]:
+    """Two CPUs are left to the scheduler; of four each worker gets one that does not submit to its queue."""
+    assert _check_placement(4) == [-1] * 4
+    offline = [path for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]/online") if path.read_text()[0] == "0"]
+    for path in offline:
+        path.write_text("1")
+    try:
+        os.sched_setaffinity(0, range(4))  # which a process keeps from before
+        found = {str(queues): _check_placement(queues) for queues in (1, 2, 4)}
+    finally:
+        for path in offline:
+            path.write_text("0")
+    assert found == {"1": [3], "2": [3, 1], "4": [-1] * 4}, found
+    return found
 
 
 @check(limit_s=120)
