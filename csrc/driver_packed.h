@@ -135,7 +135,7 @@ static inline int vf_drv_packed_add_three(struct vf_drv_vq *vq, const struct vf_
 	uint16_t flags = (uint16_t)(vf_drv_packed_avail(vq, first) | VF_DESC_F_NEXT);
 	desc[first & vq->mask] = (struct vf_packed_desc){ three->header_iova, three->header_bytes, id,
 							  vf_drv_packed_head_flags(vq, flags) };
-	return vf_drv_packed_added(vq, 3, vf_drv_three_writable(three), cookie);
+	return vf_drv_packed_added(vq, 3, vq->in_order ? vf_drv_three_writable(three) : 0, cookie);
 }
 
 static inline int vf_drv_packed_add_indirect(struct vf_drv_vq *vq, struct vf_packed_desc *table, uint64_t table_iova,
@@ -222,14 +222,14 @@ static inline int vf_drv_packed_take_in_order(struct vf_drv_vq *vq, struct vf_dr
 
 static inline int vf_drv_packed_reap(struct vf_drv_vq *vq, struct vf_drv_used *out, uint32_t max)
 {
-	uint32_t count = 0;
-	while (count < max && vf_drv_packed_has_used(vq)) {
-		int rc = vq->in_order ? vf_drv_packed_take_in_order(vq, &out[count]) : vf_drv_packed_take(vq, &out[count]);
-		if (vf_unlikely(rc))
-			return count ? (int)count : rc;
-		count++;
-	}
-	return (int)count;
+	int taken = 0, rc = 0;
+	if (vq->in_order)
+		while (taken < (int)max && rc == 0 && vf_drv_packed_has_used(vq))
+			taken += (rc = vf_drv_packed_take_in_order(vq, &out[taken])) == 0;
+	else
+		while (taken < (int)max && rc == 0 && vf_drv_packed_is_used(vq, vq->packed.used_pos))
+			taken += (rc = vf_drv_packed_take(vq, &out[taken])) == 0;
+	return taken ? taken : rc;
 }
 
 static inline void vf_drv_packed_disable_irq(struct vf_drv_vq *vq)

@@ -78,7 +78,8 @@ static inline int vf_drv_split_add_three(struct vf_drv_vq *vq, const struct vf_d
 	state[head].tail = tail;
 	state[head].count = 3;
 	state[head].cookie = cookie;
-	state[head].writable_bytes = vf_drv_three_writable(three);
+	if (vq->in_order)
+		state[head].writable_bytes = vf_drv_three_writable(three);
 	vf_drv_split_avail_put(vq, head);
 	return head;
 }
@@ -166,14 +167,14 @@ static inline int vf_drv_split_take_in_order(struct vf_drv_vq *vq, uint32_t coun
 
 static inline int vf_drv_split_reap(struct vf_drv_vq *vq, struct vf_drv_used *out, uint32_t max)
 {
-	int count = vf_drv_split_used_count(vq);
-	for (int i = 0; i < count && (uint32_t)i < max; i++) {
-		int rc = vq->in_order ? vf_drv_split_take_in_order(vq, (uint32_t)(count - i), &out[i]) :
-					vf_drv_split_take(vq, &out[i]);
-		if (vf_unlikely(rc))
-			return i ? i : rc;
-	}
-	return count > (int)max ? (int)max : count;
+	int count = vf_drv_split_used_count(vq), most = count < (int)max ? count : (int)max, taken = 0;
+	if (vq->in_order)
+		while (taken < most && vf_likely(vf_drv_split_take_in_order(vq, (uint32_t)(count - taken), &out[taken]) == 0))
+			taken++;
+	else
+		while (taken < most && vf_likely(vf_drv_split_take(vq, &out[taken]) == 0))
+			taken++;
+	return taken || most == 0 ? taken : -EPROTO;
 }
 
 /* With EVENT_IDX the event index just stays behind: the device passes it once in 65536 chains. */

@@ -77,7 +77,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     @property
     def is_kernel_disk(self) -> bool:
-        """Whether the driver is the kernel's own, which makes a /dev/vdX, and pays for each descriptor by mapping it."""
+        """Whether the driver is the kernel's own: it makes a /dev/vdX, and maps each descriptor that it uses."""
         return self.transport == "kernel" and self.bus == "virtio"
 
     @property

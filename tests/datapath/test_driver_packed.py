@@ -276,6 +276,16 @@ def test_a_buffer_id_that_is_not_in_flight(in_order: bool, buffer_id: int) -> No
         assert rig.reap() == [(0, 0)]
 
 
+def test_a_chain_comes_back_that_was_not_shown_yet() -> None:
+    with RingRig(SIZE) as rig:
+        rig.add(1, cookie=1)
+        packed(rig).write_used(0, 0)
+        rig.reap_fails()
+        rig.ring.publish()
+        rig.device.push(rig.take(1))
+        assert rig.reap() == [(1, 0)]
+
+
 def test_a_driver_keeps_its_own_account_of_what_it_has_put_into_the_ring() -> None:
     """A device may write what it likes into descriptors of chains in flight."""
     with RingRig(SIZE) as rig:
