@@ -35,6 +35,13 @@ void vf_engine_close(struct vf_engine *engine)
 	engine->ops = NULL;
 }
 
+static int vf_sync_open(struct vf_engine *engine, uint32_t slot_count)
+{
+	(void)slot_count;
+	vf_store_map(&engine->store);
+	return 0;
+}
+
 static int vf_sync_submit(struct vf_engine *engine, struct vf_req *req)
 {
 	req->result = vf_store_do(&engine->store, req);
@@ -57,6 +64,7 @@ static int vf_fail_submit(struct vf_engine *engine, struct vf_req *req)
 
 const struct vf_engine_ops vf_engine_sync = {
 	.name = "sync",
+	.open = vf_sync_open,
 	.submit = vf_sync_submit,
 	.publish_batch = 4,
 	.blocks = 1,

@@ -124,7 +124,7 @@ void vf_queue_destroy(struct vf_queue *q)
 	free(q);
 }
 
-/* Async-signal-safe: a table walk, mmap(2), a counter of our own. */
+/* Async-signal-safe: a table walk, mmap(2), a counter or a flag of our own. */
 static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
 {
 	(void)context;
@@ -132,6 +132,8 @@ static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
 		vf_guarded->counters->memory_faults++;
 		return;
 	}
+	if (vf_guarded && vf_map_bury(&vf_guarded->engine.store.read_map, (uintptr_t)info->si_addr) == 0)
+		return;
 	signal(signo, SIG_DFL); /* not the driver's doing: the access faults again and ends the process */
 }
 

@@ -150,6 +150,10 @@ cdef extern from "request.h" nogil:
         iovec *iov_base
         vf_blk_range *ranges
 
+cdef extern from "store_map.h" nogil:
+    struct vf_store_map:
+        uint8_t *base
+
 cdef extern from "store.h" nogil:
     enum vf_store_kind:
         VF_STORE_FILE
@@ -170,6 +174,9 @@ cdef extern from "store.h" nogil:
         int write_flags
         int hold_fds[2]
         uint32_t hold_count
+        uint8_t map_reads
+        vf_store_map read_map
+    void vf_store_resize(vf_store *, uint64_t)
 
 cdef extern from "engine.h" nogil:
     struct vf_engine

@@ -163,11 +163,12 @@ cdef class Queue:
         return self.q
 
     def open_engine(self, str name, *, str store, int fd=-1, uint64_t size_bytes=0, str cache="writeback",
-                    uint32_t direct_align=0, hold_fds=()):
+                    uint32_t direct_align=0, hold_fds=(), bint map_reads=True):
         """Open engine `name` (sync, uring, memory, null, fail) over a store, whose descriptor is borrowed.
 
         hold_fds: at most two descriptors (borrowed) that stay open until the last request has ended, also when this process
         is killed before.
+        map_reads: let the sync engine read a file on tmpfs through a mapping; `maps_reads` says whether it does.
         Raises OSError when the kernel does not let us (ENOSYS, EPERM: no io_uring), ValueError for a name.
         """
         cdef vf_store described
@@ -197,6 +198,7 @@ cdef class Queue:
         described.cache = _STORE_CACHES[cache]
         described.direct_align = direct_align
         described.size_bytes = size_bytes
+        described.map_reads = map_reads
         for hold_fd in hold_fds:
             if described.hold_count == 2:
                 raise ValueError("more than two descriptors to hold")
@@ -243,6 +245,8 @@ cdef class Queue:
         if capacity_sectors < q.device.capacity_sectors:
             with nogil:
                 self._drain()  # nothing may be written behind the end any more, where the store is about to be cut
+        if q.engine.ops != NULL:
+            vf_store_resize(&q.engine.store, capacity_sectors * VF_SECTOR_BYTES)
         q.device.capacity_sectors = capacity_sectors
 
     cdef void _drain(self) noexcept nogil:
@@ -406,6 +410,11 @@ cdef class Queue:
     def inflight_count(self):
         """Requests that the engine holds."""
         return self._open().engine.inflight_count
+
+    @property
+    def maps_reads(self):
+        """Whether the engine reads the store through a mapping."""
+        return self._open().engine.store.read_map.base != NULL
 
     @property
     def region_count(self):

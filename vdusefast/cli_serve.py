@@ -32,6 +32,7 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (("--block-size", "block_size_bytes"), int, "Logical blocks of so many bytes: 512 to 4096."),
     (("--cache",), click.Choice(["writeback", "writethrough", "none", "unsafe"]), "none is O_DIRECT."),
     (("--engine",), click.Choice(["auto", "sync", "uring"]), "How a worker reaches a file."),
+    (("--map",), click.Choice(["auto", "off"]), "Whether the sync engine maps a file on tmpfs to read it."),
     (("--poll-us",), int, "Microseconds that an idle worker spins at most before it sleeps."),
     (("--irq-delay-us",), int, "Microseconds that an interrupt waits at most for more completions; 0: never."),
     (("--msg-timeout", "msg_timeout_s"), int, "Seconds until the kernel gives up a server that is silent; 0 = never."),

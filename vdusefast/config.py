@@ -39,6 +39,7 @@ CONFIG_MAX_BYTES = 1 << 20
 TransportName = Literal["auto", "loopback", "kernel"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 BusName = Literal["virtio", "vhost"]
+MapMode = Literal["auto", "off"]
 EngineName = Literal["auto", "sync", "uring", "memory", "null"]
 
 
@@ -80,6 +81,7 @@ class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     uri: str
     cache: CacheMode = "writeback"
     engine: EngineName = "auto"
+    map: MapMode = "auto"  # engine sync: read a file on tmpfs through a mapping
 
 
 class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -47,7 +47,10 @@ def _lock_pages(shm_fd: int) -> int:
 
 
 def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
-    """Open the engine asked for, or the best that this kernel allows. Returns its name. Raises VdusefastError."""
+    """Open the engine asked for, or the best that this kernel allows. Returns what to call it.
+
+    Raises VdusefastError.
+    """
     order = _engine_order(spec)
     # By these whoever goes on in our place sees that nothing of ours is under way any more: our supervisor by the pipe,
     # a later one by the lock (SharedPages.reopen).
@@ -62,6 +65,7 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
                 cache=spec.cache,
                 direct_align=spec.direct_align,
                 hold_fds=hold_fds,
+                map_reads=bool(spec.map_reads),
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -74,7 +78,7 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
                     'use engine "sync", or allow it (sysctl kernel.io_uring_disabled, seccomp, memlock)'
                 ) from error
         else:
-            return name
+            return f"{name} (mapped reads)" if queue.maps_reads else name
     raise WorkerError("no engine to try")
 
 

@@ -56,6 +56,7 @@ class Rig:
         ring_perms: tuple[int, int, int] = (RO, RO, RW),
         start: bool = True,
         cache: str = "writeback",
+        map_reads: bool = True,
     ) -> None:
         self.params, self.engine = params, engine
         desc, avail, used = RING_IOVA, RING_IOVA + 0x10_0000, RING_IOVA + 0x20_0000
@@ -92,7 +93,9 @@ class Rig:
         )
         self.queue.set_port_none(self.irq_fd)
         kind = "memory" if engine == "memory" else "file"
-        self.queue.open_engine(engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache)
+        self.queue.open_engine(
+            engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache, map_reads=map_reads
+        )
         for region in self.memory.regions:
             self.map(region)
         if start:

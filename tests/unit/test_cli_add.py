@@ -46,6 +46,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "block_size_bytes": 4096,
         "cache": "none",
         "engine": "sync",
+        "map": "off",
         "poll_us": 7,
         "irq_delay_us": 9,
         "msg_timeout_s": 60,

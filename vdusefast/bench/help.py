@@ -34,6 +34,7 @@ RUN_HELP = {
     "queue_size": "entries of a virtqueue, a power of two",
     "backend": "file:PATH, memory:SIZE or null:SIZE; a temporary file unless given",
     "engine": "auto, sync or uring",
+    "map": "auto: engine sync reads a file on tmpfs through a mapping; off: it never does",
     "cache": "writeback, writethrough, none (O_DIRECT) or unsafe",
     "poll_us": "microseconds that an idle worker spins at most before it sleeps",
     "irq_delay_us": "microseconds that an interrupt waits at most for more completions; 0 = never",

@@ -87,6 +87,7 @@ class RunOptions:
     backend: str | None = None
     engine: str | None = None
     cache: str | None = None
+    map: str | None = None
     poll_us: int | None = None
     irq_delay_us: int | None = None
     baseline: tuple[str, ...] = ()
@@ -203,6 +204,7 @@ RUN_OPTIONS: dict[str, Parser] = {
     "backend": str,
     "engine": _parse_choice("auto", "sync", "uring", "memory", "null"),
     "cache": _parse_choice("writeback", "writethrough", "none", "unsafe"),
+    "map": _parse_choice("auto", "off"),
     "poll_us": _parse_int(0, 1_000_000),
     "irq_delay_us": _parse_int(0, 10_000),
     "baseline": _parse_words,
