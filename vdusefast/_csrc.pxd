@@ -174,6 +174,7 @@ cdef extern from "store.h" nogil:
         int write_flags
         int hold_fds[2]
         uint32_t hold_count
+        uint8_t sqpoll
         uint8_t map_reads
         vf_store_map read_map
     void vf_store_resize(vf_store *, uint64_t)
@@ -196,6 +197,8 @@ cdef extern from "engine.h" nogil:
         uint32_t readable
     const vf_engine_ops vf_engine_sync
     const vf_engine_ops vf_engine_uring
+    const vf_engine_ops vf_engine_cached
+    void vf_uring_fixed(const vf_engine *, uint64_t *, int *)
     const vf_engine_ops vf_engine_memory
     const vf_engine_ops vf_engine_fail
     const vf_engine_ops vf_engine_null

@@ -87,6 +87,7 @@ def worker_specs(config: Config, device: BlockDevice, store: Store, pages: Share
             store_fd=store.fd,
             engine=config.backend.engine,
             cache=config.backend.cache,
+            sqpoll=int(config.backend.sqpoll),
             map_reads=int(config.backend.map == "auto"),
             direct_align=store.direct_align,
             capacity_sectors=device.capacity_sectors,

@@ -40,7 +40,7 @@ TransportName = Literal["auto", "loopback", "kernel"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 BusName = Literal["virtio", "vhost"]
 MapMode = Literal["auto", "off"]
-EngineName = Literal["auto", "sync", "uring", "memory", "null"]
+EngineName = Literal["auto", "sync", "cached", "uring", "memory", "null"]
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,6 +82,7 @@ class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     cache: CacheMode = "writeback"
     engine: EngineName = "auto"
     map: MapMode = "auto"  # engine sync: read a file on tmpfs through a mapping
+    sqpoll: bool = False  # io_uring: a thread of the kernel's, with a CPU of its own while there is work, submits
 
 
 class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -173,6 +174,8 @@ def validate(config: Config, topology: Topology | None = None) -> list[str]:
     _check_device(config.device)
     if not config.backend.uri:
         raise ConfigError("backend.uri: empty; write for example file:/srv/disk.img, memory:64M or null:1G")
+    if config.backend.sqpoll and config.backend.engine not in ("auto", "cached", "uring"):
+        raise ConfigError(f'backend.sqpoll: engine {config.backend.engine!r} has no io_uring; use engine "uring"')
     if len(config.queue) > config.device.queues:
         raise ConfigError(f"queue: {len(config.queue)} [[queue]] entries, but device.queues is {config.device.queues}")
     for index, queue in enumerate(config.queue):

@@ -6,7 +6,9 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from device_model import DeviceModel, Params, View
 from model import RO, RW, SECTOR_BYTES, WRITE, Desc, Memory, Reason, Region, Ring, RingBroken, header
@@ -17,7 +19,8 @@ RING_IOVA = 0x10_0000
 DATA_IOVA = 0x4000_0000
 IN_IOVA = DATA_IOVA  # what the device reads, in the plain set-up
 OUT_IOVA = DATA_IOVA + 0x10_0000  # what it writes
-PUBLISH_BATCH = {"memory": 8, "sync": 4, "uring": 16, "null": 16, "fail": 16}
+DISK_DIR = Path(__file__).parent.parent.parent / "build"  # knows O_DIRECT and RWF_NOWAIT; /tmp may be a tmpfs
+PUBLISH_BATCH = {"memory": 8, "sync": 4, "uring": 16, "cached": 4, "null": 16, "fail": 16}
 
 
 def file_engines() -> list[str]:
@@ -42,7 +45,10 @@ def pattern(size: int, seed: int = 1) -> bytes:
 
 
 class Rig:
-    """A queue that is started over `regions` and a store of capacity_sectors; nothing in flight between calls."""
+    """A queue that is started over `regions` and a store of capacity_sectors; nothing in flight between calls.
+
+    engine_options: more of `Queue.open_engine`.
+    """
 
     def __init__(
         self,
@@ -56,7 +62,7 @@ class Rig:
         ring_perms: tuple[int, int, int] = (RO, RO, RW),
         start: bool = True,
         cache: str = "writeback",
-        map_reads: bool = True,
+        **engine_options: Any,
     ) -> None:
         self.params, self.engine = params, engine
         desc, avail, used = RING_IOVA, RING_IOVA + 0x10_0000, RING_IOVA + 0x20_0000
@@ -94,7 +100,7 @@ class Rig:
         self.queue.set_port_none(self.irq_fd)
         kind = "memory" if engine == "memory" else "file"
         self.queue.open_engine(
-            engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache, map_reads=map_reads
+            engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache, **engine_options
         )
         for region in self.memory.regions:
             self.map(region)

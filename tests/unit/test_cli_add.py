@@ -47,6 +47,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "cache": "none",
         "engine": "sync",
         "map": "off",
+        "sqpoll": False,
         "poll_us": 7,
         "irq_delay_us": 9,
         "msg_timeout_s": 60,

@@ -87,6 +87,7 @@ class RunOptions:
     backend: str | None = None
     engine: str | None = None
     cache: str | None = None
+    sqpoll: bool | None = None
     map: str | None = None
     poll_us: int | None = None
     irq_delay_us: int | None = None
@@ -202,8 +203,9 @@ RUN_OPTIONS: dict[str, Parser] = {
     "driver_cpus": str,
     "queue_size": _parse_int(2, 32768),
     "backend": str,
-    "engine": _parse_choice("auto", "sync", "uring", "memory", "null"),
+    "engine": _parse_choice("auto", "sync", "cached", "uring", "memory", "null"),
     "cache": _parse_choice("writeback", "writethrough", "none", "unsafe"),
+    "sqpoll": _parse_bool,
     "map": _parse_choice("auto", "off"),
     "poll_us": _parse_int(0, 1_000_000),
     "irq_delay_us": _parse_int(0, 10_000),
