@@ -15,14 +15,9 @@
 /* -EOPNOTSUPP where the file system cannot promise not to wait, as tmpfs, or where the cache is passed by. */
 static int vf_cached_open(struct vf_engine *engine, uint32_t slot_count)
 {
-	uint8_t byte;
-	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
+	int err = engine->store.direct_align ? -EOPNOTSUPP : vf_store_nowait(&engine->store);
 
-	if (engine->store.direct_align)
-		return -EOPNOTSUPP;
-	if (preadv2(engine->store.fd, &iov, 1, 0, RWF_NOWAIT) < 0 && errno != EAGAIN)
-		return -errno;
-	return vf_uring_open(engine, slot_count);
+	return err ? err : vf_uring_open(engine, slot_count);
 }
 
 /* What the cache has of the rest of a read. 1: that was all of it. */

@@ -29,8 +29,10 @@ struct vf_uring {
 	uint32_t watched; /* bits: descriptors of sleep() that have a poll in the ring */
 };
 
-/* The best set of flags that this kernel knows: one issuer, completions when we look (6.1); else the plain ring. */
-static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries, int sqpoll)
+/* The best set of flags that this kernel knows: one issuer, completions when we look (6.1); else the plain ring.
+ * by_thread: the kernel hands every request to a thread of its own, which can show completions by itself, without a system
+ * call of ours, unless they are to wait until we look. */
+static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries, int sqpoll, int by_thread)
 {
 	/* A thread of the kernel's looks for submissions: its completions need no look of ours, and no system call. */
 	static const unsigned int sqpoll_flags[] = {
@@ -45,7 +47,7 @@ static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries, int sqpol
 	};
 	int err = -EINVAL;
 
-	for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]) && err == -EINVAL; i++) {
+	for (size_t i = by_thread; i < sizeof(flags) / sizeof(flags[0]) && err == -EINVAL; i++) {
 		struct io_uring_params params = {
 			.flags = sqpoll ? sqpoll_flags[i] : flags[i],
 			.sq_thread_idle = VF_URING_SQ_IDLE_MS,
@@ -70,12 +72,13 @@ static int vf_uring_register(struct io_uring *ring, const struct vf_store *store
 int vf_uring_open(struct vf_engine *engine, uint32_t slot_count)
 {
 	struct vf_uring *uring = calloc(1, sizeof(*uring));
+	int by_thread = engine->store.direct_align == 0 && vf_store_nowait(&engine->store) == -EOPNOTSUPP;
 	int err;
 
 	if (!uring)
 		return -ENOMEM;
 	/* A place for each request and for each descriptor watched. */
-	err = vf_uring_init_ring(&uring->ring, slot_count + VF_WATCH_MAX, engine->store.sqpoll);
+	err = vf_uring_init_ring(&uring->ring, slot_count + VF_WATCH_MAX, engine->store.sqpoll, by_thread);
 	if (err) {
 		free(uring);
 		return err;

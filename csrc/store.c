@@ -59,6 +59,14 @@ void vf_store_map(struct vf_store *store)
 		(void)vf_map_open(&store->read_map, store->fd, store->size_bytes);
 }
 
+int vf_store_nowait(const struct vf_store *store)
+{
+	uint8_t byte;
+	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
+
+	return preadv2(store->fd, &iov, 1, 0, RWF_NOWAIT) < 0 && errno != EAGAIN ? -errno : 0;
+}
+
 void vf_store_resize(struct vf_store *store, uint64_t size_bytes)
 {
 	if (store->kind == VF_STORE_MEMORY)

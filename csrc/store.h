@@ -58,6 +58,9 @@ void vf_store_close(struct vf_store *store);
 /* Map a file for reading, if that is wanted and possible: for an engine that reads by vf_store_do(). */
 void vf_store_map(struct vf_store *store);
 
+/* Whether a read can be told not to wait for the disk. 0 or -errno: -EOPNOTSUPP on tmpfs, for one. */
+int vf_store_nowait(const struct vf_store *store);
+
 /* The device has become as large as this; nothing is in flight. */
 void vf_store_resize(struct vf_store *store, uint64_t size_bytes);
 
