@@ -14,6 +14,7 @@
 #define VF_WATCH_MAX 4u
 
 struct vf_engine;
+struct vf_merge;
 
 struct vf_engine_ops {
 	const char *name;
@@ -45,6 +46,7 @@ struct vf_engine {
 	uint32_t inflight_count;
 	uint32_t readable; /* bits of sleep()'s descriptors; the loop clears them */
 	void *state; /* the engine's own; owned */
+	struct vf_merge *merge; /* of engines that merge requests; NULL: they do not */
 };
 
 extern const struct vf_engine_ops vf_engine_sync;

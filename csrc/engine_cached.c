@@ -11,13 +11,21 @@
 #include <sys/uio.h>
 
 #include "barrier.h"
+#include "merge.h"
 
 /* -EOPNOTSUPP where the file system cannot promise not to wait, as tmpfs, or where the cache is passed by. */
 static int vf_cached_open(struct vf_engine *engine, uint32_t slot_count)
 {
 	int err = engine->store.direct_align ? -EOPNOTSUPP : vf_store_nowait(&engine->store);
 
-	return err ? err : vf_uring_open(engine, slot_count);
+	if (!err)
+		err = vf_merge_open(engine, slot_count);
+	if (err)
+		return err;
+	err = vf_uring_open(engine, slot_count);
+	if (err)
+		vf_merge_close(engine);
+	return err;
 }
 
 /* What the cache has of the rest of a read. 1: that was all of it. */
@@ -30,7 +38,7 @@ static int vf_cached_read(const struct vf_store *store, struct vf_req *req)
 	return req->left_bytes == 0; /* an error or the file's end shows again in the ring */
 }
 
-static int vf_cached_submit(struct vf_engine *engine, struct vf_req *req)
+static int vf_cached_one(struct vf_engine *engine, struct vf_req *req)
 {
 	if (vf_likely(req->op == VF_OP_READ)) {
 		if (!vf_cached_read(&engine->store, req))
@@ -45,15 +53,53 @@ static int vf_cached_submit(struct vf_engine *engine, struct vf_req *req)
 	return vf_uring_submit(engine, req);
 }
 
+static int vf_cached_submit(struct vf_engine *engine, struct vf_req *req)
+{
+	return vf_merge_submit(engine, req, vf_cached_one, RWF_NOWAIT);
+}
+
+static void vf_cached_flush(struct vf_engine *engine)
+{
+	if (engine->merge && engine->merge->held_count)
+		vf_merge_flush(engine, vf_cached_one, RWF_NOWAIT);
+	vf_uring_flush(engine);
+}
+
+static uint32_t vf_cached_reap(struct vf_engine *engine, struct vf_req **done, uint32_t max)
+{
+	uint32_t count = engine->merge ? vf_merge_reap(engine, done, max) : 0;
+
+	return count + vf_uring_reap(engine, done + count, max - count);
+}
+
+static void vf_cached_wait(struct vf_engine *engine)
+{
+	vf_cached_flush(engine);
+	if (!vf_merge_has_done(engine))
+		vf_uring_wait(engine);
+}
+
+static int vf_cached_sleep(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms)
+{
+	vf_cached_flush(engine);
+	return vf_merge_has_done(engine) ? 0 : vf_uring_sleep(engine, fds, count, timeout_ms);
+}
+
+static void vf_cached_close(struct vf_engine *engine)
+{
+	vf_uring_close(engine);
+	vf_merge_close(engine);
+}
+
 const struct vf_engine_ops vf_engine_cached = {
 	.name = "cached",
 	.open = vf_cached_open,
 	.submit = vf_cached_submit,
-	.flush = vf_uring_flush,
-	.reap = vf_uring_reap,
-	.wait = vf_uring_wait,
-	.sleep = vf_uring_sleep,
-	.close = vf_uring_close,
+	.flush = vf_cached_flush,
+	.reap = vf_cached_reap,
+	.wait = vf_cached_wait,
+	.sleep = vf_cached_sleep,
+	.close = vf_cached_close,
 	.publish_batch = 4,
 	.blocks = 1,
 };

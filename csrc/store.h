@@ -43,6 +43,7 @@ struct vf_store {
 	uint8_t no_punch_hole; /* the store has refused it: do not ask again */
 	uint8_t no_zero_range;
 	uint8_t sqpoll; /* of the uring engine: a thread of the kernel's takes what is submitted */
+	uint8_t merge; /* adjacent requests may become one call */
 	uint8_t map_reads; /* read through a mapping where that is possible */
 	uint8_t *map; /* of a memory store */
 	struct vf_store_map read_map; /* of a file on tmpfs, while `map_reads` */

@@ -175,6 +175,7 @@ cdef extern from "store.h" nogil:
         int hold_fds[2]
         uint32_t hold_count
         uint8_t sqpoll
+        uint8_t merge
         uint8_t map_reads
         vf_store_map read_map
     void vf_store_resize(vf_store *, uint64_t)

@@ -163,12 +163,13 @@ cdef class Queue:
         return self.q
 
     def open_engine(self, str name, *, str store, int fd=-1, uint64_t size_bytes=0, str cache="writeback",
-                    uint32_t direct_align=0, hold_fds=(), bint map_reads=True, bint sqpoll=False):
+                    uint32_t direct_align=0, hold_fds=(), bint map_reads=True, bint sqpoll=False, bint merge=True):
         """Open engine `name` (sync, uring, cached, memory, null, fail) over a store, whose descriptor is borrowed.
 
         hold_fds: at most two descriptors (borrowed) that stay open until the last request has ended, also when this process
         is killed before.
         map_reads: let the sync engine read a file on tmpfs through a mapping; `maps_reads` says whether it does.
+        merge: let the engines sync and cached carry out adjacent requests of a batch by one call.
         sqpoll: let a thread of the kernel's take what is submitted to a ring.
         Raises OSError when the kernel does not let us (ENOSYS, EPERM: no io_uring; EOPNOTSUPP: cached, and the store cannot be
         read without waiting), ValueError for a name.
@@ -204,6 +205,7 @@ cdef class Queue:
         described.size_bytes = size_bytes
         described.map_reads = map_reads
         described.sqpoll = sqpoll
+        described.merge = merge
         for hold_fd in hold_fds:
             if described.hold_count == 2:
                 raise ValueError("more than two descriptors to hold")

@@ -87,6 +87,7 @@ def worker_specs(config: Config, device: BlockDevice, store: Store, pages: Share
             store_fd=store.fd,
             engine=config.backend.engine,
             cache=config.backend.cache,
+            merge=int(config.backend.merge),
             sqpoll=int(config.backend.sqpoll),
             map_reads=int(config.backend.map == "auto"),
             direct_align=store.direct_align,

@@ -82,6 +82,7 @@ class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     cache: CacheMode = "writeback"
     engine: EngineName = "auto"
     map: MapMode = "auto"  # engine sync: read a file on tmpfs through a mapping
+    merge: bool = True  # engines sync and cached: adjacent requests of a batch become one preadv or pwritev
     sqpoll: bool = False  # io_uring: a thread of the kernel's, with a CPU of its own while there is work, submits
 
 

@@ -127,6 +127,7 @@ class WorkerSpec(NamedTuple):
     engine: str = "auto"
     cache: str = "writeback"
     sqpoll: int = 0  # io_uring: a thread of the kernel's submits
+    merge: int = 1  # engines sync and cached: adjacent requests of a batch become one call
     map_reads: int = 1  # engine sync: a file on tmpfs may be read through a mapping
     direct_align: int = 0  # O_DIRECT: alignment of offset, length and memory; 0 = not O_DIRECT
     # the device

@@ -68,6 +68,7 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
                 cache=spec.cache,
                 direct_align=spec.direct_align,
                 hold_fds=hold_fds,
+                merge=bool(spec.merge),
                 sqpoll=bool(spec.sqpoll),
                 map_reads=bool(spec.map_reads),
             )

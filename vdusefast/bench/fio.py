@@ -60,6 +60,7 @@ def build_config(run: RunOptions, uri: str | None, transport: str = "loopback") 
         "queue_size": run.queue_size,
         "engine": run.engine,
         "cache": run.cache,
+        "merge": run.merge,
         "sqpoll": run.sqpoll,
         "map": run.map,
         "poll_us": run.poll_us,

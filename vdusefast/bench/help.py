@@ -34,6 +34,7 @@ RUN_HELP = {
     "queue_size": "entries of a virtqueue, a power of two",
     "backend": "file:PATH, memory:SIZE or null:SIZE; a temporary file unless given",
     "engine": "auto, sync, cached or uring",
+    "merge": "0: engines sync and cached carry out adjacent requests one by one",
     "sqpoll": "1: a thread of the kernel's submits to io_uring",
     "map": "auto: engine sync reads a file on tmpfs through a mapping; off: it never does",
     "cache": "writeback, writethrough, none (O_DIRECT) or unsafe",

@@ -87,6 +87,7 @@ class RunOptions:
     backend: str | None = None
     engine: str | None = None
     cache: str | None = None
+    merge: bool | None = None
     sqpoll: bool | None = None
     map: str | None = None
     poll_us: int | None = None
@@ -205,6 +206,7 @@ RUN_OPTIONS: dict[str, Parser] = {
     "backend": str,
     "engine": _parse_choice("auto", "sync", "cached", "uring", "memory", "null"),
     "cache": _parse_choice("writeback", "writethrough", "none", "unsafe"),
+    "merge": _parse_bool,
     "sqpoll": _parse_bool,
     "map": _parse_choice("auto", "off"),
     "poll_us": _parse_int(0, 1_000_000),
