@@ -14,6 +14,7 @@
 #define VF_WATCH_MAX 4u
 
 struct vf_engine;
+struct vf_merge;
 
 struct vf_engine_ops {
 	const char *name;
@@ -31,6 +32,9 @@ struct vf_engine_ops {
 	 * else 0. The same descriptors each time. Which of them it was the next reap() puts into `readable`. NULL as reap. */
 	int (*sleep)(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms);
 	void (*close)(struct vf_engine *engine);
+	/* A region of the driver's memory has been mapped at va, or is about to be unmapped with nothing in flight. NULL where
+	 * that is of no interest. */
+	void (*region)(struct vf_engine *engine, void *va, size_t len_bytes, int mapped);
 	/* How many completions may wait for each other before the driver is shown them: few when each takes long. */
 	uint32_t publish_batch;
 	uint8_t blocks; /* submit() may wait for storage */
@@ -42,10 +46,12 @@ struct vf_engine {
 	uint32_t inflight_count;
 	uint32_t readable; /* bits of sleep()'s descriptors; the loop clears them */
 	void *state; /* the engine's own; owned */
+	struct vf_merge *merge; /* of engines that merge requests; NULL: they do not */
 };
 
 extern const struct vf_engine_ops vf_engine_sync;
 extern const struct vf_engine_ops vf_engine_uring;
+extern const struct vf_engine_ops vf_engine_cached;
 extern const struct vf_engine_ops vf_engine_memory;
 extern const struct vf_engine_ops vf_engine_null;
 extern const struct vf_engine_ops vf_engine_fail;
@@ -53,6 +59,9 @@ extern const struct vf_engine_ops vf_engine_fail;
 /* Open the store and the engine. 0 or -errno; on an error nothing is held. */
 int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, const struct vf_store *store,
 		   uint32_t slot_count);
+
+/* Of the uring engine: how much memory is registered, and the -errno by which the kernel refused to pin more, or 0. */
+void vf_uring_fixed(const struct vf_engine *engine, uint64_t *registered_bytes, int *refused);
 
 /* Close both. Nothing is in flight. */
 void vf_engine_close(struct vf_engine *engine);

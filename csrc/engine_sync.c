@@ -3,7 +3,7 @@
  * Engines that finish a request within submit(): sync (preadv, pwritev), memory (a mapping), null (nothing moves) and
  * fail (every request is an error).
  */
-#include "engine.h"
+#include "merge.h"
 
 #include <errno.h>
 
@@ -35,10 +35,45 @@ void vf_engine_close(struct vf_engine *engine)
 	engine->ops = NULL;
 }
 
-static int vf_sync_submit(struct vf_engine *engine, struct vf_req *req)
+static int vf_sync_open(struct vf_engine *engine, uint32_t slot_count)
+{
+	int err = vf_merge_open(engine, slot_count);
+
+	if (!err)
+		vf_store_map(&engine->store);
+	return err;
+}
+
+static int vf_sync_one(struct vf_engine *engine, struct vf_req *req)
 {
 	req->result = vf_store_do(&engine->store, req);
 	return 1;
+}
+
+static int vf_sync_submit(struct vf_engine *engine, struct vf_req *req)
+{
+	return vf_merge_submit(engine, req, vf_sync_one, 0);
+}
+
+static void vf_sync_flush(struct vf_engine *engine)
+{
+	if (engine->merge && engine->merge->held_count)
+		vf_merge_flush(engine, vf_sync_one, 0);
+}
+
+/* Behind a flush everything is finished: there is nothing to wait for. */
+static void vf_sync_wait(struct vf_engine *engine)
+{
+	vf_sync_flush(engine);
+}
+
+static int vf_sync_sleep(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms)
+{
+	(void)fds;
+	(void)count;
+	(void)timeout_ms;
+	vf_sync_flush(engine);
+	return 0;
 }
 
 static int vf_null_submit(struct vf_engine *engine, struct vf_req *req)
@@ -57,14 +92,20 @@ static int vf_fail_submit(struct vf_engine *engine, struct vf_req *req)
 
 const struct vf_engine_ops vf_engine_sync = {
 	.name = "sync",
+	.open = vf_sync_open,
 	.submit = vf_sync_submit,
+	.flush = vf_sync_flush,
+	.reap = vf_merge_reap,
+	.wait = vf_sync_wait,
+	.sleep = vf_sync_sleep,
+	.close = vf_merge_close,
 	.publish_batch = 4,
 	.blocks = 1,
 };
 
 const struct vf_engine_ops vf_engine_memory = {
 	.name = "memory",
-	.submit = vf_sync_submit,
+	.submit = vf_sync_one,
 	.publish_batch = 8,
 };
 

@@ -3,7 +3,7 @@
  * The io_uring engine: a batch is one system call, completions come in any order.
  */
 #define _GNU_SOURCE
-#include "engine.h"
+#include "engine_uring.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -13,21 +13,33 @@
 #include <stdlib.h>
 
 #include "barrier.h"
+#include "fixed_buffers.h"
 
 #define VF_URING_RETRY_MAX 8u
 #define VF_REAP_MAX 64u
-/* What is prepared goes to the kernel once it is this part of all that is in flight: an idle device starts on the first
- * request at once, a busy one gets many by one system call. */
+/* What is prepared for a device goes to the kernel once it is this part of all that is in flight: an idle device starts on
+ * the first request at once, a busy one gets many by one system call. Through the page cache nothing starts any earlier by
+ * that: what is cached is copied by the submission itself, so that a whole round goes at once. */
 #define VF_URING_SHARE 4u
+#define VF_URING_SQ_IDLE_MS 10u /* without work for so long, the kernel's submitting thread sleeps */
 
 struct vf_uring {
 	struct io_uring ring;
+	struct vf_fixed_buffers fixed;
 	uint32_t watched; /* bits: descriptors of sleep() that have a poll in the ring */
 };
 
-/* The best set of flags that this kernel knows: one issuer, completions when we look (6.1); else the plain ring. */
-static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries)
+/* The best set of flags that this kernel knows: one issuer, completions when we look (6.1); else the plain ring.
+ * by_thread: the kernel hands every request to a thread of its own, which can show completions by itself, without a system
+ * call of ours, unless they are to wait until we look. */
+static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries, int sqpoll, int by_thread)
 {
+	/* A thread of the kernel's looks for submissions: its completions need no look of ours, and no system call. */
+	static const unsigned int sqpoll_flags[] = {
+		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_SQPOLL,
+		IORING_SETUP_SQPOLL,
+		IORING_SETUP_SQPOLL,
+	};
 	static const unsigned int flags[] = {
 		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
 		IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
@@ -35,8 +47,11 @@ static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries)
 	};
 	int err = -EINVAL;
 
-	for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]) && err == -EINVAL; i++) {
-		struct io_uring_params params = { .flags = flags[i] };
+	for (size_t i = by_thread; i < sizeof(flags) / sizeof(flags[0]) && err == -EINVAL; i++) {
+		struct io_uring_params params = {
+			.flags = sqpoll ? sqpoll_flags[i] : flags[i],
+			.sq_thread_idle = VF_URING_SQ_IDLE_MS,
+		};
 
 		err = io_uring_queue_init_params(entries, ring, &params);
 	}
@@ -54,15 +69,16 @@ static int vf_uring_register(struct io_uring *ring, const struct vf_store *store
 	return io_uring_register_files(ring, fds, 1u + store->hold_count);
 }
 
-static int vf_uring_open(struct vf_engine *engine, uint32_t slot_count)
+int vf_uring_open(struct vf_engine *engine, uint32_t slot_count)
 {
 	struct vf_uring *uring = calloc(1, sizeof(*uring));
+	int by_thread = engine->store.direct_align == 0 && vf_store_nowait(&engine->store) == -EOPNOTSUPP;
 	int err;
 
 	if (!uring)
 		return -ENOMEM;
 	/* A place for each request and for each descriptor watched. */
-	err = vf_uring_init_ring(&uring->ring, slot_count + VF_WATCH_MAX);
+	err = vf_uring_init_ring(&uring->ring, slot_count + VF_WATCH_MAX, engine->store.sqpoll, by_thread);
 	if (err) {
 		free(uring);
 		return err;
@@ -79,6 +95,8 @@ static int vf_uring_open(struct vf_engine *engine, uint32_t slot_count)
 		free(uring);
 		return err;
 	}
+	if (engine->store.direct_align)
+		vf_fixed_open(&uring->fixed, &uring->ring);
 	engine->state = uring;
 	return 0;
 }
@@ -109,26 +127,42 @@ static int vf_uring_can(const struct vf_store *store, const struct vf_req *req)
 	}
 }
 
-static void vf_uring_prepare(const struct vf_store *store, struct io_uring_sqe *sqe, struct vf_req *req)
+/* A transfer of one segment, through a registered buffer where it lies in one. */
+static void vf_uring_prepare_one(struct vf_uring *uring, struct io_uring_sqe *sqe, const struct vf_req *req)
 {
+	unsigned int len = (unsigned int)req->iov->iov_len;
+	void *va = req->iov->iov_base;
+	int index = vf_fixed_find(&uring->fixed, va, len);
+
+	if (req->op == VF_OP_READ)
+		io_uring_prep_read(sqe, 0, va, len, req->offset_bytes);
+	else
+		io_uring_prep_write(sqe, 0, va, len, req->offset_bytes);
+	if (index >= 0) {
+		sqe->opcode = req->op == VF_OP_READ ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
+		sqe->buf_index = (uint16_t)index;
+	}
+}
+
+static void vf_uring_prepare(const struct vf_engine *engine, struct io_uring_sqe *sqe, struct vf_req *req)
+{
+	struct vf_uring *uring = engine->state;
 	int fd = 0; /* the first registered file */
 	unsigned int count = req->iov_count; /* at most VF_IOV_MAX */
 
 	switch ((enum vf_op)req->op) {
 	case VF_OP_READ:
 		if (count == 1)
-			io_uring_prep_read(sqe, fd, req->iov->iov_base, (unsigned int)req->iov->iov_len,
-					   req->offset_bytes);
+			vf_uring_prepare_one(uring, sqe, req);
 		else
 			io_uring_prep_readv(sqe, fd, req->iov, count, req->offset_bytes);
 		break;
 	case VF_OP_WRITE:
 		if (count == 1)
-			io_uring_prep_write(sqe, fd, req->iov->iov_base, (unsigned int)req->iov->iov_len,
-					    req->offset_bytes);
+			vf_uring_prepare_one(uring, sqe, req);
 		else
 			io_uring_prep_writev(sqe, fd, req->iov, count, req->offset_bytes);
-		sqe->rw_flags = store->write_flags;
+		sqe->rw_flags = engine->store.write_flags;
 		break;
 	case VF_OP_FLUSH:
 		io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);
@@ -149,7 +183,7 @@ static void vf_uring_check(int rc)
 		abort();
 }
 
-static void vf_uring_flush(struct vf_engine *engine)
+void vf_uring_flush(struct vf_engine *engine)
 {
 	struct vf_uring *uring = engine->state;
 
@@ -158,7 +192,7 @@ static void vf_uring_flush(struct vf_engine *engine)
 		vf_uring_check(io_uring_submit(&uring->ring));
 }
 
-static int vf_uring_submit(struct vf_engine *engine, struct vf_req *req)
+int vf_uring_submit(struct vf_engine *engine, struct vf_req *req)
 {
 	struct vf_uring *uring = engine->state;
 	struct io_uring_sqe *sqe;
@@ -168,9 +202,10 @@ static int vf_uring_submit(struct vf_engine *engine, struct vf_req *req)
 		return 1;
 	}
 	sqe = io_uring_get_sqe(&uring->ring); /* never NULL: one for each slot, a request has one at a time */
-	vf_uring_prepare(&engine->store, sqe, req);
+	vf_uring_prepare(engine, sqe, req);
 	engine->inflight_count++;
-	if (io_uring_sq_ready(&uring->ring) * VF_URING_SHARE >= engine->inflight_count)
+	if (engine->store.direct_align &&
+	    io_uring_sq_ready(&uring->ring) * VF_URING_SHARE >= engine->inflight_count)
 		vf_uring_flush(engine);
 	return 0;
 }
@@ -202,7 +237,7 @@ static int vf_uring_digest(struct vf_engine *engine, struct vf_req *req, int res
 	return 1;
 }
 
-static uint32_t vf_uring_reap(struct vf_engine *engine, struct vf_req **done, uint32_t max)
+uint32_t vf_uring_reap(struct vf_engine *engine, struct vf_req **done, uint32_t max)
 {
 	struct vf_uring *uring = engine->state;
 	struct io_uring_cqe *cqes[VF_REAP_MAX];
@@ -228,7 +263,7 @@ static uint32_t vf_uring_reap(struct vf_engine *engine, struct vf_req **done, ui
 	return count;
 }
 
-static void vf_uring_wait(struct vf_engine *engine)
+void vf_uring_wait(struct vf_engine *engine)
 {
 	struct vf_uring *uring = engine->state;
 
@@ -253,7 +288,7 @@ static void vf_uring_watch(struct vf_engine *engine, const int *fds, uint32_t co
 	}
 }
 
-static int vf_uring_sleep(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms)
+int vf_uring_sleep(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms)
 {
 	struct vf_uring *uring = engine->state;
 	struct __kernel_timespec timeout = { .tv_sec = timeout_ms / 1000, .tv_nsec = timeout_ms % 1000 * 1000000ll };
@@ -268,7 +303,7 @@ static int vf_uring_sleep(struct vf_engine *engine, const int *fds, uint32_t cou
 	return 0;
 }
 
-static void vf_uring_close(struct vf_engine *engine)
+void vf_uring_close(struct vf_engine *engine)
 {
 	struct vf_uring *uring = engine->state;
 	struct vf_req *done[VF_REAP_MAX];
@@ -284,6 +319,26 @@ static void vf_uring_close(struct vf_engine *engine)
 	engine->state = NULL;
 }
 
+static void vf_uring_region(struct vf_engine *engine, void *va, size_t len_bytes, int mapped)
+{
+	struct vf_uring *uring = engine->state;
+
+	if (mapped)
+		vf_fixed_add(&uring->fixed, va, len_bytes);
+	else
+		vf_fixed_drop(&uring->fixed, va, len_bytes);
+}
+
+void vf_uring_fixed(const struct vf_engine *engine, uint64_t *registered_bytes, int *refused)
+{
+	const struct vf_uring *uring = engine->state;
+
+	*registered_bytes = 0;
+	for (uint32_t i = 0; i < uring->fixed.count; i++)
+		*registered_bytes += uring->fixed.buffer[i].iov_len;
+	*refused = uring->fixed.refused;
+}
+
 const struct vf_engine_ops vf_engine_uring = {
 	.name = "uring",
 	.open = vf_uring_open,
@@ -293,5 +348,6 @@ const struct vf_engine_ops vf_engine_uring = {
 	.wait = vf_uring_wait,
 	.sleep = vf_uring_sleep,
 	.close = vf_uring_close,
+	.region = vf_uring_region,
 	.publish_batch = 16,
 };

@@ -20,6 +20,7 @@ void vf_iotlb_init(struct vf_iotlb *tlb, struct vf_port *port)
 	tlb->region_count = 0;
 	tlb->miss_count = 0;
 	tlb->port = port;
+	tlb->region_hook = NULL;
 }
 
 /* The first region whose last is at or above iova; region_count when there is none. */
@@ -121,6 +122,8 @@ int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t p
 	err = vf_iotlb_insert(tlb, &region);
 	if (err)
 		vf_unmap(&region);
+	else if (tlb->region_hook)
+		tlb->region_hook(tlb->region_context, map, map_bytes, 1);
 	return err;
 }
 
@@ -130,9 +133,13 @@ uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last)
 
 	for (uint32_t i = 0; i < count; i++) {
 		struct vf_iotlb_region *r = &tlb->region[i];
-		if (r->last < start || r->start > last)
+		if (r->last < start || r->start > last) {
 			tlb->region[kept++] = *r;
-		else if (r->map)
+			continue;
+		}
+		if (r->map && tlb->region_hook)
+			tlb->region_hook(tlb->region_context, r->map, r->map_bytes, 0);
+		if (r->map)
 			vf_unmap(r);
 	}
 	tlb->region_count = kept;

@@ -39,6 +39,9 @@ struct vf_iotlb {
 	uint32_t region_count;
 	uint64_t miss_count;
 	struct vf_port *port; /* borrowed */
+	/* Told of what has been mapped, and what is about to be unmapped; NULL: nobody is. */
+	void (*region_hook)(void *context, void *va, size_t len_bytes, int mapped);
+	void *region_context;
 	struct vf_iotlb_region none; /* start > last: matches nothing */
 	struct vf_iotlb_region region[VF_IOTLB_CAPACITY];
 };

@@ -78,6 +78,14 @@ static int vf_queue_alloc(struct vf_queue *q)
 	return 0;
 }
 
+static void vf_queue_region(void *context, void *va, size_t len_bytes, int mapped)
+{
+	struct vf_engine *engine = &((struct vf_queue *)context)->engine;
+
+	if (engine->ops && engine->ops->region)
+		engine->ops->region(engine, va, len_bytes, mapped);
+}
+
 struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t queue_size_max, void *shm_block)
 {
 	struct vf_queue *q;
@@ -94,6 +102,8 @@ struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t qu
 	q->device = *device;
 	q->queue_size_max = queue_size_max;
 	vf_iotlb_init(&q->tlb, &q->port);
+	q->tlb.region_hook = vf_queue_region;
+	q->tlb.region_context = q;
 	vf_port_none_init(&q->port, -1);
 	vf_queue_set_shm(q, shm_block);
 	q->ctl_seen = vf_load_relaxed_u32(&q->ctl->ctl_seq);
@@ -126,7 +136,7 @@ void vf_queue_destroy(struct vf_queue *q)
 	free(q);
 }
 
-/* Async-signal-safe: a table walk, mmap(2), a counter of our own. */
+/* Async-signal-safe: a table walk, mmap(2), a counter or a flag of our own. */
 static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
 {
 	(void)context;
@@ -134,6 +144,8 @@ static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
 		vf_guarded->counters->memory_faults++;
 		return;
 	}
+	if (vf_guarded && vf_map_bury(&vf_guarded->engine.store.read_map, (uintptr_t)info->si_addr) == 0)
+		return;
 	signal(signo, SIG_DFL); /* not the driver's doing: the access faults again and ends the process */
 }
 

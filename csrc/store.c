@@ -23,6 +23,7 @@ int vf_store_open(struct vf_store *store)
 	store->no_zero_range = 0;
 	store->map = NULL;
 	store->bounce = NULL;
+	store->read_map = (struct vf_store_map){ .base = NULL };
 	if (store->kind == VF_STORE_NULL)
 		return 0;
 	if (store->kind == VF_STORE_MEMORY) {
@@ -45,12 +46,39 @@ int vf_store_open(struct vf_store *store)
 
 void vf_store_close(struct vf_store *store)
 {
+	vf_map_close(&store->read_map);
 	if (store->map)
 		munmap(store->map, store->size_bytes);
 	if (store->bounce)
 		munmap(store->bounce, VF_BOUNCE_BYTES);
 	store->map = NULL;
 	store->bounce = NULL;
+}
+
+void vf_store_map(struct vf_store *store)
+{
+	/* What fails is a way to be faster: reads go on by pread(), which will say what is wrong, if anything is. */
+	if (store->map_reads && store->kind == VF_STORE_FILE && store->direct_align == 0)
+		(void)vf_map_open(&store->read_map, store->fd, store->size_bytes);
+}
+
+int vf_store_nowait(const struct vf_store *store)
+{
+	uint8_t byte;
+	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
+
+	return preadv2(store->fd, &iov, 1, 0, RWF_NOWAIT) < 0 && errno != EAGAIN ? -errno : 0;
+}
+
+void vf_store_resize(struct vf_store *store, uint64_t size_bytes)
+{
+	if (store->kind == VF_STORE_MEMORY)
+		return; /* mapped once */
+	store->size_bytes = size_bytes;
+	if (store->read_map.base) {
+		vf_map_close(&store->read_map); /* and with it what is known of pages that are cut off */
+		vf_store_map(store);
+	}
 }
 
 int vf_store_takes(const struct vf_store *store, const struct vf_req *req)
@@ -150,6 +178,28 @@ static int vf_store_rw_bounced(struct vf_store *store, struct vf_req *req)
 	return 0;
 }
 
+/* 1: the request is finished. 0: it is untouched, and for pread(). */
+static int vf_store_read_mapped(struct vf_store *store, struct vf_req *req)
+{
+	struct vf_store_map *map = &store->read_map;
+	const uint8_t *at = map->base + req->offset_bytes;
+
+	if (vf_unlikely(!vf_map_holds(map, req->offset_bytes, req->left_bytes)) &&
+	    !vf_map_look(map, req->offset_bytes, req->left_bytes))
+		return 0;
+	for (uint32_t i = 0; i < req->iov_count; i++) {
+		vf_copy_to_shared(req->iov[i].iov_base, at, req->iov[i].iov_len);
+		at += req->iov[i].iov_len;
+	}
+	if (vf_unlikely(map->lost)) {
+		vf_map_close(map);
+		return 0;
+	}
+	req->offset_bytes += req->left_bytes;
+	req->left_bytes = 0;
+	return 1;
+}
+
 static int vf_store_rw_memory(struct vf_store *store, struct vf_req *req)
 {
 	while (req->left_bytes) {
@@ -182,6 +232,7 @@ static int vf_store_punch_hole(struct vf_store *store, uint64_t offset_bytes, ui
 
 	if (store->no_punch_hole)
 		return -EOPNOTSUPP;
+	vf_map_forget(&store->read_map, offset_bytes, len_bytes);
 	err = vf_store_fallocate(store, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes);
 	if (vf_store_is_unsupported(err))
 		store->no_punch_hole = 1;
@@ -272,6 +323,8 @@ int vf_store_do(struct vf_store *store, struct vf_req *req)
 	case VF_OP_WRITE:
 		if (store->kind == VF_STORE_MEMORY)
 			return vf_store_rw_memory(store, req);
+		if (store->read_map.base && req->op == VF_OP_READ && vf_store_read_mapped(store, req))
+			return 0;
 		if (vf_unlikely(!vf_store_takes(store, req)))
 			return vf_store_rw_bounced(store, req);
 		return vf_store_rw(store, req);

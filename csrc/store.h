@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "request.h"
+#include "store_map.h"
 
 enum vf_store_kind {
 	VF_STORE_FILE,
@@ -41,7 +42,11 @@ struct vf_store {
 	uint32_t hold_count;
 	uint8_t no_punch_hole; /* the store has refused it: do not ask again */
 	uint8_t no_zero_range;
+	uint8_t sqpoll; /* of the uring engine: a thread of the kernel's takes what is submitted */
+	uint8_t merge; /* adjacent requests may become one call */
+	uint8_t map_reads; /* read through a mapping where that is possible */
 	uint8_t *map; /* of a memory store */
+	struct vf_store_map read_map; /* of a file on tmpfs, while `map_reads` */
 	uint8_t *bounce; /* VF_BOUNCE_BYTES, page-aligned: misaligned memory under O_DIRECT, and zeroes */
 };
 
@@ -50,6 +55,15 @@ struct vf_store {
 /* 0 or -errno; on an error nothing is held. */
 int vf_store_open(struct vf_store *store);
 void vf_store_close(struct vf_store *store);
+
+/* Map a file for reading, if that is wanted and possible: for an engine that reads by vf_store_do(). */
+void vf_store_map(struct vf_store *store);
+
+/* Whether a read can be told not to wait for the disk. 0 or -errno: -EOPNOTSUPP on tmpfs, for one. */
+int vf_store_nowait(const struct vf_store *store);
+
+/* The device has become as large as this; nothing is in flight. */
+void vf_store_resize(struct vf_store *store, uint64_t size_bytes);
 
 /* Whether a request's memory is such that O_DIRECT takes it. */
 int vf_store_takes(const struct vf_store *store, const struct vf_req *req);

@@ -159,6 +159,10 @@ cdef extern from "request.h" nogil:
         iovec *iov_base
         vf_blk_range *ranges
 
+cdef extern from "store_map.h" nogil:
+    struct vf_store_map:
+        uint8_t *base
+
 cdef extern from "store.h" nogil:
     enum vf_store_kind:
         VF_STORE_FILE
@@ -179,6 +183,11 @@ cdef extern from "store.h" nogil:
         int write_flags
         int hold_fds[2]
         uint32_t hold_count
+        uint8_t sqpoll
+        uint8_t merge
+        uint8_t map_reads
+        vf_store_map read_map
+    void vf_store_resize(vf_store *, uint64_t)
 
 cdef extern from "engine.h" nogil:
     struct vf_engine
@@ -198,6 +207,8 @@ cdef extern from "engine.h" nogil:
         uint32_t readable
     const vf_engine_ops vf_engine_sync
     const vf_engine_ops vf_engine_uring
+    const vf_engine_ops vf_engine_cached
+    void vf_uring_fixed(const vf_engine *, uint64_t *, int *)
     const vf_engine_ops vf_engine_memory
     const vf_engine_ops vf_engine_fail
     const vf_engine_ops vf_engine_null

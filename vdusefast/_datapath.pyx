@@ -55,7 +55,7 @@ _STORE_KINDS = {
     "null": VF_STORE_NULL,
 }
 
-_FILE_ENGINES = ("sync", "uring")
+_FILE_ENGINES = ("sync", "uring", "cached")
 _ENGINES_OF = {"null": ("null",), "memory": ("memory",)}
 
 _STORE_CACHES = {
@@ -164,12 +164,16 @@ cdef class Queue:
         return self.q
 
     def open_engine(self, str name, *, str store, int fd=-1, uint64_t size_bytes=0, str cache="writeback",
-                    uint32_t direct_align=0, hold_fds=()):
-        """Open engine `name` (sync, uring, memory, null, fail) over a store, whose descriptor is borrowed.
+                    uint32_t direct_align=0, hold_fds=(), bint map_reads=True, bint sqpoll=False, bint merge=True):
+        """Open engine `name` (sync, uring, cached, memory, null, fail) over a store, whose descriptor is borrowed.
 
         hold_fds: at most two descriptors (borrowed) that stay open until the last request has ended, also when this process
         is killed before.
-        Raises OSError when the kernel does not let us (ENOSYS, EPERM: no io_uring), ValueError for a name.
+        map_reads: let the sync engine read a file on tmpfs through a mapping; `maps_reads` says whether it does.
+        merge: let the engines sync and cached carry out adjacent requests of a batch by one call.
+        sqpoll: let a thread of the kernel's take what is submitted to a ring.
+        Raises OSError when the kernel does not let us (ENOSYS, EPERM: no io_uring; EOPNOTSUPP: cached, and the store cannot be
+        read without waiting), ValueError for a name.
         """
         cdef vf_store described
         cdef const vf_engine_ops *ops
@@ -180,6 +184,8 @@ cdef class Queue:
             ops = &vf_engine_sync
         elif name == "uring":
             ops = &vf_engine_uring
+        elif name == "cached":
+            ops = &vf_engine_cached
         elif name == "memory":
             ops = &vf_engine_memory
         elif name == "null":
@@ -198,6 +204,9 @@ cdef class Queue:
         described.cache = _STORE_CACHES[cache]
         described.direct_align = direct_align
         described.size_bytes = size_bytes
+        described.map_reads = map_reads
+        described.sqpoll = sqpoll
+        described.merge = merge
         for hold_fd in hold_fds:
             if described.hold_count == 2:
                 raise ValueError("more than two descriptors to hold")
@@ -244,6 +253,8 @@ cdef class Queue:
         if capacity_sectors < q.device.capacity_sectors:
             with nogil:
                 self._drain()  # nothing may be written behind the end any more, where the store is about to be cut
+        if q.engine.ops != NULL:
+            vf_store_resize(&q.engine.store, capacity_sectors * VF_SECTOR_BYTES)
         q.device.capacity_sectors = capacity_sectors
 
     cdef void _drain(self) noexcept nogil:
@@ -421,6 +432,21 @@ cdef class Queue:
     def inflight_count(self):
         """Requests that the engine holds."""
         return self._open().engine.inflight_count
+
+    @property
+    def maps_reads(self):
+        """Whether the engine reads the store through a mapping."""
+        return self._open().engine.store.read_map.base != NULL
+
+    @property
+    def fixed_buffers(self):
+        """How many bytes of mapped regions are registered buffers, and the errno that ended it (0: none)."""
+        cdef vf_queue *q = self._open()
+        cdef uint64_t registered_bytes = 0
+        cdef int refused = 0
+        if q.engine.ops == &vf_engine_uring:
+            vf_uring_fixed(&q.engine, &registered_bytes, &refused)
+        return registered_bytes, -refused
 
     @property
     def region_count(self):

@@ -47,8 +47,9 @@ CONFIG_MAX_BYTES = 1 << 20
 TransportName = Literal["auto", "loopback", "kernel"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 BusName = Literal["virtio", "vhost"]
-EngineName = Literal["auto", "sync", "uring", "memory", "null"]
 PollMode = Literal["adaptive", "always", "never"]
+MapMode = Literal["auto", "off"]
+EngineName = Literal["auto", "sync", "cached", "uring", "memory", "null"]
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -123,6 +124,9 @@ class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     uri: str
     cache: CacheMode = "writeback"
     engine: EngineName = "auto"
+    map: MapMode = "auto"  # engine sync: read a file on tmpfs through a mapping
+    merge: bool = True  # engines sync and cached: adjacent requests of a batch become one preadv or pwritev
+    sqpoll: bool = False  # io_uring: a thread of the kernel's, with a CPU of its own while there is work, submits
 
 
 class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -220,6 +224,8 @@ def validate(config: Config, topology: Topology | None = None) -> list[str]:
     _check_device(config.device)
     if not config.backend.uri:
         raise ConfigError("backend.uri: empty; write for example file:/srv/disk.img, memory:64M or null:1G")
+    if config.backend.sqpoll and config.backend.engine not in ("auto", "cached", "uring"):
+        raise ConfigError(f'backend.sqpoll: engine {config.backend.engine!r} has no io_uring; use engine "uring"')
     if len(config.queue) > config.device.queues:
         raise ConfigError(f"queue: {len(config.queue)} [[queue]] entries, but device.queues is {config.device.queues}")
     for index, queue in enumerate(config.queue):

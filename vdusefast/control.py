@@ -33,7 +33,7 @@ class Command(IntEnum):
 class Event(IntEnum):
     """What a worker tells the supervisor."""
 
-    HELLO = 101  # process is pinned and ready; text is the engine in use
+    HELLO = 101  # process is pinned and ready; text is the engine in use, and what is special about it
     DONE = 102  # the command with this sequence number has been carried out
     REFUSED = 103  # the command cannot be carried out; text says why
     RING_FAILED = 104  # the ring is bad; the queue has stopped; text names the reason (unsolicited)
@@ -130,6 +130,9 @@ class WorkerSpec(NamedTuple):
     store_fd: int = -1
     engine: str = "auto"
     cache: str = "writeback"
+    sqpoll: int = 0  # io_uring: a thread of the kernel's submits
+    merge: int = 1  # engines sync and cached: adjacent requests of a batch become one call
+    map_reads: int = 1  # engine sync: a file on tmpfs may be read through a mapping
     direct_align: int = 0  # O_DIRECT: alignment of offset, length and memory; 0 = not O_DIRECT
     # the device
     capacity_sectors: int = 0

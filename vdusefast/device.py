@@ -67,9 +67,12 @@ class StatusRefusedError(Exception):
 def completes_in_order(backend: BackendConfig, store: Store) -> bool:
     """Return whether requests to `store` end in the order in which they were taken, whichever engine it will be.
 
-    Those of io_uring do not; "auto" tries it for O_DIRECT (worker._engine_order).
+    Those of io_uring do not, which "cached" has misses wait in, and "auto" tries one or the other for a file
+    (worker._engine_order).
     """
-    return backend.engine != "uring" and not (backend.engine == "auto" and store.direct_align)
+    if backend.engine == "auto":
+        return store.kind in ("memory", "null")
+    return backend.engine not in ("uring", "cached")
 
 
 def config_fields(config_space: bytes) -> dict[str, int]:

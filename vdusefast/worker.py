@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 # How often to look whether the rings are in the driver's map again; an invalidation makes us look, too.
 _REMAP_MS = 100
+_RING_ENGINES = ("uring", "cached")
 _IO_URING_REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOMEM)
+_CANNOT_NOT_WAIT = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def _engine_order(spec: WorkerSpec) -> list[str]:
@@ -35,8 +37,9 @@ def _engine_order(spec: WorkerSpec) -> list[str]:
         return [spec.engine]
     if spec.store in ("null", "memory"):
         return [spec.store]
-    # A page-cache hit costs less by a plain read than by a ring. O_DIRECT waits for a device, and a ring for many.
-    return ["uring", "sync"] if spec.direct_align else ["sync"]
+    # O_DIRECT waits for a device, and a ring for many. What the page cache has costs the same by a plain read, and the
+    # ring is for what it lacks. Where reads cannot be told not to wait, as on tmpfs, there is nothing to wait for.
+    return ["uring" if spec.direct_align else "cached", "sync"]
 
 
 def _lock_pages(shm_fd: int) -> int:
@@ -47,7 +50,10 @@ def _lock_pages(shm_fd: int) -> int:
 
 
 def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
-    """Open the engine asked for, or the best that this kernel allows. Returns its name. Raises VdusefastError."""
+    """Open the engine asked for, or the best that this kernel allows. Returns what to call it.
+
+    Raises VdusefastError.
+    """
     order = _engine_order(spec)
     # By these whoever goes on in our place sees that nothing of ours is under way any more: our supervisor by the pipe,
     # a later one by the lock (SharedPages.reopen).
@@ -62,20 +68,40 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
                 cache=spec.cache,
                 direct_align=spec.direct_align,
                 hold_fds=hold_fds,
+                merge=bool(spec.merge),
+                sqpoll=bool(spec.sqpoll),
+                map_reads=bool(spec.map_reads),
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         except OSError as error:
-            if name != "uring" or error.errno not in _IO_URING_REFUSED:
-                raise WorkerError(f"engine {name} cannot be opened: {error.strerror}") from error
-            if name == order[-1]:
-                raise KernelSupportError(
-                    f"engine uring: this kernel refuses io_uring ({os.strerror(error.errno or 0)}); "
-                    'use engine "sync", or allow it (sysctl kernel.io_uring_disabled, seccomp, memlock)'
-                ) from error
+            if name == order[-1] or not _is_refusal(name, error):
+                raise _engine_error(name, error) from error
         else:
-            return name
+            special = ["mapped reads"] * queue.maps_reads + ["sqpoll"] * bool(spec.sqpoll and name in _RING_ENGINES)
+            return f"{name} ({', '.join(special)})" if special else name
     raise WorkerError("no engine to try")
+
+
+def _is_refusal(name: str, error: OSError) -> bool:
+    """Return whether an engine cannot be had here, so that another one may do."""
+    if name == "cached" and error.errno in _CANNOT_NOT_WAIT:
+        return True
+    return name in _RING_ENGINES and error.errno in _IO_URING_REFUSED
+
+
+def _engine_error(name: str, error: OSError) -> VdusefastError:
+    """Return what to raise for an engine that was asked for."""
+    if name == "cached" and error.errno in _CANNOT_NOT_WAIT:
+        return KernelSupportError(
+            'engine cached: this store cannot be read without waiting (tmpfs, or cache = "none"); use engine "auto"'
+        )
+    if not _is_refusal(name, error):
+        return WorkerError(f"engine {name} cannot be opened: {error.strerror}")
+    return KernelSupportError(
+        f"engine {name}: this kernel refuses io_uring ({os.strerror(error.errno or 0)}); "
+        'use engine "sync", or allow it (sysctl kernel.io_uring_disabled, seccomp, memlock)'
+    )
 
 
 class Worker:
@@ -96,6 +122,7 @@ class Worker:
         _datapath.install_stop(self._wake_fd)
         self._running = False
         self._done = False
+        self._memlock_noted = False
         offset_bytes, length_bytes = _datapath.block_extent(spec.queue, spec.queue_size)
         # With its pages in the table: the first requests shall not wait for them.
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
@@ -180,7 +207,7 @@ class Worker:
         if message.command == Command.START:
             if not self._start(message):
                 return
-            note = queue.note
+            note = queue.note or self._note_memlock()
         elif message.command == Command.INVALIDATE:
             queue.invalidate(message.start, message.last)
         elif message.command == Command.RESIZE:
@@ -197,6 +224,17 @@ class Worker:
             self.send(FromWorker(Event.REFUSED, message.seq, text=f"unknown command {message.command}"))
             return
         self.send(FromWorker(Event.DONE, message.seq, last_avail_idx, last_used_idx, text=note))
+
+    def _note_memlock(self) -> str:
+        """Return, once, that the driver's memory could not be registered with io_uring, or an empty string."""
+        refused = self._queue.fixed_buffers[1]
+        if not refused or self._memlock_noted:
+            return ""
+        self._memlock_noted = True
+        return (
+            f"io_uring may not pin the driver's memory ({os.strerror(refused)}), so that each request does; "
+            "raise the limit of locked memory (LimitMEMLOCK=, ulimit -l)"
+        )
 
     def _start(self, message: ToWorker) -> bool:
         self._running = False

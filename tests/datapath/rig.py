@@ -6,6 +6,7 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +34,8 @@ RING_IOVA = 0x10_0000
 DATA_IOVA = 0x4000_0000
 IN_IOVA = DATA_IOVA  # what the device reads, in the plain set-up
 OUT_IOVA = DATA_IOVA + 0x10_0000  # what it writes
-PUBLISH_BATCH = {"memory": 8, "sync": 4, "uring": 16, "null": 16, "fail": 16}
+DISK_DIR = Path(__file__).parent.parent.parent / "build"  # knows O_DIRECT and RWF_NOWAIT; /tmp may be a tmpfs
+PUBLISH_BATCH = {"memory": 8, "sync": 4, "uring": 16, "cached": 4, "null": 16, "fail": 16}
 
 
 def file_engines() -> list[str]:
@@ -58,7 +60,10 @@ def pattern(size: int, seed: int = 1) -> bytes:
 
 
 class Rig:
-    """A queue that is started over `regions` and a store of capacity_sectors; nothing in flight between calls."""
+    """A queue that is started over `regions` and a store of capacity_sectors; nothing in flight between calls.
+
+    engine_options: more of `Queue.open_engine`.
+    """
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class Rig:
         ring_perms: tuple[int, int, int] | None = None,
         start: bool = True,
         cache: str = "writeback",
+        **engine_options: Any,
     ) -> None:
         self.params, self.engine = params, engine
         desc, avail, used = RING_IOVA, RING_IOVA + 0x10_0000, RING_IOVA + 0x20_0000
@@ -112,7 +118,9 @@ class Rig:
         )
         self.queue.set_port_none(self.irq_fd)
         kind = "memory" if engine == "memory" else "file"
-        self.queue.open_engine(engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache)
+        self.queue.open_engine(
+            engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache, **engine_options
+        )
         for region in self.memory.regions:
             self.map(region)
         if start:

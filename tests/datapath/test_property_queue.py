@@ -10,7 +10,7 @@ from device_model import Params
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from model import F_EVENT_IDX, F_IN_ORDER, F_PACKED, Reason
-from rig import Rig, file_engines, pattern
+from rig import DISK_DIR, Rig, file_engines, pattern
 from schedules import CAPACITY, chains, layouts, params, put, regions_of
 
 sizes = st.sampled_from([2, 4, 16, 64, 256])
@@ -79,9 +79,9 @@ def test_memory_engine_agrees_with_the_model(ring: int) -> None:
     agree()
 
 
-@pytest.mark.parametrize("engine", file_engines())
+@pytest.mark.parametrize("engine", [*file_engines(), "cached"])
 def test_file_engines_agree_with_the_model(engine: str, ring: int, tmp_path: Path) -> None:
-    path = tmp_path / "store"
+    path = DISK_DIR / f"property-{os.getpid()}.img" if engine == "cached" else tmp_path / "store"
 
     @relaxed(40)
     @given(st.data(), st.sampled_from(["writeback", "writethrough", "unsafe"]))
@@ -100,7 +100,10 @@ def test_file_engines_agree_with_the_model(engine: str, ring: int, tmp_path: Pat
         finally:
             os.close(fd)
 
-    agree()
+    try:
+        agree()
+    finally:
+        path.unlink()
 
 
 @pytest.mark.parametrize("size", [1024, 32768])

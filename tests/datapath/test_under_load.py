@@ -65,7 +65,9 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("engine", "cache"), [("sync", "writeback"), ("uring", "writeback"), ("uring", "none")])
+@pytest.mark.parametrize(
+    ("engine", "cache"), [("sync", "writeback"), ("cached", "writeback"), ("uring", "writeback"), ("uring", "none")]
+)
 def test_invalidating_all_memory_under_load_loses_nothing(image: Path, engine: str, cache: str) -> None:
     config = vdusefast.make_config(name="inv", uri=f"file:{image}", queues=2, engine=engine, cache=cache)
     with vdusefast.Device(config) as device, device.driver() as driver:

@@ -55,6 +55,8 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "cache": "none",
         "engine": "sync",
         "poll": "never",
+        "map": "off",
+        "sqpoll": False,
         "poll_us": 7,
         "irq_delay_us": 9,
         "msg_timeout_s": 60,

@@ -101,13 +101,13 @@ def test_features_follow_store_and_configuration(
     assert bool(make_device(store, **config).offered_features & bit) is offered
 
 
-@pytest.mark.parametrize("engine", ["auto", "sync", "uring"])
+@pytest.mark.parametrize("engine", ["auto", "sync", "cached", "uring"])
 @pytest.mark.parametrize("direct_align", [0, 512])
 def test_in_order_is_offered_where_no_engine_that_is_tried_reorders(engine: str, direct_align: int) -> None:
     store = {"kind": "file", "uri": "file:disk.img", "direct_align": direct_align}
     device = make_device(store, in_order=True, engine=engine)
     spec = WorkerSpec("d0", 0, 256, 1, -1, -1, -1, store="file", engine=engine, direct_align=direct_align)
-    reorders = "uring" in worker._engine_order(spec)
+    reorders = not {"uring", "cached"}.isdisjoint(worker._engine_order(spec))
     assert bool(device.offered_features & uapi.VIRTIO_F_IN_ORDER) is not reorders
 
 

@@ -91,6 +91,9 @@ class RunOptions:
     engine: str | None = None
     cache: str | None = None
     poll: str | None = None
+    merge: bool | None = None
+    sqpoll: bool | None = None
+    map: str | None = None
     poll_us: int | None = None
     irq_delay_us: int | None = None
     baseline: tuple[str, ...] = ()
@@ -208,9 +211,12 @@ RUN_OPTIONS: dict[str, Parser] = {
     "in_order": _parse_bool,
     "indirect": _parse_bool,
     "backend": str,
-    "engine": _parse_choice("auto", "sync", "uring", "memory", "null"),
+    "engine": _parse_choice("auto", "sync", "cached", "uring", "memory", "null"),
     "cache": _parse_choice("writeback", "writethrough", "none", "unsafe"),
     "poll": _parse_choice("adaptive", "always", "never"),
+    "merge": _parse_bool,
+    "sqpoll": _parse_bool,
+    "map": _parse_choice("auto", "off"),
     "poll_us": _parse_int(0, 1_000_000),
     "irq_delay_us": _parse_int(0, 10_000),
     "baseline": _parse_words,

@@ -31,7 +31,7 @@ from vdusefast.signals import StopSignals
 from vdusefast.transport.loopback_remote import LoopbackHost
 
 RUN_S = 0.1  # of load in each cycle; a pause makes it longer
-IN_ORDER = ("sync", "memory")  # engines that serve the requests of a queue in the order of the ring
+IN_ORDER = ("sync", "memory", "cached")  # engines that carry out the writes of a queue in the order of the ring
 
 
 def run_torture(options: TortureOptions) -> int:
@@ -125,4 +125,4 @@ def _engine(options: TortureOptions) -> str:
         return options.engine
     if options.backend is not None and options.backend.startswith("memory:"):
         return "memory"
-    return "uring" if options.cache == "none" else "sync"
+    return "uring" if options.cache == "none" else "cached"
