@@ -31,6 +31,9 @@ struct vf_engine_ops {
 	 * else 0. The same descriptors each time. Which of them it was the next reap() puts into `readable`. NULL as reap. */
 	int (*sleep)(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms);
 	void (*close)(struct vf_engine *engine);
+	/* A region of the driver's memory has been mapped at va, or is about to be unmapped with nothing in flight. NULL where
+	 * that is of no interest. */
+	void (*region)(struct vf_engine *engine, void *va, size_t len_bytes, int mapped);
 	/* How many completions may wait for each other before the driver is shown them: few when each takes long. */
 	uint32_t publish_batch;
 	uint8_t blocks; /* submit() may wait for storage */

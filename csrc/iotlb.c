@@ -14,6 +14,7 @@ void vf_iotlb_init(struct vf_iotlb *tlb, struct vf_port *port)
 	tlb->region_count = 0;
 	tlb->miss_count = 0;
 	tlb->port = port;
+	tlb->region_hook = NULL;
 }
 
 /* The first region whose last is at or above iova; region_count when there is none. */
@@ -83,8 +84,10 @@ static int vf_file_page_bytes(int fd, uint64_t *page_bytes)
 	return 0;
 }
 
-int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes)
+static int vf_iotlb_map_file(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd,
+			     uint64_t offset_bytes, int whole)
 {
+	int flags = MAP_SHARED | (whole ? MAP_POPULATE : 0);
 	uint64_t len = last - start; /* one less than the region's */
 	uint64_t page_bytes = 0, slack;
 	int err;
@@ -98,9 +101,9 @@ int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t p
 	if (len > INT64_MAX - 2u * page_bytes || offset_bytes > INT64_MAX)
 		return -EOVERFLOW;
 	size_t map_bytes = (size_t)((len + slack) / page_bytes * page_bytes + page_bytes);
-	void *map = mmap(NULL, map_bytes, vf_prot_of_perm(perm), MAP_SHARED, fd, (off_t)(offset_bytes - slack));
+	void *map = mmap(NULL, map_bytes, vf_prot_of_perm(perm), flags, fd, (off_t)(offset_bytes - slack));
 	if (map == MAP_FAILED && errno == EACCES && (perm & VF_PERM_WO))
-		map = mmap(NULL, map_bytes, PROT_WRITE, MAP_SHARED, fd, (off_t)(offset_bytes - slack));
+		map = mmap(NULL, map_bytes, PROT_WRITE, flags, fd, (off_t)(offset_bytes - slack));
 	if (map == MAP_FAILED)
 		return -errno;
 
@@ -115,7 +118,20 @@ int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t p
 	err = vf_iotlb_insert(tlb, &region);
 	if (err)
 		vf_unmap(&region);
+	else if (tlb->region_hook)
+		tlb->region_hook(tlb->region_context, map, map_bytes, 1);
 	return err;
+}
+
+int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes)
+{
+	return vf_iotlb_map_file(tlb, start, last, perm, fd, offset_bytes, 0);
+}
+
+int vf_iotlb_map_whole(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd,
+		       uint64_t offset_bytes)
+{
+	return vf_iotlb_map_file(tlb, start, last, perm, fd, offset_bytes, 1);
 }
 
 uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last)
@@ -124,9 +140,13 @@ uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last)
 
 	for (uint32_t i = 0; i < count; i++) {
 		struct vf_iotlb_region *r = &tlb->region[i];
-		if (r->last < start || r->start > last)
+		if (r->last < start || r->start > last) {
 			tlb->region[kept++] = *r;
-		else if (r->map)
+			continue;
+		}
+		if (r->map && tlb->region_hook)
+			tlb->region_hook(tlb->region_context, r->map, r->map_bytes, 0);
+		if (r->map)
 			vf_unmap(r);
 	}
 	tlb->region_count = kept;
@@ -149,7 +169,8 @@ struct vf_iotlb_region *vf_iotlb_find(struct vf_iotlb *tlb, uint64_t iova)
 	tlb->miss_count++;
 	int err = -EINVAL;
 	if (entry.start <= iova && iova <= entry.last)
-		err = vf_iotlb_map(tlb, entry.start, entry.last, entry.perm, fd, entry.offset);
+		err = vf_iotlb_map_file(tlb, entry.start, entry.last, entry.perm, fd, entry.offset,
+					tlb->port->fetched_whole);
 	close(fd);
 	if (err)
 		return NULL;

@@ -36,6 +36,9 @@ struct vf_iotlb {
 	uint32_t region_count;
 	uint64_t miss_count;
 	struct vf_port *port; /* borrowed */
+	/* Told of what has been mapped, and what is about to be unmapped; NULL: nobody is. */
+	void (*region_hook)(void *context, void *va, size_t len_bytes, int mapped);
+	void *region_context;
 	struct vf_iotlb_region none; /* start > last: matches nothing */
 	struct vf_iotlb_region region[VF_IOTLB_CAPACITY];
 };
@@ -45,6 +48,10 @@ void vf_iotlb_init(struct vf_iotlb *tlb, struct vf_port *port);
 /* Map fd at [start, last] with perm; consumes nothing: the caller still owns fd. 0 or -errno (-EEXIST on overlap,
  * -ENOSPC when the table is full, -EINVAL when the range is empty or wraps). */
 int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes);
+
+/* As vf_iotlb_map, a region whose pages all exist and stay: mapped at once, without a fault for each later. */
+int vf_iotlb_map_whole(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd,
+		       uint64_t offset_bytes);
 
 /* Enter memory of this process that somebody else keeps mapped (tests and fuzzing). 0 or -errno as vf_iotlb_map. */
 int vf_iotlb_add(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, void *address);

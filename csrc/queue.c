@@ -77,6 +77,14 @@ static int vf_queue_alloc(struct vf_queue *q)
 	return 0;
 }
 
+static void vf_queue_region(void *context, void *va, size_t len_bytes, int mapped)
+{
+	struct vf_engine *engine = &((struct vf_queue *)context)->engine;
+
+	if (engine->ops && engine->ops->region)
+		engine->ops->region(engine, va, len_bytes, mapped);
+}
+
 struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t queue_size_max, void *shm_block)
 {
 	struct vf_queue *q;
@@ -93,6 +101,8 @@ struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t qu
 	q->device = *device;
 	q->queue_size_max = queue_size_max;
 	vf_iotlb_init(&q->tlb, &q->port);
+	q->tlb.region_hook = vf_queue_region;
+	q->tlb.region_context = q;
 	vf_port_none_init(&q->port, -1);
 	vf_queue_set_shm(q, shm_block);
 	q->ctl_seen = vf_load_relaxed_u32(&q->ctl->ctl_seq);
