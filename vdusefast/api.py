@@ -218,7 +218,8 @@ class Device:
         stats = self.stats()
         assert self._model is not None
         assert self._transport is not None
-        return describe(self.config, self._model, self._transport, self.state, self.failure, stats)
+        memory = self._supervisor.memory if self._supervisor is not None else self._transport.memory_text
+        return describe(self.config, self._model, self._transport, self.state, self.failure, stats, memory)
 
     def responds(self, timeout_s: float) -> bool:
         """Return whether the loop that looks after the device answers within `timeout_s`; for watchdogs."""

@@ -39,6 +39,7 @@ CONFIG_MAX_BYTES = 1 << 20
 TransportName = Literal["auto", "loopback", "kernel"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 BusName = Literal["virtio", "vhost"]
+UserMemoryMode = Literal["auto", "on", "off"]
 EngineName = Literal["auto", "sync", "uring", "memory", "null"]
 
 
@@ -60,6 +61,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     cpus: str | list[int] = ""  # "auto", a list such as "0,2" or [0, 2] (one a queue), or "" = as the queues say
     msg_timeout_s: int = 90  # kernel transport: a control message unanswered for so long breaks the device; 0 = never
     bounce_size_bytes: int = 64 << 20  # kernel transport, bus virtio: memory that the kernel copies data through
+    # Kernel transport, bus virtio: memory of ours in place of the kernel's bounce pages. auto = where it pays.
+    user_memory: UserMemoryMode = "auto"
     attach_timeout_s: int = 30  # kernel transport: for the driver to come up
 
     @property
@@ -262,6 +265,10 @@ def _check_kernel(device: DeviceConfig) -> None:
     _check_range(key, bounce, BOUNCE_SIZE_MIN_BYTES, BOUNCE_SIZE_MAX_BYTES)
     if bounce % BLOCK_SIZE_MAX_BYTES:
         raise ConfigError(f"{key}: {bounce} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
+    if device.user_memory == "on" and device.bus != "virtio":
+        raise ConfigError(
+            'device.user_memory: only bus "virtio" copies data; the client of "vhost" gives its own memory'
+        )
     largest = device.size_max_bytes * device.effective_seg_max
     if device.transport == "kernel" and device.bus == "virtio" and largest * BOUNCE_REQUESTS_MIN > bounce:
         raise ConfigError(

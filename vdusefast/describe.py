@@ -23,6 +23,7 @@ def describe(
     state: DeviceState,
     failure: VdusefastError | None,
     stats: DeviceStats,
+    memory: str,
 ) -> dict[str, Any]:
     """Return everything known about a device that has been started; `config` has its CPUs resolved."""
     device = config.device
@@ -41,6 +42,7 @@ def describe(
         "serial": model.serial,
         "backend": config.backend.uri,
         "cache": config.backend.cache,
+        "memory": memory,
         "offered_features": uapi.names_of(model.offered_features),
         "acked_features": uapi.names_of(_acked_features(model, transport)),
         "status": model.status,

@@ -132,6 +132,7 @@ def _facts(info: Json) -> list[tuple[str, str]]:
         ("size", size),
         ("serial", get("serial", "")),
         ("backend", backend),
+        ("memory", get("memory", "")),
         ("status", status),
         ("acked", " ".join(acked) or ("none" if offered else "")),
         ("not acked", " ".join(name for name in offered if name not in acked)),

@@ -50,6 +50,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "irq_delay_us": 9,
         "msg_timeout_s": 60,
         "bounce_size_bytes": "128M",
+        "user_memory": "off",
         "attach_timeout_s": 9,
     }
     assert set(given) == set(no_options())
@@ -58,7 +59,15 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
     assert (found.device.bounce_size_bytes, found.device.bus, found.device.queues) == (128 << 20, "vhost", 3)
     assert found.device.transport == "loopback"
     for key, value in given.items():
-        if key in ("queue_size", "serial", "read_only", "block_size_bytes", "msg_timeout_s", "attach_timeout_s"):
+        if key in (
+            "queue_size",
+            "serial",
+            "read_only",
+            "block_size_bytes",
+            "msg_timeout_s",
+            "attach_timeout_s",
+            "user_memory",
+        ):
             assert getattr(found.device, key) == value
     assert [(queue.cpu, queue.irq_cpu) for queue in found.queue] == [(0, 0)] * 3
     assert [(queue.poll_us, queue.irq_delay_us) for queue in found.queue] == [(7, 9)] * 3

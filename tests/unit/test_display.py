@@ -63,6 +63,7 @@ def test_show_has_what_a_kernel_device_has() -> None:
             "vduse_features": ["SUSPEND"],
             "msg_timeout_s": 90,
             "bounce_size_bytes": 64 << 20,
+            "memory": "user memory",
             "offered_features": ["FLUSH", "MQ"],
             "acked_features": ["FLUSH"],
             "status": 15,
@@ -76,6 +77,7 @@ def test_show_has_what_a_kernel_device_has() -> None:
     assert lines["transport"].endswith("kernel, VDUSE API 1 with SUSPEND")
     assert lines["acked"].endswith("FLUSH")
     assert lines["not acked"].endswith("MQ")
+    assert lines["memory"].endswith("  user memory")
     assert lines["limits"].endswith("messages 90 s, bounce pages 64 MiB")
     last = text.splitlines()[-1].split()
     assert last == [*"050-", "256", "sync", "failed:", "bad", "10", "4", "KiB", "0", "B", *"234"]

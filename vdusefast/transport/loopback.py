@@ -24,6 +24,7 @@ class LoopbackTransport:
     """The device's side of a loopback device; see `Transport` for the methods."""
 
     kind = "loopback"
+    memory_text = "the driver's own"
     node = ""
     driver = ""
 
@@ -127,6 +128,9 @@ class LoopbackTransport:
     def set_config(self, offset_bytes: int, data: bytes) -> None:
         """Overwrite a part of the configuration space."""
         self.bus.set_config(offset_bytes, data)
+
+    def user_memory(self) -> None:
+        """Return nothing: the driver's memory is used as it is, nothing is copied."""
 
     def worker_port(self, index: int) -> WorkerPort:
         """Return a new port for a worker that serves queue `index`."""

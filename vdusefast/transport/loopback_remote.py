@@ -236,6 +236,7 @@ class RemoteLoopbackTransport:
     """
 
     kind = "loopback"
+    memory_text = "the driver's own"
     node = ""
     driver = ""
 
@@ -330,6 +331,9 @@ class RemoteLoopbackTransport:
     def set_config(self, offset_bytes: int, data: bytes) -> None:
         """Overwrite a part of the configuration space."""
         self._ask("set_config", offset_bytes, data.hex())
+
+    def user_memory(self) -> None:
+        """Return nothing: the driver's memory is used as it is, nothing is copied."""
 
     def worker_port(self, index: int) -> WorkerPort:
         """Return a new port for a worker that serves queue `index`."""
