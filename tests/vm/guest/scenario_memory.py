@@ -57,7 +57,7 @@ def pinned(pid: int) -> int:
     return int(found[1]) << 10
 
 
-@check(limit_s=150)
+@check(limit_s=200)
 def servers_come_and_go_under_verified_load() -> dict[str, object]:
     """A worker is killed, then everything, then a server hands over; the next one takes requests that wait."""
     path = guest.image("memory.img", 64 * MIB)
