@@ -90,8 +90,10 @@ static int vf_file_page_bytes(int fd, uint64_t *page_bytes)
 	return 0;
 }
 
-int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes)
+static int vf_iotlb_map_file(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd,
+			     uint64_t offset_bytes, int whole)
 {
+	int flags = MAP_SHARED | (whole ? MAP_POPULATE : 0);
 	uint64_t len = last - start; /* one less than the region's */
 	uint64_t page_bytes = 0, slack;
 	int err;
@@ -105,9 +107,9 @@ int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t p
 	if (len > INT64_MAX - 2u * page_bytes || offset_bytes > INT64_MAX)
 		return -EOVERFLOW;
 	size_t map_bytes = (size_t)((len + slack) / page_bytes * page_bytes + page_bytes);
-	void *map = mmap(NULL, map_bytes, vf_prot_of_perm(perm), MAP_SHARED, fd, (off_t)(offset_bytes - slack));
+	void *map = mmap(NULL, map_bytes, vf_prot_of_perm(perm), flags, fd, (off_t)(offset_bytes - slack));
 	if (map == MAP_FAILED && errno == EACCES && (perm & VF_PERM_WO))
-		map = mmap(NULL, map_bytes, PROT_WRITE, MAP_SHARED, fd, (off_t)(offset_bytes - slack));
+		map = mmap(NULL, map_bytes, PROT_WRITE, flags, fd, (off_t)(offset_bytes - slack));
 	if (map == MAP_FAILED)
 		return -errno;
 
@@ -125,6 +127,17 @@ int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t p
 	else if (tlb->region_hook)
 		tlb->region_hook(tlb->region_context, map, map_bytes, 1);
 	return err;
+}
+
+int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes)
+{
+	return vf_iotlb_map_file(tlb, start, last, perm, fd, offset_bytes, 0);
+}
+
+int vf_iotlb_map_whole(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd,
+		       uint64_t offset_bytes)
+{
+	return vf_iotlb_map_file(tlb, start, last, perm, fd, offset_bytes, 1);
 }
 
 uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last)
@@ -162,7 +175,8 @@ struct vf_iotlb_region *vf_iotlb_find(struct vf_iotlb *tlb, uint64_t iova)
 	tlb->miss_count++;
 	int err = -EINVAL;
 	if (entry.start <= iova && iova <= entry.last)
-		err = vf_iotlb_map(tlb, entry.start, entry.last, entry.perm, fd, entry.offset);
+		err = vf_iotlb_map_file(tlb, entry.start, entry.last, entry.perm, fd, entry.offset,
+					tlb->port->fetched_whole);
 	close(fd);
 	if (err)
 		return NULL;

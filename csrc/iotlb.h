@@ -52,6 +52,10 @@ void vf_iotlb_init(struct vf_iotlb *tlb, struct vf_port *port);
  * -ENOSPC when the table is full, -EINVAL when the range is empty or wraps). */
 int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd, uint64_t offset_bytes);
 
+/* As vf_iotlb_map, a region whose pages all exist and stay: mapped at once, without a fault for each later. */
+int vf_iotlb_map_whole(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd,
+		       uint64_t offset_bytes);
+
 /* Enter memory of this process that somebody else keeps mapped (tests and fuzzing). 0 or -errno as vf_iotlb_map. */
 int vf_iotlb_add(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, void *address);
 

@@ -35,10 +35,17 @@ struct vf_port {
 	int fd; /* borrowed */
 	int irq_fd; /* borrowed */
 	uint32_t vq_index;
+	uint8_t fetched_whole; /* every page of the region fetched last exists: map it as such */
+	int user_memory_fd; /* borrowed */
+	uint64_t user_memory_bytes; /* what of it stands in for the kernel's bounce pages; 0 = it does not */
 };
 
 /* fd: a copy of the descriptor of /dev/vduse/NAME, which was created under api_version. */
 void vf_port_kernel_init(struct vf_port *port, int fd, uint32_t api_version, uint32_t vq_index);
+
+/* From now on memory of ours is what the kernel copies data through, in place of its bounce pages: the region
+ * [0, bytes - 1] is fetched as fd, a memfd of that size whose pages exist and stay. 0 bytes: as the kernel has it. */
+void vf_port_kernel_use_memory(struct vf_port *port, int fd, uint64_t bytes);
 
 void vf_port_loopback_init(struct vf_port *port, int fd, int irq_fd, uint32_t vq_index);
 

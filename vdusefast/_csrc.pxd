@@ -218,6 +218,7 @@ cdef extern from "port.h" nogil:
     struct vf_port:
         int (*inject_irq)(vf_port *) noexcept nogil
     void vf_port_kernel_init(vf_port *, int, uint32_t, uint32_t)
+    void vf_port_kernel_use_memory(vf_port *, int, uint64_t)
     void vf_port_loopback_init(vf_port *, int, int, uint32_t)
     void vf_port_none_init(vf_port *, int)
 

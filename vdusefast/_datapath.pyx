@@ -218,6 +218,12 @@ cdef class Queue:
         """Fetch regions and interrupt through `fd`, a descriptor of /dev/vduse/NAME, which is borrowed."""
         vf_port_kernel_init(&self._open().port, fd, api_version, index)
 
+    def use_memory(self, int fd, uint64_t length_bytes):
+        """Have the region [0, length_bytes - 1] fetched as `fd` (borrowed), whose pages stand in for the kernel's
+        bounce pages from now on, all of them; 0 bytes: as the kernel has it. After set_port_kernel().
+        """
+        vf_port_kernel_use_memory(&self._open().port, fd, length_bytes)
+
     def set_port_loopback(self, int fd, int irq_fd, uint32_t index):
         """Fetch regions over the bus socket `fd` and interrupt by the eventfd `irq_fd`; both are borrowed."""
         vf_port_loopback_init(&self._open().port, fd, irq_fd, index)

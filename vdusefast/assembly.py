@@ -62,11 +62,21 @@ def make_transport(config: Config, state: SavedState | None) -> Transport:
             msg_timeout_s=device.msg_timeout_s,
             bounce_size_bytes=device.effective_bounce_size_bytes,
             attach_timeout_s=device.attach_timeout_s,
+            user_memory=_wants_user_memory(config),
             irq_cpus=tuple(queue.irq_cpu for queue in config.queue),
             api_version=state.api_version if state is not None else 0,
             vduse_features=state.vduse_features if state is not None else 0,
         )
     )
+
+
+def _wants_user_memory(config: Config) -> bool:
+    """Tell whether memory of ours is to take the place of the kernel's bounce pages."""
+    if config.device.bus != "virtio":  # a client's memory is used as it is
+        return False
+    if config.device.user_memory == "auto":
+        return config.backend.cache == "none" and config.backend.engine in ("auto", "uring")
+    return config.device.user_memory == "on"
 
 
 def worker_specs(config: Config, device: BlockDevice, store: Store, pages: SharedPages) -> list[WorkerSpec]:

@@ -51,6 +51,7 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (("--irq-delay-us",), int, "Microseconds that an interrupt waits at most for more completions; 0: never."),
     (("--msg-timeout", "msg_timeout_s"), int, "Seconds until the kernel gives up a server that is silent; 0 = never."),
     (("--bounce-size", "bounce_size_bytes"), str, "Memory that the kernel copies data through, such as 64M."),
+    (("--user-memory",), click.Choice(["auto", "on", "off"]), "Memory of our own in place of the kernel's for that."),
     (("--timeout", "attach_timeout_s"), int, "Seconds for the node to come up."),
 ]
 

@@ -50,6 +50,7 @@ BusName = Literal["virtio", "vhost"]
 PollMode = Literal["adaptive", "always", "never"]
 MapMode = Literal["auto", "off"]
 EngineName = Literal["auto", "sync", "cached", "uring", "memory", "null"]
+UserMemoryMode = Literal["auto", "on", "off"]
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -74,6 +75,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     cpus: str | list[int] = ""  # "auto", a list such as "0,2" or [0, 2] (one a queue), or "" = as the queues say
     msg_timeout_s: int = 90  # kernel transport: a control message unanswered for so long breaks the device; 0 = never
     bounce_size_bytes: int = 0  # kernel transport, bus virtio: what the kernel copies data through; 0 = computed
+    # Kernel transport, bus virtio: memory of ours in place of the kernel's bounce pages. auto = where it pays.
+    user_memory: UserMemoryMode = "auto"
     attach_timeout_s: int = 30  # kernel transport: for the driver to come up
 
     @property
@@ -321,6 +324,10 @@ def _check_kernel(device: DeviceConfig) -> None:
     _check_range(key, bounce, BOUNCE_SIZE_MIN_BYTES, BOUNCE_SIZE_MAX_BYTES)
     if bounce % BLOCK_SIZE_MAX_BYTES:
         raise ConfigError(f"{key}: {bounce} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
+    if device.user_memory == "on" and device.bus != "virtio":
+        raise ConfigError(
+            'device.user_memory: only bus "virtio" copies data; the client of "vhost" gives its own memory'
+        )
     largest = device.size_max_bytes * device.effective_seg_max
     if device.is_kernel_disk and largest * BOUNCE_REQUESTS_MIN > bounce:
         raise ConfigError(

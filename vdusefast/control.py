@@ -28,6 +28,8 @@ class Command(IntEnum):
     RESET = 4  # QUIESCE, then drop every mapping
     STOP = 5  # QUIESCE, then end with status 0
     RESIZE = 6  # the device has `start` sectors from now on; a smaller one once what is in flight has ended
+    HOLD = 7  # INVALIDATE, then take nothing more until RELEASE, also when started meanwhile
+    RELEASE = 8  # `last` bytes of user memory stand in for the bounce pages from now on; go on if running
 
 
 class Event(IntEnum):
@@ -122,6 +124,8 @@ class WorkerSpec(NamedTuple):
     port_fd: int = -1  # kernel: /dev/vduse/NAME; loopback: SOCK_SEQPACKET to the bus
     port_api: int = 0  # kernel: VDUSE API version that the device was created under
     irq_fd: int = -1  # loopback: eventfd, device to driver
+    user_memory_fd: int = -1  # kernel: a memfd that may stand in for the kernel's bounce pages
+    user_memory_bytes: int = 0  # how much of it does already, 0 = it does not
     cpu: int = -1  # -1: not pinned
     poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once, POLL_ALWAYS = never sleep
     irq_delay_us: int = 200  # longest hold of an interrupt for more completions, 0 = interrupt at once

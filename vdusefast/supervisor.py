@@ -19,6 +19,7 @@ from typing import Any
 from vdusefast.control import WorkerSpec
 from vdusefast.device import BlockDevice, StatusChange, StatusRefusedError
 from vdusefast.errors import DeviceBusyError, TimedOutError, VdusefastError
+from vdusefast.memory_control import MemoryControl
 from vdusefast.queue_watch import LOOK_S, QueueWatch
 from vdusefast.transport import Transport, TransportError
 from vdusefast.transport.uapi import (
@@ -116,6 +117,7 @@ class Supervisor:
         self.failure: VdusefastError | None = None
         self._limits = limits
         self._on_created = on_created
+        self._memory: MemoryControl | None = None
         self._watch = QueueWatch(device.name, pages, len(specs))
         self._tasks: set[asyncio.Task[Any]] = set()
         self._status_lock = asyncio.Lock()
@@ -155,6 +157,7 @@ class Supervisor:
             self._message_fd = self.transport.message_fd()
             asyncio.get_running_loop().add_reader(self._message_fd, self._on_messages)
             self._run(self._watch_queues())
+            self._use_memory()
             await self._attach()
         except BaseException:
             undo = self.hand_over(UNDO_TIMEOUT_S) if reopen else self.stop(UNDO_TIMEOUT_S)
@@ -244,7 +247,7 @@ class Supervisor:
     @property
     def memory(self) -> str:
         """What requests' data lies in, for people."""
-        return self.transport.memory_text
+        return self._memory.text if self._memory is not None else self.transport.memory_text
 
     def queues(self) -> list[QueueInfo]:
         """Return one line for each queue."""
@@ -328,6 +331,13 @@ class Supervisor:
             for vq in self._vqs:
                 serves = vq.state not in (VqState.STOPPED, VqState.FAILED)
                 self._watch.look(vq.index, time.monotonic(), serves=serves)
+
+    def _use_memory(self) -> None:
+        """Begin to put memory of ours in place of the kernel's, where the transport has any for it."""
+        memory = self.transport.user_memory()
+        if memory is not None:
+            self._memory = MemoryControl(self.device.name, memory, self._vqs, self.transport.memory_text)
+            self._run(self._memory.run())
 
     async def _resize_workers(self, capacity_sectors: int) -> None:
         """Have all workers, side by side, serve that size. Raises the first one's VdusefastError, after all."""

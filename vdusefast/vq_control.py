@@ -12,7 +12,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -130,7 +130,14 @@ class VqControl:
     async def spawn(self, timeout_s: float) -> None:
         """Start a worker and wait until it is ready. Raises what WorkerProcess.wait_hello does; none is left then."""
         port = self._transport.worker_port(self.index)
-        spec = self._spec._replace(port=port.kind, port_fd=port.port_fd, port_api=port.api_version, irq_fd=port.irq_fd)
+        spec = self._spec._replace(
+            port=port.kind,
+            port_fd=port.port_fd,
+            port_api=port.api_version,
+            irq_fd=port.irq_fd,
+            user_memory_fd=port.user_memory_fd,
+            user_memory_bytes=port.user_memory_bytes,
+        )
         worker = WorkerProcess.spawn(self._command, spec, port, self._pages, self._ring_failed, self._died)
         self.worker = worker
         try:
@@ -253,6 +260,40 @@ class VqControl:
                 if self.state == VqState.QUIESCING:
                     self.state = VqState.RUNNING
             return not self._hangs()
+
+    async def lock(self) -> None:
+        """Keep every other operation waiting until `release`; for `hold`."""
+        await self._lock.acquire()
+
+    async def hold(self, last: int, timeout_s: float) -> bool:
+        """Have the worker give back what it has taken, drop mappings of IOVA [0, last] and take nothing more.
+
+        Returns whether nobody touches that memory until `release`. A worker that is too slow is let be: it may come to
+        rest later, and goes on by the `release` that follows. The lock is held.
+        """
+        worker = self._usable_worker()
+        if worker is not None:
+            try:
+                await worker.request(ToWorker(Command.HOLD, 0, last=last), timeout_s)
+            except (TimeoutError, RefusedError):
+                return False
+            except WorkerError as error:
+                _log.debug("%s", error)  # its death has been reported; the next one waits for the lock
+        return not self._hangs()
+
+    async def release(self, user_memory_bytes: int) -> None:
+        """Let the worker go on after `lock` and `hold`, with so much user memory in place of bounce pages."""
+        message = ToWorker(Command.RELEASE, 0, last=user_memory_bytes)
+        worker = self._usable_worker()
+        try:
+            if worker is not None and user_memory_bytes:
+                await self._request(message)  # it rests, so that it answers, or is replaced
+            elif worker is not None:
+                # One that has not come to rest must not be waited for: it carries out both commands when it does.
+                with suppress(TimeoutError, WorkerError):
+                    await worker.request(message, 0.0)
+        finally:
+            self._lock.release()
 
     async def reset(self) -> bool:
         """Stop the queue and drop every mapping, with a living worker at the end. Returns whether they are gone."""

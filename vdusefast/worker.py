@@ -121,6 +121,7 @@ class Worker:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         _datapath.install_stop(self._wake_fd)
         self._running = False
+        self._held = False  # between HOLD and RELEASE
         self._done = False
         self._memlock_noted = False
         offset_bytes, length_bytes = _datapath.block_extent(spec.queue, spec.queue_size)
@@ -142,6 +143,7 @@ class Worker:
         )
         if spec.port == "kernel":
             self._queue.set_port_kernel(spec.port_fd, spec.port_api, spec.queue)
+            self._queue.use_memory(spec.user_memory_fd, spec.user_memory_bytes)
         elif spec.port == "loopback":
             self._queue.set_port_loopback(spec.port_fd, spec.irq_fd, spec.queue)
         else:
@@ -162,7 +164,7 @@ class Worker:
         """Serve until STOP, a signal, or the supervisor's end."""
         self.send(FromWorker(Event.HELLO, 0, text=self.engine))
         while not self._done and not self._datapath.stop_requested():
-            if self._running:
+            if self._running and not self._held:
                 self._run_queue()
             else:
                 self._wait_idle()
@@ -210,6 +212,12 @@ class Worker:
             note = queue.note or self._note_memlock()
         elif message.command == Command.INVALIDATE:
             queue.invalidate(message.start, message.last)
+        elif message.command == Command.HOLD:
+            queue.invalidate(message.start, message.last)
+            self._held = True
+        elif message.command == Command.RELEASE:
+            queue.use_memory(self._spec.user_memory_fd, message.last)
+            self._held = False
         elif message.command == Command.RESIZE:
             queue.set_capacity(message.start)
         elif message.command in (Command.QUIESCE, Command.RESET, Command.STOP):

@@ -292,6 +292,7 @@ class WorkerProcess:
                     self.spec.kick_fd,
                     self.spec.port_fd,
                     self.spec.irq_fd,
+                    self.spec.user_memory_fd,
                     self.spec.store_fd,
                 )
                 self._process = subprocess.Popen(

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -81,6 +82,97 @@ static void test_iotlb_table(void)
 	CHECK(vf_iotlb_bury(&tlb, (uintptr_t)tlb.region[0].map + 1) == 0 && *(char *)tlb.region[0].map == 0);
 	CHECK(vf_iotlb_drop(&tlb, 0, UINT64_MAX) == 1);
 	close(fd);
+}
+
+/* /dev/vduse/NAME as port_kernel.c asks it: it knows one region, whose descriptor is a copy of kernel.fd. */
+static struct {
+	int fd;
+	uint64_t last;
+	uint32_t calls;
+} kernel;
+
+int ioctl(int fd, unsigned long request, ...)
+{
+	struct vf_vduse_iotlb_entry *entry;
+	va_list words;
+
+	(void)fd;
+	(void)request;
+	va_start(words, request);
+	entry = va_arg(words, struct vf_vduse_iotlb_entry *); /* the first member of the newer structure, too */
+	va_end(words);
+	kernel.calls++;
+	if (kernel.fd < 0) {
+		errno = EINVAL;
+		return -1;
+	}
+	*entry = (struct vf_vduse_iotlb_entry){ .last = kernel.last, .perm = VF_PERM_RW };
+	return fcntl(kernel.fd, F_DUPFD_CLOEXEC, 0);
+}
+
+/* What the IOTLB has told of regions. */
+static struct {
+	uint8_t *va;
+	size_t bytes;
+	uint32_t mapped, dropped;
+} told;
+
+static void region_hook(void *context, void *va, size_t bytes, int mapped)
+{
+	CHECK(context == &told);
+	told.mapped += mapped == 1;
+	told.dropped += mapped == 0;
+	if (mapped) {
+		told.va = va;
+		told.bytes = bytes;
+		return;
+	}
+	CHECK(va == told.va && bytes == told.bytes);
+	told.va[0] = 0x21; /* it is still there */
+}
+
+static void test_user_memory(void)
+{
+	/* The kernel's own file is an anonymous inode, as an eventfd is, and that of a vhost client a file. */
+	int anonymous = eventfd(0, EFD_CLOEXEC), client = memory_fd(8192), memory = memory_fd(8192);
+	uint32_t run;
+	uint8_t *va, last;
+
+	for (uint32_t api = 0; api < 2u; api++) {
+		CHECK(pwrite(client, "c", 1, 0) == 1 && pwrite(memory, "m", 1, 0) == 1);
+		memset(&told, 0, sizeof(told));
+		vf_port_kernel_init(&port, -1, api, 0);
+		vf_iotlb_init(&tlb, &port);
+		tlb.region_hook = region_hook;
+		tlb.region_context = &told;
+		kernel.fd = -1;
+		CHECK(!vf_iotlb_find(&tlb, 0));
+		kernel.fd = anonymous;
+		kernel.last = 8191;
+		CHECK(!vf_iotlb_find(&tlb, 0)); /* an eventfd cannot be mapped: nothing stands in for it yet */
+		vf_port_kernel_use_memory(&port, memory, 8192);
+		va = vf_iotlb_translate(&tlb, 0, 8192, VF_PERM_RW, &run);
+		CHECK(va && *va == 'm' && run == 8192);
+		CHECK(told.mapped == 1 && told.dropped == 0 && told.va == va && told.bytes == 8192);
+		CHECK(vf_iotlb_drop(&tlb, 0, 0) == 1 && told.dropped == 1);
+		CHECK(pread(memory, &last, 1, 0) == 1 && last == 0x21);
+		kernel.last = 4095; /* another region than the whole of the bounce pages */
+		CHECK(!vf_iotlb_find(&tlb, 0));
+		kernel.last = 8191;
+		kernel.fd = client;
+		va = vf_iotlb_translate(&tlb, 0, 1, VF_PERM_RW, &run);
+		CHECK(va && *va == 'c' && told.mapped == 2);
+		CHECK(vf_iotlb_drop(&tlb, 0, 0) == 1 && told.dropped == 2);
+		kernel.fd = anonymous;
+		vf_port_kernel_use_memory(&port, -1, 8192); /* it cannot be copied */
+		CHECK(!vf_iotlb_find(&tlb, 0));
+		vf_port_kernel_use_memory(&port, memory, 0);
+		CHECK(!vf_iotlb_find(&tlb, 0) && tlb.region_count == 0);
+	}
+	CHECK(kernel.calls == 14);
+	close(memory);
+	close(client);
+	close(anonymous);
 }
 
 static void test_iotlb_full(void)
@@ -356,6 +448,7 @@ static void test_stop(void)
 int main(void)
 {
 	test_iotlb_table();
+	test_user_memory();
 	test_iotlb_full();
 	test_fetching_port();
 	test_store(VF_STORE_FILE, 0);

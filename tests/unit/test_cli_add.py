@@ -61,6 +61,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "irq_delay_us": 9,
         "msg_timeout_s": 60,
         "bounce_size_bytes": "128M",
+        "user_memory": "off",
         "attach_timeout_s": 9,
     }
     assert set(given) == set(no_options())
@@ -80,6 +81,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
             "block_size_bytes",
             "msg_timeout_s",
             "attach_timeout_s",
+            "user_memory",
         ):
             assert getattr(found.device, key) == value
     assert [(queue.cpu, queue.irq_cpu) for queue in found.queue] == [(0, 0)] * 3

@@ -141,6 +141,8 @@ def test_kernel_transport_keeps_requests_well_below_the_bounce_size() -> None:
         make_config(name="a", uri="null:1M", transport="kernel", bounce_size_bytes=1 << 20, seg_max=10)
     with pytest.raises(ConfigError, match=r"device\.bounce_size_bytes: .* no multiple of 4096"):
         make_config(name="a", uri="null:1M", bounce_size_bytes=(1 << 20) + 512)
+    with pytest.raises(ConfigError, match=r'device\.user_memory: only bus "virtio" copies data'):
+        make_config(name="a", uri="null:1M", bus="vhost", user_memory="on")
 
 
 @pytest.mark.parametrize(

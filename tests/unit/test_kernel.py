@@ -244,6 +244,40 @@ def test_a_control_node_that_cannot_be_opened(
         kernel_control.probe_control()
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_workers_inherit_the_memory_that_may_be_used(fake: FakeKernel, wanted: bool) -> None:
+    transport = KernelTransport(KernelOptions(bounce_size_bytes=1 << 20, user_memory=wanted))
+    assert transport.memory_text == "the kernel's bounce pages"
+    transport.create(SPEC)
+    try:
+        memory = transport.user_memory()
+        before = transport.worker_port(0)
+        if memory is None:
+            assert not wanted
+            assert (before.user_memory_fd, before.user_memory_bytes) == (-1, 0)
+            return
+        assert (before.user_memory_fd, before.user_memory_bytes) == (memory.fd, 0)
+        memory.fill()
+        assert memory.register()
+        (asked,) = fake.words(uapi.VDUSE_IOTLB_REG_UMEM)
+        assert uapi.IOVA_UMEM.unpack(asked)[1:] == (0, 1 << 20, 0)
+        assert transport.worker_port(0).user_memory_bytes == 1 << 20
+    finally:
+        transport.close()
+    assert memory.fd == -1
+
+
+def test_a_client_of_vhost_has_memory_of_its_own(fake: FakeKernel, tmp_path: Path) -> None:
+    (tmp_path / "bus/vdpa/drivers/vhost_vdpa").mkdir()
+    transport = KernelTransport(KernelOptions(bus="vhost"))
+    assert transport.memory_text == "the client's own"
+    transport.create(SPEC)
+    try:
+        assert transport.user_memory() is None
+    finally:
+        transport.close()
+
+
 # -- attach
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vdusefast.errors import VdusefastError
 from vdusefast.transport.uapi import VIRTIO_ID_BLOCK, Request, Response, VqInfo
+
+if TYPE_CHECKING:
+    from vdusefast.transport.user_memory import UserMemory
 
 
 class TransportError(VdusefastError):
@@ -42,13 +45,16 @@ class WorkerPort:
 
     `kind` is the worker's word for it. `port_fd` and `irq_fd` are -1 where `kind` has no use for them. The
     descriptors in `owned_fds` belong to the holder, who closes this once the worker has its copies; the others are
-    the transport's. `api_version` is that of VDUSE, where `kind` has one.
+    the transport's. `api_version` is that of VDUSE, where `kind` has one. The user memory is what may stand in for the
+    kernel's bounce pages, and how much of it does.
     """
 
     kind: str
     port_fd: int = -1
     irq_fd: int = -1
     api_version: int = 0
+    user_memory_fd: int = -1
+    user_memory_bytes: int = 0
     owned_fds: list[int] = field(default_factory=list)
 
     def close(self) -> None:
@@ -130,6 +136,12 @@ class Transport(Protocol):
 
     def worker_port(self, index: int) -> WorkerPort:
         """Return a new port for a worker that serves queue `index`; the caller closes it."""
+
+    def user_memory(self) -> UserMemory | None:
+        """Return the memory (the transport's own) that may take the place of what the driver's data is copied through.
+
+        None where nothing is copied, or that is not to be replaced. After `create` or `reopen`.
+        """
 
     def close(self, *, keep: bool = False) -> None:
         """Destroy the device, or leave it to a `reopen` with `keep`, and close every descriptor.

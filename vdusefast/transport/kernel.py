@@ -29,6 +29,7 @@ from vdusefast.transport import (
     vdpa,
 )
 from vdusefast.transport.uapi import Request, Response, VqInfo
+from vdusefast.transport.user_memory import UserMemory
 
 BOUNCE_PAGES = "the kernel's bounce pages"
 KERNEL_BOUNCE_SIZE_BYTES = 64 << 20
@@ -47,6 +48,7 @@ class KernelOptions:
     """How the kernel is to treat the device.
 
     bus: `virtio` for /dev/vdX, `vhost` for /dev/vhost-vdpa-N. irq_cpus: one entry a queue, None = any CPU.
+    user_memory: give it memory of ours in place of its bounce pages, where it takes that; bus `virtio` has these.
     api_version, vduse_features: what a device that is reopened was created with, which the kernel does not tell.
     """
 
@@ -55,6 +57,7 @@ class KernelOptions:
     bounce_size_bytes: int = 64 << 20
     attach_timeout_s: float = 30.0
     irq_cpus: tuple[int | None, ...] = ()
+    user_memory: bool = False
     api_version: int = 0
     vduse_features: int = 0
 
@@ -74,6 +77,7 @@ class KernelTransport:
         self.irq_cpus = self.options.irq_cpus
         self.name = ""
         self._fd = -1
+        self._user_memory: UserMemory | None = None
         self._created = False
         self._attached = False
 
@@ -102,6 +106,7 @@ class KernelTransport:
             for index in range(spec.queue_count):
                 self._ioctl(uapi.VDUSE_VQ_SETUP, uapi.VQ_CONFIG.pack(index, spec.queue_size_max, 0, 0))
             self._set_attributes(new=True)
+            self._make_user_memory()
         except OSError as error:
             raise self._set_up_error(error) from error
 
@@ -112,6 +117,7 @@ class KernelTransport:
         try:
             self._check_whole()
             self._set_attributes(new=False)
+            self._make_user_memory()
         except BaseException as error:
             self.close(keep=True)
             if isinstance(error, OSError):
@@ -278,10 +284,20 @@ class KernelTransport:
 
     def worker_port(self, index: int) -> WorkerPort:
         """Return the device's own descriptor: workers look up memory and interrupt by themselves."""
-        return WorkerPort(self.kind, port_fd=self._fd, api_version=self.api_version)
+        port = WorkerPort(self.kind, port_fd=self._fd, api_version=self.api_version)
+        if self._user_memory is not None:
+            port.user_memory_fd, port.user_memory_bytes = self._user_memory.fd, self._user_memory.used_bytes
+        return port
+
+    def user_memory(self) -> UserMemory | None:
+        """Return the memory that may take the place of the kernel's bounce pages."""
+        return self._user_memory
 
     def close(self, *, keep: bool = False) -> None:
         """Destroy the device, unless it could not be detached. Raises DeviceBusyError while other processes hold it."""
+        if self._user_memory is not None:
+            self._user_memory.close()
+            self._user_memory = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -300,6 +316,10 @@ class KernelTransport:
         buffer = bytearray(argument)
         fcntl.ioctl(self._fd, number, buffer) if buffer else fcntl.ioctl(self._fd, number)
         return bytes(buffer)
+
+    def _make_user_memory(self) -> None:
+        if self.options.user_memory:
+            self._user_memory = UserMemory(self.name, self.options.bounce_size_bytes, self._ioctl)
 
     def _check_drivers(self, name: str) -> None:
         """Refuse before anything is made what could never be attached."""

@@ -130,6 +130,9 @@ class LoopbackTransport:
         """Overwrite a part of the configuration space."""
         self.bus.set_config(offset_bytes, data)
 
+    def user_memory(self) -> None:
+        """Return nothing: the driver's memory is used as it is, nothing is copied."""
+
     def worker_port(self, index: int) -> WorkerPort:
         """Return a new port for a worker that serves queue `index`."""
         return self.bus.open_port(index)

@@ -333,6 +333,9 @@ class RemoteLoopbackTransport:
         """Overwrite a part of the configuration space."""
         self._ask("set_config", offset_bytes, data.hex())
 
+    def user_memory(self) -> None:
+        """Return nothing: the driver's memory is used as it is, nothing is copied."""
+
     def worker_port(self, index: int) -> WorkerPort:
         """Return a new port for a worker that serves queue `index`."""
         _value, fds = self._ask("open_port", index)
