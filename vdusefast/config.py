@@ -48,6 +48,7 @@ TransportName = Literal["auto", "loopback", "kernel"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 BusName = Literal["virtio", "vhost"]
 EngineName = Literal["auto", "sync", "uring", "memory", "null"]
+SchedulerName = Literal["none", "kernel"]
 PollMode = Literal["adaptive", "always", "never"]
 
 
@@ -69,6 +70,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     cpus: str | list[int] = ""  # "auto", a list such as "0,2" or [0, 2] (one a queue), or "" = as the queues say
     msg_timeout_s: int = 90  # kernel transport: a control message unanswered for so long breaks the device; 0 = never
     bounce_size_bytes: int = 0  # kernel transport, bus virtio: what the kernel copies data through; 0 = computed
+    scheduler: SchedulerName = "none"  # kernel transport, bus virtio: of the disk; kernel = what the kernel gives it
     attach_timeout_s: int = 30  # kernel transport: for the driver to come up
 
     @property

@@ -53,6 +53,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "irq_delay_us": 9,
         "msg_timeout_s": 60,
         "bounce_size_bytes": "128M",
+        "scheduler": "kernel",
         "attach_timeout_s": 9,
     }
     assert set(given) == set(no_options())

@@ -46,6 +46,7 @@ class KernelOptions:
     """How the kernel is to treat the device.
 
     bus: `virtio` for /dev/vdX, `vhost` for /dev/vhost-vdpa-N. irq_cpus: one entry a queue, None = any CPU.
+    scheduler: I/O scheduler of a disk that is new, "kernel" = whatever the kernel gives it.
     api_version, vduse_features: what a device that is reopened was created with, which the kernel does not tell.
     """
 
@@ -54,6 +55,7 @@ class KernelOptions:
     bounce_size_bytes: int = 64 << 20
     attach_timeout_s: float = 30.0
     irq_cpus: tuple[int | None, ...] = ()
+    scheduler: str = "none"
     api_version: int = 0
     vduse_features: int = 0
 
@@ -150,12 +152,15 @@ class KernelTransport:
         driver = sysfs.BUS_DRIVERS[self.options.bus]
         try:
             async with asyncio.timeout(limit_s):
-                if not self._attached:
+                new = not self._attached
+                if new:
                     await self._put_on_bus()
                 if self.driver != driver:
                     await _in_thread(sysfs.bind, self.name, driver)
                 while not self.node:
                     await asyncio.sleep(kernel_control.NODE_LOOK_S)
+                if new and self.options.bus == "virtio" and self.options.scheduler != "kernel":
+                    await _in_thread(sysfs.set_scheduler, self.name, self.options.scheduler)
         except TimeoutError:
             raise TimedOutError(self._describe_timeout(driver, limit_s)) from None
         except OSError as error:
