@@ -63,6 +63,7 @@ def make_transport(config: Config, state: SavedState | None) -> Transport:
             bounce_size_bytes=device.effective_bounce_size_bytes,
             attach_timeout_s=device.attach_timeout_s,
             user_memory=_wants_user_memory(config),
+            scheduler=device.scheduler,
             irq_cpus=tuple(queue.irq_cpu for queue in config.queue),
             api_version=state.api_version if state is not None else 0,
             vduse_features=state.vduse_features if state is not None else 0,

@@ -52,6 +52,11 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (("--msg-timeout", "msg_timeout_s"), int, "Seconds until the kernel gives up a server that is silent; 0 = never."),
     (("--bounce-size", "bounce_size_bytes"), str, "Memory that the kernel copies data through, such as 64M."),
     (("--user-memory",), click.Choice(["auto", "on", "off"]), "Memory of our own in place of the kernel's for that."),
+    (
+        ("--scheduler",),
+        click.Choice(["none", "kernel"]),
+        "The disk's I/O scheduler: none, or what the kernel gives it.",
+    ),
     (("--timeout", "attach_timeout_s"), int, "Seconds for the node to come up."),
 ]
 

@@ -47,6 +47,7 @@ CONFIG_MAX_BYTES = 1 << 20
 TransportName = Literal["auto", "loopback", "kernel"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 BusName = Literal["virtio", "vhost"]
+SchedulerName = Literal["none", "kernel"]
 PollMode = Literal["adaptive", "always", "never"]
 MapMode = Literal["auto", "off"]
 EngineName = Literal["auto", "sync", "cached", "uring", "memory", "null"]
@@ -77,6 +78,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     bounce_size_bytes: int = 0  # kernel transport, bus virtio: what the kernel copies data through; 0 = computed
     # Kernel transport, bus virtio: memory of ours in place of the kernel's bounce pages. auto = where it pays.
     user_memory: UserMemoryMode = "auto"
+    scheduler: SchedulerName = "none"  # kernel transport, bus virtio: of the disk; kernel = what the kernel gives it
     attach_timeout_s: int = 30  # kernel transport: for the driver to come up
 
     @property

@@ -62,6 +62,7 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "msg_timeout_s": 60,
         "bounce_size_bytes": "128M",
         "user_memory": "off",
+        "scheduler": "kernel",
         "attach_timeout_s": 9,
     }
     assert set(given) == set(no_options())

@@ -117,3 +117,15 @@ def test_masks_are_read_as_the_kernel_writes_them(root: Path) -> None:
     assert not sysfs.all_cpus_online()
     online.write_text("0-9\n")
     assert sysfs.all_cpus_online()
+
+
+def test_the_scheduler_of_a_disk_is_changed_once(root: Path) -> None:
+    path = root / "sys/bus/vdpa/devices/vd0/virtio0/block/vda/queue/scheduler"
+    path.parent.mkdir(parents=True)
+    path.write_text("[mq-deadline] kyber none\n")
+    sysfs.set_scheduler("vd0", "none")
+    assert path.read_text().startswith("none")
+    path.write_text("[none] mq-deadline\n")
+    sysfs.set_scheduler("vd0", "none")
+    assert path.read_text() == "[none] mq-deadline\n"
+    sysfs.set_scheduler("vd1", "none")  # has no disk

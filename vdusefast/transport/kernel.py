@@ -49,6 +49,7 @@ class KernelOptions:
 
     bus: `virtio` for /dev/vdX, `vhost` for /dev/vhost-vdpa-N. irq_cpus: one entry a queue, None = any CPU.
     user_memory: give it memory of ours in place of its bounce pages, where it takes that; bus `virtio` has these.
+    scheduler: I/O scheduler of a disk that is new, "kernel" = whatever the kernel gives it.
     api_version, vduse_features: what a device that is reopened was created with, which the kernel does not tell.
     """
 
@@ -58,6 +59,7 @@ class KernelOptions:
     attach_timeout_s: float = 30.0
     irq_cpus: tuple[int | None, ...] = ()
     user_memory: bool = False
+    scheduler: str = "none"
     api_version: int = 0
     vduse_features: int = 0
 
@@ -159,12 +161,15 @@ class KernelTransport:
         driver = sysfs.BUS_DRIVERS[self.options.bus]
         try:
             async with asyncio.timeout(limit_s):
-                if not self._attached:
+                new = not self._attached
+                if new:
                     await self._put_on_bus()
                 if self.driver != driver:
                     await _in_thread(sysfs.bind, self.name, driver)
                 while not self.node:
                     await asyncio.sleep(kernel_control.NODE_LOOK_S)
+                if new and self.options.bus == "virtio" and self.options.scheduler != "kernel":
+                    await _in_thread(sysfs.set_scheduler, self.name, self.options.scheduler)
         except TimeoutError:
             raise TimedOutError(self._describe_timeout(driver, limit_s)) from None
         except OSError as error:

@@ -95,6 +95,13 @@ def node(name: str) -> str:
     return ""
 
 
+def set_scheduler(name: str, scheduler: str) -> None:
+    """Give the disk of `name` another I/O scheduler. Waits for its requests in flight. Raises OSError."""
+    for path in _device_path(name).glob("virtio*/block/*/queue/scheduler"):
+        if f"[{scheduler}]" not in path.read_text():
+            _write(path, scheduler)
+
+
 def set_attribute(name: str, attribute: str, value: str) -> None:
     """Write to /sys/class/vduse/NAME/ATTRIBUTE, such as `msg_timeout`, `bounce_size`, `vq0/irq_cb_affinity`.
 

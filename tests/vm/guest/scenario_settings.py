@@ -35,6 +35,8 @@ def sysfs_and_show() -> dict[str, object]:
         assert shown["api_version"] == (0 if guest.kernel() < (7, 0) else 1), shown
         features = shown["vduse_features"]
         assert features == ([] if guest.kernel() < (7, 0) else ["QUEUE_READY", "SUSPEND"]), shown
+        assert {queue["size"] for queue in shown["queues"]} == {1024}, shown  # type: ignore[attr-defined]
+        assert "INDIRECT_DESC" not in shown["offered_features"], shown  # type: ignore[operator]
         acked, offered = set(shown["acked_features"]), set(shown["offered_features"])  # type: ignore[call-overload]
         assert acked <= offered, shown
         wanted = {"VERSION_1", "ACCESS_PLATFORM", "EVENT_IDX", "FLUSH", "MQ", "DISCARD", "WRITE_ZEROES", "SEG_MAX"}
@@ -47,6 +49,15 @@ def sysfs_and_show() -> dict[str, object]:
             assert queue["state"] == "running", queue
             assert guest.running(queue["pid"]), queue
     return shown
+
+
+@check(limit_s=90)
+def one_queue_has_no_scheduler() -> None:
+    """Where the kernel would give it one, since it has one queue only."""
+    for wanted, chosen in (("none", "[none]"), ("kernel", "[mq-deadline]")):
+        with guest.device("vd0", "memory:16M", scheduler=wanted):
+            text = (guest.sysfs_of("vd0") / "queue" / "scheduler").read_text()
+            assert chosen in text, f"scheduler = {wanted}: {text}"
 
 
 @check(limit_s=90)
