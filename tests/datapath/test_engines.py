@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from device_model import Params
@@ -16,6 +18,7 @@ from rig import DISK_DIR, IN_IOVA, OUT_IOVA, Rig, pattern
 from vdusefast.api import Device
 from vdusefast.config import make_config
 from vdusefast.errors import ConfigError, KernelSupportError
+from vdusefast.worker import Worker
 
 HERE = Path(__file__).parent
 PAGE = 4096
@@ -199,6 +202,16 @@ def test_limit_of_locked_memory_costs_speed_alone(path: Path) -> None:
     ended = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, timeout=50)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip() == f"12 {(PAGE + 1, OK)}"
+
+
+def test_refusal_is_told_once() -> None:
+    worker = Worker.__new__(Worker)
+    worker._memlock_noted = False
+    worker._queue = SimpleNamespace(fixed_buffers=(0, 0))  # type: ignore[assignment]
+    assert worker._note_memlock() == ""
+    worker._queue = SimpleNamespace(fixed_buffers=(0, errno.ENOMEM))  # type: ignore[assignment]
+    assert "raise the limit of locked memory" in worker._note_memlock()
+    assert worker._note_memlock() == ""
 
 
 # -- sqpoll

@@ -24,6 +24,8 @@ from rig import IN_IOVA, OUT_IOVA, Rig
 
 from vdusefast import _datapath
 
+pytestmark = pytest.mark.slow
+
 STRIDE = int(os.environ.get("VDUSEFAST_KILL_STRIDE", "53"))
 FOREVER = 1 << 40
 FORMATS = {"split": 0, "split in order": F_IN_ORDER, "packed": F_PACKED, "packed in order": F_PACKED | F_IN_ORDER}
@@ -70,6 +72,15 @@ def stepper(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     found = ctypes.CDLL(os.fspath(library))
     found.steps.restype, found.steps.argtypes = ctypes.c_long, [ctypes.c_int, ctypes.c_long]
     return found
+
+
+@pytest.fixture(autouse=True)
+def one_cpu() -> Iterator[None]:
+    """Have both processes take turns on one CPU: each step would wake the other CPU up, and this one behind it."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
 
 
 class Victim(Rig):

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 MIXES = {
     "sync": (["--engine", "sync"], "worker=40,supervisor=6,group=6,stall=3,restart=3,resize=3,fail=3"),
+    "auto": ([], "worker=24,supervisor=3,group=3,resize=2,fail=2"),  # cached on a disk
     "uring": (["--engine", "uring"], "worker=24,supervisor=4,group=4,stall=1"),
     "uring, O_DIRECT": (["--engine", "uring", "--cache", "none"], "worker=24,supervisor=4,group=4,restart=2,fail=2"),
     "sync, O_DIRECT": (["--engine", "sync", "--cache", "none"], "worker=12,supervisor=2,group=2"),
