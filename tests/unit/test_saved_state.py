@@ -160,7 +160,7 @@ def file_state(tmp_path: Path, **overrides: Any) -> SavedState:
 def test_another_device_over_the_store_is_refused(
     tmp_path: Path, size_bytes: int, overrides: dict[str, Any], words: str
 ) -> None:
-    offered = {"packed": True, "in_order": True}
+    offered = {"packed": True, "in_order": True, "engine": "sync"}
     state = file_state(tmp_path, **offered)
     model = file_model(tmp_path, size_bytes, **(offered | overrides))
     before = (model.offered_features, model.config_space)
