@@ -11,6 +11,7 @@
 static void vf_iotlb_forget_hits(struct vf_iotlb *tlb)
 {
 	tlb->last_hit = tlb->data_hit = &tlb->none;
+	tlb->has_windows = 0;
 }
 
 void vf_iotlb_init(struct vf_iotlb *tlb, struct vf_port *port)

@@ -36,6 +36,15 @@ struct vf_iotlb {
 	 * at `none` when there is none. */
 	struct vf_iotlb_region *last_hit;
 	struct vf_iotlb_region *data_hit;
+	/* What is left of the two to compare with, when both may be read and written (plain.h). */
+	uint64_t head_start;
+	uint64_t header_span; /* the last offset at which a header is whole */
+	uint64_t status_span;
+	uintptr_t head_base;
+	uint64_t data_start;
+	uint64_t data_span;
+	uintptr_t data_base;
+	uint8_t has_windows;
 	uint32_t region_count;
 	uint64_t miss_count;
 	struct vf_port *port; /* borrowed */
@@ -111,13 +120,10 @@ static inline void *vf_iotlb_whole(struct vf_iotlb *tlb, struct vf_iotlb_region 
 	return (void *)(r->base + (uintptr_t)iova);
 }
 
-/* Start loading iova's line if the region used last holds it; a hint. */
+/* Start loading iova's line, if it lies where headers did; a hint, for which any address will do. */
 static inline void vf_iotlb_prefetch(const struct vf_iotlb *tlb, uint64_t iova)
 {
-	const struct vf_iotlb_region *r = tlb->last_hit;
-
-	if (iova >= r->start && iova <= r->last)
-		__builtin_prefetch((const void *)(r->base + (uintptr_t)iova), 1);
+	__builtin_prefetch((const void *)(tlb->last_hit->base + (uintptr_t)iova), 1);
 }
 
 /* Copy len bytes at iova into private memory, across regions. 0 or -EFAULT. */

@@ -75,6 +75,8 @@ static int vf_queue_alloc(struct vf_queue *q)
 		q->free_slots[i] = (uint16_t)(q->slot_count - 1u - i);
 	}
 	q->free_count = q->slot_count;
+	q->next_req = &q->reqs[q->free_slots[q->free_count - 1u]];
+	q->tally_last = q->tally;
 	return 0;
 }
 
@@ -114,6 +116,34 @@ struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t qu
 		return NULL;
 	}
 	return q;
+}
+
+void vf_queue_count(struct vf_queue *q, uint64_t now_ns)
+{
+	for (struct vf_tally *tally = q->tally; tally <= q->tally_last; tally++) {
+		if (tally->count == 0)
+			continue;
+		q->counters->op[tally->op].requests += tally->count;
+		q->counters->op[tally->op].bytes += tally->bytes;
+		q->counters->requests += tally->count;
+		q->hist->bucket[tally->op][vf_hist_bucket(now_ns - tally->start_ns)] += tally->count;
+	}
+	q->tally[0] = (struct vf_tally){ 0 };
+	q->tally_last = q->tally;
+}
+
+void vf_queue_tally_new(struct vf_queue *q, const struct vf_req *req, uint64_t bytes)
+{
+	if (q->tally_last == &q->tally[VF_TALLY_MAX - 1u])
+		vf_queue_count(q, vf_now_ns());
+	if (q->tally_last->count)
+		q->tally_last++;
+	*q->tally_last = (struct vf_tally){
+		.start_ns = req->start_ns,
+		.bytes = bytes,
+		.count = 1,
+		.op = req->op,
+	};
 }
 
 void vf_queue_destroy(struct vf_queue *q)

@@ -62,12 +62,13 @@ struct vf_queue {
 	struct vf_req *reqs; /* slot_count of them */
 	uint16_t *free_slots; /* a stack: the slot used last is the warmest */
 	uint32_t free_count;
+	struct vf_req *next_req; /* that of the topmost slot, also when it is none of the free ones */
 	uint32_t slot_count;
 	uint32_t iov_max; /* of one request */
 
 	uint16_t *unpublished; /* heads pushed and not yet cleared in the log */
 	uint32_t unpublished_count;
-	uint32_t tally_count;
+	struct vf_tally *tally_last; /* tally[0] to this one are in use */
 	struct vf_tally tally[VF_TALLY_MAX];
 
 	/* Of a ring whose chains are given back in order: requests in that order, from the first one that the engine had not
@@ -123,6 +124,41 @@ const volatile int *vf_stop_flag(void);
 
 /* SIGKILL for this process when the thread that started it ends, however it does. 0 or -errno; -ESRCH: it has ended. */
 int vf_die_with_parent(int parent_pid);
+
+/* Keep the slot of req, which outlives the turn of the loop that has begun it. */
+static inline void vf_queue_hold(struct vf_queue *q, struct vf_req *req)
+{
+	if (req->held)
+		return;
+	req->held = 1;
+	q->free_count--;
+	q->next_req = &q->reqs[q->free_slots[q->free_count ? q->free_count - 1u : 0]];
+}
+
+static inline void vf_queue_free(struct vf_queue *q, struct vf_req *req)
+{
+	q->free_slots[q->free_count++] = req->slot;
+	q->next_req = req;
+}
+
+/* Count what has been given back: requests, bytes, and how long they took up to now. */
+void vf_queue_count(struct vf_queue *q, uint64_t now_ns);
+
+/* Note a request that is given back and is of another kind, or was begun at another moment, than the one before. */
+void vf_queue_tally_new(struct vf_queue *q, const struct vf_req *req, uint64_t bytes);
+
+/* Note a request that is given back, for vf_queue_count(): most are like the one before. */
+static inline void vf_queue_tally(struct vf_queue *q, const struct vf_req *req, uint64_t bytes)
+{
+	struct vf_tally *tally = q->tally_last;
+
+	if (vf_unlikely(tally->op != req->op || tally->start_ns != req->start_ns)) {
+		vf_queue_tally_new(q, req, bytes);
+		return;
+	}
+	tally->count++;
+	tally->bytes += bytes;
+}
 
 /* CLOCK_MONOTONIC */
 uint64_t vf_now_ns(void);

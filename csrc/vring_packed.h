@@ -187,6 +187,13 @@ static inline int vf_packed_walk(struct vf_packed *vr, struct vf_iotlb *tlb, uin
 	return room == vr->size ? -VF_RING_CHAIN_TOO_LONG : -VF_RING_AVAIL_OVERRUN;
 }
 
+/* Count the next chain, of so many descriptors, as taken. */
+static inline void vf_packed_took(struct vf_packed *vr, uint32_t slot_count)
+{
+	vf_packed_advance(vr, &vr->avail_slot, &vr->avail_wrap_counter, slot_count);
+	vr->taken_count += slot_count;
+}
+
 /* Take the next chain. 0, VF_RING_EMPTY, or -enum vf_ring_error; it counts as taken with 0 alone. */
 static inline int vf_packed_pop(struct vf_packed *vr, struct vf_iotlb *tlb, struct vf_chain *chain)
 {
@@ -197,8 +204,7 @@ static inline int vf_packed_pop(struct vf_packed *vr, struct vf_iotlb *tlb, stru
 	int err = vf_packed_walk(vr, tlb, rest, chain);
 	if (vf_unlikely(err))
 		return err;
-	vf_packed_advance(vr, &vr->avail_slot, &vr->avail_wrap_counter, chain->slot_count);
-	vr->taken_count += chain->slot_count;
+	vf_packed_took(vr, chain->slot_count);
 	return 0;
 }
 

@@ -343,6 +343,8 @@ cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
             have_header = True
             what = blk_parse_plain(q, req, &header, <uint8_t *> status)
             if vf_likely(what != BLK_NOT_PLAIN):
+                if not q.suspect_count:
+                    vf_plain_aim(&q.tlb)  # the next ones may be seen at once to be such
                 return what
     return blk_parse_any(q, req, &header, have_header)
 

@@ -100,6 +100,7 @@ cdef extern from "inflight.h" nogil:
 
 cdef extern from "seed_fault.h" nogil:
     enum:
+        VF_SEED_FAULT
         VF_SEED_WRITE_EARLY
         VF_SEED_REPEAT
     void vf_seed_pause(int)
@@ -234,6 +235,7 @@ cdef extern from "iotlb.h" nogil:
     struct vf_iotlb:
         vf_iotlb_region *last_hit
         vf_iotlb_region *data_hit
+        uint8_t has_windows
         uint32_t region_count
         uint64_t miss_count
         vf_iotlb_region region[1024]
@@ -281,15 +283,21 @@ cdef extern from "vring_format.h" nogil:
     uint64_t vf_segment_shape(const vf_segment *)
     void vf_chain_measure(vf_chain *)
     struct vf_split:
+        uint16_t last_avail_idx
+    struct vf_packed:
         pass
     struct vf_vring:
         vf_split split
+        vf_packed packed
         uint32_t size
         uint8_t is_packed
         uint8_t ordered
         uint8_t mapped
     int vf_split_walk(vf_split *, vf_iotlb *, uint16_t, vf_chain *)
     void vf_split_unpop(vf_split *)
+    void vf_split_push(vf_split *, uint16_t, uint32_t, bint)
+    void vf_packed_took(vf_packed *, uint32_t)
+    void vf_packed_push(vf_packed *, uint16_t, uint32_t, uint32_t, bint)
     int vf_vring_setup(vf_vring *, uint64_t, uint32_t, uint64_t, uint64_t, uint64_t, vf_inflight_header *,
                        vf_inflight_entry *)
     int vf_vring_map(vf_vring *, vf_iotlb *)
@@ -322,12 +330,6 @@ cdef extern from "irq_hold.h" nogil:
 cdef extern from "queue.h" nogil:
     enum:
         VF_BATCH_MAX
-        VF_TALLY_MAX
-    struct vf_tally:
-        uint64_t start_ns
-        uint64_t bytes
-        uint32_t count
-        uint32_t op
     struct vf_blk_device:
         uint64_t capacity_sectors
         uint32_t block_sectors
@@ -359,8 +361,7 @@ cdef extern from "queue.h" nogil:
         uint32_t iov_max
         uint16_t *unpublished
         uint32_t unpublished_count
-        uint32_t tally_count
-        vf_tally tally[16]
+        vf_req *next_req
         vf_req **fifo
         uint32_t fifo_head
         uint32_t fifo_count
@@ -393,4 +394,13 @@ cdef extern from "queue.h" nogil:
     int vf_stop_install(int)
     int vf_die_with_parent(int)
     const volatile int *vf_stop_flag()
+    void vf_queue_hold(vf_queue *, vf_req *)
+    void vf_queue_free(vf_queue *, vf_req *)
+    void vf_queue_count(vf_queue *, uint64_t)
+    void vf_queue_tally(vf_queue *, const vf_req *, uint64_t)
     uint64_t vf_now_ns()
+
+cdef extern from "plain.h" nogil:
+    void vf_plain_aim(vf_iotlb *)
+    int vf_plain_look_split(vf_queue *, vf_req *)
+    int vf_plain_look_packed(vf_queue *, vf_req *)

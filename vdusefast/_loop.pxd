@@ -50,40 +50,6 @@ cdef struct loop_idle:
     loop_lesson of_storage
 
 
-cdef inline void queue_count(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """Count what has been given back: requests, bytes, and how long they took up to now."""
-    cdef uint32_t i
-    cdef vf_tally *tally
-    cdef vf_op_counters *op
-    for i in range(q.tally_count):
-        tally = &q.tally[i]
-        op = &q.counters.op[tally.op]
-        op.requests += tally.count
-        op.bytes += tally.bytes
-        q.counters.requests += tally.count
-        q.hist.bucket[tally.op][vf_hist_bucket(now_ns - tally.start_ns)] += tally.count
-    q.tally_count = 0
-
-
-cdef inline void queue_tally(vf_queue *q, const vf_req *req, uint64_t bytes) noexcept nogil:
-    """Note a request that is given back, for queue_count(): most are like the one before."""
-    cdef vf_tally *tally
-    if vf_likely(q.tally_count):
-        tally = &q.tally[q.tally_count - 1]
-        if vf_likely(tally.op == req.op and tally.start_ns == req.start_ns):
-            tally.count += 1
-            tally.bytes += bytes
-            return
-    if vf_unlikely(q.tally_count == VF_TALLY_MAX):
-        queue_count(q, vf_now_ns())
-    tally = &q.tally[q.tally_count]
-    q.tally_count += 1
-    tally.op = req.op
-    tally.start_ns = req.start_ns
-    tally.count = 1
-    tally.bytes = bytes
-
-
 cdef inline void queue_clear_suspects(vf_queue *q) noexcept nogil:
     """Forget the deaths of requests that were given back: of a packed ring, where nothing else clears their entries."""
     cdef uint32_t i
@@ -110,7 +76,7 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
     vf_log_note(q.inflight, vf_vring_avail_state(&q.vring), vf_vring_used_state(&q.vring))
     q.counters.batches += 1
     now_ns = vf_now_ns()
-    queue_count(q, now_ns)
+    vf_queue_count(q, now_ns)
     return now_ns
 
 
@@ -147,19 +113,11 @@ cdef inline void queue_give_back(vf_queue *q, vf_req *req) noexcept nogil:
     vf_vring_push(&q.vring, req.head, req.id, req.slot_count, written_bytes, written_bytes == req.writable_bytes)
     if vf_unlikely(req.blk_status != VF_BLK_S_OK):
         q.counters.op[req.op].errors += 1
-    queue_tally(q, req, req.data_bytes if req.blk_status == VF_BLK_S_OK else 0)
+    vf_queue_tally(q, req, req.data_bytes if vf_likely(req.blk_status == VF_BLK_S_OK) else 0)
     q.unpublished[q.unpublished_count] = req.head
     q.unpublished_count += 1
     if req.held:
-        q.free_slots[q.free_count] = req.slot
-        q.free_count += 1
-
-
-cdef inline void queue_hold(vf_queue *q, vf_req *req) noexcept nogil:
-    """Keep the slot of req, which outlives the turn of the loop that has begun it."""
-    if not req.held:
-        req.held = True
-        q.free_count -= 1
+        vf_queue_free(q, req)
 
 
 cdef inline void queue_enqueue(vf_queue *q, vf_req *req) noexcept nogil:
@@ -168,7 +126,7 @@ cdef inline void queue_enqueue(vf_queue *q, vf_req *req) noexcept nogil:
     if req.queued:
         return
     req.queued = True
-    queue_hold(q, req)
+    vf_queue_hold(q, req)
     q.fifo[at - q.slot_count if at >= q.slot_count else at] = req
     q.fifo_count += 1
 
@@ -186,6 +144,28 @@ cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
         q.fifo_count -= 1
 
 
+cdef inline void queue_keep(vf_queue *q, vf_req *req) noexcept nogil:
+    """Have req, which is in flight now, keep its slot, and its turn where there is an order."""
+    vf_queue_hold(q, req)
+    if q.vring.ordered:
+        queue_enqueue(q, req)
+
+
+cdef inline void queue_give_plain(vf_queue *q, vf_req *req, bint packed) noexcept nogil:
+    """Do queue_give_back() for a plain request that was carried out without an error and never held."""
+    cdef uint32_t written_bytes = <uint32_t> req.writable_bytes
+    vf_store_relaxed_u8(req.status, VF_BLK_S_OK)
+    if req.op == VF_OP_READ and vf_unlikely(req.left_bytes != 0):
+        written_bytes = <uint32_t> (req.data_bytes - req.left_bytes)  # the null engine moves nothing
+    if packed:
+        vf_packed_push(&q.vring.packed, req.id, 3, written_bytes, written_bytes == req.writable_bytes)
+    else:
+        vf_split_push(&q.vring.split, req.head, written_bytes, written_bytes == req.writable_bytes)
+    vf_queue_tally(q, req, req.data_bytes)
+    q.unpublished[q.unpublished_count] = req.head
+    q.unpublished_count += 1
+
+
 cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
     """Give req, range after range, to the engine; finish it unless it is in flight."""
     vf_seed_die(req.op, req.offset_bytes)
@@ -199,9 +179,7 @@ cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
         if not blk_next(q, req):
             queue_finish(q, req)
             return
-    queue_hold(q, req)
-    if q.vring.ordered:
-        queue_enqueue(q, req)
+    queue_keep(q, req)
 
 
 cdef inline uint32_t queue_reap(vf_queue *q) noexcept nogil:
@@ -217,8 +195,8 @@ cdef inline uint32_t queue_reap(vf_queue *q) noexcept nogil:
 
 
 cdef inline vf_req *queue_slot(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """A slot for the request in q.chain; there is a free one. It is taken by queue_hold(), and most are done before that."""
-    cdef vf_req *req = &q.reqs[q.free_slots[q.free_count - 1]]
+    """A slot for the request in q.chain; there is a free one. It is taken by vf_queue_hold(), and most are done before that."""
+    cdef vf_req *req = q.next_req
     req.head = q.chain.head
     req.id = q.chain.id
     req.slot_count = q.chain.slot_count
@@ -250,22 +228,69 @@ cdef inline void queue_refuse(vf_queue *q, uint64_t now_ns) noexcept nogil:
     queue_finish(q, req)
 
 
-cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """Pop one chain and start its request. 0, VF_RING_EMPTY, or -enum vf_ring_error."""
+cdef inline int queue_log(vf_queue *q, uint16_t head) noexcept nogil:
+    """Enter a head that a split ring has given into the log. 0, or -VF_RING_HEAD_BUSY."""
+    if vf_unlikely(q.inflight_log[head].order != 0):
+        return -VF_RING_HEAD_BUSY
+    q.next_order += 1
+    if not vf_seed_forgets(q.next_order):
+        vf_log_take(&q.inflight_log[head], q.next_order)
+    return 0
+
+
+cdef inline int queue_take_any(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """Pop one chain of any shape and start its request. 0, VF_RING_EMPTY, or -enum vf_ring_error."""
     cdef int err = vf_vring_pop(&q.vring, &q.tlb, &q.chain)
     if vf_unlikely(err):
         return err
     if not q.vring.is_packed:
-        if vf_unlikely(q.inflight_log[q.chain.head].order != 0):
+        err = queue_log(q, q.chain.head)
+        if vf_unlikely(err):
             vf_split_unpop(&q.vring.split)
-            return -VF_RING_HEAD_BUSY
-        q.next_order += 1
-        if not vf_seed_forgets(q.next_order):
-            vf_log_take(&q.inflight_log[q.chain.head], q.next_order)
+            return err
     elif vf_unlikely(q.suspect_count) and q.inflight_log[q.chain.head].deaths >= VF_LOG_DEATHS_MAX:
         queue_refuse(q, now_ns)
         return 0
     queue_begin(q, now_ns)
+    return 0
+
+
+cdef inline void queue_begin_plain(vf_queue *q, vf_req *req, uint64_t now_ns, bint packed) noexcept nogil:
+    """Do queue_begin() for a plain request, which is parsed."""
+    req.start_ns = now_ns
+    vf_log_work(q.inflight, <uint32_t> req.head + 1)
+    if VF_SEED_FAULT or vf_unlikely(q.fifo_count):
+        queue_submit(q, req)
+    elif vf_unlikely(not q.engine.ops.submit(&q.engine, req)):
+        queue_keep(q, req)
+    elif vf_likely(req.result == 0):
+        queue_give_plain(q, req, packed)
+    else:
+        blk_next(q, req)
+        queue_give_back(q, req)
+
+
+cdef inline int queue_take(vf_queue *q, uint64_t now_ns) noexcept nogil:
+    """Take the next chain and start its request: by the straight path where it is plain. Returns as queue_take_any()."""
+    cdef vf_req *req = q.next_req
+    cdef int plain
+    if vf_unlikely(not q.tlb.has_windows):
+        return queue_take_any(q, now_ns)
+    if not q.vring.is_packed:
+        if vf_unlikely(not vf_plain_look_split(q, req)):
+            return queue_take_any(q, now_ns)
+        if vf_unlikely(queue_log(q, req.head)):
+            return -VF_RING_HEAD_BUSY
+        q.vring.split.last_avail_idx += 1
+        queue_begin_plain(q, req, now_ns, False)
+        return 0
+    plain = vf_plain_look_packed(q, req)
+    if plain < 0:
+        return VF_RING_EMPTY
+    if vf_unlikely(plain == 0):
+        return queue_take_any(q, now_ns)
+    vf_packed_took(&q.vring.packed, 3)
+    queue_begin_plain(q, req, now_ns, True)
     return 0
 
 
@@ -275,6 +300,9 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
     cdef uint32_t i, limit
     cdef uint64_t now_ns
     cdef uint64_t done_ns = 0
+    cdef uint32_t prefetched = 0
+    cdef uint32_t batch = q.engine.ops.publish_batch
+    cdef bint blocks = q.engine.ops.blocks
     cdef int count
     cdef int err = 0
     cdef bint published
@@ -293,22 +321,27 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
             limit = q.free_count
         now_ns = vf_now_ns()
         for i in range(limit):
-            if i % PREFETCH_COUNT == 0:
-                vf_vring_prefetch(&q.vring, &q.tlb, limit - i if limit - i < PREFETCH_COUNT else PREFETCH_COUNT)
+            if i == prefetched:
+                prefetched = limit if limit - i < PREFETCH_COUNT else i + PREFETCH_COUNT
+                vf_vring_prefetch(&q.vring, &q.tlb, prefetched - i)
             err = queue_take(q, now_ns)
             if vf_unlikely(err or q.counters.memory_faults != q.faults_seen):
                 break
-            moved += 1
             # A driver that spins sees these at once. One that sleeps is woken once for many, unless that takes long:
             # on a CPU shared with it, each wake-up would end our turn.
-            if q.unpublished_count >= q.engine.ops.publish_batch:
+            if q.unpublished_count >= batch:
                 done_ns = queue_publish(q)
                 published = True
-            elif published and q.engine.ops.blocks:
+            elif vf_likely(not published or not blocks):
+                continue
+            else:
                 done_ns = vf_now_ns()
-            if published and done_ns - now_ns > IRQ_DELAY_NS:
+            if done_ns - now_ns > IRQ_DELAY_NS:
                 queue_interrupt(q)
                 published = False
+        else:
+            i = limit  # of a loop that ran to its end, Python's counter is one less
+        moved += i
         if err == VF_RING_EMPTY:
             err = 0
         vf_log_work(q.inflight, 0)  # what is in flight now is in the engine's hands

@@ -58,6 +58,8 @@ cdef inline int queue_adopt(vf_queue *q, uint16_t state) noexcept nogil:
     if q.vring.is_packed:
         for i in range(q.queue_size_max):
             q.suspect_count += q.inflight_log[i].deaths != 0
+    if q.suspect_count:
+        q.tlb.has_windows = False  # the straight path does not look for them
     return count
 
 

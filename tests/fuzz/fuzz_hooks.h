@@ -6,11 +6,14 @@
 #define FUZZ_HOOKS_H
 
 #define _GNU_SOURCE 1
+#include "plain.h"
 #include "queue.h"
 
 void fuzz_popped(const struct vf_chain *chain);
+void fuzz_plain(const struct vf_req *req);
 void fuzz_walked(const struct vf_chain *chain);
 void fuzz_pushed(uint16_t head, uint32_t written_bytes);
+void fuzz_pushed_next(uint32_t written_bytes);
 
 static inline int fuzz_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, struct vf_chain *chain)
 {
@@ -19,6 +22,24 @@ static inline int fuzz_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, stru
 	if (!err)
 		fuzz_popped(chain);
 	return err;
+}
+
+static inline int fuzz_plain_look_split(struct vf_queue *q, struct vf_req *req)
+{
+	int plain = vf_plain_look_split(q, req);
+
+	if (plain > 0)
+		fuzz_plain(req);
+	return plain;
+}
+
+static inline int fuzz_plain_look_packed(struct vf_queue *q, struct vf_req *req)
+{
+	int plain = vf_plain_look_packed(q, req);
+
+	if (plain > 0)
+		fuzz_plain(req);
+	return plain;
 }
 
 static inline int fuzz_split_walk(struct vf_split *vr, struct vf_iotlb *tlb, uint16_t head, struct vf_chain *chain)
@@ -37,7 +58,24 @@ static inline void fuzz_vring_push(struct vf_vring *vr, uint16_t head, uint16_t 
 	vf_vring_push(vr, head, id, slot_count, written_bytes, full);
 }
 
+static inline void fuzz_split_push(struct vf_split *vr, uint16_t head, uint32_t written_bytes, int full)
+{
+	fuzz_pushed(head, written_bytes);
+	vf_split_push(vr, head, written_bytes, full);
+}
+
+/* A plain chain's id does not say which slot it began at, but its turn does. */
+static inline void fuzz_packed_push(struct vf_packed *vr, uint16_t id, uint32_t slot_count, uint32_t written_bytes, int full)
+{
+	fuzz_pushed_next(written_bytes);
+	vf_packed_push(vr, id, slot_count, written_bytes, full);
+}
+
+#define vf_split_push fuzz_split_push
+#define vf_packed_push fuzz_packed_push
 #define vf_vring_pop fuzz_vring_pop
+#define vf_plain_look_split fuzz_plain_look_split
+#define vf_plain_look_packed fuzz_plain_look_packed
 #define vf_split_walk fuzz_split_walk
 #define vf_vring_push fuzz_vring_push
 

@@ -169,6 +169,14 @@ void fuzz_popped(const struct vf_chain *chain)
 	}
 }
 
+void fuzz_plain(const struct vf_req *req)
+{
+	struct vf_segment segment = { .len = (uint32_t)req->writable_bytes, .writable = 1 };
+	struct vf_chain chain = { .head = req->head, .segment_count = 1, .segment_max = 1, .segments = &segment };
+
+	fuzz_popped(&chain);
+}
+
 /* A chain that a worker before had taken is looked at again, as the driver has it by now. */
 void fuzz_walked(const struct vf_chain *chain)
 {
@@ -187,6 +195,13 @@ void fuzz_pushed(uint16_t head, uint32_t written_bytes)
 	FUZZ_ASSERT(written_bytes <= head_state[head].writable_bytes);
 	fuzz_order_remove(head);
 	head_state[head].out = false;
+}
+
+/* The one whose turn it is. */
+void fuzz_pushed_next(uint32_t written_bytes)
+{
+	FUZZ_ASSERT(world.order_count);
+	fuzz_pushed(world.order[0], written_bytes);
 }
 
 /* Engine */
@@ -369,11 +384,14 @@ void fuzz_world_open(uint8_t which_queue, uint8_t device_bits)
 	};
 	q->faults_seen = q->counters->memory_faults;
 	q->ring_error = VF_RING_OK;
-	q->fifo_head = q->fifo_count = q->tally_count = 0;
+	q->fifo_head = q->fifo_count = 0;
+	q->tally_last = q->tally;
+	q->tally[0].count = 0;
 	memset(q->inflight_log, 0, q->queue_size_max * sizeof(*q->inflight_log)); /* a packed ring leaves its lengths there */
 	/* The same input must do the same again, whatever ran before. */
 	for (uint32_t i = 0; i < q->slot_count; i++)
 		q->free_slots[i] = (uint16_t)(q->slot_count - 1u - i);
+	q->next_req = &q->reqs[0];
 }
 
 void fuzz_world_round(void)
@@ -413,7 +431,7 @@ static void fuzz_check_idle(void)
 	}
 	for (uint32_t i = 0; i < q->queue_size_max; i++)
 		FUZZ_ASSERT(!head_state[i].out && (q->vring.is_packed || q->inflight_log[i].order == 0));
-	FUZZ_ASSERT(q->fifo_count == 0 && q->tally_count == 0 && world.order_count == 0);
+	FUZZ_ASSERT(q->fifo_count == 0 && q->tally_last == q->tally && q->tally[0].count == 0 && world.order_count == 0);
 	if (q->vring.is_packed)
 		FUZZ_ASSERT(q->vring.packed.taken_count == 0 && q->vring.packed.run_count == 0);
 	else
@@ -433,12 +451,15 @@ static void fuzz_forget(bool log_too)
 	struct vf_queue *q = world.q;
 
 	q->engine.inflight_count = 0;
-	q->unpublished_count = q->fifo_count = q->tally_count = 0;
+	q->unpublished_count = q->fifo_count = 0;
+	q->tally_last = q->tally;
+	q->tally[0].count = 0;
 	world.order_count = 0;
 	q->irq_due = 0;
 	q->free_count = q->slot_count;
 	for (uint32_t i = 0; i < q->slot_count; i++)
 		q->free_slots[i] = (uint16_t)i;
+	q->next_req = &q->reqs[q->slot_count - 1u];
 	for (uint32_t i = 0; i < q->queue_size_max; i++) {
 		if (log_too)
 			q->inflight_log[i].order = 0;
