@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from model import (
     RO,
     RW,
     SECTOR_BYTES,
+    T_OUT,
     WRITE,
     Desc,
     Memory,
@@ -57,6 +59,17 @@ def file_engines() -> list[str]:
 def pattern(size: int, seed: int = 1) -> bytes:
     """Return bytes that differ from sector to sector."""
     return bytes((i // SECTOR_BYTES * 7 + i + seed * 31) & 0xFF for i in range(size))
+
+
+@contextmanager
+def store_on_disk(size_bytes: int) -> Iterator[Path]:
+    """Make a file with a pattern, on the file system of this checkout, for as long as it is used."""
+    path = DISK_DIR / f"store-{os.getpid()}.img"
+    path.write_bytes(pattern(size_bytes))
+    try:
+        yield path
+    finally:
+        path.unlink()
 
 
 class Rig:
@@ -233,6 +246,21 @@ class Rig:
         if data_bytes:
             parts.append(Desc(OUT_IOVA, data_bytes, WRITE))
         return [*parts, Desc(OUT_IOVA + data_bytes, 1, WRITE)]
+
+    def offer_writes(self, count: int) -> list[int]:
+        """Make writes available, each of one sector to the sector of its number; returns their heads.
+
+        The sectors are full of 0x40 + number, and the status bytes, side by side from OUT_IOVA on, are 0xff.
+        """
+        heads = []
+        for number in range(count):
+            at = IN_IOVA + number * 0x1000
+            self.memory.write(at, header(T_OUT, number) + bytes([0x40 + number]) * SECTOR_BYTES)
+            self.memory.write(OUT_IOVA + number, b"\xff")
+            parts = [Desc(at, 16), Desc(at + 16, SECTOR_BYTES), Desc(OUT_IOVA + number, 1, WRITE)]
+            heads.append(self.ring.put_chain(parts))
+            self.ring.make_available(heads[-1])
+        return heads
 
     def break_ring(self) -> Reason:
         """Poll, expecting failure; the reason, after checking that the queue stays failed."""

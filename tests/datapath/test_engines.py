@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from device_model import Params
 from model import OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, WRITE, Desc, header, ranges
-from rig import DISK_DIR, IN_IOVA, OUT_IOVA, Rig, pattern
+from rig import IN_IOVA, OUT_IOVA, Rig, pattern, store_on_disk
 
 from vdusefast.api import Device
 from vdusefast.config import make_config
@@ -29,11 +29,8 @@ PARAMS = Params(capacity_sectors=STORE_BYTES // 512, discard_max_sectors=64, wri
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    """A file on the file system of this checkout."""
-    path = DISK_DIR / f"store-{os.getpid()}.img"
-    path.write_bytes(pattern(STORE_BYTES))
-    yield path
-    path.unlink()
+    with store_on_disk(STORE_BYTES) as path:
+        yield path
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from device_model import Params
 from model import IOERR, OK, T_FLUSH, T_IN, T_OUT, WRITE, Desc, Region, header
-from rig import DISK_DIR, IN_IOVA, OUT_IOVA, Rig, pattern
+from rig import IN_IOVA, OUT_IOVA, Rig, pattern, store_on_disk
 
 PAGE = 4096
 STORE_BYTES = 64 * PAGE
@@ -20,10 +20,8 @@ ENGINES = ["sync", "cached"]
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    path = DISK_DIR / f"merge-{os.getpid()}.img"
-    path.write_bytes(pattern(STORE_BYTES))
-    yield path
-    path.unlink()
+    with store_on_disk(STORE_BYTES) as path:
+        yield path
 
 
 @pytest.fixture

@@ -38,14 +38,7 @@ class Crashed(Rig):
     ) -> None:
         """used: which of the writes were shown as done. logged, deaths: order and deaths by write. working: a write."""
         super().__init__(start_idx=start_idx, start=False, **rig)
-        self.heads = []
-        for number in range(self.COUNT):
-            at = IN_IOVA + number * 0x1000
-            self.memory.write(at, header(T_OUT, number) + bytes([0x40 + number]) * SECTOR_BYTES)
-            parts = [Desc(at, 16), Desc(at + 16, SECTOR_BYTES), Desc(OUT_IOVA + number, 1, WRITE)]
-            self.memory.write(OUT_IOVA + number, b"\xff")
-            self.heads.append(self.ring.put_chain(parts))
-            self.ring.make_available(self.heads[-1])
+        self.heads = self.offer_writes(self.COUNT)
         for place, number in enumerate(used):
             slot = (start_idx + place) % self.ring.size
             self.memory.write(self.ring.used + 4 + 8 * slot, struct.pack("<II", self.heads[number], 1))

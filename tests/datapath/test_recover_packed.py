@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 from device_model import Params
-from model import F_IN_ORDER, F_PACKED, NEXT, SECTOR_BYTES, WRITE, Desc, header
+from model import F_IN_ORDER, F_PACKED, NEXT, SECTOR_BYTES, WRITE, Desc
 from packed_model import AVAIL, USED
 from rig import IN_IOVA, OUT_IOVA, Rig
 
 from vdusefast import shm
 from vdusefast._datapath import RingError
 
-T_OUT = 1
 COUNT = 5
 LOG_HEADER = struct.Struct("<8sIHHIIIIII")
 PACKED, SPLIT_IN_ORDER = 1, 2  # enum vf_log_format
@@ -27,12 +26,7 @@ class Crashed(Rig):
     def __init__(self, *, shown: int = 0, noted: int = 0, announced: int | None = None, working: int = -1) -> None:
         """shown, noted, announced: writes whose elements the driver has, the log noted, the log announced."""
         super().__init__(Params(features=Params.features | F_PACKED), start=False, start_idx=SECOND_LAP)
-        for number in range(COUNT):
-            at = IN_IOVA + number * 0x1000
-            self.memory.write(at, header(T_OUT, number) + bytes([0x40 + number]) * SECTOR_BYTES)
-            self.memory.write(OUT_IOVA + number, b"\xff")
-            parts = [Desc(at, 16), Desc(at + 16, SECTOR_BYTES), Desc(OUT_IOVA + number, 1, WRITE)]
-            self.ring.make_available(self.ring.put_chain(parts))
+        self.offer_writes(COUNT)
         for number in range(shown):
             self.memory.write(self.ring.desc + 48 * number + 8, struct.pack("<IHH", 1, number, WRITE))
         for number in range(shown if announced is None else announced):
@@ -196,14 +190,7 @@ def test_a_packed_ring_that_others_left_in_flight_is_refused() -> None:
 def test_a_run_that_was_shown_but_is_still_logged_is_not_done_again(start_idx: int, cleared: int) -> None:
     """With IN_ORDER the used ring has the last head of a run alone; some of its entries may be cleared already."""
     with Rig(Params(features=Params.features | F_IN_ORDER), start_idx=start_idx, start=False) as rig:
-        heads = []
-        for number in range(COUNT):
-            at = IN_IOVA + number * 0x1000
-            rig.memory.write(at, header(T_OUT, number) + bytes([0x40 + number]) * SECTOR_BYTES)
-            rig.memory.write(OUT_IOVA + number, b"\xff")
-            parts = [Desc(at, 16), Desc(at + 16, SECTOR_BYTES), Desc(OUT_IOVA + number, 1, WRITE)]
-            heads.append(rig.ring.put_chain(parts))
-            rig.ring.make_available(heads[-1])
+        heads = rig.offer_writes(COUNT)
         rig.memory.write(rig.ring.used + 4 + 8 * (start_idx % 16), struct.pack("<II", heads[2], 1))
         rig.ring.put_u16(rig.ring.used + 2, start_idx + 3)
         head = (b"VDUSELOG", 2, SPLIT_IN_ORDER, shm.INFLIGHT_ENTRY_BYTES, rig.params.queue_size_max)
