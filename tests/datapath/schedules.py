@@ -89,8 +89,10 @@ def put(rig: Rig, chain: Chain) -> int:
         payload = ranges(*((sector % U64, count, flags) for sector, count, flags in chain.pieces))
     rig.memory.write(chain.in_at, header(chain.kind, chain.sector % U64) + payload)
     writable = chain.data_bytes if chain.kind in (T_IN, T_GET_ID) else 0
-    parts = _cut(chain.in_at, max(0, 16 + len(payload) + chain.trim_in), chain.cuts_in, 0)
-    parts += _cut(chain.out_at, max(0, writable + 1 + chain.trim_out), chain.cuts_out, WRITE)
+    # Without cuts of its own a chain is one as drivers make it: header, data and status apart.
+    cuts_in, cuts_out = chain.cuts_in or (16,), chain.cuts_out or ((writable,) if writable else ())
+    parts = _cut(chain.in_at, max(0, 16 + len(payload) + chain.trim_in), cuts_in, 0)
+    parts += _cut(chain.out_at, max(0, writable + 1 + chain.trim_out), cuts_out, WRITE)
     if chain.flip and parts:
         at = chain.flip[0] % len(parts)
         parts[at] = Desc(parts[at].addr, parts[at].len, parts[at].flags ^ chain.flip[1], 0)

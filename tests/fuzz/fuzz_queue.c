@@ -137,7 +137,8 @@ static void driver_make_pieces(uint8_t kind)
 	struct vf_blk_header header = { .type = types[kind & 7u] };
 	uint32_t data = sizes[kind >> 3 & 7u], ranges = 1u + (kind >> 3 & 3u), readable = 16, writable = 1;
 	uint8_t place = fuzz_u8(), cut_in = fuzz_u8(), cut_out = fuzz_u8();
-	uint64_t from = driver_address(place), to = driver_address(place ? fuzz_u8() : 2u);
+	/* Unless told otherwise all of it lies in one region, as in the kernel's bounce pages. */
+	uint64_t from = driver_address(place), to = place ? driver_address(fuzz_u8()) : from + 1024u;
 
 	header.sector = driver_sector(fuzz_u8());
 	fuzz_write(from, &header, sizeof(header));
@@ -161,8 +162,15 @@ static void driver_make_pieces(uint8_t kind)
 		if (cut_in != 1u)
 			driver_cut(from, readable, 0, cut_in);
 	} else {
-		driver_cut(from, readable % 65536u, 0, cut_in);
-		driver_cut(to, writable % 65536u, VF_DESC_F_WRITE, cut_out);
+		/* As drivers do it, unless told otherwise: header, data and status on their own. */
+		bool apart_in = cut_in == 0 && readable % 65536u > 16u, apart_out = cut_out == 0 && writable % 65536u > 1u;
+
+		driver_cut(from, apart_in ? 16u : readable % 65536u, 0, cut_in);
+		if (apart_in)
+			driver_cut(from + 16u, readable % 65536u - 16u, 0, cut_in);
+		if (apart_out)
+			driver_cut(to, writable % 65536u - 1u, VF_DESC_F_WRITE, cut_out);
+		driver_cut(to + (apart_out ? writable % 65536u - 1u : 0), apart_out ? 1u : writable % 65536u, VF_DESC_F_WRITE, cut_out);
 	}
 }
 
