@@ -74,12 +74,12 @@ def shared_mappings() -> list[str]:
     return sorted(" ".join(line.split()[1:]) for line in lines if line.split()[1].endswith("s"))
 
 
-def child_processes() -> set[tuple[int, str]]:
-    """Return all descendants of this process, zombies among them."""
-    found = set()
+def child_processes() -> dict[int, str]:
+    """Return all descendants of this process, zombies among them, with their names, which change as they end."""
+    found = {}
     for child in psutil.Process().children(recursive=True):
         try:
-            found.add((child.pid, child.name()))
+            found[child.pid] = child.name()
         except psutil.NoSuchProcess:
             continue  # ended while we looked
     return found
@@ -112,7 +112,7 @@ class Resources:
         return [
             *(f"descriptor {fd} -> {to}" for fd, to in open_descriptors().items() if self.descriptors.get(fd) != to),
             *mappings,
-            *(f"process {pid} ({name})" for pid, name in child_processes() - self.children),
+            *(f"process {pid} ({name})" for pid, name in child_processes().items() if pid not in self.children),
             *(f"thread {thread.name}" for thread in set(threading.enumerate()) - self.threads if thread.is_alive()),
             *(f"run directory {name}" for name in run_directories() - self.run_directories),
         ]
