@@ -140,7 +140,7 @@ class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     cpu: int | None = None  # None = not pinned
     irq_cpu: int | None = None  # kernel transport: where the driver's interrupts go
     poll: PollMode = "adaptive"  # always: the worker never sleeps while its queue runs; never: it sleeps at once
-    poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once
+    poll_us: int = 200  # upper limit of the adaptive spin, 0 = sleep at once
     irq_delay_us: int = 200  # longest hold of an interrupt for more completions, 0 = interrupt at once
 
     @property

@@ -127,7 +127,7 @@ class WorkerSpec(NamedTuple):
     user_memory_fd: int = -1  # kernel: a memfd that may stand in for the kernel's bounce pages
     user_memory_bytes: int = 0  # how much of it does already, 0 = it does not
     cpu: int = -1  # -1: not pinned
-    poll_us: int = 50  # upper limit of the adaptive spin, 0 = sleep at once, POLL_ALWAYS = never sleep
+    poll_us: int = 200  # upper limit of the adaptive spin, 0 = sleep at once, POLL_ALWAYS = never sleep
     irq_delay_us: int = 200  # longest hold of an interrupt for more completions, 0 = interrupt at once
     # the store
     store: str = "null"  # file, blockdev, memory, null

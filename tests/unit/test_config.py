@@ -66,7 +66,7 @@ def test_smallest_file_has_sensible_defaults(tmp_path: Path) -> None:
     device = config.device
     assert (device.queues, device.effective_queue_size, device.effective_seg_max) == (1, 256, 126)
     assert (device.transport, config.backend.cache, config.backend.engine) == ("auto", "writeback", "auto")
-    assert config.queue == [QueueConfig(cpu=None, irq_cpu=None, poll_us=50)]
+    assert config.queue == [QueueConfig(cpu=None, irq_cpu=None, poll_us=200)]
 
 
 @pytest.mark.parametrize(("queue_size", "seg_max"), [(2, 1), (4, 2), (128, 126), (256, 126), (32768, 126)])
@@ -213,7 +213,7 @@ def test_override_keeps_what_it_does_not_name() -> None:
     config = make_config(name="a", uri="null:1M", queues=2, poll_us=7, cache="unsafe")
     changed = override(config, queues=3, cache="none")
     assert (changed.device.name, changed.backend.uri, changed.backend.cache) == ("a", "null:1M", "none")
-    assert [queue.poll_us for queue in changed.queue] == [7, 7, 50]
+    assert [queue.poll_us for queue in changed.queue] == [7, 7, 200]
     assert len(override(changed, queues=1).queue) == 1
 
 
