@@ -143,15 +143,20 @@ class Rig:
         self.queue.map_region(region.start, region.last, region.perm, region.fd, region.offset)
 
     def start(self) -> None:
+        state = self.ring.start_idx
+        self.queue.start(**self.start_words(state | (state << 16 if self.packed else 0)))
+
+    def start_words(self, last_avail_idx: int) -> dict[str, int]:
+        """Return what Queue.start() is told of the rings."""
         ring = self.ring
-        self.queue.start(
-            acked_features=self.params.features,
-            size=ring.size,
-            desc_addr=ring.desc,
-            driver_addr=ring.avail,
-            device_addr=ring.used,
-            last_avail_idx=ring.start_idx | (ring.start_idx << 16 if self.packed else 0),
-        )
+        return {
+            "acked_features": self.params.features,
+            "size": ring.size,
+            "desc_addr": ring.desc,
+            "driver_addr": ring.avail,
+            "device_addr": ring.used,
+            "last_avail_idx": last_avail_idx,
+        }
 
     @property
     def in_order(self) -> bool:

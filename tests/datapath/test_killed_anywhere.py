@@ -187,14 +187,7 @@ class Victim(Rig):
         return queue
 
     def recover(self, queue: _datapath.Queue) -> None:
-        queue.start(
-            acked_features=self.params.features,
-            size=self.ring.size,
-            desc_addr=self.ring.desc,
-            driver_addr=self.ring.avail,
-            device_addr=self.ring.used,
-            recover=True,
-        )
+        queue.start(**self.start_words(0), recover=True)
         self.serve(queue)
 
     def sector(self, number: int) -> bytes:

@@ -52,15 +52,7 @@ class Crashed(Rig):
         return int(struct.unpack_from("<I", self.pages, at + 8)[0])
 
     def recover(self) -> None:
-        self.queue.start(
-            acked_features=self.params.features,
-            size=self.ring.size,
-            desc_addr=self.ring.desc,
-            driver_addr=self.ring.avail,
-            device_addr=self.ring.used,
-            last_avail_idx=SECOND_LAP,
-            recover=True,
-        )
+        self.queue.start(**self.start_words(SECOND_LAP), recover=True)
 
     def statuses(self) -> bytes:
         return self.memory.read(OUT_IOVA, COUNT)
@@ -175,14 +167,7 @@ def test_a_packed_ring_that_others_left_in_flight_is_refused() -> None:
         Rig(Params(features=Params.features | F_PACKED), start=False) as rig,
         pytest.raises(RingError, match="in flight"),
     ):
-        rig.queue.start(
-            acked_features=rig.params.features,
-            size=rig.ring.size,
-            desc_addr=rig.ring.desc,
-            driver_addr=rig.ring.avail,
-            device_addr=rig.ring.used,
-            last_avail_idx=0x8000_8003,
-        )
+        rig.queue.start(**rig.start_words(0x8000_8003))
 
 
 @pytest.mark.parametrize("start_idx", [0, 65534])
@@ -199,14 +184,7 @@ def test_a_run_that_was_shown_but_is_still_logged_is_not_done_again(start_idx: i
         for number in range(cleared, 4):  # the fourth was taken
             at = shm.INFLIGHT_OFFSET + shm.INFLIGHT_HEADER_BYTES + shm.INFLIGHT_ENTRY_BYTES * heads[number]
             struct.pack_into("<Q", rig.pages, at, (1 << 16) + start_idx + number)
-        rig.queue.start(
-            acked_features=rig.params.features,
-            size=rig.ring.size,
-            desc_addr=rig.ring.desc,
-            driver_addr=rig.ring.avail,
-            device_addr=rig.ring.used,
-            recover=True,
-        )
+        rig.queue.start(**rig.start_words(0), recover=True)
         assert rig.memory.read(OUT_IOVA, COUNT) == bytes([255, 255, 255, 0, 255])
         assert rig.queue.poll() == 1
         assert [head for head, _ in rig.ring.reap(in_order=True)] == heads
