@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from packed_device import DESC, PackedRing
@@ -118,7 +120,7 @@ def writable_bytes(buffers: Sequence[tuple[int, int, int]]) -> int:
     return sum(length for _address, length, writable in buffers if writable)
 
 
-class BlkQueue:
+class BlkQueue(ABC):
     """One queue of virtio-blk, of either format."""
 
     def __init__(self, bus: FakeBus, index: int):
@@ -127,12 +129,12 @@ class BlkQueue:
         self.event_idx = bool(bus.features & uapi.VIRTIO_RING_F_EVENT_IDX)
         self.in_order = bool(bus.features & uapi.VIRTIO_F_IN_ORDER)
 
+    @abstractmethod
     def serve_all(self) -> bool:
         """Serve what is available. Returns whether there was any."""
-        raise NotImplementedError
 
     def run(self) -> None:
-        poll = __import__("select").poll()
+        poll = select.poll()
         poll.register(self.bus.kickfds[self.index], 1)
         while not self.bus.stopping:
             if not self.serve_all() and poll.poll(5):
