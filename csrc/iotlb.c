@@ -10,7 +10,8 @@
 /* Entries have moved, or gone. */
 static void vf_iotlb_forget_hits(struct vf_iotlb *tlb)
 {
-	tlb->last_hit = tlb->data_hit = &tlb->none;
+	tlb->last_hit = &tlb->none;
+	tlb->head_base = 0;
 	tlb->has_windows = 0;
 }
 

@@ -32,11 +32,8 @@ struct vf_iotlb_region {
 };
 
 struct vf_iotlb {
-	/* The regions used last, for headers and the like, and for data, which may lie in another one. Never NULL: they point
-	 * at `none` when there is none. */
-	struct vf_iotlb_region *last_hit;
-	struct vf_iotlb_region *data_hit;
-	/* What is left of the two to compare with, when both may be read and written (plain.h). */
+	struct vf_iotlb_region *last_hit; /* never NULL: points at `none` when there is none */
+	/* The regions in which the last plain request had its header and its data, as plain.h compares with them. */
 	uint64_t head_start;
 	uint64_t header_span; /* the last offset at which a header is whole */
 	uint64_t status_span;
@@ -100,30 +97,10 @@ static inline void *vf_iotlb_translate(struct vf_iotlb *tlb, uint64_t iova, uint
 	return (void *)(r->base + (uintptr_t)iova);
 }
 
-/*
- * Translate all of [iova, iova + len), len not 0, with the region in *hit first. NULL unless one region holds it all, with that
- * permission; a range that wraps is held by none.
- */
-static inline void *vf_iotlb_whole(struct vf_iotlb *tlb, struct vf_iotlb_region **hit, uint64_t iova, uint32_t len,
-				   uint32_t perm)
-{
-	struct vf_iotlb_region *r = *hit;
-
-	if (vf_unlikely(iova < r->start || iova > r->last)) {
-		r = vf_iotlb_find(tlb, iova);
-		if (!r)
-			return NULL;
-		*hit = r;
-	}
-	if (vf_unlikely(r->last - iova < len - 1u || (r->perm & perm) != perm))
-		return NULL;
-	return (void *)(r->base + (uintptr_t)iova);
-}
-
 /* Start loading iova's line, if it lies where headers did; a hint, for which any address will do. */
 static inline void vf_iotlb_prefetch(const struct vf_iotlb *tlb, uint64_t iova)
 {
-	__builtin_prefetch((const void *)(tlb->last_hit->base + (uintptr_t)iova), 1);
+	__builtin_prefetch((const void *)(tlb->head_base + (uintptr_t)iova), 1);
 }
 
 /* Copy len bytes at iova into private memory, across regions. 0 or -EFAULT. */

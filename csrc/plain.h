@@ -5,7 +5,7 @@
  * then the chain is copied, walked and checked in the general way (vf_vring_pop and blk_parse), which uses nothing of what was
  * seen here.
  *
- * The checks are those of blk_parse_plain, on values in registers; nothing of the driver's memory is read twice.
+ * The checks are those of blk_parse_any for such a request, on values in registers; nothing of the driver's memory is read twice.
  */
 #ifndef VF_PLAIN_H
 #define VF_PLAIN_H
@@ -19,12 +19,15 @@
 #define VF_PLAIN_DATA ((uint64_t)VF_DESC_F_NEXT << 32)
 #define VF_PLAIN_SECTORS_MAX (UINT32_MAX / VF_SECTOR_BYTES - 1u) /* with the status it must fit into a used element's length */
 
-/* Have the windows be the regions that a plain request was just found in, if the device may read and write them. */
-static inline void vf_plain_aim(struct vf_iotlb *tlb)
+/* Have the windows be the regions of a header and of data, as of a plain request that was served, if the device may read and write
+ * them. */
+static inline void vf_plain_aim(struct vf_iotlb *tlb, uint64_t header_iova, uint64_t data_iova)
 {
-	const struct vf_iotlb_region *head = tlb->last_hit, *data = tlb->data_hit;
+	const struct vf_iotlb_region *head = vf_iotlb_find(tlb, header_iova), *data = vf_iotlb_find(tlb, data_iova);
 
-	if (head->perm != VF_PERM_RW || data->perm != VF_PERM_RW || head->last - head->start < VF_BLK_HEADER_BYTES - 1u)
+	tlb->has_windows = 0;
+	if (!head || !data || head->perm != VF_PERM_RW || data->perm != VF_PERM_RW ||
+	    head->last - head->start < VF_BLK_HEADER_BYTES - 1u)
 		return;
 	tlb->head_start = head->start;
 	tlb->head_base = head->base;
@@ -34,6 +37,12 @@ static inline void vf_plain_aim(struct vf_iotlb *tlb)
 	tlb->data_base = data->base;
 	tlb->data_span = data->last - data->start;
 	tlb->has_windows = 1;
+}
+
+/* The shape of a segment that vf_plain_fill() takes. */
+static inline uint64_t vf_plain_shape(const struct vf_segment *segment)
+{
+	return (uint64_t)segment->writable << 33 | segment->len;
 }
 
 /* Make a request of three segments of the right shapes. shape: length of the data, and VF_DESC_F_WRITE above 32 bits. 1, or 0 with
@@ -71,7 +80,7 @@ static inline int vf_plain_fill(struct vf_queue *q, struct vf_req *req, uint64_t
 	req->offset_bytes = sector * VF_SECTOR_BYTES;
 	req->left_bytes = bytes;
 	req->data_bytes = bytes;
-	req->writable_bytes = writable ? (uint64_t)bytes + 1u : 1u;
+	req->writable_bytes = (uint64_t)(bytes & (0u - writable)) + 1u; /* the data of a read, and the status */
 	req->status = (uint8_t *)(tlb->head_base + (uintptr_t)status_iova);
 	return 1;
 }

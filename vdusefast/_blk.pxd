@@ -12,7 +12,6 @@ from vdusefast._csrc cimport *
 cdef enum:
     BLK_DONE = 0  # answered: blk_status is set
     BLK_SUBMIT = 1  # for the engine
-    BLK_NOT_PLAIN = 2  # not of the commonest kind
 
 cdef extern from *:
     """
@@ -248,39 +247,20 @@ cdef inline int blk_answer_id(vf_queue *q, vf_req *req) noexcept nogil:
     return BLK_DONE
 
 
-cdef inline int blk_parse_plain(vf_queue *q, vf_req *req, const vf_blk_header *header, uint8_t *status) noexcept nogil:
-    """IN and OUT of one segment, of which chain and header have been seen to be plain; BLK_NOT_PLAIN changes nothing."""
-    cdef const vf_segment *segment = &q.chain.segments[1]
-    cdef uint32_t data_bytes = segment.len
-    cdef uint32_t writable = segment.writable
-    cdef uint32_t want_type = VF_BLK_T_IN if writable else VF_BLK_T_OUT
-    cdef void *data
-    if vf_unlikely(header.type != want_type):
-        return BLK_NOT_PLAIN
-    if vf_unlikely(data_bytes == 0 or data_bytes % VF_SECTOR_BYTES or data_bytes > BLK_DATA_BYTES_MAX):
-        return BLK_NOT_PLAIN
-    if vf_unlikely(blk_outside(&q.device, header.sector, data_bytes // VF_SECTOR_BYTES)):
-        return BLK_NOT_PLAIN
-    if vf_unlikely(q.device.read_only and not writable):
-        return BLK_NOT_PLAIN
-    data = vf_iotlb_whole(&q.tlb, &q.tlb.data_hit, segment.iova, data_bytes, VF_PERM_WO if writable else VF_PERM_RO)
-    if vf_unlikely(data == NULL):
-        return BLK_NOT_PLAIN
-    req.op = VF_OP_READ if writable else VF_OP_WRITE
-    req.status = status
-    req.writable_bytes = <uint64_t> data_bytes + 1 if writable else 1
-    req.offset_bytes = header.sector * VF_SECTOR_BYTES
-    req.left_bytes = data_bytes
-    req.data_bytes = data_bytes
-    req.iov = req.iov_base
-    req.iov.iov_base = data
-    req.iov.iov_len = data_bytes
-    req.iov_count = 1
-    return BLK_SUBMIT
-
-
-cdef inline int blk_parse_any(vf_queue *q, vf_req *req, vf_blk_header *header, bint have_header) noexcept nogil:
-    """Any request, in any number of pieces. have_header: it has been copied already."""
+cdef inline int blk_parse_any(vf_queue *q, vf_req *req) noexcept nogil:
+    """Any request, in any number of pieces."""
+    cdef vf_blk_header header
+    req.op = VF_OP_OTHER
+    req.unmap = 0
+    req.blk_status = VF_BLK_S_OK
+    req.retry_count = 0
+    req.held = False
+    req.queued = False
+    req.finished = False
+    req.result = 0
+    req.range_count = 0
+    req.range_at = 0
+    req.stored_bytes = 0
     req.iov_count = 0
     req.left_bytes = 0
     req.data_bytes = 0
@@ -290,7 +270,7 @@ cdef inline int blk_parse_any(vf_queue *q, vf_req *req, vf_blk_header *header, b
     # Without a status the driver cannot be told, so that nothing is done.
     if vf_unlikely(req.status == NULL or q.chain.disorder or q.chain.readable_bytes < VF_BLK_HEADER_BYTES):
         return blk_fail(q, req, VF_BLK_S_IOERR)
-    if not have_header and blk_copy_header(q, req, header):
+    if vf_unlikely(blk_copy_header(q, req, &header)):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if header.type == VF_BLK_T_IN:
         return blk_parse_rw(q, req, header.sector, False)
@@ -310,43 +290,21 @@ cdef inline int blk_parse_any(vf_queue *q, vf_req *req, vf_blk_header *header, b
 
 cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
     """Make a request of the chain in q. Returns BLK_SUBMIT, or BLK_DONE when it is answered already."""
-    cdef vf_blk_header header
     cdef const vf_segment *segment = q.chain.segments
-    cdef bint have_header = False
-    cdef void *va
-    cdef void *status
-    cdef uint64_t first_word
     cdef int what
-
-    req.op = VF_OP_OTHER
-    req.unmap = 0
-    req.blk_status = VF_BLK_S_OK
-    req.retry_count = 0
-    req.held = False
-    req.queued = False
-    req.finished = False
-    req.result = 0
-    req.range_count = 0
-    req.range_at = 0
-    req.stored_bytes = 0
-    # The commonest chain: header, data and status, each in one segment and each whole in a region.
-    if vf_likely(
+    # The commonest chain: header, data and status, each in one segment.
+    cdef bint plain = (
         q.chain.segment_count == 3
         and vf_segment_shape(&segment[0]) == VF_BLK_HEADER_BYTES
         and vf_segment_shape(&segment[2]) == BLK_STATUS_SHAPE
-    ):
-        va = vf_iotlb_whole(&q.tlb, &q.tlb.last_hit, segment[0].iova, VF_BLK_HEADER_BYTES, VF_PERM_RO)
-        status = vf_iotlb_whole(&q.tlb, &q.tlb.last_hit, segment[2].iova, 1, VF_PERM_WO)
-        if vf_likely(va != NULL and status != NULL):
-            vf_load_pair_from_shared(va, &first_word, &header.sector)
-            header.type = <uint32_t> first_word
-            have_header = True
-            what = blk_parse_plain(q, req, &header, <uint8_t *> status)
-            if vf_likely(what != BLK_NOT_PLAIN):
-                if not q.suspect_count:
-                    vf_plain_aim(&q.tlb)  # the next ones may be seen at once to be such
-                return what
-    return blk_parse_any(q, req, &header, have_header)
+    )
+    if plain and q.tlb.has_windows and vf_plain_fill(
+            q, req, segment[0].iova, segment[1].iova, vf_plain_shape(&segment[1]), segment[2].iova):
+        return BLK_SUBMIT
+    what = blk_parse_any(q, req)
+    if plain and what == BLK_SUBMIT and req.iov_count == 1 and not q.suspect_count:
+        vf_plain_aim(&q.tlb, segment[0].iova, segment[1].iova)  # the next ones may be seen at once to be such
+    return what
 
 
 cdef inline void blk_note_host_error(vf_counters *counters, int err) noexcept nogil:

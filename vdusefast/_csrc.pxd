@@ -16,7 +16,6 @@ cdef extern from "barrier.h" nogil:
     void vf_store_relaxed_u64(uint64_t *, uint64_t)
     void vf_fence_compiler()
     void vf_copy_from_shared(void *, const void *, size_t)
-    void vf_load_pair_from_shared(const void *, uint64_t *, uint64_t *)
     void vf_copy_to_shared(void *, const void *, size_t)
     void vf_cpu_relax()
 
@@ -233,8 +232,6 @@ cdef extern from "iotlb.h" nogil:
         uint64_t last
         uint32_t perm
     struct vf_iotlb:
-        vf_iotlb_region *last_hit
-        vf_iotlb_region *data_hit
         uint8_t has_windows
         uint32_t region_count
         uint64_t miss_count
@@ -242,7 +239,6 @@ cdef extern from "iotlb.h" nogil:
     int vf_iotlb_map(vf_iotlb *, uint64_t, uint64_t, uint32_t, int, uint64_t)
     uint32_t vf_iotlb_drop(vf_iotlb *, uint64_t, uint64_t)
     void *vf_iotlb_translate(vf_iotlb *, uint64_t, uint32_t, uint32_t, uint32_t *)
-    void *vf_iotlb_whole(vf_iotlb *, vf_iotlb_region **, uint64_t, uint32_t, uint32_t)
     int vf_iotlb_copy_from(vf_iotlb *, uint64_t, void *, size_t)
 
 cdef extern from "vring_format.h" nogil:
@@ -401,6 +397,8 @@ cdef extern from "queue.h" nogil:
     uint64_t vf_now_ns()
 
 cdef extern from "plain.h" nogil:
-    void vf_plain_aim(vf_iotlb *)
+    void vf_plain_aim(vf_iotlb *, uint64_t, uint64_t)
+    uint64_t vf_plain_shape(const vf_segment *)
+    bint vf_plain_fill(vf_queue *, vf_req *, uint64_t, uint64_t, uint64_t, uint64_t)
     int vf_plain_look_split(vf_queue *, vf_req *)
     int vf_plain_look_packed(vf_queue *, vf_req *)
