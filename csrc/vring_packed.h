@@ -114,7 +114,9 @@ static inline int vf_packed_flags_avail(uint16_t flags, uint8_t wrap_counter)
 /* Whether there is a chain to take. */
 static inline int vf_packed_available(const struct vf_packed *vr)
 {
-	return vf_packed_flags_avail(vf_load_acquire_u16(&vr->desc[vr->avail_slot].flags), vr->avail_wrap_counter);
+	uint16_t flags = vf_load_acquire_u16(&vr->desc[vr->avail_slot].flags); /* Barrier A */
+
+	return vf_packed_flags_avail(flags, vr->avail_wrap_counter);
 }
 
 /* All of a descriptor but its address: len, id and flags. */
