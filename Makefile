@@ -30,12 +30,12 @@ lint: build ## ruff, mypy --strict and the C compiler's opinion of csrc
 	@$(PYTHON) -m ruff format --check --quiet . || { echo "make lint: the files below want 'ruff format':"; \
 		$(PYTHON) -m ruff format --check .; exit 1; }
 	@$(PYTHON) -m mypy --strict vdusefast
-	@for file in csrc/*.c csrc/*.h; do $(CC) $(C_STRICT) -x c $$file || exit 1; done
+	@for file in $$(find csrc -name "*.[ch]" | sort); do $(CC) $(C_STRICT) -x c $$file || exit 1; done
 
 fuzz: build ## Fuzz the parsing code: make fuzz SECONDS=600
 	@SECONDS=$(FUZZ_SECONDS) tests/fuzz/run.sh $(FUZZ_SECONDS)
 
 clean: ## Remove what was built; .venv stays
-	@rm -rf build dist *.egg-info vdusefast/*.so tests/fuzz/build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info vdusefast/*.so vdusefast/backends/*.so tests/fuzz/build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@rm -f .venv/.vdusefast-build
 	@find vdusefast tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

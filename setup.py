@@ -1,9 +1,15 @@
-"""Build the two extensions; everything else about the package is in pyproject.toml."""
+"""Build the extensions; everything else about the package is in pyproject.toml.
+
+Those of some backends need a library: one whose header is not there is left out, which `vdusefast check` tells.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from glob import glob
+from typing import NamedTuple
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -25,15 +31,28 @@ DIRECTIVES = {
     "initializedcheck": False,
 }
 
-# An edit of any of these rebuilds both extensions.
-HEADERS = sorted(glob("csrc/*.h") + glob("vdusefast/*.pxd"))
+# An edit of any of these rebuilds all extensions.
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("vdusefast/**/*.pxd", recursive=True))
+
+
+class Optional(NamedTuple):
+    """The extension of a backend: vdusefast/backends/<name>.pyx with csrc/<directory>/*.c."""
+
+    name: str
+    directory: str
+    header: str
+    libraries: list[str]
+    package: str  # Debian's, which has the header
+
+
+OPTIONAL: list[Optional] = []
 
 
 def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
-    """Return the extension of vdusefast/<name>.pyx together with C files of csrc."""
+    """Return the extension of vdusefast/<name>.pyx, with dots for slashes, together with C files of csrc."""
     return Extension(
         f"vdusefast.{name}",
-        [f"vdusefast/{name}.pyx", *sources],
+        [f"vdusefast/{name.replace('.', '/')}.pyx", *sources],
         include_dirs=["csrc", "vdusefast"],
         libraries=libraries,
         extra_compile_args=CFLAGS,
@@ -41,9 +60,35 @@ def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
     )
 
 
+def can_link(header: str, libraries: list[str]) -> bool:
+    """Return whether a program with that header and those libraries can be built here."""
+    command = [os.environ.get("CC", "cc"), "-x", "c", "-", "-o", os.devnull, *(f"-l{name}" for name in libraries)]
+    program = f"#include <{header}>\nint main(void) {{ return 0; }}\n"
+    try:
+        return subprocess.run(command, input=program, text=True, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def optional_extensions() -> list[Extension]:
+    """Return those whose libraries are here, and name the others."""
+    found = []
+    for one in OPTIONAL:
+        if can_link(one.header, one.libraries):
+            sources = sorted(glob(f"csrc/{one.directory}/*.c"))
+            found.append(extension(f"backends.{one.name}", sources, one.libraries))
+        else:
+            print(f"without backend {one.directory}: there is no {one.header} ({one.package})", file=sys.stderr)
+    return found
+
+
 setup(
     ext_modules=cythonize(
-        [extension("_datapath", sorted(glob("csrc/*.c")), ["uring"]), extension("_driver", [], [])],
+        [
+            extension("_datapath", sorted(glob("csrc/*.c")), ["uring"]),
+            extension("_driver", [], []),
+            *optional_extensions(),
+        ],
         build_dir=os.path.join("build", "cython"),
         compiler_directives=DIRECTIVES,
     ),

@@ -40,14 +40,35 @@ struct vf_engine_ops {
 	uint8_t blocks; /* submit() may wait for storage */
 };
 
+/* A bit of `readable` beside those of sleep()'s descriptors: the engine's module has news for the process around us. */
+#define VF_READABLE_NEWS (1u << 31)
+
 struct vf_engine {
 	const struct vf_engine_ops *ops;
 	struct vf_store store;
 	uint32_t inflight_count;
 	uint32_t readable; /* bits of sleep()'s descriptors; the loop clears them */
+	uint8_t always; /* set by open(): sleep() is for this engine also while nothing is in flight */
 	void *state; /* the engine's own; owned */
+	void *context; /* of an engine that a module has brought: the module's; borrowed */
 	struct vf_merge *merge; /* of engines that merge requests; NULL: they do not */
 };
+
+/* An engine from outside of the core. The sizes tell one that was built with other headers. */
+#define VF_ENGINE_ABI 1u
+#define VF_ENGINE_CAPSULE "vdusefast.engine" /* what a Python module hands it over in */
+
+struct vf_engine_plugin {
+	uint32_t abi; /* VF_ENGINE_ABI */
+	uint32_t engine_bytes;
+	uint32_t req_bytes;
+	const struct vf_engine_ops *ops;
+	void *context;
+};
+
+#define VF_ENGINE_PLUGIN(plugin_ops, plugin_context) \
+	{ .abi = VF_ENGINE_ABI, .engine_bytes = sizeof(struct vf_engine), .req_bytes = sizeof(struct vf_req), \
+	  .ops = (plugin_ops), .context = (plugin_context) }
 
 extern const struct vf_engine_ops vf_engine_sync;
 extern const struct vf_engine_ops vf_engine_uring;
@@ -59,6 +80,10 @@ extern const struct vf_engine_ops vf_engine_fail;
 /* Open the store and the engine. 0 or -errno; on an error nothing is held. */
 int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, const struct vf_store *store,
 		   uint32_t slot_count);
+
+/* The same with an engine from outside; -EPROTO: it was built for another core. */
+int vf_engine_open_plugin(struct vf_engine *engine, const struct vf_engine_plugin *plugin, const struct vf_store *store,
+			  uint32_t slot_count);
 
 /* Of the uring engine: how much memory is registered, and the -errno by which the kernel refused to pin more, or 0. */
 void vf_uring_fixed(const struct vf_engine *engine, uint64_t *registered_bytes, int *refused);

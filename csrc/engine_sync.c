@@ -7,12 +7,12 @@
 
 #include <errno.h>
 
-int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, const struct vf_store *store,
-		   uint32_t slot_count)
+static int vf_engine_start(struct vf_engine *engine, const struct vf_engine_ops *ops, void *context,
+			   const struct vf_store *store, uint32_t slot_count)
 {
 	int err;
 
-	*engine = (struct vf_engine){ .store = *store };
+	*engine = (struct vf_engine){ .store = *store, .context = context };
 	err = vf_store_open(&engine->store);
 	if (err)
 		return err;
@@ -23,6 +23,21 @@ int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, co
 	}
 	engine->ops = ops;
 	return 0;
+}
+
+int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, const struct vf_store *store,
+		   uint32_t slot_count)
+{
+	return vf_engine_start(engine, ops, NULL, store, slot_count);
+}
+
+int vf_engine_open_plugin(struct vf_engine *engine, const struct vf_engine_plugin *plugin, const struct vf_store *store,
+			  uint32_t slot_count)
+{
+	if (plugin->abi != VF_ENGINE_ABI || plugin->engine_bytes != sizeof(struct vf_engine) ||
+	    plugin->req_bytes != sizeof(struct vf_req))
+		return -EPROTO;
+	return vf_engine_start(engine, plugin->ops, plugin->context, store, slot_count);
 }
 
 void vf_engine_close(struct vf_engine *engine)

@@ -24,7 +24,7 @@ int vf_store_open(struct vf_store *store)
 	store->map = NULL;
 	store->bounce = NULL;
 	store->read_map = (struct vf_store_map){ .base = NULL };
-	if (store->kind == VF_STORE_NULL)
+	if (store->kind == VF_STORE_NULL || store->kind == VF_STORE_PLUGIN)
 		return 0;
 	if (store->kind == VF_STORE_MEMORY) {
 		void *map = mmap(NULL, store->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, store->fd, 0);

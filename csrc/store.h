@@ -18,6 +18,7 @@ enum vf_store_kind {
 	VF_STORE_BLOCKDEV,
 	VF_STORE_MEMORY,
 	VF_STORE_NULL,
+	VF_STORE_PLUGIN, /* only its engine knows it: of the functions below none but open, close and resize are for it */
 };
 
 enum vf_store_cache {
@@ -30,7 +31,7 @@ enum vf_store_cache {
 #define VF_HOLD_MAX 2u
 
 struct vf_store {
-	int fd; /* borrowed; -1 for null */
+	int fd; /* borrowed; -1 for null and plugin */
 	enum vf_store_kind kind;
 	enum vf_store_cache cache;
 	uint32_t direct_align; /* of offset, length and memory under O_DIRECT; 0 = anything goes */

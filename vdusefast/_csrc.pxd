@@ -169,6 +169,7 @@ cdef extern from "store.h" nogil:
         VF_STORE_BLOCKDEV
         VF_STORE_MEMORY
         VF_STORE_NULL
+        VF_STORE_PLUGIN
     enum vf_store_cache:
         VF_CACHE_WRITEBACK
         VF_CACHE_WRITETHROUGH
@@ -191,13 +192,19 @@ cdef extern from "store.h" nogil:
 
 cdef extern from "engine.h" nogil:
     struct vf_engine
+    const uint32_t VF_ENGINE_ABI
+    const char *VF_ENGINE_CAPSULE
+    const uint32_t VF_READABLE_NEWS
     struct vf_engine_ops:
         const char *name
+        int (*open)(vf_engine *, uint32_t) noexcept nogil
         int (*submit)(vf_engine *, vf_req *) noexcept nogil
         void (*flush)(vf_engine *) noexcept nogil
         uint32_t (*reap)(vf_engine *, vf_req **, uint32_t) noexcept nogil
         void (*wait)(vf_engine *) noexcept nogil
         int (*sleep)(vf_engine *, const int *, uint32_t, int) noexcept nogil
+        void (*close)(vf_engine *) noexcept nogil
+        void (*region)(vf_engine *, void *, size_t, int) noexcept nogil
         uint32_t publish_batch
         uint8_t blocks
     struct vf_engine:
@@ -205,6 +212,15 @@ cdef extern from "engine.h" nogil:
         vf_store store
         uint32_t inflight_count
         uint32_t readable
+        uint8_t always
+        void *state
+        void *context
+    struct vf_engine_plugin:
+        uint32_t abi
+        uint32_t engine_bytes
+        uint32_t req_bytes
+        const vf_engine_ops *ops
+        void *context
     const vf_engine_ops vf_engine_sync
     const vf_engine_ops vf_engine_uring
     const vf_engine_ops vf_engine_cached
@@ -213,6 +229,7 @@ cdef extern from "engine.h" nogil:
     const vf_engine_ops vf_engine_fail
     const vf_engine_ops vf_engine_null
     int vf_engine_open(vf_engine *, const vf_engine_ops *, const vf_store *, uint32_t)
+    int vf_engine_open_plugin(vf_engine *, const vf_engine_plugin *, const vf_store *, uint32_t)
 
 cdef extern from "port.h" nogil:
     struct vf_port:
@@ -326,6 +343,7 @@ cdef extern from "irq_hold.h" nogil:
 cdef extern from "queue.h" nogil:
     enum:
         VF_BATCH_MAX
+        VF_SLOT_MAX
     struct vf_blk_device:
         uint64_t capacity_sectors
         uint32_t block_sectors

@@ -5,6 +5,8 @@ from typing import Any
 
 from typing_extensions import Buffer
 
+from vdusefast.backends.plugin import Plugin
+
 CONTROL: int
 FAILED: int
 STOP: int
@@ -12,6 +14,7 @@ UNMAPPED: int
 PERM_RO: int
 PERM_WO: int
 PERM_RW: int
+SLOT_MAX: int
 
 class RingError(Exception): ...
 
@@ -47,6 +50,7 @@ class Queue:
         sqpoll: bool = False,
         merge: bool = True,
     ) -> None: ...
+    def open_plugin(self, plugin: Plugin, *, size_bytes: int, cache: str = "writeback") -> str: ...
     def set_port_kernel(self, fd: int, api_version: int, index: int) -> None: ...
     def use_memory(self, fd: int, length_bytes: int) -> None: ...
     def set_port_loopback(self, fd: int, irq_fd: int, index: int) -> None: ...

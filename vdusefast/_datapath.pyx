@@ -3,6 +3,7 @@
 import os
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
@@ -19,6 +20,8 @@ UNMAPPED = RUN_UNMAPPED
 PERM_RO = VF_PERM_RO
 PERM_WO = VF_PERM_WO
 PERM_RW = VF_PERM_RW
+
+SLOT_MAX = VF_SLOT_MAX
 
 cdef int RWF_DSYNC = os.RWF_DSYNC
 
@@ -105,6 +108,7 @@ cdef class Queue:
     cdef Py_buffer pages
     cdef bint has_pages
     cdef bint started
+    cdef object plugin  # what keeps a module's engine alive
     cdef readonly str note  # what the last start has to say beside its success, "" = nothing
 
     def __cinit__(
@@ -154,6 +158,7 @@ cdef class Queue:
         """Free everything; mappings go. Nothing may be in flight. Idempotent."""
         vf_queue_destroy(self.q)
         self.q = NULL
+        self.plugin = None
         if self.has_pages:
             self.has_pages = False
             PyBuffer_Release(&self.pages)
@@ -178,8 +183,6 @@ cdef class Queue:
         cdef vf_store described
         cdef const vf_engine_ops *ops
         cdef vf_queue *q = self._open()
-        if q.engine.ops != NULL:
-            raise ValueError("an engine is open already")
         if name == "sync":
             ops = &vf_engine_sync
         elif name == "uring":
@@ -198,12 +201,9 @@ cdef class Queue:
             raise ValueError(f"engine {name!r} cannot serve a store of kind {store!r}")
         if store == "memory" and size_bytes < q.device.capacity_sectors * VF_SECTOR_BYTES:
             raise ValueError(f"a memory of {size_bytes} bytes is smaller than the device")  # no read would notice
-        memset(&described, 0, sizeof(described))
+        self._describe_store(&described, _STORE_KINDS.get(store, VF_STORE_PLUGIN), size_bytes, cache)
         described.fd = fd
-        described.kind = _STORE_KINDS[store]
-        described.cache = _STORE_CACHES[cache]
         described.direct_align = direct_align
-        described.size_bytes = size_bytes
         described.map_reads = map_reads
         described.sqpoll = sqpoll
         described.merge = merge
@@ -213,6 +213,31 @@ cdef class Queue:
             described.hold_fds[described.hold_count] = hold_fd
             described.hold_count += 1
         _check(vf_engine_open(&q.engine, ops, &described, q.slot_count), f"engine {name}")
+
+    def open_plugin(self, plugin, *, uint64_t size_bytes, str cache="writeback"):
+        """Open the engine that the module of a backend has brought: `plugin.engine` is a capsule. Keeps `plugin`.
+
+        Returns its name. Raises OSError (EPROTO: it was built for another version), ValueError for what is no engine.
+        """
+        cdef vf_store described
+        cdef vf_queue *q = self._open()
+        cdef const vf_engine_plugin *brought = <const vf_engine_plugin *> PyCapsule_GetPointer(
+            plugin.engine, VF_ENGINE_CAPSULE)
+        self._describe_store(&described, VF_STORE_PLUGIN, size_bytes, cache)
+        _check(vf_engine_open_plugin(&q.engine, brought, &described, q.slot_count), "the engine of a backend's module")
+        self.plugin = plugin
+        return q.engine.ops.name.decode()
+
+    cdef int _describe_store(self, vf_store *store, vf_store_kind kind, uint64_t size_bytes, str cache) except -1:
+        """Fill in what every store has."""
+        if self.q.engine.ops != NULL:
+            raise ValueError("an engine is open already")
+        memset(store, 0, sizeof(store[0]))
+        store.fd = -1
+        store.kind = kind
+        store.cache = _STORE_CACHES[cache]
+        store.size_bytes = size_bytes
+        return 0
 
     def set_port_kernel(self, int fd, uint32_t api_version, uint32_t index):
         """Fetch regions and interrupt through `fd`, a descriptor of /dev/vduse/NAME, which is borrowed."""

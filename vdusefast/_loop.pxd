@@ -434,8 +434,8 @@ cdef inline void loop_hear(vf_queue *q, uint32_t readable, int kick_fd) noexcept
     cdef uint64_t kicks = 0
     if readable & WATCH_KICK and read(kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks):
         q.counters.kicks += kicks
-    if readable & WATCH_CTL:
-        # A message, or the supervisor is gone: either way Python looks at it.
+    if readable & (WATCH_CTL | VF_READABLE_NEWS):
+        # A message, news from the store, or the supervisor is gone: either way Python looks at it.
         q.ctl_seen = vf_load_relaxed_u32(&q.ctl.ctl_seq) - 1
 
 
@@ -450,7 +450,7 @@ cdef inline bint loop_sleep(vf_queue *q, const int *fds) noexcept nogil:
         return False
     queue_set_state(q, VF_QUEUE_RUNNING)
     q.counters.sleeps += 1
-    if q.engine.inflight_count:
+    if q.engine.inflight_count or q.engine.always:
         return q.engine.ops.sleep(&q.engine, fds, 3, timeout_ms)
     for i in range(3):
         polled[i] = pollfd(fds[i], POLLIN, 0)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vdusefast import left, saved_state
 from vdusefast.assembly import make_transport, open_device_store, worker_specs
-from vdusefast.backends import SECTOR_BYTES, Store
+from vdusefast.backends import SECTOR_BYTES, Store, look_again
 from vdusefast.config import Config, override, resolve_cpus, validate
 from vdusefast.device import BlockDevice
 from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
@@ -175,6 +175,7 @@ class Device:
             supervisor, store, loop = self._supervisor, self._store, self._loop
             if supervisor is None or store is None or loop is None or loop.is_closed():
                 raise VdusefastError(f"device {self.name} is not running: it cannot be resized")
+            look_again(store)
             self._resize(supervisor, store, size_bytes, force)
             return store.size_bytes
         finally:
@@ -285,6 +286,7 @@ class Device:
             command=self._worker_command,
             limits=self._limits,
             on_created=self._save_state,
+            on_store_size=self._follow_store,
         )
         self._start_loop()
         self._starting = supervisor
@@ -352,6 +354,28 @@ class Device:
         set_bytes(store, size_bytes)
         self.config = config
         _log.info("device %s: resized from %d to %d bytes", self.name, before_bytes, size_bytes)
+
+    def _follow_store(self, size_bytes: int) -> None:
+        """Give the device the size that its store has been given by its own means; in the loop, so in a thread."""
+        store = self._store
+        if store is not None and store.present_size_bytes != size_bytes:
+            store.present_size_bytes = size_bytes
+            threading.Thread(target=self._follow, name=f"vdusefast-{self.name}-resize", daemon=True).start()
+
+    def _follow(self) -> None:
+        with self._resizing:
+            supervisor, store, loop = self._supervisor, self._store, self._loop
+            if supervisor is None or store is None or loop is None or loop.is_closed():
+                return
+            if supervisor.device.capacity_sectors * SECTOR_BYTES == store.present_size_bytes:
+                return  # another thread came first
+            try:
+                self._resize(supervisor, store, None, True)
+            except VdusefastError as error:
+                _log.warning(
+                    "device %s: its store has %d bytes now, and it does not follow: %s; vdusefast resize %s tries again",
+                    *(self.name, store.present_size_bytes, error, self.name),
+                )
 
     def _undo_start(self) -> None:
         """Release everything that a start which has failed, or was cut short at any point, has got."""

@@ -44,6 +44,12 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (("--block-size", "block_size_bytes"), int, "Logical blocks of so many bytes: 512 to 4096."),
     (("--cache",), click.Choice(["writeback", "writethrough", "none", "unsafe"]), "none is O_DIRECT."),
     (("--poll",), click.Choice(["adaptive", "always", "never"]), "Whether workers spin; always: they never sleep."),
+    (
+        ("--store-timeout", "timeout_s"),
+        float,
+        "Seconds until a request that its store does not answer fails; 0 = never.",
+    ),
+    (("--reconnect", "reconnect_s"), float, "Seconds for which a store that was lost is waited for."),
     (("--engine",), click.Choice(["auto", "sync", "cached", "uring"]), "How a worker reaches a file."),
     (("--sqpoll/--no-sqpoll",), bool, "Whether a thread of the kernel's submits to io_uring."),
     (("--map",), click.Choice(["auto", "off"]), "Whether the sync engine maps a file on tmpfs to read it."),
@@ -169,13 +175,12 @@ def _with_irq_cpus(config: Config, text: str) -> Config:
 
 
 def _with_absolute_path(config: Config) -> Config:
-    """Return `config` with a file's path that means the same in a process that has gone elsewhere."""
+    """Return `config` with a URI that means the same in a process that has gone elsewhere."""
     import msgspec
 
-    scheme, _, path = config.backend.uri.partition(":")
-    if scheme != "file" or not path:
-        return config
-    uri = f"file:{Path(path).absolute()}"
+    from vdusefast.backends import absolute_uri
+
+    uri = absolute_uri(config.backend.uri)
     return msgspec.structs.replace(config, backend=msgspec.structs.replace(config.backend, uri=uri))
 
 

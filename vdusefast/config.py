@@ -35,6 +35,7 @@ POLL_MAX_US = 1_000_000
 IRQ_DELAY_MAX_US = 10_000
 MSG_TIMEOUT_MAX_S = 3600
 ATTACH_TIMEOUT_MAX_S = 600
+STORE_TIMEOUT_MAX_S = 86400
 MSG_TIMEOUT_MIN_S = 30
 BOUNCE_SIZE_MIN_BYTES = 1 << 20  # both limits are the kernel's
 BOUNCE_SIZE_MAX_BYTES = 1 << 30
@@ -132,6 +133,11 @@ class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     map: MapMode = "auto"  # engine sync: read a file on tmpfs through a mapping
     merge: bool = True  # engines sync and cached: adjacent requests of a batch become one preadv or pwritev
     sqpoll: bool = False  # io_uring: a thread of the kernel's, with a CPU of its own while there is work, submits
+    # Stores behind a library or in a class: a request without an answer for so long ends with IOERR; 0 = it waits.
+    timeout_s: float = 0.0
+    reconnect_s: float = (
+        60.0  # stores behind a network: lost for less is a pause, lost for longer is IOERR until it is back
+    )
 
 
 class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -231,6 +237,8 @@ def validate(config: Config, topology: Topology | None = None) -> list[str]:
         raise ConfigError("backend.uri: empty; write for example file:/srv/disk.img, memory:64M or null:1G")
     if config.backend.sqpoll and config.backend.engine not in ("auto", "cached", "uring"):
         raise ConfigError(f'backend.sqpoll: engine {config.backend.engine!r} has no io_uring; use engine "uring"')
+    _check_range("backend.timeout_s", config.backend.timeout_s, 0, STORE_TIMEOUT_MAX_S)
+    _check_range("backend.reconnect_s", config.backend.reconnect_s, 0, STORE_TIMEOUT_MAX_S)
     if len(config.queue) > config.device.queues:
         raise ConfigError(f"queue: {len(config.queue)} [[queue]] entries, but device.queues is {config.device.queues}")
     for index, queue in enumerate(config.queue):
@@ -338,11 +346,11 @@ def _check_kernel(device: DeviceConfig) -> None:
         )
 
 
-def _range_problem(key: str, value: int, low: int, high: int) -> str:
+def _range_problem(key: str, value: float, low: int, high: int) -> str:
     return f"{key}: {value} is not between {low} and {high}"
 
 
-def _check_range(key: str, value: int, low: int, high: int) -> None:
+def _check_range(key: str, value: float, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ConfigError(_range_problem(key, value, low, high))
 

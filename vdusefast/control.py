@@ -40,6 +40,8 @@ class Event(IntEnum):
     REFUSED = 103  # the command cannot be carried out; text says why
     RING_FAILED = 104  # the ring is bad; the queue has stopped; text names the reason (unsolicited)
     STARTUP_FAILED = 105  # the process cannot serve; text says why; it exits
+    LOG = 106  # text is a line about the store for the device's log (unsolicited)
+    STORE_SIZE = 107  # the store has another size from now on; text is the number of bytes (unsolicited)
 
 
 class ToWorker(NamedTuple):
@@ -103,7 +105,7 @@ def unpack_event(packet: bytes) -> FromWorker:
     return FromWorker(event, seq, last_avail_idx, last_used_idx, exit_code, text)
 
 
-_TEXT_FIELDS = frozenset({"device", "port", "store", "engine", "cache", "serial"})
+_TEXT_FIELDS = frozenset({"device", "port", "store", "engine", "cache", "serial", "store_spec"})
 
 
 class WorkerSpec(NamedTuple):
@@ -130,8 +132,9 @@ class WorkerSpec(NamedTuple):
     poll_us: int = 200  # upper limit of the adaptive spin, 0 = sleep at once, POLL_ALWAYS = never sleep
     irq_delay_us: int = 200  # longest hold of an interrupt for more completions, 0 = interrupt at once
     # the store
-    store: str = "null"  # file, blockdev, memory, null
+    store: str = "null"  # file, blockdev, memory, null, or that of a module (store_spec)
     store_fd: int = -1
+    store_spec: str = ""  # backends.plugin.StoreSpec as JSON, where a module brings the engine
     engine: str = "auto"
     cache: str = "writeback"
     sqpoll: int = 0  # io_uring: a thread of the kernel's submits

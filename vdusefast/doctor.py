@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vdusefast
+from vdusefast.backends import BACKENDS, plugin_module
 from vdusefast.errors import VdusefastError
 
 KERNEL_MODULES = {
@@ -58,6 +59,7 @@ def examine(root: Path = Path("/")) -> list[Finding]:
         _run_directory(),
         _cpus(root),
         _io_uring(root),
+        *_backends(),
         _memlock(),
         _hugepages(root),
         _kernel(release),
@@ -122,6 +124,17 @@ def _extension(module: str, name: str) -> Finding:
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
     remedy = "in the source tree: make build; else: pip install --force-reinstall vdusefast"
     return Finding(name, False, f"the extension cannot be loaded: {lines[-1]}", remedy, needed=True)
+
+
+def _backends() -> list[Finding]:
+    """Look at each backend that needs more than the core."""
+    found = []
+    for registration in BACKENDS:
+        if not registration.plugin:
+            continue
+        usable = plugin_module(registration.example).usability()
+        found.append(Finding(f"backend {registration.schemes[0]}", usable.ok, usable.text, usable.remedy))
+    return found
 
 
 def _run_directory() -> Finding:

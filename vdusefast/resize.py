@@ -20,6 +20,8 @@ SIZE_MAX_BYTES = (1 << 63) - SECTOR_BYTES  # an offset in a file is a signed 64-
 
 def present_bytes(store: Store) -> int:
     """Return how large the store is now; somebody may have changed it. Raises BackendError."""
+    if store.spec is not None:
+        return store.present_size_bytes
     try:
         if store.kind == "file":
             return os.fstat(store.fd).st_size
@@ -48,6 +50,11 @@ def choose_bytes(store: Store, device_bytes: int, block_bytes: int, wanted_bytes
         raise ConfigError(
             f"{store.uri}: a size of {size_bytes} bytes is no positive multiple of the block size {block_bytes}; "
             f"write for example {nearest}"
+        )
+    if size_bytes != present and store.spec is not None:
+        raise ConfigError(
+            f"{store.uri} has {present} bytes, and is not resized from here: do that by its own means; a device that "
+            "does not follow by itself is then resized without a SIZE"
         )
     if size_bytes != present and store.kind == "blockdev":
         raise ConfigError(

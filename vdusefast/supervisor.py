@@ -99,13 +99,15 @@ class Supervisor:
         command: Sequence[str] | None = None,
         limits: Limits | None = None,
         on_created: Callable[[], None] | None = None,
+        on_store_size: Callable[[int], None] | None = None,
     ):
         """Prepare; see `start`.
 
         device: the model, whose status is kept there. transport: not yet created; consumed. pages: the shared pages
         (borrowed). specs: one a queue, complete but for `ctl_fd`, `kick_fd` and the port. command: what to run as a
         worker in place of the real one. on_created: called between the creation of the device and its attachment, for
-        what has to be there should we die from then on. Raises ValueError when the limits do not leave room below the
+        what has to be there should we die from then on. on_store_size: called in the loop when a worker has seen that
+        the store has another size, in bytes. Raises ValueError when the limits do not leave room below the
         transport's msg_timeout.
         """
         limits = limits or Limits()
@@ -129,9 +131,10 @@ class Supervisor:
         self._refused = asyncio.Event()
         command = list(command) if command is not None else default_command()
         self._vqs: list[VqControl] = []
+        resized = on_store_size or (lambda size_bytes: None)
         try:
             for spec in specs:
-                self._vqs.append(VqControl(spec, transport, pages, command, limits, self._record))
+                self._vqs.append(VqControl(spec, transport, pages, command, limits, self._record, resized))
         except OSError:
             for vq in self._vqs:
                 vq.close()

@@ -76,11 +76,12 @@ class VqControl:
         command: Sequence[str],
         limits: Limits,
         on_failure: Callable[[WorkerError], None],
+        on_store_size: Callable[[int], None],
     ):
         """Make a stopped queue without a worker; see `spawn`.
 
         `spec` is complete but for `ctl_fd`, `kick_fd` and the port, which are filled in here. `on_failure` is called
-        once for each failure.
+        once for each failure, `on_store_size` when the worker has seen that the store has another size (bytes).
         """
         self.index = spec.queue
         self.state = VqState.STOPPED
@@ -95,6 +96,7 @@ class VqControl:
         self._command = command
         self._limits = limits
         self._on_failure = on_failure
+        self._on_store_size = on_store_size
         self._failure_count = 0
         self.stop_count = 0  # changes with resets and quiesces; a start asked for before does not count
         # Where a quiesced queue stands, as VqInfo.last_avail_idx; None = as the driver has set it up.
@@ -138,7 +140,8 @@ class VqControl:
             user_memory_fd=port.user_memory_fd,
             user_memory_bytes=port.user_memory_bytes,
         )
-        worker = WorkerProcess.spawn(self._command, spec, port, self._pages, self._ring_failed, self._died)
+        callbacks = (self._ring_failed, self._died, self._on_store_size)
+        worker = WorkerProcess.spawn(self._command, spec, port, self._pages, *callbacks)
         self.worker = worker
         try:
             await worker.wait_hello(timeout_s)

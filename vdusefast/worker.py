@@ -23,6 +23,7 @@ from vdusefast.errors import ConfigError, KernelSupportError, VdusefastError, Wo
 
 if TYPE_CHECKING:
     from vdusefast._datapath import Queue
+    from vdusefast.backends.plugin import Plugin
 
 # How often to look whether the rings are in the driver's map again; an invalidation makes us look, too.
 _REMAP_MS = 100
@@ -104,6 +105,11 @@ def _engine_error(name: str, error: OSError) -> VdusefastError:
     )
 
 
+def _is_plugin(spec: WorkerSpec) -> bool:
+    """Return whether the module of a backend brings the engine."""
+    return bool(spec.store_spec) and spec.engine != "fail"
+
+
 class Worker:
     """The state of the process between two control messages."""
 
@@ -148,7 +154,8 @@ class Worker:
             self._queue.set_port_loopback(spec.port_fd, spec.irq_fd, spec.queue)
         else:
             raise WorkerError(f"this worker has no port called {spec.port!r}")
-        self.engine = _open_engine(self._queue, spec)
+        self._plugin: Plugin | None = None
+        self.engine = self._open_plugin() if _is_plugin(spec) else _open_engine(self._queue, spec)
         self._queue.guard()
         self._queue.identify(os.getpid(), spec.cpu)
 
@@ -170,6 +177,41 @@ class Worker:
                 self._wait_idle()
         self._queue.quiesce()
         self._queue.close()
+        if self._plugin is not None:
+            self._plugin.close()
+
+    def _open_plugin(self) -> str:
+        """Have the module of the backend bring its engine, and open that. Returns its name. Raises VdusefastError."""
+        from vdusefast.backends import plugin_module
+        from vdusefast.backends.plugin import StoreSpec
+
+        spec = self._spec
+        self._lock_fd = _lock_pages(spec.shm_fd)  # whoever goes on in our place waits for our end
+        store = StoreSpec.from_json(spec.store_spec)._replace(
+            queue=spec.queue,
+            slot_count=min(spec.queue_size, self._datapath.SLOT_MAX),
+            size_bytes=spec.capacity_sectors * 512,
+            block_size_bytes=spec.block_size,
+        )
+        self._plugin = plugin_module(store.uri).open_engine(store)
+        try:
+            return self._queue.open_plugin(self._plugin, size_bytes=store.size_bytes, cache=store.cache)
+        except OSError as error:
+            if error.errno == errno.EPROTO:
+                raise WorkerError(
+                    f"{store.uri}: its module was built for another vdusefast; build both anew"
+                ) from error
+            raise WorkerError(f"{store.uri}: {error}") from error
+
+    def _tell_news(self) -> None:
+        """Pass on what the store's module has to say."""
+        if self._plugin is None:
+            return
+        for news in self._plugin.news():
+            if news.kind == "resized":
+                self.send(FromWorker(Event.STORE_SIZE, 0, text=str(news.size_bytes)))
+            else:
+                self.send(FromWorker(Event.LOG, 0, text=news.text))
 
     def _run_queue(self) -> None:
         spec = self._spec
@@ -186,12 +228,15 @@ class Worker:
         waiting = select.poll()
         waiting.register(self._ctl, select.POLLIN)
         waiting.register(self._wake_fd, select.POLLIN)
+        if self._plugin is not None and self._plugin.fileno() >= 0:
+            waiting.register(self._plugin.fileno(), select.POLLIN)
         waiting.poll(timeout_ms)
         self._read_control()
 
     def _read_control(self) -> None:
         """Carry out every command that waits. The word is read first: a message behind it is seen the next time."""
         self._queue.control_seen()
+        self._tell_news()
         while not self._done:
             try:
                 packet = self._ctl.recv(MESSAGE_MAX_BYTES)

@@ -87,14 +87,20 @@ class WorkerProcess:
         pages: Pages,
         on_ring_failed: Callable[[str], None],
         on_death: Callable[[WorkerError], None],
+        on_store_size: Callable[[int], None],
     ):
-        """Prepare; see `spawn`. The callbacks run in the event loop: a bad ring (reason), a death nobody asked for."""
+        """Prepare; see `spawn`.
+
+        The callbacks run in the event loop: a bad ring (reason), a death nobody asked for, a store that has another size
+        (bytes).
+        """
         self.spec = spec
         self.engine = ""
         self.last_used_idx = 0
         self._pages = pages
         self._on_ring_failed = on_ring_failed
         self._on_death = on_death
+        self._on_store_size = on_store_size
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._ctl: socket.socket | None = None
@@ -121,12 +127,13 @@ class WorkerProcess:
         pages: Pages,
         on_ring_failed: Callable[[str], None],
         on_death: Callable[[WorkerError], None],
+        on_store_size: Callable[[int], None],
     ) -> WorkerProcess:
         """Start `command` with the words of `spec`, whose `ctl_fd` is filled in here. Consumes `port`.
 
         The process inherits the descriptors that `spec` names (borrowed) and nothing else. Raises WorkerError.
         """
-        worker = cls(spec, pages, on_ring_failed, on_death)
+        worker = cls(spec, pages, on_ring_failed, on_death, on_store_size)
         try:
             worker._start(command)
         except OSError as error:
@@ -353,6 +360,10 @@ class WorkerProcess:
                 self._fail_hello(from_exit_code(told, event.exit_code, WorkerError))
         elif event.event == Event.RING_FAILED:
             self._on_ring_failed(event.text)
+        elif event.event == Event.LOG:
+            _log.warning("device %s: queue %d: %s", self.spec.device, self.spec.queue, event.text)
+        elif event.event == Event.STORE_SIZE:
+            self._on_store_size(int(event.text))
         elif event.event in (Event.DONE, Event.REFUSED):
             answer = self._answers.get(event.seq)  # absent when it came too late
             if answer is not None and not answer.done():

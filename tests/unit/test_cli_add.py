@@ -54,6 +54,8 @@ def test_options_go_over_the_file(config: str, tmp_path: Path, monkeypatch: pyte
         "block_size_bytes": 4096,
         "cache": "none",
         "engine": "sync",
+        "timeout_s": 3.5,
+        "reconnect_s": 7.0,
         "poll": "never",
         "map": "off",
         "sqpoll": False,

@@ -1,7 +1,13 @@
 """Stores: what holds a device's bytes.
 
-A backend is one module with `open_store(rest, backend, read_only) -> Store`, found by the scheme of the URI. The
-worker does the I/O itself on the store's descriptor; a backend only opens, checks and describes it.
+A backend is one module, found by the scheme of the URI, and one line in BACKENDS. There are two kinds:
+
+- a *store of the core's* has a descriptor, or is none at all. Its module has `open_store(rest, backend, read_only) ->
+  Store`: it opens, checks and describes, and a worker's own engines do the I/O;
+- a *plugin* brings its own engine, and may need libraries or a user's code. Its module is a `plugin.PluginModule`. It is
+  loaded by workers, and by a probe that describes the store, but never by the supervisor.
+
+Little is imported here, as workers load it.
 """
 
 from __future__ import annotations
@@ -11,19 +17,31 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from vdusefast.config import BackendConfig
 from vdusefast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vdusefast.backends.plugin import PluginModule, StoreSpec
+    from vdusefast.config import BackendConfig
 
 SECTOR_BYTES = 512
 
-# Scheme -> (module, an example).
-BACKENDS = {
-    "file": ("vdusefast.backends.file", "file:/srv/disk.img"),
-    "memory": ("vdusefast.backends.memory", "memory:64M"),
-    "null": ("vdusefast.backends.null", "null:1G"),
-}
+
+class Registration(NamedTuple):
+    """A backend: where it is, and how to ask for it."""
+
+    schemes: tuple[str, ...]
+    module: str
+    example: str  # a URI
+    plugin: bool = False  # the module brings the engine
+
+
+BACKENDS = (
+    Registration(("file",), "vdusefast.backends.file", "file:/srv/disk.img"),
+    Registration(("memory",), "vdusefast.backends.memory", "memory:64M"),
+    Registration(("null",), "vdusefast.backends.null", "null:1G"),
+)
 
 
 @dataclass
@@ -31,8 +49,8 @@ class Store:
     """An open store. Owns its descriptor; `close` is idempotent."""
 
     uri: str
-    kind: Literal["file", "blockdev", "memory", "null"]
-    fd: int  # -1 for null and once closed
+    kind: str  # file, blockdev, memory, null, or the first scheme of a plugin
+    fd: int  # -1 for null, for plugins, and once closed
     size_bytes: int
     block_size_bytes: int  # the smallest unit it takes
     physical_block_size_bytes: int
@@ -43,6 +61,9 @@ class Store:
     zeroes_cheaply: bool  # whether the store knows a way that does not write them out, with and without UNMAP
     direct_align: int  # alignment that O_DIRECT needs of offset, length and memory; 0 = not O_DIRECT
     cache: str
+    spec: StoreSpec | None = None  # of a plugin: what its module is told
+    shareable: bool = True  # several processes may serve it, each by itself
+    present_size_bytes: int = 0  # of a plugin: what it had when somebody last looked
 
     def close(self) -> None:
         """Close the descriptor, and with the last copy of it give up the lock. Idempotent."""
@@ -68,19 +89,85 @@ def open_store(backend: BackendConfig, *, read_only: bool = False) -> Store:
     Raises ConfigError for a URI or an engine that cannot be, BackendError when the store cannot be used,
     DeviceBusyError when somebody else uses it.
     """
-    scheme, colon, rest = backend.uri.partition(":")
-    if not colon or scheme not in BACKENDS:
-        examples = ", ".join(example for _, example in BACKENDS.values())
-        raise ConfigError(f"backend.uri: {backend.uri!r} names no known kind of store; write for example {examples}")
+    registration = find(backend.uri)
+    scheme, _, rest = backend.uri.partition(":")
     if not rest:
-        raise ConfigError(f"backend.uri: {backend.uri!r} is not complete; write for example {BACKENDS[scheme][1]}")
-    _check_engine(backend, scheme)
-    store: Store = import_module(BACKENDS[scheme][0]).open_store(rest, backend, read_only)
+        raise ConfigError(f"backend.uri: {backend.uri!r} is not complete; write for example {registration.example}")
+    _check_engine(backend, registration)
+    if registration.plugin:
+        return _open_plugin(backend, registration, read_only)
+    store: Store = import_module(registration.module).open_store(rest, backend, read_only)
     try:
         _check_size(store)
     except ConfigError:
         store.close()
         raise
+    return store
+
+
+def find(uri: str) -> Registration:
+    """Return the backend that a URI is for. Raises ConfigError."""
+    scheme, colon, _ = uri.partition(":")
+    for registration in BACKENDS:
+        if colon and scheme in registration.schemes:
+            return registration
+    examples = ", ".join(registration.example for registration in BACKENDS)
+    raise ConfigError(f"backend.uri: {uri!r} names no known kind of store; write for example {examples}")
+
+
+def plugin_module(uri: str) -> PluginModule:
+    """Load the module of the plugin that `uri` is for. Raises ConfigError for a URI, ImportError."""
+    return cast("PluginModule", import_module(find(uri).module))
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a URI that means the same in a process that has gone to another directory.
+
+    The module of a backend whose URIs have paths in them has a function of this name. Raises ConfigError.
+    """
+    change = getattr(import_module(find(uri).module), "absolute_uri", None)
+    return str(change(uri)) if change is not None else uri
+
+
+def look_again(store: Store) -> None:
+    """Find out how large a plugin's store is now. Raises as `open_store`."""
+    from vdusefast.backends import probe
+
+    if store.spec is not None:
+        store.present_size_bytes = probe.describe(store.spec).size_bytes
+
+
+def _open_plugin(backend: BackendConfig, registration: Registration, read_only: bool) -> Store:
+    from vdusefast.backends import probe
+    from vdusefast.backends.plugin import StoreSpec
+
+    spec = StoreSpec(
+        uri=backend.uri,
+        read_only=read_only,
+        cache=backend.cache,
+        timeout_s=backend.timeout_s,
+        reconnect_s=backend.reconnect_s,
+    )
+    described = probe.describe(spec)
+    store = Store(
+        uri=backend.uri,
+        kind=registration.schemes[0],
+        fd=-1,
+        size_bytes=described.size_bytes,
+        block_size_bytes=described.block_size_bytes,
+        physical_block_size_bytes=max(described.physical_block_size_bytes, described.block_size_bytes),
+        opt_io_size_bytes=described.opt_io_size_bytes,
+        read_only=read_only or described.read_only,
+        can_discard=described.can_discard and not (read_only or described.read_only),
+        can_write_zeroes=described.can_write_zeroes and not (read_only or described.read_only),
+        zeroes_cheaply=described.zeroes_cheaply,
+        direct_align=0,
+        cache=backend.cache,
+        spec=spec,
+        shareable=described.shareable,
+        present_size_bytes=described.size_bytes,
+    )
+    _check_size(store)
     return store
 
 
@@ -99,8 +186,17 @@ def block_size(store: Store, wanted_bytes: int = 0) -> int:
     return wanted_bytes
 
 
-def _check_engine(backend: BackendConfig, scheme: str) -> None:
-    """Check that the engine can serve such a store."""
+def _check_engine(backend: BackendConfig, registration: Registration) -> None:
+    """Check that the engine and the cache mode can serve such a store."""
+    scheme = registration.schemes[0]
+    if registration.plugin:
+        if backend.engine != "auto":
+            raise ConfigError(f"backend.engine: {backend.uri} brings its own engine; leave {backend.engine!r} out")
+        if backend.cache == "none":
+            raise ConfigError(
+                f'backend.cache: "none" is O_DIRECT, which is for files and block devices, not for {backend.uri}'
+            )
+        return
     if backend.engine in ("memory", "null") and backend.engine != scheme:
         raise ConfigError(f"backend.engine: {backend.engine!r} serves {backend.engine}: stores, not {backend.uri}")
     if scheme == "null" and backend.engine not in ("auto", "null"):

@@ -54,6 +54,12 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
         raise
 
 
+def absolute_uri(uri: str) -> str:
+    """See backends.absolute_uri."""
+    scheme, _, path = uri.partition(":")
+    return f"{scheme}:{Path(path).absolute()}" if path else uri
+
+
 def _check_type(path: str, uri: str) -> bool:
     """Return whether `path` is a block device. Looked at before it is opened: opening some nodes does something."""
     try:
