@@ -373,7 +373,7 @@ class Device:
                 self._resize(supervisor, store, None, True)
             except VdusefastError as error:
                 _log.warning(
-                    "device %s: its store has %d bytes now, and it does not follow: %s; vdusefast resize %s tries again",
+                    "device %s: its store has %d bytes now, which it does not follow: %s; again: vdusefast resize %s",
                     *(self.name, store.present_size_bytes, error, self.name),
                 )
 

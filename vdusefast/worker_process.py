@@ -91,8 +91,8 @@ class WorkerProcess:
     ):
         """Prepare; see `spawn`.
 
-        The callbacks run in the event loop: a bad ring (reason), a death nobody asked for, a store that has another size
-        (bytes).
+        The callbacks run in the event loop: a bad ring (reason), a death nobody asked for, another size of the store in
+        bytes.
         """
         self.spec = spec
         self.engine = ""

@@ -2,9 +2,9 @@
 
 A backend is one module, found by the scheme of the URI, and one line in BACKENDS. There are two kinds:
 
-- a *store of the core's* has a descriptor, or is none at all. Its module has `open_store(rest, backend, read_only) ->
-  Store`: it opens, checks and describes, and a worker's own engines do the I/O;
-- a *plugin* brings its own engine, and may need libraries or a user's code. Its module is a `plugin.PluginModule`. It is
+- a *store of the core's* has a descriptor, or is none at all. Its module has `open_store(rest, backend, read_only)`,
+  which opens, checks and describes, and a worker's own engines do the I/O;
+- a *plugin* brings its own engine, and may need libraries or a user's code. Its module is a `plugin.PluginModule`,
   loaded by workers, and by a probe that describes the store, but never by the supervisor.
 
 Little is imported here, as workers load it.
@@ -90,7 +90,7 @@ def open_store(backend: BackendConfig, *, read_only: bool = False) -> Store:
     DeviceBusyError when somebody else uses it.
     """
     registration = find(backend.uri)
-    scheme, _, rest = backend.uri.partition(":")
+    _, _, rest = backend.uri.partition(":")
     if not rest:
         raise ConfigError(f"backend.uri: {backend.uri!r} is not complete; write for example {registration.example}")
     _check_engine(backend, registration)
