@@ -231,6 +231,23 @@ cdef extern from "engine.h" nogil:
     int vf_engine_open(vf_engine *, const vf_engine_ops *, const vf_store *, uint32_t)
     int vf_engine_open_plugin(vf_engine *, const vf_engine_plugin *, const vf_store *, uint32_t)
 
+cdef extern from "faulty.h" nogil:
+    enum:
+        VF_FAULT_MAX
+        VF_FAULT_PATH_BYTES
+    struct vf_fault:
+        uint32_t ops
+        int32_t err
+        uint64_t delay_ns
+        uint64_t start
+        uint64_t last
+        uint64_t skip
+        uint64_t every
+        uint64_t count
+        uint32_t chance
+        char path[256]
+    int vf_faulty_wrap(vf_engine *, const vf_fault *, uint32_t, uint64_t, uint32_t)
+
 cdef extern from "port.h" nogil:
     struct vf_port:
         int (*inject_irq)(vf_port *) noexcept nogil

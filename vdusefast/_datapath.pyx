@@ -228,6 +228,34 @@ cdef class Queue:
         self.plugin = plugin
         return q.engine.ops.name.decode()
 
+    def inject_faults(self, faults, *, uint64_t seed=1):
+        """Put rules (backends.faulty.Fault, at most 16) in front of the engine, which is open. Raises OSError, ValueError."""
+        cdef vf_fault rules[VF_FAULT_MAX]
+        cdef vf_queue *q = self._open()
+        cdef uint32_t count = 0
+        cdef bytes path
+        if q.engine.ops == NULL:
+            raise ValueError("no engine is open")
+        memset(rules, 0, sizeof(rules))
+        for fault in faults:
+            if count == VF_FAULT_MAX:
+                raise ValueError(f"more than {VF_FAULT_MAX} rules")
+            path = os.fsencode(fault.path)
+            if len(path) >= VF_FAULT_PATH_BYTES:
+                raise ValueError(f"a path of {len(path)} bytes")
+            rules[count].ops = fault.ops
+            rules[count].err = fault.err
+            rules[count].delay_ns = fault.delay_ns
+            rules[count].start = fault.start
+            rules[count].last = fault.last
+            rules[count].skip = fault.skip
+            rules[count].every = fault.every
+            rules[count].count = fault.count
+            rules[count].chance = fault.chance
+            memcpy(rules[count].path, <const char *> path, len(path))
+            count += 1
+        _check(vf_faulty_wrap(&q.engine, rules, count, seed, q.slot_count), "rules for faults")
+
     cdef int _describe_store(self, vf_store *store, vf_store_kind kind, uint64_t size_bytes, str cache) except -1:
         """Fill in what every store has."""
         if self.q.engine.ops != NULL:

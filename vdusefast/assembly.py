@@ -103,6 +103,7 @@ def worker_specs(config: Config, device: BlockDevice, store: Store, pages: Share
             map_reads=int(config.backend.map == "auto"),
             direct_align=store.direct_align,
             store_spec=store.spec._replace(queue_count=device.queue_count).to_json() if store.spec else "",
+            faults=store.faults,
             capacity_sectors=device.capacity_sectors,
             block_size=device.block_size_bytes,
             read_only=int(device.read_only),

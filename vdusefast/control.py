@@ -105,7 +105,7 @@ def unpack_event(packet: bytes) -> FromWorker:
     return FromWorker(event, seq, last_avail_idx, last_used_idx, exit_code, text)
 
 
-_TEXT_FIELDS = frozenset({"device", "port", "store", "engine", "cache", "serial", "store_spec"})
+_TEXT_FIELDS = frozenset({"device", "port", "store", "engine", "cache", "serial", "store_spec", "faults"})
 
 
 class WorkerSpec(NamedTuple):
@@ -135,6 +135,7 @@ class WorkerSpec(NamedTuple):
     store: str = "null"  # file, blockdev, memory, null, or that of a module (store_spec)
     store_fd: int = -1
     store_spec: str = ""  # backends.plugin.StoreSpec as JSON, where a module brings the engine
+    faults: str = ""  # errors and delays by rule, as JSON (backends.faulty)
     engine: str = "auto"
     cache: str = "writeback"
     sqpoll: int = 0  # io_uring: a thread of the kernel's submits

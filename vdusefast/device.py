@@ -70,6 +70,8 @@ def completes_in_order(backend: BackendConfig, store: Store) -> bool:
     Those of io_uring do not, which "cached" has misses wait in, and "auto" tries one or the other for a file
     (worker._engine_order).
     """
+    if store.faults or store.spec is not None:
+        return False
     if backend.engine == "auto":
         return store.kind in ("memory", "null")
     return backend.engine not in ("uring", "cached")

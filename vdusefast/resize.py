@@ -43,6 +43,8 @@ def choose_bytes(store: Store, device_bytes: int, block_bytes: int, wanted_bytes
             f"{store.uri} cannot be resized: its workers have mapped it once and for all; "
             "use a file on a tmpfs, or remove the device and add a larger one"
         )
+    if store.kind == "null" and store.faults:
+        raise ConfigError(f"{store.uri} cannot be resized: its size is part of its name")
     present = present_bytes(store)
     size_bytes = present if wanted_bytes is None else wanted_bytes
     if not 0 < size_bytes <= SIZE_MAX_BYTES or size_bytes % block_bytes:

@@ -69,9 +69,9 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
                 cache=spec.cache,
                 direct_align=spec.direct_align,
                 hold_fds=hold_fds,
-                merge=bool(spec.merge),
+                merge=bool(spec.merge and not spec.faults),  # what a rule keeps back must not be part of another
                 sqpoll=bool(spec.sqpoll),
-                map_reads=bool(spec.map_reads),
+                map_reads=bool(spec.map_reads and not spec.faults),
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -156,6 +156,8 @@ class Worker:
             raise WorkerError(f"this worker has no port called {spec.port!r}")
         self._plugin: Plugin | None = None
         self.engine = self._open_plugin() if _is_plugin(spec) else _open_engine(self._queue, spec)
+        if spec.faults and spec.engine != "fail":
+            self._inject_faults()
         self._queue.guard()
         self._queue.identify(os.getpid(), spec.cpu)
 
@@ -202,6 +204,13 @@ class Worker:
                     f"{store.uri}: its module was built for another vdusefast; build both anew"
                 ) from error
             raise WorkerError(f"{store.uri}: {error}") from error
+
+    def _inject_faults(self) -> None:
+        from vdusefast.backends import faulty
+
+        faults, seed = faulty.from_json(self._spec.faults)
+        self._queue.inject_faults(faults, seed=seed + self._spec.queue)
+        self.engine += ", with faults"
 
     def _tell_news(self) -> None:
         """Pass on what the store's module has to say."""

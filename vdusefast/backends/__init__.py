@@ -41,6 +41,7 @@ BACKENDS = (
     Registration(("file",), "vdusefast.backends.file", "file:/srv/disk.img"),
     Registration(("memory",), "vdusefast.backends.memory", "memory:64M"),
     Registration(("null",), "vdusefast.backends.null", "null:1G"),
+    Registration(("faulty",), "vdusefast.backends.faulty", "faulty:op=read,error=EIO,every=100:file:/srv/disk.img"),
 )
 
 
@@ -63,6 +64,7 @@ class Store:
     cache: str
     spec: StoreSpec | None = None  # of a plugin: what its module is told
     shareable: bool = True  # several processes may serve it, each by itself
+    faults: str = ""  # errors and delays by rule, as JSON: backends.faulty
     present_size_bytes: int = 0  # of a plugin: what it had when somebody last looked
 
     def close(self) -> None:
