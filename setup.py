@@ -87,6 +87,7 @@ setup(
         [
             extension("_datapath", sorted(glob("csrc/*.c")), ["uring"]),
             extension("_driver", [], []),
+            extension("backends._relay", sorted(glob("csrc/relay/*.c")), []),
             *optional_extensions(),
         ],
         build_dir=os.path.join("build", "cython"),

@@ -81,6 +81,12 @@ extern const struct vf_engine_ops vf_engine_fail;
 int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, const struct vf_store *store,
 		   uint32_t slot_count);
 
+static inline int vf_engine_plugin_fits(const struct vf_engine_plugin *plugin)
+{
+	return plugin->abi == VF_ENGINE_ABI && plugin->engine_bytes == sizeof(struct vf_engine) &&
+	       plugin->req_bytes == sizeof(struct vf_req);
+}
+
 /* The same with an engine from outside; -EPROTO: it was built for another core. */
 int vf_engine_open_plugin(struct vf_engine *engine, const struct vf_engine_plugin *plugin, const struct vf_store *store,
 			  uint32_t slot_count);

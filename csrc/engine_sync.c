@@ -34,8 +34,7 @@ int vf_engine_open(struct vf_engine *engine, const struct vf_engine_ops *ops, co
 int vf_engine_open_plugin(struct vf_engine *engine, const struct vf_engine_plugin *plugin, const struct vf_store *store,
 			  uint32_t slot_count)
 {
-	if (plugin->abi != VF_ENGINE_ABI || plugin->engine_bytes != sizeof(struct vf_engine) ||
-	    plugin->req_bytes != sizeof(struct vf_req))
+	if (!vf_engine_plugin_fits(plugin))
 		return -EPROTO;
 	return vf_engine_start(engine, plugin->ops, plugin->context, store, slot_count);
 }

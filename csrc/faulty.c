@@ -61,7 +61,7 @@ static int vf_fault_strikes(struct vf_faulty *faulty, struct vf_fault *fault)
 
 	if (place < fault->skip || (place - fault->skip) % fault->every)
 		return 0;
-	if (fault->count && fault->done == fault->count)
+	if (fault->limit && fault->done == fault->limit)
 		return 0;
 	if (fault->chance < VF_FAULT_CHANCE_ONE && vf_faulty_random(faulty, VF_FAULT_CHANCE_ONE) >= fault->chance)
 		return 0;

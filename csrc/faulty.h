@@ -20,7 +20,7 @@ struct vf_fault {
 	uint64_t last;
 	uint64_t skip; /* so many are left alone first */
 	uint64_t every; /* then each one of so many, from the first on; 1 = all */
-	uint64_t count; /* and no more than so many; 0 = no limit */
+	uint64_t limit; /* and no more than so many; 0 = no limit */
 	uint32_t chance; /* of those, in millionths */
 	char path[VF_FAULT_PATH_BYTES]; /* only while there is such a file; "" = always */
 	/* What has been so far. */

@@ -243,7 +243,7 @@ cdef extern from "faulty.h" nogil:
         uint64_t last
         uint64_t skip
         uint64_t every
-        uint64_t count
+        uint64_t limit
         uint32_t chance
         char path[256]
     int vf_faulty_wrap(vf_engine *, const vf_fault *, uint32_t, uint64_t, uint32_t)

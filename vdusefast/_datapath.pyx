@@ -250,7 +250,7 @@ cdef class Queue:
             rules[count].last = fault.last
             rules[count].skip = fault.skip
             rules[count].every = fault.every
-            rules[count].count = fault.count
+            rules[count].limit = fault.limit
             rules[count].chance = fault.chance
             memcpy(rules[count].path, <const char *> path, len(path))
             count += 1

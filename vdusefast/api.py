@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vdusefast import left, saved_state
-from vdusefast.assembly import make_transport, open_device_store, worker_specs
+from vdusefast.assembly import make_relay, make_transport, open_device_store, worker_specs
 from vdusefast.backends import SECTOR_BYTES, Store, look_again
 from vdusefast.config import Config, override, resolve_cpus, validate
 from vdusefast.device import BlockDevice
@@ -39,6 +39,7 @@ from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
 
 if TYPE_CHECKING:
     from vdusefast.driver import LoopbackDriver
+    from vdusefast.relay_control import RelayControl
 
 __all__ = ["Device", "DeviceState", "DeviceStats", "QueueInfo"]
 
@@ -94,6 +95,7 @@ class Device:
         self._model: BlockDevice | None = None
         self._placement: Placement | None = None
         self._store: Store | None = None
+        self._relay: RelayControl | None = None
 
     def __enter__(self) -> Device:
         self.start()
@@ -277,7 +279,10 @@ class Device:
         placement = self._placement = foresee(self.config)
         placed = placement.apply(self.config)
         self._transport = self._transport or make_transport(placed, state)
-        specs = worker_specs(placed, model, store, pages)
+        relay = None if fail_requests else make_relay(placed, model, store, directory.path, self._follow_store)
+        if relay is not None:
+            self._resources.callback(relay.close)
+        specs = worker_specs(placed, model, store, pages, relay)
         supervisor = Supervisor(
             model,
             self._transport,
@@ -288,7 +293,11 @@ class Device:
             on_created=self._save_state,
             on_store_size=self._follow_store,
         )
-        self._start_loop()
+        loop = self._start_loop()
+        if relay is not None:
+            self._relay = relay
+            self._resources.callback(lambda: self._call(relay.stop(), MARGIN_S))  # behind the workers
+            loop.call_soon_threadsafe(relay.start)
         self._starting = supervisor
         attach_s = device.attach_timeout_s if device.transport == "kernel" else 0
         self._call(supervisor.start(timeout_s, reopen=state is not None), timeout_s + attach_s + MARGIN_S)
@@ -388,7 +397,7 @@ class Device:
             self._starting = self._supervisor = None
             self._resources.close()
 
-    def _start_loop(self) -> None:
+    def _start_loop(self) -> asyncio.AbstractEventLoop:
         """Run an event loop in a thread that lives until the resources are released: the workers die with it."""
         loop = self._loop = asyncio.new_event_loop()
 
@@ -400,6 +409,7 @@ class Device:
             thread.join()
 
         self._resources.callback(end)
+        return loop
 
     def _call(self, work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
         """Run a coroutine in the supervisor's loop and return its result. Raises TimedOutError, which means a bug."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vdusefast.backends import SECTOR_BYTES, Store, open_store
@@ -13,11 +14,15 @@ from vdusefast.errors import BackendError, DeviceBusyError
 from vdusefast.transport.loopback import LoopbackTransport
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vdusefast.device import BlockDevice
+    from vdusefast.relay_control import RelayControl
     from vdusefast.saved_state import SavedState
     from vdusefast.shm import SharedPages
     from vdusefast.transport import Transport
 
+SLOT_MAX = 1024  # VF_SLOT_MAX: requests of a queue in flight
 LEFT_STORE_S = 10.0  # for the last workers of a server that was killed to end
 LEFT_STORE_LOOK_S = 0.01
 
@@ -80,8 +85,35 @@ def _wants_user_memory(config: Config) -> bool:
     return config.device.user_memory == "on"
 
 
-def worker_specs(config: Config, device: BlockDevice, store: Store, pages: SharedPages) -> list[WorkerSpec]:
-    """Return what each queue's worker is told; the supervisor fills in its own descriptors. Borrows store and pages."""
+def make_relay(
+    config: Config, device: BlockDevice, store: Store, directory: Path, on_store_size: Callable[[int], None]
+) -> RelayControl | None:
+    """Return the relay that the workers share a store through, None where each has it by itself. Raises OSError."""
+    if store.spec is None or store.shareable or device.queue_count == 1:
+        return None
+    from vdusefast.relay_control import RelayControl, check_relay
+
+    check_relay()
+    return RelayControl(
+        config.device.name,
+        store.spec._replace(
+            queue_count=device.queue_count,
+            size_bytes=device.capacity_sectors * SECTOR_BYTES,
+            block_size_bytes=device.block_size_bytes,
+        ),
+        slot_count=min(device.queue_size, SLOT_MAX),
+        directory=directory,
+        on_store_size=on_store_size,
+    )
+
+
+def worker_specs(
+    config: Config, device: BlockDevice, store: Store, pages: SharedPages, relay: RelayControl | None = None
+) -> list[WorkerSpec]:
+    """Return what each queue's worker is told; the supervisor fills in its own descriptors.
+
+    Borrows store, pages and relay, which is None where the workers have the store by themselves.
+    """
     return [
         WorkerSpec(
             device=device.name,
@@ -102,6 +134,7 @@ def worker_specs(config: Config, device: BlockDevice, store: Store, pages: Share
             sqpoll=int(config.backend.sqpoll),
             map_reads=int(config.backend.map == "auto"),
             direct_align=store.direct_align,
+            relay_fd=-1 if relay is None else relay.socket_fd,
             store_spec=store.spec._replace(queue_count=device.queue_count).to_json() if store.spec else "",
             faults=store.faults,
             capacity_sectors=device.capacity_sectors,

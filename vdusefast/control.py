@@ -134,6 +134,7 @@ class WorkerSpec(NamedTuple):
     # the store
     store: str = "null"  # file, blockdev, memory, null, or that of a module (store_spec)
     store_fd: int = -1
+    relay_fd: int = -1  # O_PATH, of the socket of the store's relay, which brings the engine then
     store_spec: str = ""  # backends.plugin.StoreSpec as JSON, where a module brings the engine
     faults: str = ""  # errors and delays by rule, as JSON (backends.faulty)
     engine: str = "auto"

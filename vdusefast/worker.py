@@ -195,7 +195,12 @@ class Worker:
             size_bytes=spec.capacity_sectors * 512,
             block_size_bytes=spec.block_size,
         )
-        self._plugin = plugin_module(store.uri).open_engine(store)
+        if spec.relay_fd >= 0:
+            from vdusefast.backends._relay import Client
+
+            self._plugin = Client(f"/proc/self/fd/{spec.relay_fd}", spec.queue)
+        else:
+            self._plugin = plugin_module(store.uri).open_engine(store)
         try:
             return self._queue.open_plugin(self._plugin, size_bytes=store.size_bytes, cache=store.cache)
         except OSError as error:

@@ -301,6 +301,7 @@ class WorkerProcess:
                     self.spec.irq_fd,
                     self.spec.user_memory_fd,
                     self.spec.store_fd,
+                    self.spec.relay_fd,
                 )
                 self._process = subprocess.Popen(
                     [*command, *self.spec.to_argv()],

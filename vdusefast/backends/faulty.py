@@ -51,7 +51,7 @@ class Fault(NamedTuple):
     last: int = 2**64 - 1
     skip: int = 0
     every: int = 1
-    count: int = 0
+    limit: int = 0
     chance: int = CHANCE_ONE
     path: str = ""
 
@@ -174,7 +174,7 @@ def _read_count(rule: str, key: str, value: str) -> dict[str, Any]:
     number = _number(rule, key, value)
     if key == "every" and number == 0:
         raise _bad(rule, key, value, "1 or more")
-    return {key: number}
+    return {"limit" if key == "count" else key: number}
 
 
 def _read_chance(rule: str, key: str, value: str) -> dict[str, Any]:

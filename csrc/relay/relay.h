@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * One process for a store that several may not have at once: the relay has the store's engine, the workers of all queues
+ * send it their requests. Data goes through memory that a worker shares with the relay, a chunk for each of its slots; the
+ * requests and their answers are packets of a Unix socket (SOCK_SEQPACKET), many in one.
+ *
+ * A worker that has gone leaves requests behind, which the relay finishes before it hears the next worker of that queue:
+ * nothing of the past can overtake what is done again. A relay that has gone is waited for, and gets all requests again.
+ */
+#ifndef VF_RELAY_H
+#define VF_RELAY_H
+
+#include "engine.h"
+
+#define VF_RELAY_MAGIC 0x564C5246u
+#define VF_RELAY_CHUNK_BYTES (128u << 10) /* of data that one request moves at a time; larger ones go piece by piece */
+#define VF_RELAY_BATCH_MAX 64u
+#define VF_RELAY_QUEUE_MAX 64u
+
+#define VF_RELAY_F_UNMAP 1u
+#define VF_RELAY_F_DURABLE 2u /* a write is to be on disk when it is answered */
+
+/* The first packet, with the descriptor of the memory: slot_count chunks, which cannot shrink (F_SEAL_SHRINK). */
+struct vf_relay_hello {
+	uint32_t magic;
+	uint32_t queue;
+	uint32_t slot_count;
+};
+
+/* The answer to it, once nothing is left of the worker before. */
+struct vf_relay_ready {
+	uint32_t magic;
+};
+
+/* Later ones have up to VF_RELAY_BATCH_MAX of these. */
+struct vf_relay_request {
+	uint64_t offset_bytes;
+	uint64_t len_bytes;
+	uint16_t slot;
+	uint8_t op; /* enum vf_op */
+	uint8_t flags;
+	uint32_t reserved;
+};
+
+struct vf_relay_answer {
+	uint32_t slot;
+	int32_t result; /* 0 or -errno */
+};
+
+/* The engine of a worker; its context is a struct vf_relay_address. */
+extern const struct vf_engine_ops vf_engine_relay;
+
+struct vf_relay_address {
+	char path[108]; /* of the relay's socket, terminated */
+	uint32_t queue;
+};
+
+struct vf_relay_server;
+
+/* What ended vf_relay_serve(). */
+enum {
+	VF_RELAY_NEWS = 1, /* of the engine */
+	VF_RELAY_WOKEN, /* wake_fd is readable */
+};
+
+/* A relay of queue_count queues with slot_count slots each, over an engine from outside. listen_fd is borrowed. NULL with errno
+ * set; -EPROTO as vf_engine_open_plugin(). */
+struct vf_relay_server *vf_relay_open(const struct vf_engine_plugin *plugin, const struct vf_store *store, int listen_fd,
+				      uint32_t queue_count, uint32_t slot_count);
+
+/* Serve until there is something for the caller. */
+int vf_relay_serve(struct vf_relay_server *server, int wake_fd);
+
+/* Requests of workers are dropped: they get no answers. */
+void vf_relay_close(struct vf_relay_server *server);
+
+#endif

@@ -1,0 +1,27 @@
+"""Types of the relay's extension; see _relay.pyx for what each does."""
+
+from vdusefast.backends.plugin import News, Plugin
+
+PATH_MAX_BYTES: int
+
+class Client:
+    def __init__(self, path: str, queue: int) -> None: ...
+    @property
+    def engine(self) -> object: ...
+    def fileno(self) -> int: ...
+    def news(self) -> list[News]: ...
+    def close(self) -> None: ...
+
+class Server:
+    def __init__(
+        self,
+        plugin: Plugin,
+        *,
+        listen_fd: int,
+        queue_count: int,
+        slot_count: int,
+        size_bytes: int,
+        flushes: bool = True,
+    ) -> None: ...
+    def serve(self, wake_fd: int) -> bool: ...
+    def close(self) -> None: ...

@@ -1,0 +1,100 @@
+"""A store that one process has for all queues: the engine by which workers ask for it, and the loop that serves them."""
+
+import os
+
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from libc.errno cimport errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from vdusefast._csrc cimport *
+
+cdef extern from "relay/relay.h" nogil:
+    enum:
+        VF_RELAY_NEWS
+    struct vf_relay_address:
+        char path[108]
+        uint32_t queue
+    struct vf_relay_server
+    const vf_engine_ops vf_engine_relay
+    vf_relay_server *vf_relay_open(const vf_engine_plugin *, const vf_store *, int, uint32_t, uint32_t)
+    int vf_relay_serve(vf_relay_server *, int)
+    void vf_relay_close(vf_relay_server *)
+
+PATH_MAX_BYTES = 107
+
+
+cdef class Client:
+    """The engine of a worker (backends.plugin.Plugin) that has the relay at the socket `path` do everything."""
+
+    cdef vf_engine_plugin plugin
+    cdef vf_relay_address address
+
+    def __cinit__(self, path, uint32_t queue):
+        cdef bytes name = os.fsencode(path)
+        if len(name) > PATH_MAX_BYTES:
+            raise ValueError(f"the path of a socket has at most {PATH_MAX_BYTES} bytes: {path}")
+        memset(&self.address, 0, sizeof(self.address))
+        memcpy(self.address.path, <const char *> name, len(name))
+        self.address.queue = queue
+        self.plugin = vf_engine_plugin(
+            VF_ENGINE_ABI, sizeof(vf_engine), sizeof(vf_req), &vf_engine_relay, &self.address)
+
+    @property
+    def engine(self):
+        """See Plugin."""
+        return PyCapsule_New(&self.plugin, VF_ENGINE_CAPSULE, NULL)
+
+    def fileno(self):
+        """See Plugin: there is never any news, which the relay tells the supervisor itself."""
+        return -1
+
+    def news(self):
+        """See Plugin."""
+        return []
+
+    def close(self):
+        """See Plugin."""
+
+
+cdef class Server:
+    """The relay of `queue_count` queues with `slot_count` slots each, over the engine of `plugin`, which it keeps.
+
+    listen_fd: a listening SOCK_SEQPACKET, borrowed. Raises OSError (EPROTO: the module was built for another version).
+    """
+
+    cdef vf_relay_server *server
+    cdef object plugin
+
+    def __cinit__(self, plugin, *, int listen_fd, uint32_t queue_count, uint32_t slot_count, uint64_t size_bytes,
+                  bint flushes=True):
+        cdef vf_store store
+        cdef const vf_engine_plugin *brought = <const vf_engine_plugin *> PyCapsule_GetPointer(
+            plugin.engine, VF_ENGINE_CAPSULE)
+        memset(&store, 0, sizeof(store))
+        store.fd = -1
+        store.kind = VF_STORE_PLUGIN
+        store.cache = VF_CACHE_WRITEBACK if flushes else VF_CACHE_UNSAFE
+        store.size_bytes = size_bytes
+        self.plugin = plugin
+        self.server = vf_relay_open(brought, &store, listen_fd, queue_count, slot_count)
+        if self.server == NULL:
+            raise OSError(errno, os.strerror(errno))
+
+    def serve(self, int wake_fd):
+        """Serve until there is news of the store (True), or `wake_fd` is readable (False)."""
+        cdef int reason
+        with nogil:
+            reason = vf_relay_serve(self.server, wake_fd)
+        return reason == VF_RELAY_NEWS
+
+    def close(self):
+        """Drop all requests and release everything; a second call does nothing."""
+        if self.server != NULL:
+            vf_relay_close(self.server)
+            self.server = NULL
+            self.plugin.close()
+
+    def __dealloc__(self):
+        if self.server != NULL:
+            vf_relay_close(self.server)
