@@ -45,7 +45,9 @@ class Optional(NamedTuple):
     package: str  # Debian's, which has the header
 
 
-OPTIONAL: list[Optional] = []
+OPTIONAL = [
+    Optional("_nbd", "nbd", "libnbd.h", ["nbd"], "libnbd-dev"),
+]
 
 
 def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:

@@ -41,6 +41,9 @@ BACKENDS = (
     Registration(("file",), "vdusefast.backends.file", "file:/srv/disk.img"),
     Registration(("memory",), "vdusefast.backends.memory", "memory:64M"),
     Registration(("null",), "vdusefast.backends.null", "null:1G"),
+    Registration(
+        ("nbd", "nbds", "nbd+unix", "nbds+unix"), "vdusefast.backends.nbd", "nbd://localhost/export", plugin=True
+    ),
     Registration(("faulty",), "vdusefast.backends.faulty", "faulty:op=read,error=EIO,every=100:file:/srv/disk.img"),
 )
 

@@ -1,0 +1,388 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * From requests to commands and back. A segment that is alone, or large, is sent from and received into the driver's
+ * memory itself; small ones go together through a buffer.
+ */
+#define _GNU_SOURCE
+#include "engine_nbd.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "barrier.h"
+
+#define VF_NBD_WAIT_MS 100
+
+static uint8_t *vf_nbd_zeroes(const struct vf_nbd *nbd)
+{
+	return nbd->bounce + (size_t)nbd->slot_count * VF_NBD_BOUNCE_BYTES;
+}
+
+/* Give a command's buffer back, if it has one. */
+static void vf_nbd_release(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	if (cmd->bounce)
+		nbd->bounce_free[nbd->bounce_free_count++] = (uint16_t)((size_t)(cmd->bounce - nbd->bounce) / VF_NBD_BOUNCE_BYTES);
+	cmd->bounce = NULL;
+}
+
+void vf_nbd_unsend(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	vf_nbd_release(nbd, cmd);
+	cmd->sent = 0;
+}
+
+void vf_nbd_finish(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int result)
+{
+	uint32_t at = nbd->done_head + nbd->done_count;
+
+	vf_nbd_release(nbd, cmd);
+	cmd->req->result = result;
+	nbd->done[at >= nbd->slot_count ? at - nbd->slot_count : at] = cmd->req;
+	nbd->done_count++;
+	cmd->req = NULL;
+	cmd->sent = 0;
+}
+
+/* Copy between a buffer and the segments from the request's cursor on, which stays. */
+static void vf_nbd_copy(struct vf_nbd_cmd *cmd, int to_segments)
+{
+	const struct iovec *iov = cmd->req->iov;
+	size_t done = 0;
+
+	for (uint32_t i = 0; done < cmd->len_bytes; i++) {
+		size_t n = iov[i].iov_len < cmd->len_bytes - done ? iov[i].iov_len : cmd->len_bytes - done;
+
+		if (to_segments)
+			memcpy(iov[i].iov_base, cmd->bounce + done, n);
+		else
+			memcpy(cmd->bounce + done, iov[i].iov_base, n);
+		done += n;
+	}
+}
+
+/* Choose how much of a transfer the next command moves, and from where. */
+static void vf_nbd_aim(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	const struct vf_nbd_export *export = &nbd->link.export;
+	const struct vf_req *req = cmd->req;
+	uint64_t len = req->left_bytes < export->block_max_bytes ? req->left_bytes : export->block_max_bytes;
+	uint64_t segment = req->iov->iov_len < len ? req->iov->iov_len : len;
+
+	segment -= segment & (export->block_min_bytes - 1u);
+	if (vf_likely(segment == len || segment >= VF_NBD_DIRECT_MIN_BYTES)) {
+		cmd->data = req->iov->iov_base;
+		cmd->len_bytes = (uint32_t)segment;
+		return;
+	}
+	/* There is one for each slot. */
+	cmd->bounce = nbd->bounce + (size_t)nbd->bounce_free[--nbd->bounce_free_count] * VF_NBD_BOUNCE_BYTES;
+	cmd->data = cmd->bounce;
+	cmd->len_bytes = (uint32_t)(len < VF_NBD_BOUNCE_BYTES ? len : VF_NBD_BOUNCE_BYTES);
+	if (cmd->kind == VF_NBD_WRITE)
+		vf_nbd_copy(cmd, 0);
+}
+
+static void vf_nbd_aim_range(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	const struct vf_nbd_export *export = &nbd->link.export;
+	const struct vf_req *req = cmd->req;
+	uint64_t max = VF_NBD_RANGE_MAX_BYTES;
+
+	if (req->op == VF_OP_WRITE_ZEROES && !export->can_zero) { /* it could, when the device was made: write them */
+		max = VF_NBD_BOUNCE_BYTES < export->block_max_bytes ? VF_NBD_BOUNCE_BYTES : export->block_max_bytes;
+		cmd->kind = VF_NBD_WRITE;
+		cmd->data = vf_nbd_zeroes(nbd);
+	} else if (req->op == VF_OP_WRITE_ZEROES) {
+		cmd->kind = VF_NBD_ZERO;
+		cmd->flags = req->unmap ? 0 : LIBNBD_CMD_FLAG_NO_HOLE;
+	} else {
+		cmd->kind = VF_NBD_TRIM;
+	}
+	cmd->len_bytes = (uint32_t)(req->left_bytes < max ? req->left_bytes : max);
+}
+
+/* Whether what a request asks for is nothing to this store. */
+static int vf_nbd_is_void(const struct vf_nbd *nbd, const struct vf_nbd_cmd *cmd)
+{
+	const struct vf_nbd_export *export = &nbd->link.export;
+
+	if (cmd->req->op == VF_OP_FLUSH || cmd->behind) /* without the flag nothing is held back that a flush could write */
+		return nbd->engine->store.cache == VF_CACHE_UNSAFE || !export->can_flush;
+	return cmd->req->op == VF_OP_DISCARD && !export->can_trim;
+}
+
+/* Make the next command of a request. */
+static void vf_nbd_prepare(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	const struct vf_req *req = cmd->req;
+
+	cmd->flags = 0;
+	cmd->offset_bytes = req->offset_bytes;
+	if (req->op == VF_OP_FLUSH || cmd->behind) {
+		cmd->kind = VF_NBD_FLUSH;
+		cmd->len_bytes = 0;
+		return;
+	}
+	if (req->op == VF_OP_READ || req->op == VF_OP_WRITE) {
+		cmd->kind = req->op == VF_OP_READ ? VF_NBD_READ : VF_NBD_WRITE;
+		vf_nbd_aim(nbd, cmd);
+	} else {
+		vf_nbd_aim_range(nbd, cmd);
+	}
+	if (nbd->engine->store.write_flags && req->op != VF_OP_READ && nbd->link.export.can_fua)
+		cmd->flags |= LIBNBD_CMD_FLAG_FUA;
+}
+
+void vf_nbd_start(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	if (vf_unlikely(vf_nbd_is_void(nbd, cmd))) {
+		vf_nbd_finish(nbd, cmd, 0);
+		return;
+	}
+	if (vf_unlikely(cmd->req->offset_bytes + cmd->req->left_bytes > nbd->link.export.size_bytes)) {
+		nbd->link.outgrown = 1; /* the next connection knows of it */
+		return;
+	}
+	vf_nbd_prepare(nbd, cmd);
+	cmd->sent = 1;
+	if (nbd->config.timeout_ns)
+		cmd->since_ns = vf_nbd_now_ns();
+	vf_nbd_link_send(nbd, cmd);
+}
+
+/* Take the success of a command into its request, and go on with that. */
+static void vf_nbd_advance(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	struct vf_req *req = cmd->req;
+
+	if (cmd->kind == VF_NBD_READ && cmd->bounce)
+		vf_nbd_copy(cmd, 1);
+	vf_nbd_release(nbd, cmd);
+	if (req->op == VF_OP_READ || req->op == VF_OP_WRITE) {
+		vf_req_advance(req, cmd->len_bytes);
+	} else if (!cmd->behind) {
+		req->offset_bytes += cmd->len_bytes;
+		req->left_bytes -= cmd->len_bytes;
+	}
+	if (req->left_bytes == 0) {
+		if (cmd->behind || req->op == VF_OP_READ || req->op == VF_OP_FLUSH || !nbd->engine->store.write_flags ||
+		    nbd->link.export.can_fua) {
+			vf_nbd_finish(nbd, cmd, 0);
+			return;
+		}
+		cmd->behind = 1;
+	}
+	cmd->sent = 0;
+	vf_nbd_start(nbd, cmd);
+}
+
+void vf_nbd_digest(struct vf_nbd *nbd)
+{
+	/* What is started here may have its answer at once, an error. */
+	for (uint32_t i = 0; i < nbd->answered_count; i++) {
+		struct vf_nbd_cmd *cmd = &nbd->cmds[nbd->answered[i]];
+
+		if (vf_likely(cmd->err == 0))
+			vf_nbd_advance(nbd, cmd);
+		else
+			vf_nbd_finish(nbd, cmd, -cmd->err);
+	}
+	if (nbd->answered_count && !nbd->link.has_served) {
+		nbd->link.has_served = 1;
+		nbd->link.pause_ns = VF_NBD_PAUSE_MIN_NS;
+	}
+	nbd->answered_count = 0;
+}
+
+static int vf_nbd_submit(struct vf_engine *engine, struct vf_req *req)
+{
+	struct vf_nbd *nbd = engine->state;
+	struct vf_nbd_cmd *cmd = &nbd->cmds[req->slot];
+
+	if (vf_unlikely(nbd->link.gave_up)) {
+		req->result = -ENOTCONN;
+		return 1;
+	}
+	cmd->req = req;
+	cmd->losses = 0;
+	cmd->behind = 0;
+	cmd->sent = 0;
+	engine->inflight_count++;
+	if (vf_likely(nbd->link.state == VF_NBD_UP))
+		vf_nbd_start(nbd, cmd);
+	return 0;
+}
+
+/* Without a system call where there is something already. */
+static uint32_t vf_nbd_reap(struct vf_engine *engine, struct vf_req **done, uint32_t max)
+{
+	struct vf_nbd *nbd = engine->state;
+	uint32_t count;
+
+	vf_nbd_link_pump(nbd);
+	if (vf_unlikely(nbd->news.count))
+		engine->readable |= VF_READABLE_NEWS;
+	for (count = 0; count < max && nbd->done_count; count++) {
+		done[count] = nbd->done[nbd->done_head];
+		nbd->done_head = nbd->done_head + 1u < nbd->slot_count ? nbd->done_head + 1u : 0;
+		nbd->done_count--;
+	}
+	engine->inflight_count -= count;
+	return count;
+}
+
+/* Look, and unless that brought something wait for the connection, count descriptors more, or the time. 1: the time. */
+static int vf_nbd_sleep(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms)
+{
+	struct vf_nbd *nbd = engine->state;
+	struct pollfd polled[VF_WATCH_MAX + 1u];
+	uint64_t until_ns, now_ns;
+	int limit_ms = timeout_ms;
+	int ready;
+
+	vf_nbd_link_pump(nbd);
+	if (nbd->done_count == 0 && nbd->news.count == 0) {
+		for (uint32_t i = 0; i < count; i++)
+			polled[i] = (struct pollfd){ .fd = fds[i], .events = POLLIN };
+		polled[count] = (struct pollfd){ .fd = -1 };
+		polled[count].fd = vf_nbd_link_wants(nbd, &polled[count].events, &until_ns);
+		if (until_ns != UINT64_MAX) {
+			now_ns = vf_nbd_now_ns();
+			if (until_ns <= now_ns)
+				limit_ms = 0;
+			else if ((until_ns - now_ns) / 1000000u < (uint64_t)limit_ms)
+				limit_ms = (int)((until_ns - now_ns) / 1000000u) + 1;
+		}
+		ready = poll(polled, count + 1u, limit_ms);
+		if (ready == 0 && limit_ms == timeout_ms)
+			return 1;
+		for (uint32_t i = 0; ready > 0 && i < count; i++)
+			engine->readable |= (uint32_t)(polled[i].revents != 0) << i;
+		/* With nothing in flight nobody reaps. */
+		if (ready <= 0 || polled[count].revents)
+			vf_nbd_link_pump(nbd);
+	}
+	if (nbd->news.count)
+		engine->readable |= VF_READABLE_NEWS;
+	return 0;
+}
+
+static void vf_nbd_wait(struct vf_engine *engine)
+{
+	if (engine->inflight_count)
+		vf_nbd_sleep(engine, NULL, 0, VF_NBD_WAIT_MS);
+}
+
+/* A command is on its way once it has been submitted. */
+static void vf_nbd_flush(struct vf_engine *engine)
+{
+	(void)engine;
+}
+
+static void vf_nbd_free(struct vf_nbd *nbd)
+{
+	if (nbd->bounce)
+		munmap(nbd->bounce, ((size_t)nbd->slot_count + 1u) * VF_NBD_BOUNCE_BYTES);
+	free(nbd->bounce_free);
+	free(nbd->done);
+	free(nbd->answered);
+	free(nbd->cmds);
+	nbd->bounce = NULL;
+	nbd->bounce_free = NULL;
+	nbd->done = NULL;
+	nbd->answered = NULL;
+	nbd->cmds = NULL;
+}
+
+static int vf_nbd_open(struct vf_engine *engine, uint32_t slot_count)
+{
+	struct vf_nbd *nbd = engine->context;
+	void *bounce;
+
+	nbd->slot_count = slot_count;
+	nbd->answered_count = nbd->done_head = nbd->done_count = 0;
+	nbd->cmds = calloc(slot_count, sizeof(*nbd->cmds));
+	nbd->answered = calloc(slot_count, sizeof(*nbd->answered));
+	nbd->done = calloc(slot_count, sizeof(struct vf_req *));
+	nbd->bounce_free = calloc(slot_count, sizeof(*nbd->bounce_free));
+	/* Address space: pages come as they are used, the same ones again and again. */
+	bounce = mmap(NULL, ((size_t)slot_count + 1u) * VF_NBD_BOUNCE_BYTES, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (bounce != MAP_FAILED)
+		nbd->bounce = bounce;
+	if (!nbd->cmds || !nbd->answered || !nbd->done || !nbd->bounce_free || !nbd->bounce) {
+		vf_nbd_free(nbd);
+		return -ENOMEM;
+	}
+	for (uint32_t i = 0; i < slot_count; i++) {
+		nbd->cmds[i].nbd = nbd;
+		nbd->bounce_free[i] = (uint16_t)(slot_count - 1u - i);
+	}
+	nbd->bounce_free_count = slot_count;
+	nbd->engine = engine;
+	engine->state = nbd;
+	engine->always = 1; /* a connection can die while there is nothing to do */
+	vf_nbd_link_open(nbd);
+	return 0;
+}
+
+static void vf_nbd_close(struct vf_engine *engine)
+{
+	struct vf_nbd *nbd = engine->state;
+
+	vf_nbd_link_close(nbd); /* before the buffers: nothing is received any more */
+	vf_nbd_free(nbd);
+	nbd->engine = NULL;
+	engine->state = NULL;
+}
+
+static const struct vf_engine_ops vf_engine_nbd = {
+	.name = "nbd",
+	.open = vf_nbd_open,
+	.submit = vf_nbd_submit,
+	.flush = vf_nbd_flush,
+	.reap = vf_nbd_reap,
+	.wait = vf_nbd_wait,
+	.sleep = vf_nbd_sleep,
+	.close = vf_nbd_close,
+	.publish_batch = 64,
+};
+
+struct vf_nbd *vf_nbd_create(const struct vf_nbd_config *config)
+{
+	struct vf_nbd *nbd;
+	int err;
+
+	if (strlen(config->uri) >= VF_NBD_URI_BYTES) {
+		errno = ENAMETOOLONG;
+		return NULL;
+	}
+	nbd = calloc(1, sizeof(*nbd));
+	if (!nbd)
+		return NULL;
+	nbd->config = *config;
+	snprintf(nbd->uri, sizeof(nbd->uri), "%s", config->uri);
+	nbd->config.uri = nbd->uri;
+	nbd->known_size_bytes = config->size_bytes;
+	nbd->plugin = (struct vf_engine_plugin)VF_ENGINE_PLUGIN(&vf_engine_nbd, nbd);
+	err = vf_nbd_news_open(&nbd->news);
+	if (err) {
+		free(nbd);
+		errno = -err;
+		return NULL;
+	}
+	return nbd;
+}
+
+void vf_nbd_destroy(struct vf_nbd *nbd)
+{
+	if (!nbd)
+		return;
+	vf_nbd_news_close(&nbd->news);
+	free(nbd);
+}

@@ -1,0 +1,450 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The connection to a server: made without waiting for it, watched, replaced when it dies.
+ */
+#define _GNU_SOURCE
+#include "engine_nbd.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "barrier.h"
+
+#define VF_NBD_PAUSE_MAX_NS (1000u * VF_NBD_MS)
+#define VF_NBD_HANDSHAKE_NS (10000u * VF_NBD_MS)
+#define VF_NBD_ENDING_NS (5000u * VF_NBD_MS)
+#define VF_NBD_SCAN_NS (50u * VF_NBD_MS)
+/* A machine that is gone says nothing: TCP asks it after so many seconds of silence. */
+#define VF_NBD_SILENCE_S 10
+#define VF_NBD_SILENCE_ASK_S 5
+#define VF_NBD_SILENCE_ASKS 3
+#define VF_NBD_DISCARD_MAX 64u /* reads of what nobody waits for any more, of one look */
+
+uint64_t vf_nbd_now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static void vf_nbd_close_fd(struct vf_nbd_link *link)
+{
+	if (link->fd >= 0)
+		close(link->fd);
+	link->fd = -1;
+}
+
+static void vf_nbd_drop_handle(struct vf_nbd_link *link)
+{
+	nbd_close(link->handle); /* no completion is called any more, and nothing is received into any buffer */
+	link->handle = NULL;
+}
+
+/* No connection from now on, for the reason in text. */
+static void vf_nbd_down(struct vf_nbd *nbd, uint64_t now_ns)
+{
+	struct vf_nbd_link *link = &nbd->link;
+
+	if (!link->lost_ns)
+		link->lost_ns = now_ns;
+	link->state = VF_NBD_DOWN;
+	link->next_ns = now_ns + link->pause_ns;
+	link->pause_ns = link->pause_ns < VF_NBD_PAUSE_MAX_NS / 2u ? 2u * link->pause_ns : VF_NBD_PAUSE_MAX_NS;
+}
+
+/* An attempt has failed. The log has each reason once an outage. */
+static void vf_nbd_refuse(struct vf_nbd *nbd, const char *text)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	uint64_t now_ns = vf_nbd_now_ns();
+
+	vf_nbd_drop_handle(link);
+	vf_nbd_close_fd(link);
+	vf_nbd_down(nbd, now_ns);
+	if (strcmp(link->refused, text) == 0)
+		return;
+	snprintf(link->refused, sizeof(link->refused), "%s", text);
+	vf_nbd_log(&nbd->news, "%s: cannot be used: %s; trying again", nbd->uri, text);
+}
+
+/* Whether the memory of a request is still there for a system call: 0, or -EFAULT where pages of a driver's have gone. */
+static int vf_nbd_memory_check(const struct vf_nbd_cmd *cmd)
+{
+	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+	uintptr_t first = (uintptr_t)cmd->data & ~(page - 1u);
+	uintptr_t end = (uintptr_t)cmd->data + cmd->len_bytes;
+	int how = cmd->kind == VF_NBD_READ ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
+
+	if (cmd->bounce || cmd->len_bytes == 0 || (cmd->kind != VF_NBD_READ && cmd->kind != VF_NBD_WRITE))
+		return 0;
+	return madvise((void *)first, end - first, how) ? -EFAULT : 0;
+}
+
+/* A connection that served has died, or is of no use any more. What was in flight is taken back. */
+static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	uint64_t now_ns = vf_nbd_now_ns();
+
+	/* Of connections that die one after the other the first has a line in the log. */
+	link->flap_count = link->has_served || now_ns - link->up_ns > VF_NBD_PAUSE_MAX_NS ? 0 : link->flap_count + 1u;
+
+	vf_nbd_drop_handle(link);
+	for (uint32_t i = 0; i < nbd->slot_count; i++) {
+		struct vf_nbd_cmd *cmd = &nbd->cmds[i];
+
+		if (!cmd->req || !cmd->sent)
+			continue;
+		if (err == EFAULT && vf_nbd_memory_check(cmd)) {
+			vf_nbd_finish(nbd, cmd, -EIO);
+		} else if (++cmd->losses >= VF_NBD_LOSSES_MAX) {
+			vf_nbd_log(&nbd->news, "%s: %u connections have died with a request at %llu; it ends with an error",
+				   nbd->uri, cmd->losses, (unsigned long long)cmd->offset_bytes);
+			vf_nbd_finish(nbd, cmd, -EIO);
+		} else {
+			vf_nbd_unsend(nbd, cmd);
+		}
+	}
+	link->refused[0] = '\0';
+	vf_nbd_down(nbd, now_ns);
+	if (link->flap_count < 2u)
+		vf_nbd_log(&nbd->news, "%s: the connection is lost: %s; connecting again, for %llu s without an error", nbd->uri,
+			   text, (unsigned long long)(nbd->config.reconnect_ns / 1000000000u));
+	/* What the server has not ended it may carry out later, over what is written by then. It closes its end when all
+	 * is done. */
+	shutdown(link->fd, SHUT_WR);
+	link->state = VF_NBD_ENDING;
+	link->end_ns = now_ns + VF_NBD_ENDING_NS;
+}
+
+static void vf_nbd_look_ending(struct vf_nbd *nbd, uint64_t now_ns)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	char discarded[16384];
+	ssize_t n = 1;
+
+	for (uint32_t i = 0; i < VF_NBD_DISCARD_MAX && n > 0; i++)
+		n = recv(link->fd, discarded, sizeof(discarded), MSG_DONTWAIT);
+	if (n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR))) {
+		if (now_ns < link->end_ns)
+			return;
+		vf_nbd_log(&nbd->news, "%s: the server has not closed the old connection; going on without", nbd->uri);
+	}
+	vf_nbd_close_fd(link);
+	link->state = VF_NBD_DOWN;
+}
+
+static void vf_nbd_connect(struct vf_nbd *nbd, uint64_t now_ns)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	char text[VF_NBD_TEXT_BYTES];
+
+	link->handle = vf_nbd_handle_new(0, text, sizeof(text));
+	if (!link->handle) {
+		vf_nbd_refuse(nbd, text);
+		return;
+	}
+	if (nbd_aio_connect_uri(link->handle, nbd->uri) < 0) {
+		vf_nbd_error_text(text, sizeof(text));
+		vf_nbd_refuse(nbd, text);
+		return;
+	}
+	link->state = VF_NBD_CONNECTING;
+	link->end_ns = now_ns + VF_NBD_HANDSHAKE_NS;
+}
+
+/* Why an export cannot be what the device is made on. 0, or -1 with text filled in. */
+static int vf_nbd_check(const struct vf_nbd *nbd, const struct vf_nbd_export *export, char *text, size_t text_bytes)
+{
+	uint64_t needed = nbd->engine->store.size_bytes;
+
+	if (export->size_bytes < needed)
+		snprintf(text, text_bytes, "the export has %llu bytes now, but the device has %llu",
+			 (unsigned long long)export->size_bytes, (unsigned long long)needed);
+	else if (export->read_only && !nbd->config.read_only)
+		snprintf(text, text_bytes, "the export is read-only now");
+	else if (export->block_min_bytes > nbd->config.block_size_bytes)
+		snprintf(text, text_bytes, "the export takes no blocks below %u bytes now, but the device has blocks of %u",
+			 export->block_min_bytes, nbd->config.block_size_bytes);
+	else
+		return 0;
+	return -1;
+}
+
+static void vf_nbd_watch_silence(int fd)
+{
+	const struct { int name; int value; } options[] = {
+		{ TCP_KEEPIDLE, VF_NBD_SILENCE_S },
+		{ TCP_KEEPINTVL, VF_NBD_SILENCE_ASK_S },
+		{ TCP_KEEPCNT, VF_NBD_SILENCE_ASKS },
+		{ TCP_USER_TIMEOUT, (VF_NBD_SILENCE_S + VF_NBD_SILENCE_ASK_S * VF_NBD_SILENCE_ASKS) * 1000 },
+	};
+	int one = 1;
+
+	if (setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one)))
+		return;
+	for (size_t i = 0; i < sizeof(options) / sizeof(options[0]); i++) /* a Unix socket refuses them, and needs none */
+		setsockopt(fd, IPPROTO_TCP, options[i].name, &options[i].value, sizeof(options[i].value));
+}
+
+static void vf_nbd_arrive(struct vf_nbd *nbd)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	char text[VF_NBD_TEXT_BYTES];
+
+	if (vf_nbd_export_read(link->handle, &link->export, text, sizeof(text)) ||
+	    vf_nbd_check(nbd, &link->export, text, sizeof(text))) {
+		vf_nbd_refuse(nbd, text);
+		return;
+	}
+	link->fd = fcntl(nbd_aio_get_fd(link->handle), F_DUPFD_CLOEXEC, 0);
+	if (link->fd < 0) {
+		vf_nbd_refuse(nbd, "no descriptor is left");
+		return;
+	}
+	vf_nbd_watch_silence(link->fd);
+	if (link->was_up ? link->flap_count < 2u : link->refused[0])
+		vf_nbd_log(&nbd->news, "%s: connected again after %.1f s", nbd->uri,
+			   (double)(vf_nbd_now_ns() - link->lost_ns) / 1e9);
+	link->state = VF_NBD_UP;
+	link->up_ns = vf_nbd_now_ns();
+	link->lost_ns = 0;
+	link->was_up = 1;
+	link->leaving = link->outgrown = link->gave_up = link->has_served = 0;
+	link->refused[0] = '\0';
+	if (link->export.size_bytes > nbd->known_size_bytes) {
+		nbd->known_size_bytes = link->export.size_bytes;
+		vf_nbd_tell_size(&nbd->news, link->export.size_bytes);
+	}
+	for (uint32_t i = 0; i < nbd->slot_count && link->state == VF_NBD_UP; i++) {
+		if (nbd->cmds[i].req && !nbd->cmds[i].sent)
+			vf_nbd_start(nbd, &nbd->cmds[i]);
+	}
+}
+
+static void vf_nbd_look_connecting(struct vf_nbd *nbd, uint64_t now_ns)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	struct pollfd polled = { .fd = -1 };
+	char text[VF_NBD_TEXT_BYTES];
+	uint64_t until_ns;
+	int rc = 0;
+
+	polled.fd = vf_nbd_link_wants(nbd, &polled.events, &until_ns);
+	if (poll(&polled, 1, 0) > 0) {
+		if (polled.revents & (POLLIN | POLLHUP) || !(polled.events & POLLOUT))
+			rc = polled.events & POLLIN ? nbd_aio_notify_read(link->handle) : nbd_aio_notify_write(link->handle);
+		else
+			rc = nbd_aio_notify_write(link->handle);
+	}
+	if (rc < 0) {
+		vf_nbd_error_text(text, sizeof(text));
+		vf_nbd_refuse(nbd, text);
+	} else if (nbd_aio_is_ready(link->handle) == 1) {
+		vf_nbd_arrive(nbd);
+	} else if (nbd_aio_is_connecting(link->handle) != 1) {
+		vf_nbd_refuse(nbd, "the server has hung up in the handshake");
+	} else if (now_ns >= link->end_ns) {
+		vf_nbd_refuse(nbd, "the server does not go on with the handshake");
+	}
+}
+
+/* End requests that have been without an answer for too long, and the connection with them: a late answer must find no
+ * buffer. */
+static void vf_nbd_scan(struct vf_nbd *nbd, uint64_t now_ns)
+{
+	uint32_t expired_count = 0;
+	char text[96];
+
+	nbd->link.scan_ns = now_ns + VF_NBD_SCAN_NS;
+	for (uint32_t i = 0; i < nbd->slot_count; i++) {
+		const struct vf_nbd_cmd *cmd = &nbd->cmds[i];
+
+		expired_count += cmd->req && cmd->sent && now_ns - cmd->since_ns >= nbd->config.timeout_ns;
+	}
+	if (!expired_count)
+		return;
+	/* Before the buffers go back to the driver. */
+	vf_nbd_drop_handle(&nbd->link);
+	for (uint32_t i = 0; i < nbd->slot_count; i++) {
+		struct vf_nbd_cmd *cmd = &nbd->cmds[i];
+
+		if (cmd->req && cmd->sent && now_ns - cmd->since_ns >= nbd->config.timeout_ns)
+			vf_nbd_finish(nbd, cmd, -ETIMEDOUT);
+	}
+	snprintf(text, sizeof(text), "%u requests had no answer for %.1f s", expired_count,
+		 (double)nbd->config.timeout_ns / 1e9);
+	nbd->link.has_served = 1; /* whatever it did: this has to be said */
+	vf_nbd_lose(nbd, 0, text);
+}
+
+static void vf_nbd_look_up(struct vf_nbd *nbd)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	char text[VF_NBD_TEXT_BYTES];
+	unsigned int direction;
+	int rc = 0;
+
+	for (uint32_t i = 0; i < nbd->slot_count; i++) {
+		uint32_t before = nbd->answered_count;
+
+		direction = nbd_aio_get_direction(link->handle);
+		if (direction & LIBNBD_AIO_DIRECTION_WRITE)
+			rc = nbd_aio_notify_write(link->handle);
+		if (rc == 0 && nbd_aio_get_direction(link->handle) & LIBNBD_AIO_DIRECTION_READ)
+			rc = nbd_aio_notify_read(link->handle);
+		if (rc < 0 || nbd->answered_count == before)
+			break;
+	}
+	/* It may be that nothing failed now, but while a command was sent. */
+	if (vf_likely(rc == 0 && nbd_aio_get_direction(link->handle) && !link->leaving && !link->outgrown))
+		return;
+	vf_nbd_error_text(text, sizeof(text));
+	if (rc == 0 && nbd_aio_is_closed(link->handle) == 1)
+		snprintf(text, sizeof(text), "the server has closed it");
+	else if (link->leaving)
+		snprintf(text, sizeof(text), "the server shuts down");
+	else if (link->outgrown)
+		snprintf(text, sizeof(text), "the export was smaller when it was made");
+	rc = nbd_get_errno();
+	vf_nbd_digest(nbd); /* answers that came before count */
+	vf_nbd_lose(nbd, rc, text);
+}
+
+static void vf_nbd_give_up(struct vf_nbd *nbd)
+{
+	nbd->link.gave_up = 1;
+	vf_nbd_log(&nbd->news, "%s: no connection for %llu s: requests end with errors until there is one", nbd->uri,
+		   (unsigned long long)(nbd->config.reconnect_ns / 1000000000u));
+	for (uint32_t i = 0; i < nbd->slot_count; i++) {
+		if (nbd->cmds[i].req)
+			vf_nbd_finish(nbd, &nbd->cmds[i], -ENOTCONN);
+	}
+}
+
+void vf_nbd_link_pump(struct vf_nbd *nbd)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	uint64_t now_ns;
+
+	if (vf_likely(link->state == VF_NBD_UP)) {
+		vf_nbd_look_up(nbd);
+		vf_nbd_digest(nbd);
+		if (!nbd->config.timeout_ns || link->state != VF_NBD_UP)
+			return;
+		now_ns = vf_nbd_now_ns();
+		if (now_ns >= link->scan_ns)
+			vf_nbd_scan(nbd, now_ns);
+		return;
+	}
+	now_ns = vf_nbd_now_ns();
+	if (link->state == VF_NBD_ENDING)
+		vf_nbd_look_ending(nbd, now_ns);
+	if (link->state == VF_NBD_DOWN && now_ns >= link->next_ns)
+		vf_nbd_connect(nbd, now_ns);
+	if (link->state == VF_NBD_CONNECTING)
+		vf_nbd_look_connecting(nbd, now_ns);
+	if (link->state != VF_NBD_UP && !link->gave_up && now_ns - link->lost_ns >= nbd->config.reconnect_ns)
+		vf_nbd_give_up(nbd);
+}
+
+int vf_nbd_link_wants(const struct vf_nbd *nbd, short *events, uint64_t *until_ns)
+{
+	const struct vf_nbd_link *link = &nbd->link;
+	unsigned int direction;
+
+	*events = POLLIN;
+	*until_ns = UINT64_MAX;
+	if (link->state == VF_NBD_UP && nbd->config.timeout_ns)
+		*until_ns = link->scan_ns;
+	else if (link->state != VF_NBD_UP)
+		*until_ns = link->state == VF_NBD_DOWN ? link->next_ns : link->end_ns;
+	if (link->state != VF_NBD_UP && !link->gave_up && link->lost_ns + nbd->config.reconnect_ns < *until_ns)
+		*until_ns = link->lost_ns + nbd->config.reconnect_ns;
+	if (link->state == VF_NBD_ENDING || link->state == VF_NBD_DOWN)
+		return link->fd;
+	direction = nbd_aio_get_direction(link->handle);
+	*events = (short)((direction & LIBNBD_AIO_DIRECTION_READ ? POLLIN : 0) |
+			  (direction & LIBNBD_AIO_DIRECTION_WRITE ? POLLOUT : 0));
+	return direction ? nbd_aio_get_fd(link->handle) : -1;
+}
+
+/* Runs inside of libnbd, which must not be called again from here. 1: libnbd forgets the command. */
+static int vf_nbd_on_answer(void *context, int *error)
+{
+	struct vf_nbd_cmd *cmd = context;
+	struct vf_nbd *nbd = cmd->nbd;
+
+	/* Not an answer, but the end of the connection; the server has no such error. */
+	if (*error == ENOTCONN)
+		return 1;
+	if (*error == ESHUTDOWN) {
+		nbd->link.leaving = 1;
+		return 1;
+	}
+	cmd->err = *error;
+	nbd->answered[nbd->answered_count++] = (uint16_t)(cmd - nbd->cmds);
+	return 1;
+}
+
+void vf_nbd_link_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	struct nbd_handle *handle = nbd->link.handle;
+	nbd_completion_callback done = { .callback = vf_nbd_on_answer, .user_data = cmd };
+	int64_t cookie = -1;
+
+	switch ((enum vf_nbd_kind)cmd->kind) {
+	case VF_NBD_READ:
+		cookie = nbd_aio_pread(handle, cmd->data, cmd->len_bytes, cmd->offset_bytes, done, 0);
+		break;
+	case VF_NBD_WRITE:
+		cookie = nbd_aio_pwrite(handle, cmd->data, cmd->len_bytes, cmd->offset_bytes, done, cmd->flags);
+		break;
+	case VF_NBD_FLUSH:
+		cookie = nbd_aio_flush(handle, done, 0);
+		break;
+	case VF_NBD_TRIM:
+		cookie = nbd_aio_trim(handle, cmd->len_bytes, cmd->offset_bytes, done, cmd->flags);
+		break;
+	case VF_NBD_ZERO:
+		cookie = nbd_aio_zero(handle, cmd->len_bytes, cmd->offset_bytes, done, cmd->flags);
+		break;
+	}
+	if (vf_likely(cookie >= 0))
+		return;
+	cmd->err = nbd_get_errno();
+	if (nbd_aio_get_direction(handle) == 0) /* it has died: the next look sees it */
+		return;
+	if (cmd->err <= 0)
+		cmd->err = EIO;
+	nbd->answered[nbd->answered_count++] = (uint16_t)(cmd - nbd->cmds);
+}
+
+void vf_nbd_link_open(struct vf_nbd *nbd)
+{
+	uint64_t now_ns = vf_nbd_now_ns();
+
+	nbd->link = (struct vf_nbd_link){ .fd = -1, .lost_ns = now_ns, .pause_ns = VF_NBD_PAUSE_MIN_NS };
+	vf_nbd_connect(nbd, now_ns);
+}
+
+void vf_nbd_link_close(struct vf_nbd *nbd)
+{
+	struct vf_nbd_link *link = &nbd->link;
+
+	if (link->state == VF_NBD_UP)
+		nbd_aio_disconnect(link->handle, 0); /* a word of farewell, if it goes out at once */
+	vf_nbd_drop_handle(link);
+	vf_nbd_close_fd(link);
+	link->state = VF_NBD_DOWN;
+}

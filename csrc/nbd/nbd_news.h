@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What an engine has to say to the process around it: lines for a log, and sizes. A ring of them and an eventfd.
+ */
+#ifndef VF_NBD_NEWS_H
+#define VF_NBD_NEWS_H
+
+#include <stdint.h>
+
+#define VF_NBD_NEWS_MAX 16u
+#define VF_NBD_NEWS_BYTES 800u
+
+struct vf_nbd_news {
+	uint64_t size_bytes; /* 0: a line for the log */
+	char text[VF_NBD_NEWS_BYTES];
+};
+
+struct vf_nbd_news_ring {
+	int fd; /* readable while there is something */
+	uint32_t head;
+	uint32_t count;
+	struct vf_nbd_news items[VF_NBD_NEWS_MAX];
+};
+
+/* 0 or -errno. */
+int vf_nbd_news_open(struct vf_nbd_news_ring *ring);
+void vf_nbd_news_close(struct vf_nbd_news_ring *ring);
+
+/* What does not fit is dropped: what was said first says more. */
+void vf_nbd_log(struct vf_nbd_news_ring *ring, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void vf_nbd_tell_size(struct vf_nbd_news_ring *ring, uint64_t size_bytes);
+
+/* Take the oldest. 1, or 0 when there is none, which makes the descriptor unreadable. */
+int vf_nbd_news_take(struct vf_nbd_news_ring *ring, struct vf_nbd_news *news);
+
+#endif
