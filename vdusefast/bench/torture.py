@@ -78,6 +78,11 @@ def _open_store(options: TortureOptions, transport: str, opened: ExitStack) -> s
             wrong = " and ".join(others) or "--transport kernel"
             raise ConfigError(f"--backend {options.backend} is memory, which ends with its server: leave out {wrong}")
         return options.backend
+    if options.backend is not None and not options.backend.startswith("file:"):
+        others = sorted({kind for kind, count in options.kills.items() if count} & {*NEEDS_FILE})
+        if others:
+            raise ConfigError(f"--backend {options.backend} is no file: leave out {' and '.join(others)}")
+        return options.backend
     exists = options.backend is not None and Path(options.backend.removeprefix("file:")).exists()
     size_bytes = options.size_bytes or (0 if exists else SIZE_BYTES)
     store = BenchStore(options.backend, size_bytes, reads=False, say=lambda text: print(text, flush=True))

@@ -33,8 +33,8 @@ def run_command(
     from vdusefast.bench.torture import run_torture
 
     defaults = TortureOptions()
-    if backend is not None and not backend.startswith(("file:", "memory:")):
-        raise ConfigError(f"--backend {backend}: what is written must be kept: file:PATH or memory:SIZE")
+    if backend is not None and backend.startswith(("null:", "faulty:")):
+        raise ConfigError(f"--backend {backend}: what is written must be kept, and no request may fail")
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ConfigError(f"--json {json_path}: there is no directory {json_path.absolute().parent}")
     return run_torture(
