@@ -155,6 +155,16 @@ void vf_nbd_start(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	vf_nbd_link_send(nbd, cmd);
 }
 
+void vf_nbd_answer(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int err)
+{
+	if (vf_unlikely(err == ESHUTDOWN)) {
+		nbd->link.leaving = 1; /* the next one may carry it out */
+		return;
+	}
+	cmd->err = err;
+	nbd->answered[nbd->answered_count++] = (uint16_t)(cmd - nbd->cmds);
+}
+
 /* Take the success of a command into its request, and go on with that. */
 static void vf_nbd_advance(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 {
@@ -278,10 +288,12 @@ static void vf_nbd_wait(struct vf_engine *engine)
 		vf_nbd_sleep(engine, NULL, 0, VF_NBD_WAIT_MS);
 }
 
-/* A command is on its way once it has been submitted. */
 static void vf_nbd_flush(struct vf_engine *engine)
 {
-	(void)engine;
+	struct vf_nbd *nbd = engine->state;
+
+	if (nbd->wire.count)
+		vf_nbd_wire_flush(nbd);
 }
 
 static void vf_nbd_free(struct vf_nbd *nbd)
@@ -292,6 +304,7 @@ static void vf_nbd_free(struct vf_nbd *nbd)
 	free(nbd->done);
 	free(nbd->answered);
 	free(nbd->cmds);
+	vf_nbd_wire_close(nbd);
 	nbd->bounce = NULL;
 	nbd->bounce_free = NULL;
 	nbd->done = NULL;
@@ -315,7 +328,7 @@ static int vf_nbd_open(struct vf_engine *engine, uint32_t slot_count)
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (bounce != MAP_FAILED)
 		nbd->bounce = bounce;
-	if (!nbd->cmds || !nbd->answered || !nbd->done || !nbd->bounce_free || !nbd->bounce) {
+	if (vf_nbd_wire_open(nbd) || !nbd->cmds || !nbd->answered || !nbd->done || !nbd->bounce_free || !nbd->bounce) {
 		vf_nbd_free(nbd);
 		return -ENOMEM;
 	}

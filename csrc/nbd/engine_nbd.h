@@ -35,6 +35,16 @@ enum vf_nbd_kind {
 
 struct vf_nbd;
 
+/* As it goes over the socket; all in network order. */
+struct vf_nbd_request {
+	uint32_t magic;
+	uint16_t flags;
+	uint16_t type;
+	uint64_t cookie;
+	uint64_t offset_bytes;
+	uint32_t len_bytes;
+} __attribute__((packed));
+
 /* What a request has in flight, or waits to send: at the index of its slot. */
 struct vf_nbd_cmd {
 	struct vf_nbd *nbd;
@@ -43,13 +53,16 @@ struct vf_nbd_cmd {
 	uint8_t *bounce; /* NULL, or the buffer that `data` is */
 	uint64_t offset_bytes;
 	uint64_t since_ns; /* when it was given to the connection that it is on */
+	uint64_t cookie; /* 0: nothing is asked */
 	uint32_t len_bytes;
 	uint32_t losses;
 	int32_t err; /* of the answer: 0 or a positive errno */
 	uint8_t kind; /* enum vf_nbd_kind */
-	uint8_t flags; /* LIBNBD_CMD_FLAG_* */
+	uint8_t flags; /* LIBNBD_CMD_FLAG_*, which are those of the protocol */
 	uint8_t sent;
+	uint8_t queued; /* it waits to go out, or has begun to */
 	uint8_t behind; /* all data is written: what is left is the flush behind it */
+	struct vf_nbd_request request;
 };
 
 enum vf_nbd_link_state {
@@ -79,6 +92,23 @@ struct vf_nbd_link {
 	char refused[VF_NBD_TEXT_BYTES]; /* what the log says of the attempts of this outage */
 };
 
+/* The transmission of a connection without TLS: nbd_wire.c. */
+struct vf_nbd_wire {
+	uint8_t on;
+	int err; /* errno of what failed where nobody was told */
+	uint32_t seq; /* of cookies */
+	uint16_t *queue; /* slots whose requests go out next */
+	uint32_t head;
+	uint32_t count;
+	size_t front_bytes; /* of the first one that are out */
+	uint8_t *in; /* received and not looked at: [in_at, in_end) */
+	uint32_t in_at;
+	uint32_t in_end;
+	struct vf_nbd_cmd *into; /* whose data comes now, into_at bytes of it are there */
+	uint32_t into_at;
+	uint32_t large_count; /* reads without an answer whose data is not worth a copy */
+};
+
 struct vf_nbd_config {
 	const char *uri;
 	uint64_t size_bytes; /* of the device */
@@ -96,6 +126,7 @@ struct vf_nbd {
 	/* While the engine is open: */
 	struct vf_engine *engine;
 	struct vf_nbd_link link;
+	struct vf_nbd_wire wire;
 	uint64_t known_size_bytes; /* of the export, that the device has been told of */
 	uint32_t slot_count;
 	struct vf_nbd_cmd *cmds;
@@ -117,6 +148,8 @@ void vf_nbd_destroy(struct vf_nbd *nbd);
 
 /* Give a command to the connection, which is up; it may be finished at once, by an error or as there is nothing to do. */
 void vf_nbd_start(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd);
+/* Note an answer, 0 or a positive errno; nothing else happens before vf_nbd_digest(). */
+void vf_nbd_answer(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int err);
 /* Look at the answers that have come. */
 void vf_nbd_digest(struct vf_nbd *nbd);
 /* End a request: 0 or -errno. */
@@ -136,5 +169,20 @@ void vf_nbd_link_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd);
 int vf_nbd_link_wants(const struct vf_nbd *nbd, short *events, uint64_t *until_ns);
 
 uint64_t vf_nbd_now_ns(void);
+
+/* nbd_wire.c */
+
+/* The buffers: 0 or -errno. */
+int vf_nbd_wire_open(struct vf_nbd *nbd);
+void vf_nbd_wire_close(struct vf_nbd *nbd);
+/* Begin on a fresh connection, end with it, and say goodbye before. */
+void vf_nbd_wire_start(struct vf_nbd *nbd);
+void vf_nbd_wire_stop(struct vf_nbd *nbd);
+void vf_nbd_wire_leave(struct vf_nbd *nbd);
+/* Have a command go out with the next flush. */
+void vf_nbd_wire_put(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd);
+void vf_nbd_wire_flush(struct vf_nbd *nbd);
+/* Take what has come, without waiting. 0, or -1 with text filled in: the connection is of no use any more. */
+int vf_nbd_wire_look(struct vf_nbd *nbd, char *text, size_t text_bytes);
 
 #endif

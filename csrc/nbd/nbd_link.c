@@ -100,6 +100,7 @@ static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
 	link->flap_count = link->has_served || now_ns - link->up_ns > VF_NBD_PAUSE_MAX_NS ? 0 : link->flap_count + 1u;
 
 	vf_nbd_drop_handle(link);
+	vf_nbd_wire_stop(nbd);
 	for (uint32_t i = 0; i < nbd->slot_count; i++) {
 		struct vf_nbd_cmd *cmd = &nbd->cmds[i];
 
@@ -216,6 +217,10 @@ static void vf_nbd_arrive(struct vf_nbd *nbd)
 	if (link->was_up ? link->flap_count < 2u : link->refused[0])
 		vf_nbd_log(&nbd->news, "%s: connected again after %.1f s", nbd->uri,
 			   (double)(vf_nbd_now_ns() - link->lost_ns) / 1e9);
+	if (nbd_get_tls_negotiated(link->handle) == 0) {
+		vf_nbd_wire_start(nbd);
+		vf_nbd_drop_handle(link); /* the socket is ours now */
+	}
 	link->state = VF_NBD_UP;
 	link->up_ns = vf_nbd_now_ns();
 	link->lost_ns = 0;
@@ -230,6 +235,7 @@ static void vf_nbd_arrive(struct vf_nbd *nbd)
 		if (nbd->cmds[i].req && !nbd->cmds[i].sent)
 			vf_nbd_start(nbd, &nbd->cmds[i]);
 	}
+	vf_nbd_wire_flush(nbd);
 }
 
 static void vf_nbd_look_connecting(struct vf_nbd *nbd, uint64_t now_ns)
@@ -288,10 +294,10 @@ static void vf_nbd_scan(struct vf_nbd *nbd, uint64_t now_ns)
 	vf_nbd_lose(nbd, 0, text);
 }
 
-static void vf_nbd_look_up(struct vf_nbd *nbd)
+/* Look at a connection that libnbd carries. 0, or -1 with text filled in: it is of no use any more. */
+static int vf_nbd_look_tls(struct vf_nbd *nbd, char *text, size_t text_bytes, int *err)
 {
 	struct vf_nbd_link *link = &nbd->link;
-	char text[VF_NBD_TEXT_BYTES];
 	unsigned int direction;
 	int rc = 0;
 
@@ -307,18 +313,40 @@ static void vf_nbd_look_up(struct vf_nbd *nbd)
 			break;
 	}
 	/* It may be that nothing failed now, but while a command was sent. */
-	if (vf_likely(rc == 0 && nbd_aio_get_direction(link->handle) && !link->leaving && !link->outgrown))
-		return;
-	vf_nbd_error_text(text, sizeof(text));
+	if (vf_likely(rc == 0 && nbd_aio_get_direction(link->handle)))
+		return 0;
+	*err = nbd_get_errno();
 	if (rc == 0 && nbd_aio_is_closed(link->handle) == 1)
-		snprintf(text, sizeof(text), "the server has closed it");
-	else if (link->leaving)
+		snprintf(text, text_bytes, "the server has closed it");
+	else
+		vf_nbd_error_text(text, text_bytes);
+	return -1;
+}
+
+static void vf_nbd_look_up(struct vf_nbd *nbd)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	char text[VF_NBD_TEXT_BYTES];
+	int err = 0;
+	int rc;
+
+	if (vf_likely(nbd->wire.on)) {
+		rc = vf_nbd_wire_look(nbd, text, sizeof(text));
+		err = nbd->wire.err;
+	} else {
+		rc = vf_nbd_look_tls(nbd, text, sizeof(text), &err);
+	}
+	vf_nbd_digest(nbd);
+	if (vf_likely(rc == 0 && !link->leaving && !link->outgrown)) {
+		if (nbd->wire.count)
+			vf_nbd_wire_flush(nbd); /* what follows from the answers */
+		return;
+	}
+	if (link->leaving)
 		snprintf(text, sizeof(text), "the server shuts down");
 	else if (link->outgrown)
 		snprintf(text, sizeof(text), "the export was smaller when it was made");
-	rc = nbd_get_errno();
-	vf_nbd_digest(nbd); /* answers that came before count */
-	vf_nbd_lose(nbd, rc, text);
+	vf_nbd_lose(nbd, err, text);
 }
 
 static void vf_nbd_give_up(struct vf_nbd *nbd)
@@ -339,7 +367,6 @@ void vf_nbd_link_pump(struct vf_nbd *nbd)
 
 	if (vf_likely(link->state == VF_NBD_UP)) {
 		vf_nbd_look_up(nbd);
-		vf_nbd_digest(nbd);
 		if (!nbd->config.timeout_ns || link->state != VF_NBD_UP)
 			return;
 		now_ns = vf_nbd_now_ns();
@@ -373,6 +400,10 @@ int vf_nbd_link_wants(const struct vf_nbd *nbd, short *events, uint64_t *until_n
 		*until_ns = link->lost_ns + nbd->config.reconnect_ns;
 	if (link->state == VF_NBD_ENDING || link->state == VF_NBD_DOWN)
 		return link->fd;
+	if (link->state == VF_NBD_UP && nbd->wire.on) {
+		*events = (short)(POLLIN | (nbd->wire.count ? POLLOUT : 0));
+		return link->fd;
+	}
 	direction = nbd_aio_get_direction(link->handle);
 	*events = (short)((direction & LIBNBD_AIO_DIRECTION_READ ? POLLIN : 0) |
 			  (direction & LIBNBD_AIO_DIRECTION_WRITE ? POLLOUT : 0));
@@ -388,12 +419,7 @@ static int vf_nbd_on_answer(void *context, int *error)
 	/* Not an answer, but the end of the connection; the server has no such error. */
 	if (*error == ENOTCONN)
 		return 1;
-	if (*error == ESHUTDOWN) {
-		nbd->link.leaving = 1;
-		return 1;
-	}
-	cmd->err = *error;
-	nbd->answered[nbd->answered_count++] = (uint16_t)(cmd - nbd->cmds);
+	vf_nbd_answer(nbd, cmd, *error);
 	return 1;
 }
 
@@ -402,7 +428,12 @@ void vf_nbd_link_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	struct nbd_handle *handle = nbd->link.handle;
 	nbd_completion_callback done = { .callback = vf_nbd_on_answer, .user_data = cmd };
 	int64_t cookie = -1;
+	int err;
 
+	if (vf_likely(nbd->wire.on)) {
+		vf_nbd_wire_put(nbd, cmd);
+		return;
+	}
 	switch ((enum vf_nbd_kind)cmd->kind) {
 	case VF_NBD_READ:
 		cookie = nbd_aio_pread(handle, cmd->data, cmd->len_bytes, cmd->offset_bytes, done, 0);
@@ -422,12 +453,9 @@ void vf_nbd_link_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	}
 	if (vf_likely(cookie >= 0))
 		return;
-	cmd->err = nbd_get_errno();
-	if (nbd_aio_get_direction(handle) == 0) /* it has died: the next look sees it */
-		return;
-	if (cmd->err <= 0)
-		cmd->err = EIO;
-	nbd->answered[nbd->answered_count++] = (uint16_t)(cmd - nbd->cmds);
+	err = nbd_get_errno();
+	if (nbd_aio_get_direction(handle)) /* else it has died: the next look sees it */
+		vf_nbd_answer(nbd, cmd, err > 0 && err != ESHUTDOWN ? err : EIO);
 }
 
 void vf_nbd_link_open(struct vf_nbd *nbd)
@@ -442,8 +470,11 @@ void vf_nbd_link_close(struct vf_nbd *nbd)
 {
 	struct vf_nbd_link *link = &nbd->link;
 
-	if (link->state == VF_NBD_UP)
+	if (link->state == VF_NBD_UP && nbd->wire.on)
+		vf_nbd_wire_leave(nbd);
+	else if (link->state == VF_NBD_UP)
 		nbd_aio_disconnect(link->handle, 0); /* a word of farewell, if it goes out at once */
+	vf_nbd_wire_stop(nbd);
 	vf_nbd_drop_handle(link);
 	vf_nbd_close_fd(link);
 	link->state = VF_NBD_DOWN;

@@ -1,0 +1,317 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Requests and simple replies on a socket that libnbd has brought through the handshake: all that a round has made go by
+ * one system call, and what has come is taken by one. libnbd itself takes three for a request. Under TLS the socket
+ * belongs to it.
+ *
+ * Source: doc/proto.md of the NBD project, "Transmission phase".
+ */
+#define _GNU_SOURCE
+#include "engine_nbd.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "barrier.h"
+
+#define VF_NBD_REQUEST_MAGIC 0x25609513u
+#define VF_NBD_REPLY_MAGIC 0x67446698u
+#define VF_NBD_REPLY_BYTES 16u
+#define VF_NBD_CMD_DISC 2u
+#define VF_NBD_IN_BYTES (256u << 10)
+/* While large reads are out, so little is taken beside the data that is received where it belongs: no more is copied. */
+#define VF_NBD_IN_SMALL_BYTES 1024u
+#define VF_NBD_LARGE_BYTES (32u << 10)
+#define VF_NBD_OUT_IOVS 128u
+#define VF_NBD_LOOKS_MAX 64u
+
+static const uint16_t vf_nbd_types[] = {
+	[VF_NBD_READ] = 0, [VF_NBD_WRITE] = 1, [VF_NBD_FLUSH] = 3, [VF_NBD_TRIM] = 4, [VF_NBD_ZERO] = 6,
+};
+
+_Static_assert(sizeof(struct vf_nbd_request) == 28, "doc/proto.md: request message");
+
+static void vf_nbd_request_make(struct vf_nbd_request *request, uint16_t type, uint16_t flags, uint64_t cookie,
+				uint64_t offset_bytes, uint32_t len_bytes)
+{
+	*request = (struct vf_nbd_request){
+		.magic = htobe32(VF_NBD_REQUEST_MAGIC),
+		.flags = htobe16(flags),
+		.type = htobe16(type),
+		.cookie = htobe64(cookie),
+		.offset_bytes = htobe64(offset_bytes),
+		.len_bytes = htobe32(len_bytes),
+	};
+}
+
+static int vf_nbd_is_large(const struct vf_nbd_cmd *cmd)
+{
+	return cmd->kind == VF_NBD_READ && cmd->len_bytes >= VF_NBD_LARGE_BYTES;
+}
+
+int vf_nbd_wire_open(struct vf_nbd *nbd)
+{
+	struct vf_nbd_wire *wire = &nbd->wire;
+
+	*wire = (struct vf_nbd_wire){ .queue = calloc(nbd->slot_count, sizeof(*wire->queue)),
+				      .in = malloc(VF_NBD_IN_BYTES) };
+	if (wire->queue && wire->in)
+		return 0;
+	vf_nbd_wire_close(nbd);
+	return -ENOMEM;
+}
+
+void vf_nbd_wire_close(struct vf_nbd *nbd)
+{
+	free(nbd->wire.queue);
+	free(nbd->wire.in);
+	nbd->wire.queue = NULL;
+	nbd->wire.in = NULL;
+}
+
+void vf_nbd_wire_start(struct vf_nbd *nbd)
+{
+	nbd->wire = (struct vf_nbd_wire){ .queue = nbd->wire.queue, .in = nbd->wire.in, .seq = nbd->wire.seq, .on = 1 };
+}
+
+void vf_nbd_wire_stop(struct vf_nbd *nbd)
+{
+	nbd->wire.on = 0;
+	for (; nbd->wire.count; nbd->wire.count--) {
+		nbd->cmds[nbd->wire.queue[nbd->wire.head]].queued = 0;
+		nbd->wire.head = nbd->wire.head + 1u < nbd->slot_count ? nbd->wire.head + 1u : 0;
+	}
+}
+
+void vf_nbd_wire_leave(struct vf_nbd *nbd)
+{
+	struct vf_nbd_request request;
+	ssize_t sent;
+
+	if (nbd->wire.count)
+		return;
+	vf_nbd_request_make(&request, VF_NBD_CMD_DISC, 0, 0, 0, 0);
+	sent = send(nbd->link.fd, &request, sizeof(request), MSG_NOSIGNAL | MSG_DONTWAIT);
+	(void)sent; /* a word of farewell */
+}
+
+void vf_nbd_wire_put(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	struct vf_nbd_wire *wire = &nbd->wire;
+	uint32_t slot = (uint32_t)(cmd - nbd->cmds);
+	uint32_t at = wire->head + wire->count;
+
+	/* The cookie tells an answer to what a slot had before. */
+	cmd->cookie = (uint64_t)++wire->seq << 16 | slot;
+	vf_nbd_request_make(&cmd->request, vf_nbd_types[cmd->kind], cmd->flags, cmd->cookie, cmd->offset_bytes, cmd->len_bytes);
+	cmd->queued = 1;
+	wire->queue[at >= nbd->slot_count ? at - nbd->slot_count : at] = (uint16_t)slot;
+	wire->count++;
+	wire->large_count += (uint32_t)vf_nbd_is_large(cmd);
+}
+
+/* Gather what waits. The number of bytes. */
+static size_t vf_nbd_wire_gather(const struct vf_nbd *nbd, struct iovec *iovs, uint32_t *iov_count)
+{
+	const struct vf_nbd_wire *wire = &nbd->wire;
+	size_t skip = wire->front_bytes;
+	size_t total = 0;
+	uint32_t at = wire->head;
+
+	*iov_count = 0;
+	for (uint32_t i = 0; i < wire->count && *iov_count + 2u <= VF_NBD_OUT_IOVS; i++) {
+		struct vf_nbd_cmd *cmd = &nbd->cmds[wire->queue[at]];
+		const struct iovec parts[2] = {
+			{ &cmd->request, sizeof(cmd->request) },
+			{ cmd->data, cmd->kind == VF_NBD_WRITE ? cmd->len_bytes : 0 },
+		};
+
+		for (uint32_t part = 0; part < 2u; part++) {
+			size_t passed = skip < parts[part].iov_len ? skip : parts[part].iov_len;
+
+			skip -= passed;
+			if (passed == parts[part].iov_len)
+				continue;
+			iovs[(*iov_count)++] = (struct iovec){ (uint8_t *)parts[part].iov_base + passed,
+							       parts[part].iov_len - passed };
+			total += parts[part].iov_len - passed;
+		}
+		at = at + 1u < nbd->slot_count ? at + 1u : 0;
+	}
+	return total;
+}
+
+/* Take the commands off the queue that n bytes more have gone out of. */
+static void vf_nbd_wire_sent(struct vf_nbd *nbd, size_t n)
+{
+	struct vf_nbd_wire *wire = &nbd->wire;
+
+	n += wire->front_bytes;
+	while (wire->count) {
+		struct vf_nbd_cmd *cmd = &nbd->cmds[wire->queue[wire->head]];
+		size_t whole = sizeof(cmd->request) + (cmd->kind == VF_NBD_WRITE ? cmd->len_bytes : 0);
+
+		if (n < whole)
+			break;
+		n -= whole;
+		cmd->queued = 0;
+		wire->head = wire->head + 1u < nbd->slot_count ? wire->head + 1u : 0;
+		wire->count--;
+	}
+	wire->front_bytes = n;
+}
+
+void vf_nbd_wire_flush(struct vf_nbd *nbd)
+{
+	struct vf_nbd_wire *wire = &nbd->wire;
+	struct iovec iovs[VF_NBD_OUT_IOVS];
+
+	while (wire->count && !wire->err) {
+		uint32_t iov_count;
+		size_t total = vf_nbd_wire_gather(nbd, iovs, &iov_count);
+		struct msghdr message = { .msg_iov = iovs, .msg_iovlen = iov_count };
+		ssize_t n = sendmsg(nbd->link.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+
+		if (vf_unlikely(n < 0)) {
+			if (errno != EAGAIN && errno != EINTR)
+				wire->err = errno; /* the next look tells */
+			return;
+		}
+		vf_nbd_wire_sent(nbd, (size_t)n);
+		if ((size_t)n < total)
+			return;
+	}
+}
+
+/* What the protocol calls by these numbers, Linux does, too. */
+static int vf_nbd_errno(uint32_t error)
+{
+	switch (error) {
+	case 0:
+	case EPERM:
+	case EIO:
+	case ENOMEM:
+	case EINVAL:
+	case ENOSPC:
+	case EOVERFLOW:
+	case EOPNOTSUPP:
+	case ESHUTDOWN:
+		return (int)error;
+	default:
+		return EINVAL;
+	}
+}
+
+static void vf_nbd_wire_done(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int err)
+{
+	cmd->cookie = 0;
+	nbd->wire.large_count -= (uint32_t)vf_nbd_is_large(cmd);
+	vf_nbd_answer(nbd, cmd, err);
+}
+
+/* Take one reply, whose header is in the buffer. 0, or -1 with text filled in: it makes no sense. */
+static int vf_nbd_wire_reply(struct vf_nbd *nbd, char *text, size_t text_bytes)
+{
+	struct vf_nbd_wire *wire = &nbd->wire;
+	const uint8_t *header = wire->in + wire->in_at;
+	uint32_t magic, error, here;
+	uint64_t cookie;
+	struct vf_nbd_cmd *cmd;
+
+	memcpy(&magic, header, sizeof(magic));
+	memcpy(&error, header + 4, sizeof(error));
+	memcpy(&cookie, header + 8, sizeof(cookie));
+	if (be32toh(magic) != VF_NBD_REPLY_MAGIC) {
+		snprintf(text, text_bytes, "the server's answer begins with 0x%08x, which is no reply", be32toh(magic));
+		return -1;
+	}
+	cookie = be64toh(cookie);
+	cmd = &nbd->cmds[cookie & 0xffffu];
+	if ((cookie & 0xffffu) >= nbd->slot_count || cookie >> 16 == 0 || cmd->cookie != cookie || cmd->queued) {
+		snprintf(text, text_bytes, "the server answers what it was not asked");
+		return -1;
+	}
+	wire->in_at += VF_NBD_REPLY_BYTES;
+	if (error || cmd->kind != VF_NBD_READ) {
+		vf_nbd_wire_done(nbd, cmd, vf_nbd_errno(be32toh(error)));
+		return 0;
+	}
+	here = wire->in_end - wire->in_at;
+	if (here > cmd->len_bytes)
+		here = cmd->len_bytes;
+	memcpy(cmd->data, wire->in + wire->in_at, here);
+	wire->in_at += here;
+	if (here == cmd->len_bytes) {
+		vf_nbd_wire_done(nbd, cmd, 0);
+	} else {
+		wire->into = cmd;
+		wire->into_at = here;
+	}
+	return 0;
+}
+
+/* Receive once: the rest of a read that has begun into its place, and what follows into the buffer. 1: there may be more.
+ * 0: not now. -1 with text filled in. */
+static int vf_nbd_wire_receive(struct vf_nbd *nbd, char *text, size_t text_bytes)
+{
+	struct vf_nbd_wire *wire = &nbd->wire;
+	uint32_t rest = wire->into ? wire->into->len_bytes - wire->into_at : 0;
+	uint32_t room = wire->large_count ? VF_NBD_IN_SMALL_BYTES : VF_NBD_IN_BYTES - wire->in_end;
+	struct iovec iovs[2] = {
+		{ rest ? wire->into->data + wire->into_at : NULL, rest },
+		{ wire->in + wire->in_end, room },
+	};
+	struct msghdr message = { .msg_iov = rest ? iovs : iovs + 1, .msg_iovlen = rest ? 2 : 1 };
+	ssize_t n = recvmsg(nbd->link.fd, &message, MSG_DONTWAIT);
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return 0;
+	if (n < 0) {
+		wire->err = errno;
+		snprintf(text, text_bytes, "%s", strerror(errno));
+		return -1;
+	}
+	if (n == 0) {
+		snprintf(text, text_bytes, "the server has closed it");
+		return -1;
+	}
+	if ((size_t)n < rest) {
+		wire->into_at += (uint32_t)n;
+	} else {
+		wire->in_end += (uint32_t)n - rest;
+		if (rest) {
+			vf_nbd_wire_done(nbd, wire->into, 0);
+			wire->into = NULL;
+		}
+	}
+	return (size_t)n == rest + room;
+}
+
+int vf_nbd_wire_look(struct vf_nbd *nbd, char *text, size_t text_bytes)
+{
+	struct vf_nbd_wire *wire = &nbd->wire;
+	int more = 1;
+
+	if (vf_unlikely(wire->count))
+		vf_nbd_wire_flush(nbd);
+	for (uint32_t i = 0; i < VF_NBD_LOOKS_MAX && more > 0; i++) {
+		more = vf_nbd_wire_receive(nbd, text, text_bytes);
+		while (!wire->into && wire->in_end - wire->in_at >= VF_NBD_REPLY_BYTES) {
+			if (vf_nbd_wire_reply(nbd, text, text_bytes))
+				return -1;
+		}
+		/* Less than a header is left. */
+		wire->in_end -= wire->in_at;
+		memmove(wire->in, wire->in + wire->in_at, wire->in_end);
+		wire->in_at = 0;
+	}
+	if (more >= 0 && vf_unlikely(wire->err)) {
+		snprintf(text, text_bytes, "%s", strerror(wire->err));
+		return -1;
+	}
+	return more < 0 ? -1 : 0;
+}
