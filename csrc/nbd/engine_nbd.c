@@ -125,6 +125,7 @@ static void vf_nbd_prepare(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	cmd->offset_bytes = req->offset_bytes;
 	if (req->op == VF_OP_FLUSH || cmd->behind) {
 		cmd->kind = VF_NBD_FLUSH;
+		cmd->offset_bytes = 0;
 		cmd->len_bytes = 0;
 		return;
 	}

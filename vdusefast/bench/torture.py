@@ -128,6 +128,6 @@ def _engine(options: TortureOptions) -> str:
     """Return the engine that the workers will choose."""
     if options.engine != "auto":
         return options.engine
-    if options.backend is not None and options.backend.startswith("memory:"):
-        return "memory"
+    if options.backend is not None and not options.backend.startswith("file:"):
+        return options.backend.partition(":")[0]
     return "uring" if options.cache == "none" else "cached"
