@@ -319,7 +319,8 @@ class Device:
         assert self._directory is not None
         assert self._model is not None
         assert self._transport is not None
-        state = saved_state.make_state(self.config, self._model.spec(), self._transport)
+        described = self._store.described if self._store is not None else None
+        state = saved_state.make_state(self.config, self._model.spec(), self._transport, described)
         saved_state.save(self._directory.state_path, state)
 
     def _note_size(self, size_bytes: int, config: Config, *, resizing: bool) -> None:

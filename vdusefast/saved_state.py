@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from vdusefast.backends.plugin import Description
 from vdusefast.config import Config, DeviceConfig
 from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.transport import DeviceSpec, uapi
@@ -39,6 +40,7 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
     queue_size_max: int
     api_version: int = 0  # of VDUSE, where the transport has one
     vduse_features: int = 0
+    described: Description | None = None  # the store, where a module brings its engine: it may be away just now
     resizing: bool = False  # the driver may have been shown another size, but no larger one
 
     @property
@@ -49,8 +51,13 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
         return config_fields(bytes.fromhex(self.config_space))["capacity"]
 
 
-def make_state(config: Config, spec: DeviceSpec, transport: Transport) -> SavedState:
-    """Return the state of a device that `transport` has created as `spec` says; the next server places "auto" anew."""
+def make_state(
+    config: Config, spec: DeviceSpec, transport: Transport, described: Description | None = None
+) -> SavedState:
+    """Return the state of a device that `transport` has created as `spec` says; the next server places "auto" anew.
+
+    described: its store, of a backend whose module brings the engine.
+    """
     api_version = vduse_features = 0
     if transport.kind == "kernel":
         from vdusefast.transport.kernel import KernelTransport
@@ -66,6 +73,7 @@ def make_state(config: Config, spec: DeviceSpec, transport: Transport) -> SavedS
         queue_size_max=spec.queue_size_max,
         api_version=api_version,
         vduse_features=vduse_features,
+        described=described,
     )
 
 

@@ -203,7 +203,7 @@ def test_size_that_makes_no_disk_is_refused(image: Path, size: int, problem: str
     [
         ("", "names no known kind of store"),
         ("/srv/disk.img", "names no known kind of store; write for example file:/srv/disk.img, memory:64M, null:1G"),
-        ("nbd:host", "'nbd:host' names no known kind of store"),
+        ("tape:host", "'tape:host' names no known kind of store"),
         ("file:", "'file:' is not complete; write for example file:/srv/disk.img"),
         ("memory:", "is not complete; write for example memory:64M"),
         ("memory:lots", "'lots' is not a size"),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from vdusefast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vdusefast.backends.plugin import PluginModule, StoreSpec
+    from vdusefast.backends.plugin import Description, PluginModule, StoreSpec
     from vdusefast.config import BackendConfig
 
 SECTOR_BYTES = 512
@@ -66,6 +66,7 @@ class Store:
     direct_align: int  # alignment that O_DIRECT needs of offset, length and memory; 0 = not O_DIRECT
     cache: str
     spec: StoreSpec | None = None  # of a plugin: what its module is told
+    described: Description | None = None  # of a plugin: what its module has said
     shareable: bool = True  # several processes may serve it, each by itself
     faults: str = ""  # errors and delays by rule, as JSON: backends.faulty
     present_size_bytes: int = 0  # of a plugin: what it had when somebody last looked
@@ -100,7 +101,7 @@ def open_store(backend: BackendConfig, *, read_only: bool = False) -> Store:
         raise ConfigError(f"backend.uri: {backend.uri!r} is not complete; write for example {registration.example}")
     _check_engine(backend, registration)
     if registration.plugin:
-        return _open_plugin(backend, registration, read_only)
+        return plugin_store(backend, read_only=read_only)
     store: Store = import_module(registration.module).open_store(rest, backend, read_only)
     try:
         _check_size(store)
@@ -142,7 +143,8 @@ def look_again(store: Store) -> None:
         store.present_size_bytes = probe.describe(store.spec).size_bytes
 
 
-def _open_plugin(backend: BackendConfig, registration: Registration, read_only: bool) -> Store:
+def plugin_store(backend: BackendConfig, *, read_only: bool, described: Description | None = None) -> Store:
+    """Return a plugin's store as its module has described it; None: as it describes it now. Raises as `open_store`."""
     from vdusefast.backends import probe
     from vdusefast.backends.plugin import StoreSpec
 
@@ -153,10 +155,10 @@ def _open_plugin(backend: BackendConfig, registration: Registration, read_only: 
         timeout_s=backend.timeout_s,
         reconnect_s=backend.reconnect_s,
     )
-    described = probe.describe(spec)
+    described = described or probe.describe(spec)
     store = Store(
         uri=backend.uri,
-        kind=registration.schemes[0],
+        kind=find(backend.uri).schemes[0],
         fd=-1,
         size_bytes=described.size_bytes,
         block_size_bytes=described.block_size_bytes,
@@ -169,6 +171,7 @@ def _open_plugin(backend: BackendConfig, registration: Registration, read_only: 
         direct_align=0,
         cache=backend.cache,
         spec=spec,
+        described=described,
         shareable=described.shareable,
         present_size_bytes=described.size_bytes,
     )
