@@ -224,10 +224,14 @@ class Device:
         assert self._model is not None
         assert self._transport is not None
         assert self._placement is not None
+        relay_pid = self._relay.pid if self._relay is not None else 0
         memory = self._supervisor.memory if self._supervisor is not None else self._transport.memory_text
-        return describe(
+        described = describe(
             self.config, self._model, self._transport, self.state, self.failure, stats, memory, self._placement
         )
+        return described | {
+            "relay_pid": relay_pid
+        }  # of the process that has the store for all queues; 0: there is none
 
     def responds(self, timeout_s: float) -> bool:
         """Return whether the loop that looks after the device answers within `timeout_s`; for watchdogs."""

@@ -126,6 +126,7 @@ def _facts(info: Json) -> list[tuple[str, str]]:
         size = f"{size_text(info['size_bytes'])} ({info['size_bytes']} bytes), blocks of {get('block_size_bytes')}"
         size += ", read-only" if get("read_only") else ""
     backend = f"{info['backend']}, cache {get('cache')}" if get("backend") else ""
+    backend += f", by a relay (pid {info['relay_pid']})" if get("relay_pid") else ""
     uptime = f", up {duration_text(info['uptime_s'])}" if "uptime_s" in info else ""
     status = f"{info['status']:#x} {' '.join(get('status_names', []))}".rstrip() if "status" in info else ""
     offered, acked = get("offered_features", []), get("acked_features", [])
