@@ -58,7 +58,7 @@ int vf_nbd_export_read(struct nbd_handle *handle, struct vf_nbd_export *export, 
 	uint32_t block_max = vf_nbd_block_size(handle, LIBNBD_SIZE_MAXIMUM, VF_NBD_PAYLOAD_MAX_BYTES);
 
 	if (size < 0) {
-		vf_nbd_error_text(text, text_bytes);
+		snprintf(text, text_bytes, "the server has not said how large its export is");
 		return -EPROTO;
 	}
 	if (block_min & (block_min - 1u) || block_min > VF_NBD_BLOCK_MAX_BYTES || block_max < block_min) {

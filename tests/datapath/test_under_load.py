@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from verified_load import Load
 
 import vdusefast
 from vdusefast import _driver
@@ -19,42 +19,6 @@ MIB = 1 << 20
 EVERYTHING = (0, 2**64 - 1)
 
 pytestmark = pytest.mark.timeout(60)
-
-
-class Load:
-    """A verified random read and write load on every queue, in a thread of its own."""
-
-    def __init__(self, driver: LoopbackDriver, *, depth: int = 16, seconds: float = 2.0) -> None:
-        rings = [driver.ring(queue) for queue in range(driver.queue_count)]
-        self.job = make_job(
-            driver,
-            kind="mixed",
-            order="random",
-            block_bytes=4096,
-            depth=depth,
-            size_bytes=8 * MIB,
-            io_limit=0,
-            verify="crc32c",
-            check_after=True,
-            runtime_s=seconds,
-        )
-        self._driving = _driver.DriverThread(rings, [self.job], spin_us=20.0)
-        self._thread = threading.Thread(target=self._driving.run)
-        self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        """Whether requests are still being sent."""
-        return self._thread.is_alive()
-
-    def check(self) -> None:
-        """Wait for the end and assert that every request and every block was right."""
-        self._thread.join()
-        results = self.job.results()
-        assert results["request_errors"] == 0
-        assert results["verify_errors"] == 0, results["faults"]
-        assert results["verified"] > 0
-        assert results["ops"]["write"]["ios"] > 0
 
 
 @pytest.fixture

@@ -142,12 +142,12 @@ def _handshake_trouble(error: ProbeError) -> str:
     text = _without(error.text)
     if "requires TLS" in error.text or "policy prevents" in error.text:
         return f"{text}; write nbds:// (or nbds+unix://) with tls-certificates= or tls-psk-file="
+    if "magic" in error.text or "not either" in error.text:
+        return f"what listens there is no NBD server ({text}); correct the URI"
     if "refused TLS" in error.text or "oldstyle" in error.text:
         return f"{text}; write nbd:// (or nbd+unix://), or give the server certificates"
     if "gnutls" in error.text:
         return f"TLS has failed: {text}; see whether both have the same certificates or keys"
-    if "magic" in error.text or "newstyle" in error.text or "neither" in error.text:
-        return f"what listens there is no NBD server ({text}); correct the URI"
     if error.err in (errno.ECONNRESET, errno.EPIPE) or "disconnected" in error.text:
         return f"the server hung up in the handshake ({text}); see its log, and whether it admits another client"
     return f"the handshake failed: {text}; see the server's log"
