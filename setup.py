@@ -87,6 +87,8 @@ setup(
         [
             extension("_datapath", sorted(glob("csrc/*.c")), ["uring"]),
             extension("_driver", [], []),
+            extension("backends._driver_memory", [], []),
+            extension("backends._python", [], []),
             *optional_extensions(),
         ],
         build_dir=os.path.join("build", "cython"),

@@ -41,6 +41,7 @@ BACKENDS = (
     Registration(("file",), "vdusefast.backends.file", "file:/srv/disk.img"),
     Registration(("memory",), "vdusefast.backends.memory", "memory:64M"),
     Registration(("null",), "vdusefast.backends.null", "null:1G"),
+    Registration(("python",), "vdusefast.backends.python", "python:disk.py:Disk", plugin=True),
 )
 
 
