@@ -46,7 +46,7 @@ cdef extern from *:
     }
     """
     uint64_t now_ns_of "vf_py_now_ns"() nogil
-    Py_ssize_t refs "vf_py_refs"(object)
+    Py_ssize_t refs "vf_py_refs"(PyObject *)
 
 cdef extern from "store.h" nogil:
     void vf_req_advance(vf_req *, uint64_t)
@@ -212,7 +212,7 @@ cdef class Batch:
 
     cdef bint is_alone(self):
         """Whether nobody else has this batch or its rows any more, so that it can be used again."""
-        return refs(self.base) == 1 + (self.view is not None) and (self.view is None or refs(self.view) == 1)
+        return refs(<PyObject *> self.base) == 1 + (self.view is not None) and (self.view is None or refs(<PyObject *> self.view) == 1)
 
     cdef void add(self, const py_piece *piece):
         cdef int64_t *row = <int64_t *> (self.rows + 32 * self.count)
@@ -441,7 +441,7 @@ cdef class Engine:
                 batch.view = None
             if batch.count:
                 self.give(batch)
-            if refs(batch) == 1 and batch.is_alone():
+            if refs(<PyObject *> batch) == 1 and batch.is_alone():
                 self.spare = batch
             if self.state.stuck:
                 return
@@ -694,7 +694,7 @@ cdef class Engine:
             return False
         memory = <DriverMemory> owner
         window = memory.window
-        if refs(view) > 1:
+        if refs(<PyObject *> view) > 1:
             _release(view)
         view = None
         memory.is_lent = False
