@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = "python:/srv/disk.py:Disk?size=1G"
 
+_has_site = False
+
 
 def describe(spec: StoreSpec) -> Description:
     """Make a disk, open it, look at it and close it. Raises ConfigError, BackendError."""
@@ -135,11 +137,12 @@ def is_read_only(disk: Backend) -> bool:
 
 def _use_site_packages() -> None:
     """Look for modules where they are usually installed: a worker is started without that."""
-    if sys.flags.no_site and not hasattr(sys, "_vdusefast_site"):
+    global _has_site
+    if sys.flags.no_site and not _has_site:
         import site
 
         site.main()
-        sys._vdusefast_site = True  # type: ignore[attr-defined] # once
+        _has_site = True
 
 
 def _load(uri: str, target: str) -> ModuleType:
