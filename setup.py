@@ -90,6 +90,8 @@ setup(
             extension("_datapath", sorted(glob("csrc/*.c")), ["uring"]),
             extension("_driver", [], []),
             extension("backends._relay", sorted(glob("csrc/relay/*.c")), []),
+            extension("backends._driver_memory", [], []),
+            extension("backends._python", [], []),
             *optional_extensions(),
         ],
         build_dir=os.path.join("build", "cython"),

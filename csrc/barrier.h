@@ -53,6 +53,12 @@ static inline uint64_t vf_load_acquire_u64(const uint64_t *p)
 	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 
+static inline uint32_t vf_load_acquire_u32(const uint32_t *p)
+{
+	VF_SHARED_READ(p, sizeof(*p));
+	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
 static inline void vf_store_release_u16(uint16_t *p, uint16_t v)
 {
 	__atomic_store_n(p, v, __ATOMIC_RELEASE);

@@ -14,6 +14,7 @@
 #define VF_WATCH_MAX 4u
 
 struct vf_engine;
+struct vf_mapping;
 struct vf_merge;
 
 struct vf_engine_ops {
@@ -32,9 +33,12 @@ struct vf_engine_ops {
 	 * else 0. The same descriptors each time. Which of them it was the next reap() puts into `readable`. NULL as reap. */
 	int (*sleep)(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms);
 	void (*close)(struct vf_engine *engine);
-	/* A region of the driver's memory has been mapped at va, or is about to be unmapped with nothing in flight. NULL where
-	 * that is of no interest. */
-	void (*region)(struct vf_engine *engine, void *va, size_t len_bytes, int mapped);
+	/* A region of the driver's memory has been mapped at va, or, where mapping is NULL, is about to be unmapped with nothing in
+	 * flight. NULL where that is of no interest. */
+	void (*region)(struct vf_engine *engine, void *va, size_t len_bytes, const struct vf_mapping *mapping);
+	/* Replace the engine's own mapping of the driver's memory that holds an address, of which a page has vanished, by zeroes;
+	 * async-signal-safe, called in any thread. 0, or -1 when it has none there. NULL where it has no such mappings. */
+	int (*bury)(struct vf_engine *engine, uintptr_t address);
 	/* How many completions may wait for each other before the driver is shown them: few when each takes long. */
 	uint32_t publish_batch;
 	uint8_t blocks; /* submit() may wait for storage */

@@ -319,11 +319,11 @@ void vf_uring_close(struct vf_engine *engine)
 	engine->state = NULL;
 }
 
-static void vf_uring_region(struct vf_engine *engine, void *va, size_t len_bytes, int mapped)
+static void vf_uring_region(struct vf_engine *engine, void *va, size_t len_bytes, const struct vf_mapping *mapping)
 {
 	struct vf_uring *uring = engine->state;
 
-	if (mapped)
+	if (mapping)
 		vf_fixed_add(&uring->fixed, va, len_bytes);
 	else
 		vf_fixed_drop(&uring->fixed, va, len_bytes);

@@ -109,9 +109,12 @@ static int vf_iotlb_map_file(struct vf_iotlb *tlb, uint64_t start, uint64_t last
 	if (len > INT64_MAX - 2u * page_bytes || offset_bytes > INT64_MAX)
 		return -EOVERFLOW;
 	size_t map_bytes = (size_t)((len + slack) / page_bytes * page_bytes + page_bytes);
-	void *map = mmap(NULL, map_bytes, vf_prot_of_perm(perm), flags, fd, (off_t)(offset_bytes - slack));
-	if (map == MAP_FAILED && errno == EACCES && (perm & VF_PERM_WO))
-		map = mmap(NULL, map_bytes, PROT_WRITE, flags, fd, (off_t)(offset_bytes - slack));
+	struct vf_mapping mapping = { .fd = fd, .prot = vf_prot_of_perm(perm), .offset_bytes = offset_bytes - slack };
+	void *map = mmap(NULL, map_bytes, mapping.prot, flags, fd, (off_t)mapping.offset_bytes);
+	if (map == MAP_FAILED && errno == EACCES && (perm & VF_PERM_WO)) {
+		mapping.prot = PROT_WRITE;
+		map = mmap(NULL, map_bytes, mapping.prot, flags, fd, (off_t)mapping.offset_bytes);
+	}
 	if (map == MAP_FAILED)
 		return -errno;
 
@@ -127,7 +130,7 @@ static int vf_iotlb_map_file(struct vf_iotlb *tlb, uint64_t start, uint64_t last
 	if (err)
 		vf_unmap(&region);
 	else if (tlb->region_hook)
-		tlb->region_hook(tlb->region_context, map, map_bytes, 1);
+		tlb->region_hook(tlb->region_context, map, map_bytes, &mapping);
 	return err;
 }
 
@@ -153,7 +156,7 @@ uint32_t vf_iotlb_drop(struct vf_iotlb *tlb, uint64_t start, uint64_t last)
 			continue;
 		}
 		if (r->map && tlb->region_hook)
-			tlb->region_hook(tlb->region_context, r->map, r->map_bytes, 0);
+			tlb->region_hook(tlb->region_context, r->map, r->map_bytes, NULL);
 		if (r->map)
 			vf_unmap(r);
 	}

@@ -31,6 +31,13 @@ struct vf_iotlb_region {
 	size_t map_bytes;
 };
 
+/* Where a region that has just been mapped comes from. */
+struct vf_mapping {
+	int fd; /* borrowed, for the duration of the call */
+	int prot;
+	uint64_t offset_bytes; /* of the mapping's first page */
+};
+
 struct vf_iotlb {
 	struct vf_iotlb_region *last_hit; /* never NULL: points at `none` when there is none */
 	/* The regions in which the last plain request had its header and its data, as plain.h compares with them. */
@@ -45,8 +52,8 @@ struct vf_iotlb {
 	uint32_t region_count;
 	uint64_t miss_count;
 	struct vf_port *port; /* borrowed */
-	/* Told of what has been mapped, and what is about to be unmapped; NULL: nobody is. */
-	void (*region_hook)(void *context, void *va, size_t len_bytes, int mapped);
+	/* Told of what has been mapped, and what is about to be unmapped (mapping is NULL then); NULL: nobody is. */
+	void (*region_hook)(void *context, void *va, size_t len_bytes, const struct vf_mapping *mapping);
 	void *region_context;
 	struct vf_iotlb_region none; /* start > last: matches nothing */
 	struct vf_iotlb_region region[VF_IOTLB_CAPACITY];

@@ -80,12 +80,12 @@ static int vf_queue_alloc(struct vf_queue *q)
 	return 0;
 }
 
-static void vf_queue_region(void *context, void *va, size_t len_bytes, int mapped)
+static void vf_queue_region(void *context, void *va, size_t len_bytes, const struct vf_mapping *mapping)
 {
 	struct vf_engine *engine = &((struct vf_queue *)context)->engine;
 
 	if (engine->ops && engine->ops->region)
-		engine->ops->region(engine, va, len_bytes, mapped);
+		engine->ops->region(engine, va, len_bytes, mapping);
 }
 
 struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t queue_size_max, void *shm_block)
@@ -171,6 +171,11 @@ static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
 {
 	(void)context;
 	if (vf_guarded && vf_iotlb_bury(&vf_guarded->tlb, (uintptr_t)info->si_addr) == 0) {
+		vf_guarded->counters->memory_faults++;
+		return;
+	}
+	if (vf_guarded && vf_guarded->engine.ops && vf_guarded->engine.ops->bury &&
+	    vf_guarded->engine.ops->bury(&vf_guarded->engine, (uintptr_t)info->si_addr) == 0) {
 		vf_guarded->counters->memory_faults++;
 		return;
 	}

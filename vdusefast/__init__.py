@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vdusefast.api import Device
     from vdusefast.backends import Store, open_store
+    from vdusefast.backends.python_class import Backend, Batch
     from vdusefast.config import BackendConfig, Config, DeviceConfig, QueueConfig, load_config, make_config
     from vdusefast.errors import (
         BackendError,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "Device": "api",
+    "Backend": "backends.python_class",
+    "Batch": "backends.python_class",
     "Store": "backends",
     "open_store": "backends",
     "BackendConfig": "config",
@@ -45,8 +48,10 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Backend",
     "BackendConfig",
     "BackendError",
+    "Batch",
     "Config",
     "ConfigError",
     "Device",

@@ -10,10 +10,13 @@ cdef extern from "sys/uio.h" nogil:
 cdef extern from "barrier.h" nogil:
     bint vf_likely(bint)
     bint vf_unlikely(bint)
+    uint32_t vf_load_acquire_u32(const uint32_t *)
     uint32_t vf_load_relaxed_u32(const uint32_t *)
     void vf_store_relaxed_u8(uint8_t *, uint8_t)
     void vf_store_relaxed_u32(uint32_t *, uint32_t)
     void vf_store_relaxed_u64(uint64_t *, uint64_t)
+    void vf_store_release_u32(uint32_t *, uint32_t)
+    void vf_fence_full()
     void vf_fence_compiler()
     void vf_copy_from_shared(void *, const void *, size_t)
     void vf_copy_to_shared(void *, const void *, size_t)
@@ -192,6 +195,7 @@ cdef extern from "store.h" nogil:
 
 cdef extern from "engine.h" nogil:
     struct vf_engine
+    struct vf_mapping
     const uint32_t VF_ENGINE_ABI
     const char *VF_ENGINE_CAPSULE
     const uint32_t VF_READABLE_NEWS
@@ -204,7 +208,8 @@ cdef extern from "engine.h" nogil:
         void (*wait)(vf_engine *) noexcept nogil
         int (*sleep)(vf_engine *, const int *, uint32_t, int) noexcept nogil
         void (*close)(vf_engine *) noexcept nogil
-        void (*region)(vf_engine *, void *, size_t, int) noexcept nogil
+        void (*region)(vf_engine *, void *, size_t, const vf_mapping *) noexcept nogil
+        int (*bury)(vf_engine *, uintptr_t) noexcept nogil
         uint32_t publish_batch
         uint8_t blocks
     struct vf_engine:
@@ -257,6 +262,10 @@ cdef extern from "port.h" nogil:
     void vf_port_none_init(vf_port *, int)
 
 cdef extern from "iotlb.h" nogil:
+    struct vf_mapping:
+        int fd
+        int prot
+        uint64_t offset_bytes
     enum:
         VF_PERM_RO
         VF_PERM_WO

@@ -229,9 +229,7 @@ class Device:
         described = describe(
             self.config, self._model, self._transport, self.state, self.failure, stats, memory, self._placement
         )
-        return described | {
-            "relay_pid": relay_pid
-        }  # of the process that has the store for all queues; 0: there is none
+        return described | {"relay_pid": relay_pid}  # of the one process that has the store for all queues, 0: none
 
     def responds(self, timeout_s: float) -> bool:
         """Return whether the loop that looks after the device answers within `timeout_s`; for watchdogs."""

@@ -75,7 +75,7 @@ def store_on_disk(size_bytes: int) -> Iterator[Path]:
 class Rig:
     """A queue that is started over `regions` and a store of capacity_sectors; nothing in flight between calls.
 
-    engine_options: more of `Queue.open_engine`.
+    plugin: the engine of a backend's module, in place of `engine`. engine_options: more of `Queue.open_engine`.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Rig:
         ring_perms: tuple[int, int, int] | None = None,
         start: bool = True,
         cache: str = "writeback",
+        plugin: Any = None,
         **engine_options: Any,
     ) -> None:
         self.params, self.engine = params, engine
@@ -130,10 +131,13 @@ class Rig:
             serial=params.serial,
         )
         self.queue.set_port_none(self.irq_fd)
-        kind = "memory" if engine == "memory" else "file"
-        self.queue.open_engine(
-            engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache, **engine_options
-        )
+        if plugin is not None:
+            self.queue.open_plugin(plugin, size_bytes=bytes_in_store, cache=cache)
+        else:
+            kind = "memory" if engine == "memory" else "file"
+            self.queue.open_engine(
+                engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache, **engine_options
+            )
         for region in self.memory.regions:
             self.map(region)
         if start:

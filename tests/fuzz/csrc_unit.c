@@ -117,12 +117,12 @@ static struct {
 	uint32_t mapped, dropped;
 } told;
 
-static void region_hook(void *context, void *va, size_t bytes, int mapped)
+static void region_hook(void *context, void *va, size_t bytes, const struct vf_mapping *mapping)
 {
 	CHECK(context == &told);
-	told.mapped += mapped == 1;
-	told.dropped += mapped == 0;
-	if (mapped) {
+	told.mapped += mapping != NULL;
+	told.dropped += mapping == NULL;
+	if (mapping) {
 		told.va = va;
 		told.bytes = bytes;
 		return;

@@ -45,6 +45,7 @@ BACKENDS = (
         ("nbd", "nbds", "nbd+unix", "nbds+unix"), "vdusefast.backends.nbd", "nbd://localhost/export", plugin=True
     ),
     Registration(("faulty",), "vdusefast.backends.faulty", "faulty:op=read,error=EIO,every=100:file:/srv/disk.img"),
+    Registration(("python",), "vdusefast.backends.python", "python:disk.py:Disk", plugin=True),
 )
 
 

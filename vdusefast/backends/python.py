@@ -1,0 +1,257 @@
+"""`python:PATH_OR_MODULE:Class?key=value`: a disk written as a Python class; see python_class.Backend."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from vdusefast.backends.plugin import Description, Plugin, StoreSpec, Usability
+from vdusefast.errors import BackendError, ConfigError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from vdusefast.backends.python_class import Backend
+
+EXAMPLE = "python:/srv/disk.py:Disk?size=1G"
+
+_has_site = False
+
+
+def describe(spec: StoreSpec) -> Description:
+    """Make a disk, open it, look at it and close it. Raises ConfigError, BackendError."""
+    disk = make_disk(spec)
+    _run(spec, disk, "open")
+    try:
+        return _description(spec, disk)
+    finally:
+        _run(spec, disk, "close")
+
+
+def open_engine(spec: StoreSpec) -> Plugin:
+    """Make a disk for a worker and open it. Raises ConfigError, BackendError."""
+    disk = make_disk(spec)
+    from vdusefast.backends._python import Engine
+
+    engine = Engine(disk, spec)
+    try:
+        _open_within(engine, spec, disk)
+        described = _description(spec, disk)
+        if described.size_bytes < spec.size_bytes:
+            raise BackendError(
+                f"{spec.uri}: has {described.size_bytes} bytes, but the device {spec.size_bytes}; "
+                "every process must find the same size_bytes"
+            )
+        engine.begin()
+    except BaseException:
+        engine.abandon()
+        raise
+    return engine
+
+
+def usability() -> Usability:
+    """Tell that it can be used: nothing but Python is needed, and NumPy for `submit`."""
+    from importlib.util import find_spec
+
+    if find_spec("vdusefast.backends._python") is None:
+        return Usability(False, "its extension is not built", "install vdusefast anew, or ./bootstrap.sh")
+    return Usability(True, "classes derived from vdusefast.Backend")
+
+
+def absolute_uri(uri: str) -> str:
+    """See backends.absolute_uri. Raises ConfigError."""
+    from pathlib import Path
+
+    target, name, query = split_uri(uri)
+    if is_path(target):
+        target = str(Path(target).absolute())
+    return f"python:{target}:{name}{query}"
+
+
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """Return (path or module, class, what begins with "?" or nothing). Raises ConfigError."""
+    rest, mark, query = uri.partition(":")[2].partition("?")
+    target, colon, name = rest.rpartition(":")
+    if not colon or not target or not name.isidentifier():
+        raise ConfigError(f"{uri}: names no class; write python:PATH_OR_MODULE:Class, for example {EXAMPLE}")
+    return target, name, mark + query
+
+
+def is_path(target: str) -> bool:
+    """Return whether it is a file and not a module."""
+    return "/" in target or target.endswith(".py")
+
+
+def arguments_of(uri: str) -> dict[str, str]:
+    """Return the words behind "?", percent-decoded. Raises ConfigError."""
+    from urllib.parse import unquote
+
+    found: dict[str, str] = {}
+    for word in split_uri(uri)[2][1:].split("&"):
+        if not word:
+            continue
+        key, equals, value = (unquote(part) for part in word.partition("="))
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"{uri}: {word!r} is no key=value; write for example {EXAMPLE}")
+        if key in found:
+            raise ConfigError(f"{uri}: {key} is there twice; write it once")
+        found[key] = value
+    return found
+
+
+def make_disk(spec: StoreSpec) -> Backend:
+    """Import the class and make one of it. Raises ConfigError, BackendError."""
+    from vdusefast.backends.python_class import Backend, overrides
+    from vdusefast.backends.python_errors import describe as say
+
+    uri = spec.uri
+    target, name, _ = split_uri(uri)
+    arguments = arguments_of(uri)
+    _use_site_packages()
+    module = _load(uri, target)
+    made = getattr(module, name, None)
+    if made is None:
+        raise BackendError(f"{uri}: {target} has no class {name}; it has {_classes(module)}")
+    if not isinstance(made, type) or not issubclass(made, Backend):
+        raise BackendError(f"{uri}: {name} is no Backend; write class {name}(vdusefast.Backend)")
+    try:
+        disk = made(**arguments)
+    except BaseException as error:
+        given = ", ".join(arguments) or "no arguments"
+        raise BackendError(f"{uri}: {name}() raised {say(error)}; it was called with {given}") from error
+    if not overrides(disk, "submit") and not overrides(disk, "pread"):
+        raise BackendError(f"{uri}: {name} has neither pread nor submit; write one of them")
+    disk.queue, disk.queue_count = spec.queue, spec.queue_count
+    disk.writable = not spec.read_only and not is_read_only(disk)
+    return disk
+
+
+def is_read_only(disk: Backend) -> bool:
+    """Return whether a disk cannot be written."""
+    from vdusefast.backends.python_class import overrides
+
+    if disk.read_only is not None:
+        return bool(disk.read_only)
+    return not overrides(disk, "submit") and not overrides(disk, "pwrite")
+
+
+def _use_site_packages() -> None:
+    """Look for modules where they are usually installed: a worker is started without that."""
+    global _has_site
+    if sys.flags.no_site and not _has_site:
+        import site
+
+        site.main()
+        _has_site = True
+
+
+def _load(uri: str, target: str) -> ModuleType:
+    import importlib
+    import importlib.util
+    from pathlib import Path
+
+    from vdusefast.backends.python_errors import describe as say
+
+    try:
+        if not is_path(target):
+            return importlib.import_module(target)
+        path = Path(target).absolute()
+        if not path.is_file():
+            raise BackendError(f"{uri}: there is no file {path}; write its path, or the name of a module without .py")
+        name = f"vdusefast_disk_{path.stem}"
+        found = importlib.util.spec_from_file_location(name, path)
+        if found is None or found.loader is None:
+            raise BackendError(f"{uri}: {path} is no Python file; its name must end in .py")
+        module = importlib.util.module_from_spec(found)
+        sys.modules[name] = module
+        sys.path.insert(0, str(path.parent))  # what lies beside it, as for a script
+        found.loader.exec_module(module)
+    except BackendError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is not None and (target == error.name or target.startswith(f"{error.name}.")):
+            raise BackendError(
+                f"{uri}: there is no module {error.name}; install it, set PYTHONPATH, or write the path of its file"
+            ) from error
+        raise BackendError(f"{uri}: does not import: {say(error)}; install what it needs") from error
+    except BaseException as error:
+        raise BackendError(f"{uri}: does not import: {say(error)}; mend it there") from error
+    return module
+
+
+def _classes(module: ModuleType) -> str:
+    from vdusefast.backends.python_class import Backend
+
+    names = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Backend) and value is not Backend
+    ]
+    return ", ".join(names) or "none that is derived from vdusefast.Backend"
+
+
+def _run(spec: StoreSpec, disk: Backend, method: str) -> None:
+    """Call open or close, which may be coroutines. Raises BackendError."""
+    from vdusefast.backends.python_errors import describe as say
+
+    try:
+        result: Any = getattr(disk, method)()
+        if hasattr(result, "__await__"):
+            import asyncio
+
+            async def wait() -> None:
+                await result
+
+            asyncio.run(wait())
+    except BaseException as error:
+        raise BackendError(f"{spec.uri}: {method}() raised {say(error)}; nothing is served") from error
+
+
+def _open_within(engine: Any, spec: StoreSpec, disk: Backend) -> None:
+    """Open a worker's disk, a coroutine in the loop that it goes on in. Raises BackendError."""
+    from vdusefast.backends.python_errors import describe as say
+
+    try:
+        result: Any = disk.open()
+        if hasattr(result, "__await__"):
+            engine.have_loop().call(result)
+    except BaseException as error:
+        raise BackendError(f"{spec.uri}: open() raised {say(error)}; nothing is served") from error
+
+
+def _description(spec: StoreSpec, disk: Backend) -> Description:
+    """Return what the class says, as far as it can be. Raises BackendError."""
+    from vdusefast.backends.python_class import overrides
+
+    size, block = _size_of(spec, disk, "size_bytes"), _size_of(spec, disk, "block_size_bytes")
+    if block < 512 or block > 4096 or block & (block - 1):
+        raise BackendError(f"{spec.uri}: block_size_bytes is {block}; it must be a power of two from 512 to 4096")
+    if size % block or not size:
+        raise BackendError(
+            f"{spec.uri}: size_bytes is {size}; it must be a multiple of block_size_bytes ({block}), and not 0"
+        )
+    read_only = is_read_only(disk)
+    batched = overrides(disk, "submit")
+    zeroes = bool(disk.can_write_zeroes) if batched else overrides(disk, "write_zeroes")
+    discards = bool(disk.can_discard) if batched else overrides(disk, "discard")
+    return Description(
+        size_bytes=size,
+        block_size_bytes=block,
+        read_only=read_only,
+        can_discard=discards and not read_only,
+        can_write_zeroes=not read_only,
+        zeroes_cheaply=zeroes and not read_only,
+    )
+
+
+def _size_of(spec: StoreSpec, disk: Backend, name: str) -> int:
+    """Return a size that is a number. Raises BackendError."""
+    from vdusefast.backends.python_errors import describe as say
+
+    try:
+        value: object = getattr(disk, name)
+    except BaseException as error:
+        raise BackendError(f"{spec.uri}: {name} raised {say(error)}; mend it there") from error
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise BackendError(f"{spec.uri}: {name} is {value!r}; it must be a whole number of bytes")
+    return value

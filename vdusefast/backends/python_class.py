@@ -1,0 +1,108 @@
+"""What a disk written in Python is derived from: `vdusefast.Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, MutableMapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+
+class Batch(Protocol):
+    """All that a driver's ring held in one round, as `Backend.submit` gets it.
+
+    A request's memory may lie in several pieces: each is a row with a tag of its own. Once a tag is completed its buffer
+    cannot be used any more.
+    """
+
+    @property
+    def requests(self) -> NDArray[np.void]:
+        """Rows of (offset_bytes i8, length_bytes i8, tag i8, operation u1, unmap ?), read-only."""
+
+    @property
+    def buffers(self) -> MutableMapping[int, memoryview]:
+        """Memory of the driver by tag: writable for reads, read-only for writes; made when asked for."""
+
+    def read_from(self, store: object, at: ArrayLike | None = None) -> int:
+        """Fill the buffers of all reads from the bytes of `store`, a contiguous buffer; return how many rows.
+
+        at: for each row of `requests` the byte in `store`; offset_bytes unless given. Completes nothing. Raises IndexError
+        when a row lies outside of `store`; nothing is moved then.
+        """
+
+    def write_to(self, store: object, at: ArrayLike | None = None) -> int:
+        """Do the reverse for all writes: copy their buffers into `store`."""
+
+    def complete(self, tags: int | ArrayLike | None = None, error: int = 0) -> None:
+        """Complete one tag, an array of tags, or all of this batch that are still open; from any thread.
+
+        error: 0, or an errno, with which the driver gets IOERR. Raises ValueError for a tag that is not open, TypeError
+        for what is no tag; then none of them is completed.
+        """
+
+
+class Backend:
+    """A disk. Derive from it and set `size_bytes`; the words behind `?` in the URI are the constructor's arguments.
+
+    What a class does not override is not offered to the driver: without `pwrite` the disk is read-only, without `discard`
+    there is none; without `flush` there is nothing to flush, so that writes must be durable when they are answered, or need
+    not be; without `write_zeroes` zeroes are written by `pwrite`. Methods may be `async def`. A class overrides `pread`
+    and its like, or `submit`, which takes all requests of a round at once.
+
+    Attributes: size_bytes, block_size_bytes (the smallest unit of a request: a power of two, 512 to 4096), and for classes
+    with `submit`, whose abilities do not show, read_only, can_discard and can_write_zeroes. Set before `open`:
+    queue (which one this instance serves), queue_count, writable (False where the device is read-only).
+    """
+
+    READ = 0
+    WRITE = 1
+    FLUSH = 2
+    DISCARD = 3
+    WRITE_ZEROES = 4
+
+    size_bytes: int = 0
+    block_size_bytes: int = 512
+    read_only: bool | None = None
+    can_discard: bool | None = None
+    can_write_zeroes: bool | None = None
+    queue: int = 0
+    queue_count: int = 1
+    writable: bool = True
+
+    def open(self) -> Awaitable[None] | None:
+        """Prepare; called once in each process, before `size_bytes` is looked at."""
+
+    def close(self) -> Awaitable[None] | None:
+        """Clean up; called at the end, unless the process is killed."""
+
+    def pread(self, buffer: memoryview, offset_bytes: int) -> Awaitable[int | None] | int | None:
+        """Fill `buffer` with what lies at `offset_bytes`. Returns how many bytes, None for all of them."""
+        raise NotImplementedError
+
+    def pwrite(self, buffer: memoryview, offset_bytes: int) -> Awaitable[int | None] | int | None:
+        """Store `buffer` at `offset_bytes`. Returns how many bytes, None for all of them."""
+        raise NotImplementedError
+
+    def flush(self) -> Awaitable[None] | None:
+        """Make durable what was written."""
+        raise NotImplementedError
+
+    def discard(self, offset_bytes: int, length_bytes: int) -> Awaitable[None] | None:
+        """Forget these bytes; what is read there from now on does not matter."""
+        raise NotImplementedError
+
+    def write_zeroes(self, offset_bytes: int, length_bytes: int, unmap: bool) -> Awaitable[None] | None:
+        """Have zeroes there; unmap: giving the room back is welcome."""
+        raise NotImplementedError
+
+    def submit(self, batch: Batch) -> Awaitable[None] | None:
+        """Take all requests of a round; complete each of them, now or later."""
+        raise NotImplementedError
+
+
+def overrides(disk: Backend, name: str) -> bool:
+    """Return whether a disk has a method `name` of its own."""
+    method: Any = getattr(disk, name, None)
+    return callable(method) and getattr(method, "__func__", method) is not getattr(Backend, name)
