@@ -45,6 +45,7 @@ BACKENDS = (
         ("nbd", "nbds", "nbd+unix", "nbds+unix"), "vdusefast.backends.nbd", "nbd://localhost/export", plugin=True
     ),
     Registration(("faulty",), "vdusefast.backends.faulty", "faulty:op=read,error=EIO,every=100:file:/srv/disk.img"),
+    Registration(("rbd",), "vdusefast.backends.rbd", "rbd:POOL/IMAGE", plugin=True),
 )
 
 
