@@ -98,6 +98,10 @@ list_missing_for_tests() {
     have strace || need strace "strace, to count system calls"
     have mkfs.xfs || need xfsprogs "mkfs.xfs"
     have vdpa || need iproute2 "ip and vdpa"
+    header rbd/librbd.h || need librbd-dev "librbd's header (rbd/librbd.h), for the backend rbd"
+    have ceph-mon || need ceph-mon "ceph-mon, the monitor of the test cluster"
+    have ceph-osd || need ceph-osd "ceph-osd, its store"
+    have rbd || need ceph-common "ceph and rbd"
 }
 
 # A dynamically linked one names its loader.
@@ -180,6 +184,10 @@ changed() {
     for pyx in vdusefast/*.pyx; do
         compgen -G "${pyx%.pyx}.*.so" >/dev/null || return 0
     done
+    # Its library has come after the last build.
+    if header rbd/librbd.h && ! compgen -G "vdusefast/backends/_rbd.*.so" >/dev/null; then
+        return 0
+    fi
     [ -n "$(find setup.py csrc vdusefast \( -name '*.[ch]' -o -name '*.pyx' -o -name '*.pxd' -o -path csrc -o -name setup.py \) \
         -newer $build_stamp -print -quit)" ]
 }

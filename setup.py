@@ -47,6 +47,7 @@ class Optional(NamedTuple):
 
 OPTIONAL = [
     Optional("_nbd", "nbd", "libnbd.h", ["nbd"], "libnbd-dev"),
+    Optional("_rbd", "rbd", "rbd/librbd.h", ["rbd", "rados"], "librbd-dev"),
 ]
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import ceph_rig
 import psutil
 import pytest
 
@@ -140,6 +141,15 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         return  # its traceback keeps objects alive, and its own failure is what matters
     left = before.added_for_good()
     assert not left, "left behind by the test:\n" + "\n".join(left)
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[ceph_rig.Cluster]:
+    """Return a Ceph cluster that all tests of a session share: each makes images of its own in it."""
+    if missing := ceph_rig.missing():
+        pytest.skip(f"{', '.join(missing)} missing; ./bootstrap.sh test installs them")
+    with ceph_rig.cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -281,6 +281,9 @@ class Device:
         placement = self._placement = foresee(self.config)
         placed = placement.apply(self.config)
         self._transport = self._transport or make_transport(placed, state)
+        if store.spec is not None:
+            store.spec = store.spec._replace(notes_fd=directory.open_store_notes())
+            self._resources.callback(os.close, store.spec.notes_fd)
         relay = None if fail_requests else make_relay(placed, model, store, directory.path, self._follow_store)
         if relay is not None:
             self._resources.callback(relay.close)

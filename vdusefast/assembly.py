@@ -139,6 +139,7 @@ def worker_specs(
             map_reads=int(config.backend.map == "auto"),
             direct_align=store.direct_align,
             relay_fd=-1 if relay is None else relay.socket_fd,
+            store_notes_fd=store.spec.notes_fd if store.spec else -1,
             store_spec=store.spec._replace(queue_count=device.queue_count).to_json() if store.spec else "",
             faults=store.faults,
             capacity_sectors=device.capacity_sectors,

@@ -137,6 +137,7 @@ class WorkerSpec(NamedTuple):
     relay_fd: int = -1  # O_PATH, of the socket of the store's relay, which brings the engine then
     store_spec: str = ""  # backends.plugin.StoreSpec as JSON, where a module brings the engine
     faults: str = ""  # errors and delays by rule, as JSON (backends.faulty)
+    store_notes_fd: int = -1  # a file where such a module leaves notes for the workers to come
     engine: str = "auto"
     cache: str = "writeback"
     sqpoll: int = 0  # io_uring: a thread of the kernel's submits

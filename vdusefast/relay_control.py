@@ -115,7 +115,7 @@ class RelayControl:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=[spec.listen_fd],
+            pass_fds=[fd for fd in (spec.listen_fd, self._spec.notes_fd) if fd >= 0],
             process_group=0,  # the terminal's Ctrl-C is for the supervisor alone
         )
         self._pid = process.pid

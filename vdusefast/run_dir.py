@@ -18,7 +18,7 @@ LOCK_TRIES_MAX = 16
 # `is_held` takes a shared lock for a moment: who wants the name at that moment looks again.
 BLOCKED_TRIES_MAX = 3
 BLOCKED_PAUSE_S = 0.02
-CONTENTS = ("pages", "state", "state.new", "socket", "log", "log.1", "lock")
+CONTENTS = ("pages", "store", "state", "state.new", "socket", "log", "log.1", "lock")
 HOLDER_MAX_BYTES = 100
 SYSTEM_BASE = Path("/run/vdusefast")
 
@@ -154,6 +154,16 @@ class RunDirectory:
     def state_path(self) -> Path:
         """Return where the device is described for the next server; see saved_state.py."""
         return self.path / "state"
+
+    def open_store_notes(self) -> int:
+        """Return a descriptor of the file that workers of a store's module leave notes in for the next ones.
+
+        Raises VdusefastError.
+        """
+        try:
+            return os.open(self.path / "store", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise VdusefastError(f"{self.path.name}: cannot open {self.path / 'store'}: {error.strerror}") from None
 
     @property
     def lock_path(self) -> Path:

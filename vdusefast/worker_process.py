@@ -302,6 +302,7 @@ class WorkerProcess:
                     self.spec.user_memory_fd,
                     self.spec.store_fd,
                     self.spec.relay_fd,
+                    self.spec.store_notes_fd,
                 )
                 self._process = subprocess.Popen(
                     [*command, *self.spec.to_argv()],

@@ -33,7 +33,7 @@ HEADERS = ("vduse.h", "vdpa.h")
 BOOT_MODULES = ("9pnet_virtio", "9p", "overlay")
 # For the commands to load. Those in the second list are part of one of the two kernels, or absent, in the other.
 MODULES = (
-    *("vdpa", "vduse", "virtio_vdpa", "vhost_vdpa", "virtio_blk"),
+    *("vdpa", "vduse", "virtio_vdpa", "vhost_vdpa", "virtio_blk", "virtio_net"),
     *("loop", "nbd", "null_blk", "ublk_drv", "dm_log_writes", "dm_flakey"),
     *("ext4", "xfs", "erofs"),
 )

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add("--memory", default="3G", metavar="SIZE", help="of the guest; its files lie there too; default: %(default)s")
     add("--timeout", type=float, default=120, metavar="SECONDS", help="for all of it; default: %(default)s")
     add("--disk", default="", metavar="SIZE", help="add an empty virtio-blk disk, for example 1G")
+    add("--network", action="store_true", help="add a network card; 127.0.0.1 of this machine is 10.0.2.2 in the guest")
     add("--icount", action="store_true", help="time is a count of instructions, on one CPU of the host")
     add("--accel", choices=("tcg", "kvm"), default="tcg", help="default: tcg, software emulation")
     add("--append", action="append", default=[], metavar="ARGUMENT", help="further kernel argument; may be repeated")
@@ -83,6 +84,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         memory=options.memory,
         timeout_s=options.timeout,
         disk=options.disk,
+        network=options.network,
         icount=options.icount,
         accel=options.accel,
         kernel_arguments=tuple(options.append),

@@ -19,6 +19,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = "/run/results"
 DISK = "/dev/vda"
+GUEST_ADDRESS = "10.0.2.15"  # as qemu's user network has it
+HOST_ADDRESS = "10.0.2.2"
 HIDDEN = ("/tmp", "/run", "/var/tmp", "/dev/shm")  # noqa: S108 (in the guest these are its own, and empty)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -43,6 +45,9 @@ class GuestConfig:
     accel: str = "tcg"  # or "kvm"
     kernel_arguments: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()  # loaded before the command: "NAME" or "NAME PARAMETER=VALUE"
+    network: bool = (
+        False  # a network card: the guest is GUEST_ADDRESS, what listens on 127.0.0.1 here is at HOST_ADDRESS
+    )
     results: Path | None = None  # a directory of the host that the guest may write to
     directory: Path = ROOT  # where the command runs
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -70,6 +75,7 @@ def command_line(config: GuestConfig, image: Path, initrd_fd: int, ports: Sequen
         *(word for number, fd in enumerate(ports, 1) for word in _port(number, fd)),
         *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
         *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
+        *(("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=") if config.network else ()),
         *(_results(config.results) if config.results else ()),
     ]
 
@@ -110,12 +116,14 @@ def initrd(config: GuestConfig, kernel: cache.Kernel, command: Sequence[str], to
     `token` is what the guest ends the command's output with.
     """
     virtio_blk = [] if not config.disk or any(m.split()[0] == "virtio_blk" for m in config.modules) else ["virtio_blk"]
+    virtio_net = ["virtio_net"] if config.network else []
     settings = {
         "release": kernel.release,
         "modules": str(kernel.modules),
         "results": RESULTS if config.results else "",
+        "address": f"{GUEST_ADDRESS}/24" if config.network else "",
         "token": token.decode(),
-        "preload": "\n".join([*config.modules, *virtio_blk]),
+        "preload": "\n".join([*config.modules, *virtio_blk, *virtio_net]),
     }
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in settings.items()]
     keep = " ".join(str(path) for path in _needed(config) if str(path).startswith(tuple(f"{h}/" for h in HIDDEN)))

@@ -27,6 +27,9 @@ while read -r words; do
 done <<MODULES
 $preload
 MODULES
+if [ -n "$address" ]; then
+    ip link set eth0 up && ip addr add "$address" dev eth0 || die "no network"
+fi
 
 until [ -c /dev/vport0p1 ] && [ -c /dev/vport0p2 ] && [ -c /dev/vport0p3 ]; do
     usleep 10000

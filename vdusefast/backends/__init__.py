@@ -46,6 +46,7 @@ BACKENDS = (
     ),
     Registration(("faulty",), "vdusefast.backends.faulty", "faulty:op=read,error=EIO,every=100:file:/srv/disk.img"),
     Registration(("python",), "vdusefast.backends.python", "python:disk.py:Disk", plugin=True),
+    Registration(("rbd",), "vdusefast.backends.rbd", "rbd:POOL/IMAGE", plugin=True),
 )
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from typing import NamedTuple, Protocol
 
+NOTES_BYTES = 512
+
 
 class StoreSpec(NamedTuple):
     """What a module is told. Sizes are in bytes."""
@@ -26,6 +28,9 @@ class StoreSpec(NamedTuple):
     slot_count: int = 0  # requests that may be in flight at once
     size_bytes: int = 0  # of the device
     block_size_bytes: int = 512  # of the device
+    # A file that outlives the worker, with NOTES_BYTES for each queue: what a module writes there, the next worker's
+    # reads. -1: none.
+    notes_fd: int = -1
 
     def to_json(self) -> str:
         """Return what `from_json` reads."""

@@ -1,0 +1,304 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "image.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <rbd/features.h>
+
+#define VF_RBD_SNAP_MAX 64
+#define VF_RBD_IMAGE_MAX 256u
+#define VF_RBD_OPTION_MAX 512
+
+static int vf_rbd_given(const char *text)
+{
+	return text && *text;
+}
+
+/* An option that this library does not know is not needed either. */
+static void vf_rbd_set(rados_t cluster, const char *name, uint32_t value)
+{
+	char text[16];
+
+	snprintf(text, sizeof(text), "%u", value);
+	rados_conf_set(cluster, name, text);
+}
+
+static int vf_rbd_configure(struct vf_rbd_image *image, const struct vf_rbd_settings *settings)
+{
+	int err;
+
+	image->reached = VF_RBD_CLIENT;
+	err = rados_create(&image->cluster, settings->id);
+	if (err)
+		return err;
+	image->reached = VF_RBD_CONF;
+	err = rados_conf_read_file(image->cluster, settings->conf);
+	if (err)
+		return err;
+	if (vf_rbd_given(settings->keyring))
+		rados_conf_set(image->cluster, "keyring", settings->keyring);
+	vf_rbd_set(image->cluster, "client_mount_timeout", settings->connect_limit_s);
+	if (settings->op_limit_s) {
+		vf_rbd_set(image->cluster, "rados_osd_op_timeout", settings->op_limit_s);
+		vf_rbd_set(image->cluster, "rados_mon_op_timeout", settings->op_limit_s);
+	}
+	/* A driver may change a buffer while it is being written. Sent without a copy, it would not match its checksum, and
+	 * the connection would be reset again and again. */
+	rados_conf_set(image->cluster, "rbd_disable_zero_copy_writes", "true");
+	return 0;
+}
+
+/* The part of an address that the owner of a lock is known by: without the protocol's version. */
+static const char *vf_rbd_plain_address(const char *text)
+{
+	return text[0] == 'v' && text[1] != '\0' && text[2] == ':' ? text + 3 : text;
+}
+
+int vf_rbd_client(const struct vf_rbd_image *image, char text[static VF_RBD_CLIENT_MAX])
+{
+	char *addresses = NULL;
+	int err = rados_cluster_fsid(image->cluster, text, VF_RBD_CLIENT_MAX);
+	size_t used;
+	int len;
+
+	if (err < 0)
+		return err;
+	err = rados_getaddrs(image->cluster, &addresses);
+	if (err)
+		return err;
+	used = strlen(text);
+	len = snprintf(text + used, VF_RBD_CLIENT_MAX - used, " %s", vf_rbd_plain_address(addresses));
+	rados_buffer_free(addresses);
+	return (size_t)len < VF_RBD_CLIENT_MAX - used ? 0 : -ENAMETOOLONG;
+}
+
+/* The address out of what vf_rbd_client() has said; NULL when that was said of another cluster. */
+static const char *vf_rbd_address_here(const struct vf_rbd_image *image, const char *client)
+{
+	char fsid[VF_RBD_ADDRESS_MAX];
+	int len = rados_cluster_fsid(image->cluster, fsid, sizeof(fsid));
+
+	if (len < 0 || strncmp(client, fsid, strlen(fsid)) != 0 || client[strlen(fsid)] != ' ')
+		return NULL;
+	return client + strlen(fsid) + 1;
+}
+
+/* With the answer comes the cluster's map from which on that client is refused, and what we do carries that map's number:
+ * no OSD does it before it refuses the other. */
+static int vf_rbd_fence(struct vf_rbd_image *image, const char *before)
+{
+	char address[VF_RBD_ADDRESS_MAX];
+	int err;
+
+	snprintf(address, sizeof(address), "%s", before);
+	err = rados_blocklist_add(image->cluster, address, 0);
+	return err ? err : rados_wait_for_latest_osdmap(image->cluster);
+}
+
+/* A lock that the client before us holds would be waited for until its watch has timed out. */
+static void vf_rbd_break_lock(struct vf_rbd_image *image, const char *before)
+{
+	rbd_lock_mode_t mode;
+	char *owners[VF_RBD_OWNER_MAX] = { NULL };
+	size_t count = VF_RBD_OWNER_MAX;
+
+	if (rbd_lock_get_owners(image->image, &mode, owners, &count))
+		return; /* nobody has it, or the image has no such lock */
+	for (size_t i = 0; i < count; i++) {
+		if (strcmp(vf_rbd_plain_address(owners[i]), before) == 0)
+			rbd_lock_break(image->image, mode, owners[i]); /* on an error it is waited for */
+	}
+	rbd_lock_get_owners_cleanup(owners, count);
+}
+
+static int vf_rbd_enter(struct vf_rbd_image *image, const struct vf_rbd_settings *settings)
+{
+	bool exists = false;
+	int err;
+
+	image->reached = VF_RBD_POOL;
+	err = rados_ioctx_create(image->cluster, settings->pool, &image->pool);
+	if (err)
+		return err;
+	if (!vf_rbd_given(settings->name_space))
+		return 0;
+	image->reached = VF_RBD_NAMESPACE;
+	err = rbd_namespace_exists(image->pool, settings->name_space, &exists);
+	/* Whoever may look into one namespace only is not told which there are. */
+	if (err != -EPERM && (err || !exists))
+		return err ? err : -ENOENT;
+	rados_ioctx_set_namespace(image->pool, settings->name_space);
+	return 0;
+}
+
+int vf_rbd_image_open(struct vf_rbd_image *image, const struct vf_rbd_settings *settings, const char *before, int *fenced)
+{
+	int err;
+
+	*image = (struct vf_rbd_image){ .reached = VF_RBD_CLIENT };
+	*fenced = VF_RBD_NOBODY;
+	err = vf_rbd_configure(image, settings);
+	if (err)
+		return err;
+	image->reached = VF_RBD_CONNECT;
+	err = rados_connect(image->cluster);
+	if (err)
+		return err;
+	before = vf_rbd_address_here(image, before);
+	if (before) {
+		image->reached = VF_RBD_FENCE;
+		*fenced = vf_rbd_fence(image, before);
+		if (*fenced && *fenced != -EACCES && *fenced != -EPERM)
+			return *fenced; /* those rights do not come by trying again */
+	}
+	err = vf_rbd_enter(image, settings);
+	if (err)
+		return err;
+	image->reached = VF_RBD_IMAGE;
+	err = (settings->read_only ? rbd_open_read_only : rbd_open)(image->pool, settings->image, &image->image, NULL);
+	if (err)
+		return err;
+	if (vf_rbd_given(settings->snap)) {
+		image->reached = VF_RBD_SNAP;
+		err = rbd_snap_set(image->image, settings->snap);
+		if (err)
+			return err;
+	} else if (*fenced == 0 && !settings->read_only) {
+		vf_rbd_break_lock(image, before);
+	}
+	image->reached = VF_RBD_OPEN;
+	return 0;
+}
+
+void vf_rbd_image_close(struct vf_rbd_image *image)
+{
+	if (image->reached > VF_RBD_IMAGE)
+		rbd_close(image->image);
+	if (image->reached > VF_RBD_POOL)
+		rados_ioctx_destroy(image->pool);
+	if (image->reached > VF_RBD_CLIENT)
+		rados_shutdown(image->cluster);
+	*image = (struct vf_rbd_image){ .reached = VF_RBD_CLIENT };
+}
+
+int vf_rbd_option(const struct vf_rbd_image *image, const char *name, char *value, size_t size)
+{
+	return image->reached > VF_RBD_CLIENT ? rados_conf_get(image->cluster, name, value, size) : -ENOENT;
+}
+
+/* Whether librbd's cache is on for this image, which may have a configuration of its own. */
+static int vf_rbd_caches(const struct vf_rbd_image *image)
+{
+	rbd_config_option_t *options = calloc(VF_RBD_OPTION_MAX, sizeof(*options));
+	int max = VF_RBD_OPTION_MAX;
+	int on = 1; /* as it is where nothing is said */
+
+	if (!options)
+		return on;
+	if (rbd_config_image_list(image->image, options, &max) == 0) {
+		for (int i = 0; i < max; i++) {
+			if (strcmp(options[i].name, "rbd_cache") == 0)
+				on = strcmp(options[i].value, "false") != 0;
+		}
+		rbd_config_image_list_cleanup(options, max);
+	}
+	free(options);
+	return on;
+}
+
+int vf_rbd_about(const struct vf_rbd_image *image, struct vf_rbd_about *about)
+{
+	rbd_image_info_t info;
+	uint64_t features = 0;
+	int err = rbd_stat(image->image, &info, sizeof(info));
+
+	*about = (struct vf_rbd_about){ .size_bytes = 0 };
+	if (err)
+		return err;
+	about->size_bytes = info.size;
+	about->object_bytes = info.obj_size;
+	err = rbd_get_features(image->image, &features);
+	if (err)
+		return err;
+	about->exclusive_lock = (features & RBD_FEATURE_EXCLUSIVE_LOCK) != 0;
+	about->caches = (uint8_t)vf_rbd_caches(image);
+	err = rbd_get_stripe_unit(image->image, &about->stripe_unit_bytes);
+	return err ? err : rbd_get_stripe_count(image->image, &about->stripe_count);
+}
+
+/* Append a name; 0 when there is no room for it and the end. */
+static int vf_rbd_put_name(const char *name, char *names, size_t size, size_t *used)
+{
+	size_t len = strlen(name) + 1;
+
+	if (*used + len + 1 > size)
+		return 0;
+	memcpy(names + *used, name, len);
+	*used += len;
+	return 1;
+}
+
+static int vf_rbd_image_names(const struct vf_rbd_image *image, char *names, size_t size, size_t *used)
+{
+	rbd_image_spec_t *specs = calloc(VF_RBD_IMAGE_MAX, sizeof(*specs));
+	size_t count = VF_RBD_IMAGE_MAX;
+	int err;
+
+	if (!specs)
+		return -ENOMEM;
+	err = rbd_list2(image->pool, specs, &count);
+	if (err >= 0) {
+		for (size_t i = 0; i < count; i++) {
+			if (!vf_rbd_put_name(specs[i].name, names, size, used))
+				break;
+		}
+		rbd_image_spec_list_cleanup(specs, count);
+	}
+	free(specs);
+	return err < 0 ? err : 0;
+}
+
+static int vf_rbd_snap_names(const struct vf_rbd_image *image, char *names, size_t size, size_t *used)
+{
+	rbd_snap_info_t snaps[VF_RBD_SNAP_MAX];
+	int max = VF_RBD_SNAP_MAX;
+	int count = rbd_snap_list(image->image, snaps, &max);
+
+	if (count < 0)
+		return count;
+	for (int i = 0; i < count; i++) {
+		if (!vf_rbd_put_name(snaps[i].name, names, size, used))
+			break;
+	}
+	rbd_snap_list_end(snaps);
+	return 0;
+}
+
+int vf_rbd_names(const struct vf_rbd_image *image, char *names, size_t size)
+{
+	size_t used = 0;
+	size_t room = size - 1;
+	int err;
+
+	memset(names, 0, size);
+	switch (image->reached) {
+	case VF_RBD_POOL:
+		err = rados_pool_list(image->cluster, names, size);
+		return err < 0 ? err : (err > (int)size ? (int)size : err);
+	case VF_RBD_NAMESPACE:
+		err = rbd_namespace_list(image->pool, names, &room);
+		return err < 0 ? err : (int)room;
+	case VF_RBD_IMAGE:
+		err = vf_rbd_image_names(image, names, size, &used);
+		return err ? err : (int)used;
+	case VF_RBD_SNAP:
+		err = vf_rbd_snap_names(image, names, size, &used);
+		return err ? err : (int)used;
+	default:
+		return 0;
+	}
+}
