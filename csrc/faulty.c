@@ -225,12 +225,12 @@ static void vf_faulty_close(struct vf_engine *engine)
 	engine->state = NULL;
 }
 
-static void vf_faulty_region(struct vf_engine *engine, void *va, size_t len_bytes, int mapped)
+static void vf_faulty_region(struct vf_engine *engine, void *va, size_t len_bytes, const struct vf_mapping *mapping)
 {
 	struct vf_faulty *faulty = engine->state;
 
 	if (faulty->inner.ops->region)
-		faulty->inner.ops->region(&faulty->inner, va, len_bytes, mapped);
+		faulty->inner.ops->region(&faulty->inner, va, len_bytes, mapping);
 }
 
 static const struct vf_engine_ops vf_engine_faulty = {
