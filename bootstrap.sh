@@ -89,6 +89,7 @@ list_missing_for_tests() {
     have qemu-storage-daemon || need qemu-system-common "qemu-storage-daemon, to compare with"
     have qemu-nbd || need qemu-utils "qemu-nbd, to compare with"
     have nbdkit || need nbdkit "nbdkit, to compare with"
+    nbdkit python --version >/dev/null 2>&1 || need nbdkit-plugin-python "nbdkit's Python plugin, to compare with"
     static_busybox || need busybox-static "busybox, linked statically"
     have depmod || need kmod "depmod and modprobe"
     have zstd || need zstd "zstd, to unpack the guests' kernels"

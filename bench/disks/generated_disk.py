@@ -2,8 +2,8 @@
 
     vdusefast serve: uri = "python:bench/disks/generated_disk.py:GeneratedDisk?size=16T&seed=7"
 
-Whoever reads it can check every word, and two who read the same place get the same. It has all requests of a round in one
-NumPy expression, and any number of queues, since there is nothing to share.
+Whoever reads it can check every word, and two who read the same place get the same. It has all requests of a round in
+one NumPy expression, and any number of queues, since there is nothing to share.
 """
 
 import numpy as np

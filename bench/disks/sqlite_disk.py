@@ -2,8 +2,8 @@
 
     vdusefast serve: uri = "python:bench/disks/sqlite_disk.py:SqliteDisk?path=/srv/disk.db&size=1G"
 
-Several queues may serve it: SQLite's own locks keep their processes apart. Each write is a transaction, in the log of the
-database (WAL) when it is answered, and on the disk after a flush.
+Several queues may serve it: SQLite's own locks keep their processes apart. Each write is a transaction, in the log of
+the database (WAL) when it is answered, and on the disk after a flush.
 """
 
 import contextlib
@@ -36,7 +36,9 @@ class SqliteDisk(vdusefast.Backend):
     def pread(self, buffer: memoryview, offset_bytes: int) -> None:
         first, count = offset_bytes // 4096, len(buffer) // 4096
         buffer[:] = bytes(len(buffer))
-        rows = self.db.execute("SELECT number, data FROM block WHERE number BETWEEN ? AND ?", (first, first + count - 1))
+        rows = self.db.execute(
+            "SELECT number, data FROM block WHERE number BETWEEN ? AND ?", (first, first + count - 1)
+        )
         for number, data in rows:
             buffer[(number - first) * 4096 : (number - first + 1) * 4096] = data
 

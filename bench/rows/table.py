@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from rows import counted
 from rows.contestants import Setup, fio, read_loop, ring_exchange, vdusefast
+from rows.python_disks import nbdkit_disk, python_disk
 from vdusefast.bench.rounds import summarize, verdict
 
 Measure = Callable[[Setup], float]
@@ -41,6 +42,10 @@ CONTESTANTS: dict[str, Measure] = {
     "file on tmpfs, 128k read": lambda s: vdusefast(s, f"file:{s.tmpfs_file}", rw="read", bs="128k"),
     "fio io_uring, disk": lambda s: fio(s, "io_uring", s.disk_file, direct=True),
     "file on disk, uring, O_DIRECT": lambda s: vdusefast(s, f"file:{s.disk_file}", engine="uring", cache="none"),
+    "nbdkit, Python, a thread": lambda s: nbdkit_disk(s, 1),
+    "nbdkit, Python, 16 threads": lambda s: nbdkit_disk(s, 16),
+    "Python class": lambda s: python_disk(s, "RamDisk"),
+    "Python class, batches": lambda s: python_disk(s, "BatchRamDisk"),
 }
 
 
@@ -61,6 +66,7 @@ class Row:
     digits: int = 2
 
 
+NBDKIT = ("nbdkit, Python, a thread", "nbdkit, Python, 16 threads")
 TMPFS_FIO = ("fio psync, tmpfs", "fio io_uring, tmpfs")
 INSTRUCTIONS, CALLS = "instructions a request", "system calls a request"
 ROWS: tuple[Row, ...] = (
@@ -94,6 +100,8 @@ ROWS: tuple[Row, ...] = (
         0.95,
         1.0,
     ),
+    Row("python", "Python class / the better of nbdkit's Python plugin", "Python class", NBDKIT, 2, 4, digits=1),
+    Row("python-batch", "Python class, batches / the same", "Python class, batches", NBDKIT, 5, 15, digits=1),
 )
 BY_NAME = {row.name: row for row in ROWS}
 

@@ -121,8 +121,14 @@ class Served:
 
 
 @contextmanager
-def serve(disk: Backend, *, cache: str = "writeback", features: int | None = None, timeout_s: float = 0.0,
-          params: Params = PARAMS) -> Iterator[Served]:
+def serve(
+    disk: Backend,
+    *,
+    cache: str = "writeback",
+    features: int | None = None,
+    timeout_s: float = 0.0,
+    params: Params = PARAMS,
+) -> Iterator[Served]:
     """Serve `disk` by a queue of this process."""
     spec = StoreSpec("python:test.py:Disk", cache=cache, timeout_s=timeout_s, slot_count=64, size_bytes=disk.size_bytes)
     engine = Engine(disk, spec)

@@ -121,14 +121,14 @@ def test_generated_disk_is_what_it_should_be_and_read_only() -> None:
         z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
         return z ^ z >> 31
 
-    with device_of(f"python:{DISKS}/generated_disk.py:GeneratedDisk?size=16T&seed=7", queues=2) as device:
-        with device.driver() as driver:
-            for queue, at in enumerate([0, (1 << 44) - 65536]):
-                data = np.frombuffer(driver.read(at, 65536, queue=queue), "<u8")
-                for i in (0, 1, 511, 512, 8191):
-                    assert int(data[i]) == word(at // 8 + i)
-            with pytest.raises(OSError, match="sector 0"):
-                driver.write(0, b"x" * 512)
+    uri = f"python:{DISKS}/generated_disk.py:GeneratedDisk?size=16T&seed=7"
+    with device_of(uri, queues=2) as device, device.driver() as driver:
+        for queue, at in enumerate([0, (1 << 44) - 65536]):
+            data = np.frombuffer(driver.read(at, 65536, queue=queue), "<u8")
+            for i in (0, 1, 511, 512, 8191):
+                assert int(data[i]) == word(at // 8 + i)
+        with pytest.raises(OSError, match="sector 0"):
+            driver.write(0, b"x" * 512)
 
 
 @pytest.mark.parametrize("name", ["ram", "ram-batch"])
@@ -140,7 +140,9 @@ def test_killed_workers_cost_no_request(where: dict[str, str], name: str) -> Non
         while load.running:
             time.sleep(0.05)
             queue = device.stats().queues[kills % 2]
-            if queue.requests > served[kills % 2] + 100 and queue.pid > 0:  # the one before has been replaced, and works
+            if (
+                queue.requests > served[kills % 2] + 100 and queue.pid > 0
+            ):  # the one before has been replaced, and works
                 served[kills % 2] = queue.requests
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(queue.pid, signal.SIGKILL)

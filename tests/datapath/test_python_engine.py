@@ -82,7 +82,8 @@ def test_zeroes_are_written_where_there_is_no_other_way() -> None:
     with serve(disk) as served:
         assert served.zero(10, 50) == OK
     assert disk.data[5120 : 60 * 512] == bytes(50 * 512)
-    assert disk.data[5119] and disk.data[60 * 512]
+    assert disk.data[5119]
+    assert disk.data[60 * 512]
     assert disk.calls == [("pwrite", 5120, 25600)]
 
 

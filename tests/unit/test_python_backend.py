@@ -67,7 +67,12 @@ def test_class_is_described_by_what_it_overrides(disk: Callable[..., str]) -> No
     """
     found = look(disk(changed=whole))
     assert found.block_size_bytes == 4096
-    assert (found.read_only, found.can_discard, found.can_write_zeroes, found.zeroes_cheaply) == (False, True, True, True)
+    assert (found.read_only, found.can_discard, found.can_write_zeroes, found.zeroes_cheaply) == (
+        False,
+        True,
+        True,
+        True,
+    )
     found = look(disk(changed="def pwrite(self, buffer, offset_bytes): ..."))
     assert (found.can_discard, found.can_write_zeroes, found.zeroes_cheaply) == (False, True, False)
 
@@ -97,7 +102,10 @@ def test_class_finds_what_lies_beside_it_and_its_module_by_name(
 
 
 def test_what_a_class_prints_disturbs_nobody(disk: Callable[..., str]) -> None:
-    assert look(disk(changed="print('x' * 100000); import sys; print('y' * 100000, file=sys.stderr)")).size_bytes == 1 << 20
+    assert (
+        look(disk(changed="print('x' * 100000); import sys; print('y' * 100000, file=sys.stderr)")).size_bytes
+        == 1 << 20
+    )
 
 
 def test_paths_become_absolute_and_modules_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from vdusefast.errors import BackendError, ConfigError
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from vdusefast.backends._python import Engine
     from vdusefast.backends.python_class import Backend
 
 EXAMPLE = "python:/srv/disk.py:Disk?size=1G"
@@ -207,7 +208,7 @@ def _run(spec: StoreSpec, disk: Backend, method: str) -> None:
         raise BackendError(f"{spec.uri}: {method}() raised {say(error)}; nothing is served") from error
 
 
-def _open_within(engine: Any, spec: StoreSpec, disk: Backend) -> None:
+def _open_within(engine: Engine, spec: StoreSpec, disk: Backend) -> None:
     """Open a worker's disk, a coroutine in the loop that it goes on in. Raises BackendError."""
     from vdusefast.backends.python_errors import describe as say
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Batch(Protocol):
     """All that a driver's ring held in one round, as `Backend.submit` gets it.
 
-    A request's memory may lie in several pieces: each is a row with a tag of its own. Once a tag is completed its buffer
-    cannot be used any more.
+    A request's memory may lie in several pieces: each is a row with a tag of its own. Once a tag is completed its
+    buffer cannot be used any more. A batch may be kept until all of it is complete.
     """
 
     @property
@@ -28,8 +28,8 @@ class Batch(Protocol):
     def read_from(self, store: object, at: ArrayLike | None = None) -> int:
         """Fill the buffers of all reads from the bytes of `store`, a contiguous buffer; return how many rows.
 
-        at: for each row of `requests` the byte in `store`; offset_bytes unless given. Completes nothing. Raises IndexError
-        when a row lies outside of `store`; nothing is moved then.
+        at: for each row of `requests` the byte in `store`; offset_bytes unless given. Completes nothing. Raises
+        IndexError when a row lies outside of `store`; nothing is moved then.
         """
 
     def write_to(self, store: object, at: ArrayLike | None = None) -> int:
@@ -38,21 +38,31 @@ class Batch(Protocol):
     def complete(self, tags: int | ArrayLike | None = None, error: int = 0) -> None:
         """Complete one tag, an array of tags, or all of this batch that are still open; from any thread.
 
-        error: 0, or an errno, with which the driver gets IOERR. Raises ValueError for a tag that is not open, TypeError
-        for what is no tag; then none of them is completed.
+        error: 0, or an errno, with which the driver gets IOERR. Raises ValueError for a tag that is not open,
+        TypeError for what is no tag; then none of them is completed.
         """
 
 
 class Backend:
     """A disk. Derive from it and set `size_bytes`; the words behind `?` in the URI are the constructor's arguments.
 
-    What a class does not override is not offered to the driver: without `pwrite` the disk is read-only, without `discard`
-    there is none; without `flush` there is nothing to flush, so that writes must be durable when they are answered, or need
-    not be; without `write_zeroes` zeroes are written by `pwrite`. Methods may be `async def`. A class overrides `pread`
-    and its like, or `submit`, which takes all requests of a round at once.
+    What a class does not override is not offered to the driver: without `pwrite` the disk is read-only, without
+    `discard` there is none; without `flush` there is nothing to flush, so that writes must be durable when they are
+    answered, or need not be; without `write_zeroes` zeroes are written by `pwrite`. Methods may be `async def`. A
+    class overrides `pread` and its like, or `submit`, which takes all requests of a round at once.
 
-    Attributes: size_bytes, block_size_bytes (the smallest unit of a request: a power of two, 512 to 4096), and for classes
-    with `submit`, whose abilities do not show, read_only, can_discard and can_write_zeroes. Set before `open`:
+    An OSError gives the driver IOERR and is counted by its errno; any other exception does the same, and its traceback
+    goes to the log, as all does that a class prints on standard error. What it prints on standard output goes nowhere.
+
+    A buffer is the driver's memory, and is released when its request is complete. Keep bytes(buffer), not the buffer, a
+    slice or an array of it: those read zeroes then, and a class that keeps some gets copies from then on.
+
+    Each queue is a process with an instance of its own: what they share has to lie outside of them, in a file, in
+    shared memory, on a server. A process that dies is replaced, and requests that it had not answered come again: what
+    was answered must be found by the next one.
+
+    Attributes: size_bytes, block_size_bytes (the smallest unit of a request: a power of two, 512 to 4096), and for
+    classes with `submit`, whose abilities do not show, read_only, can_discard and can_write_zeroes. Set before `open`:
     queue (which one this instance serves), queue_count, writable (False where the device is read-only).
     """
 

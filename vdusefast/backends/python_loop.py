@@ -1,21 +1,25 @@
 """The asyncio loop of a worker whose class has coroutines. It runs in the worker's own thread, a step at a time.
 
-A thread of its own would have to fight with the worker for its CPU and for the interpreter's lock; so the worker steps the
-loop when it has handed requests over and while it waits for them, and sleeps inside of it.
+A thread of its own would have to fight with the worker for its CPU and for the interpreter's lock; so the worker steps
+the loop when it has handed requests over and while it waits for them, and sleeps inside of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 
 class Loop:
-    """An event loop and the tasks that requests wait for. complain: called with an exception that came out of the loop."""
+    """An event loop and the tasks that requests wait for."""
 
     def __init__(self, wake_fd: int, complain: Callable[[BaseException], None]) -> None:
-        """Make the loop. wake_fd: an eventfd, borrowed, by which other threads wake it."""
+        """Make the loop.
+
+        wake_fd: an eventfd, borrowed, by which other threads wake it. complain: gets exceptions that come out of it.
+        """
         self._complain = complain
         self._wake_fd = wake_fd
         self._loop = asyncio.new_event_loop()
@@ -96,8 +100,6 @@ class Loop:
             self._loop.stop()
 
     def _woken(self) -> None:
-        import os
-
         try:
             os.eventfd_read(self._wake_fd)
         except BlockingIOError:

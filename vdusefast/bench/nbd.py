@@ -64,11 +64,11 @@ def connect(path: Path, connection_count: int) -> tuple[int, Export]:
     """
     sockets: list[socket.socket] = []
     try:
-        sockets.append(_dial(path))
+        sockets.append(dial(path))
         export = handshake(sockets[0])
         if export.flags & FLAG_CAN_MULTI_CONN:
             for _ in range(connection_count - 1):
-                sockets.append(_dial(path))
+                sockets.append(dial(path))
                 handshake(sockets[-1])
         return _attach(export, [sock.fileno() for sock in sockets]), export
     finally:
@@ -89,7 +89,7 @@ def disconnect(index: int, timeout_s: float = 10.0) -> None:
 
 def handshake(sock: socket.socket) -> Export:
     """Negotiate the default export on a fresh connection. Raises VdusefastError for what is no nbd server."""
-    greeting = _receive(sock, 18)
+    greeting = receive(sock, 18)
     if greeting[:16] != _NBDMAGIC + _IHAVEOPT:
         raise VdusefastError("nbd: the server does not speak the newstyle protocol")
     sock.sendall(struct.pack(">I", (_FIXED_NEWSTYLE | _NO_ZEROES) & int.from_bytes(greeting[16:], "big")))
@@ -97,10 +97,10 @@ def handshake(sock: socket.socket) -> Export:
     sock.sendall(_IHAVEOPT + struct.pack(">II", _OPT_GO, len(data)) + data)
     export: Export | None = None
     while True:
-        magic, _option, kind, length = _REPLY.unpack(_receive(sock, _REPLY.size))
+        magic, _option, kind, length = _REPLY.unpack(receive(sock, _REPLY.size))
         if magic != _REPLY_MAGIC or length > _REPLY_MAX_BYTES:
             raise VdusefastError("nbd: the server's answer makes no sense")
-        body = _receive(sock, length)
+        body = receive(sock, length)
         if kind & _REP_ERROR:
             raise VdusefastError(f"nbd: the server refuses its export: {body.decode(errors='replace') or hex(kind)}")
         if kind == _REP_INFO and int.from_bytes(body[:2], "big") == _INFO_EXPORT:
@@ -111,7 +111,8 @@ def handshake(sock: socket.socket) -> Export:
             return export
 
 
-def _dial(path: Path) -> socket.socket:
+def dial(path: Path) -> socket.socket:
+    """Connect to the server at the Unix socket `path`. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.settimeout(HANDSHAKE_S)
     try:
@@ -122,7 +123,8 @@ def _dial(path: Path) -> socket.socket:
     return sock
 
 
-def _receive(sock: socket.socket, size: int) -> bytes:
+def receive(sock: socket.socket, size: int) -> bytes:
+    """Return the next `size` bytes. Raises VdusefastError when the server hangs up."""
     data = b""
     while len(data) < size:
         more = sock.recv(size - len(data))
