@@ -107,6 +107,7 @@ cdef struct py_piece:
     uint8_t unmap
     uint8_t whole  # all of the request's memory, in however many pieces
     uint8_t zeroes
+    int32_t doomed  # while it is PIECE_BUSY: -errno to complete it with afterwards
 
 cdef struct py_move:
     char *store
@@ -206,6 +207,8 @@ cdef class Batch:
     def complete(self, tags=None, error=0):
         cdef int32_t result = self.engine.result_of(error)
         if tags is None:
+            if self.move_count:
+                raise ValueError("bytes of this batch are being moved by another thread")
             self.engine.complete_open(self.tags, self.count, result)
         else:
             self.engine.complete_tags(tags, result)
@@ -569,6 +572,7 @@ cdef class Engine:
         piece.address = address
         piece.slot = slot
         piece.state = PIECE_OPEN
+        piece.doomed = 0
         piece.op = op
         piece.unmap = piece.whole = piece.zeroes = False
         self.cut_index[self.cut_count] = index
@@ -782,8 +786,12 @@ cdef class Engine:
         cdef uint32_t i, index
         for i in range(count):
             index = <uint32_t> tags[i] & ((1 << TAG_BITS) - 1)
-            if self.pieces[index].tag == tags[i] and self.pieces[index].state == PIECE_OPEN:
+            if self.pieces[index].tag != tags[i]:
+                continue
+            if self.pieces[index].state == PIECE_OPEN:
                 self.finish(index, code)
+            elif self.pieces[index].state == PIECE_BUSY:
+                self.pieces[index].doomed = code
 
     cdef int complete_tags(self, tags, int32_t code) except -1:
         """Complete all of some tags, or none. Raises TypeError, ValueError."""
@@ -868,8 +876,10 @@ cdef class Engine:
             PyBuffer_Release(&view)
 
     cdef object move_rows(self, Batch batch, const Py_buffer *store, const int64_t *at, uint8_t op):
-        cdef uint32_t count = 0, i
+        cdef uint32_t count = 0, i, moved
         cdef uint64_t bytes_moved = 0
+        if batch.move_count:
+            raise ValueError("bytes of this batch are being moved by another thread")
         try:
             count = self.plan_moves(batch, store, at, op, &bytes_moved)
             if bytes_moved >= NOGIL_BYTES:
@@ -878,9 +888,12 @@ cdef class Engine:
             else:
                 self.carry_out(batch.moves, count, op)
         finally:
-            for i in range(batch.move_count):
+            moved, batch.move_count = batch.move_count, 0
+            for i in range(moved):
                 self.pieces[batch.moves[i].index].state = PIECE_OPEN
-            batch.move_count = 0
+            for i in range(moved):
+                if self.pieces[batch.moves[i].index].doomed:  # its submit() has raised meanwhile
+                    self.finish(batch.moves[i].index, self.pieces[batch.moves[i].index].doomed)
         return count
 
     cdef int plan_moves(self, Batch batch, const Py_buffer *store, const int64_t *at, uint8_t op,
@@ -890,8 +903,6 @@ cdef class Engine:
         cdef py_piece *piece
         cdef py_move *move
         cdef int64_t offset
-        if batch.move_count:
-            raise ValueError("bytes of this batch are being moved by another thread")
         for i in range(batch.count):
             index = <uint32_t> batch.tags[i] & ((1 << TAG_BITS) - 1)
             piece = &self.pieces[index]
