@@ -271,6 +271,43 @@ def test_invalidations_under_load_with_a_class_that_keeps_buffers(tmp_path: Path
         assert device.failure is None
 
 
+@pytest.mark.parametrize("cache", ["writeback", "writethrough"])
+def test_requests_completed_by_threads_in_any_order_pass_a_verified_load(tmp_path: Path, cache: str) -> None:
+    body = """
+        size_bytes = 8 << 20
+        can_write_zeroes = True
+
+        def open(self):
+            import queue, random
+            self.data, self.waiting, self.dice = bytearray(self.size_bytes), queue.Queue(), random.Random(3)
+            for _ in range(3):
+                threading.Thread(target=self.serve, daemon=True).start()
+
+        def submit(self, batch):
+            rows = batch.requests.tolist()
+            self.dice.shuffle(rows)
+            for row in rows:
+                self.waiting.put((batch, row))
+
+        def serve(self):
+            while True:
+                batch, (offset, length, tag, operation, _) = self.waiting.get()
+                if operation == self.READ:
+                    batch.buffers[tag][:] = self.data[offset : offset + length]
+                elif operation == self.WRITE:
+                    self.data[offset : offset + length] = batch.buffers[tag]
+                elif operation == self.WRITE_ZEROES:
+                    self.data[offset : offset + length] = bytes(length)
+                batch.complete(tag)
+    """
+    with device_of(class_file(tmp_path, body), cache=cache) as device, device.driver() as driver:
+        Load(driver, seconds=1.0).check()
+        driver.write_zeroes(4096, 65536)
+        assert driver.read(0, 1 << 17)[4096:69632] == bytes(65536)
+        assert device.failure is None
+        assert device.queues()[0].restarts == 0
+
+
 def test_class_of_a_virtual_environment_finds_its_packages(tmp_path: Path) -> None:
     body = """
         def open(self):
