@@ -36,7 +36,9 @@ class SqliteDisk(vdusefast.Backend):
     def pread(self, buffer: memoryview, offset_bytes: int) -> None:
         first, count = offset_bytes // 4096, len(buffer) // 4096
         buffer[:] = bytes(len(buffer))
-        rows = self.db.execute("SELECT number, data FROM block WHERE number BETWEEN ? AND ?", (first, first + count - 1))
+        rows = self.db.execute(
+            "SELECT number, data FROM block WHERE number BETWEEN ? AND ?", (first, first + count - 1)
+        )
         for number, data in rows:
             buffer[(number - first) * 4096 : (number - first + 1) * 4096] = data
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rows import counted
+from rows import counted, rbd
 from rows.contestants import Setup, fio, read_loop, ring_exchange, vdusefast
 from vdusefast.bench.rounds import summarize, verdict
 
@@ -41,6 +41,8 @@ CONTESTANTS: dict[str, Measure] = {
     "file on tmpfs, 128k read": lambda s: vdusefast(s, f"file:{s.tmpfs_file}", rw="read", bs="128k"),
     "fio io_uring, disk": lambda s: fio(s, "io_uring", s.disk_file, direct=True),
     "file on disk, uring, O_DIRECT": lambda s: vdusefast(s, f"file:{s.disk_file}", engine="uring", cache="none"),
+    "fio rbd": rbd.fio,
+    "rbd": rbd.ours,
 }
 
 
@@ -59,6 +61,7 @@ class Row:
     moonshot: float | None = None
     at_most: bool = False
     digits: int = 2
+    programs: tuple[str, ...] = ()  # that not every machine has: the row is left out without them, unless asked for
 
 
 TMPFS_FIO = ("fio psync, tmpfs", "fio io_uring, tmpfs")
@@ -94,6 +97,7 @@ ROWS: tuple[Row, ...] = (
         0.95,
         1.0,
     ),
+    Row("rbd", "Ceph RBD / fio rbd, the same image", "rbd", ("fio rbd",), 0.9, 1.0, programs=("ceph-osd", "rbd")),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
