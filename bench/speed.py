@@ -89,7 +89,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options; `rows` as names that exist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*table.BY_NAME, IDLE]
-    parser.add_argument("--rows", default=",".join(known), help="names, separated by commas; all unless given")
+    usual = [name for name in known if name == IDLE or all(map(shutil.which, table.BY_NAME[name].programs))]
+    parser.add_argument("--rows", default=",".join(usual), help="names, separated by commas; all unless given")
     parser.add_argument("--list", action="store_true", help="print the rows with their goals, measure nothing")
     parser.add_argument("--rounds", "--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement; default: %(default)s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rows import counted
+from rows import counted, rbd
 from rows.contestants import Setup, fio, read_loop, ring_exchange, vdusefast
 from rows.python_disks import nbdkit_disk, python_disk
 from vdusefast.bench.rounds import summarize, verdict
@@ -46,6 +46,8 @@ CONTESTANTS: dict[str, Measure] = {
     "nbdkit, Python, 16 threads": lambda s: nbdkit_disk(s, 16),
     "Python class": lambda s: python_disk(s, "RamDisk"),
     "Python class, batches": lambda s: python_disk(s, "BatchRamDisk"),
+    "fio rbd": rbd.fio,
+    "rbd": rbd.ours,
 }
 
 
@@ -64,6 +66,7 @@ class Row:
     moonshot: float | None = None
     at_most: bool = False
     digits: int = 2
+    programs: tuple[str, ...] = ()  # that not every machine has: the row is left out without them, unless asked for
 
 
 NBDKIT = ("nbdkit, Python, a thread", "nbdkit, Python, 16 threads")
@@ -102,6 +105,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("python", "Python class / the better of nbdkit's Python plugin", "Python class", NBDKIT, 2, 4, digits=1),
     Row("python-batch", "Python class, batches / the same", "Python class, batches", NBDKIT, 5, 15, digits=1),
+    Row("rbd", "Ceph RBD / fio rbd, the same image", "rbd", ("fio rbd",), 0.9, 1.0, programs=("ceph-osd", "rbd")),
 )
 BY_NAME = {row.name: row for row in ROWS}
 

@@ -282,6 +282,7 @@ static int vf_rbd_sleep(struct vf_engine *engine, const int *fds, uint32_t count
 	struct vf_rbd_work *work = engine->state;
 	struct pollfd polled[VF_WATCH_MAX + 1u];
 	uint64_t raised;
+	ssize_t got;
 	int ready;
 
 	for (uint32_t i = 0; i < count; i++)
@@ -291,9 +292,11 @@ static int vf_rbd_sleep(struct vf_engine *engine, const int *fds, uint32_t count
 	if (ready > 0) {
 		for (uint32_t i = 0; i < count; i++)
 			engine->readable |= (uint32_t)(polled[i].revents != 0) << i;
+	}
+	if (ready > 0 && polled[count].revents) {
 		/* Before the list is looked at: what is added to it from now on makes this readable again. */
-		if (polled[count].revents && read(rbd->opener.wake_fd, &raised, sizeof(raised)) < 0)
-			ready = 0;
+		got = read(rbd->opener.wake_fd, &raised, sizeof(raised));
+		(void)got; /* it is not readable now either way */
 	}
 	if (!work->open)
 		vf_rbd_look(engine);
