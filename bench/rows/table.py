@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rows import counted
+from rows import counted, network
 from rows.contestants import Setup, fio, read_loop, ring_exchange, vdusefast
 from vdusefast.bench.rounds import summarize, verdict
 
@@ -40,6 +40,8 @@ CONTESTANTS: dict[str, Measure] = {
     "fio psync, tmpfs, 128k read": lambda s: fio(s, "psync", s.tmpfs_file, direct=False, rw="read", bs="128k"),
     "file on tmpfs, 128k read": lambda s: vdusefast(s, f"file:{s.tmpfs_file}", rw="read", bs="128k"),
     "fio io_uring, disk": lambda s: fio(s, "io_uring", s.disk_file, direct=True),
+    "fio nbd, nbdkit memory": network.fio_nbd,
+    "nbdkit memory": network.nbd,
     "file on disk, uring, O_DIRECT": lambda s: vdusefast(s, f"file:{s.disk_file}", engine="uring", cache="none"),
 }
 
@@ -94,6 +96,7 @@ ROWS: tuple[Row, ...] = (
         0.95,
         1.0,
     ),
+    Row("nbd", "nbdkit memory / fio nbd", "nbdkit memory", ("fio nbd, nbdkit memory",), 0.9, 1.0),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
