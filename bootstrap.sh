@@ -90,6 +90,8 @@ list_missing_for_tests() {
     have qemu-nbd || need qemu-utils "qemu-nbd, to compare with"
     have nbdkit || need nbdkit "nbdkit, to compare with"
     nbdkit python --version >/dev/null 2>&1 || need nbdkit-plugin-python "nbdkit's Python plugin, to compare with"
+    header libnbd.h || need libnbd-dev "libnbd's header (libnbd.h), for stores on NBD servers"
+    have certtool || need gnutls-bin "certtool, for TLS with those"
     static_busybox || need busybox-static "busybox, linked statically"
     have depmod || need kmod "depmod and modprobe"
     have zstd || need zstd "zstd, to unpack the guests' kernels"
@@ -186,7 +188,8 @@ changed() {
         compgen -G "${pyx%.pyx}.*.so" >/dev/null || return 0
     done
     # Its library has come after the last build.
-    if header rbd/librbd.h && ! compgen -G "vdusefast/backends/_rbd.*.so" >/dev/null; then
+    if header rbd/librbd.h && ! compgen -G "vdusefast/backends/_rbd.*.so" >/dev/null ||
+        header libnbd.h && ! compgen -G "vdusefast/backends/_nbd.*.so" >/dev/null; then
         return 0
     fi
     [ -n "$(find setup.py csrc vdusefast \( -name '*.[ch]' -o -name '*.pyx' -o -name '*.pxd' -o -path csrc -o -name setup.py \) \

@@ -92,12 +92,17 @@ def vdusefast(
     return sum(float(job["read"]["iops"]) for job in report["jobs"])
 
 
+def fio_words(setup: Setup, engine: str, rw: str = "randread", bs: str = "4k") -> list[str]:
+    """Return the command of the real fio on the worker's CPU, without its file."""
+    words = ["fio", "--name=speed", f"--rw={rw}", f"--bs={bs}", f"--iodepth={IODEPTH}", "--time_based"]
+    words += [f"--runtime={setup.seconds * 1000:g}ms", f"--ramp_time={RAMP}", f"--ioengine={engine}"]
+    return [*words, f"--size={FILE_BYTES}", f"--cpus_allowed={setup.worker_cpu}", "--output-format=json"]
+
+
 def fio(setup: Setup, engine: str, path: Path, *, direct: bool, rw: str = "randread", bs: str = "4k") -> float:
     """Return IOPS of the real fio for the same job on the worker's CPU."""
-    words = ["fio", "--name=speed", f"--rw={rw}", f"--bs={bs}", f"--iodepth={IODEPTH}", "--time_based"]
-    words += [f"--runtime={setup.seconds * 1000:g}ms", f"--ramp_time={RAMP}", f"--filename={path}"]
-    words += [f"--size={FILE_BYTES}", f"--ioengine={engine}", f"--direct={int(direct)}"]
-    report = parse_json([*words, f"--cpus_allowed={setup.worker_cpu}", "--output-format=json"])
+    words = fio_words(setup, engine, rw, bs)
+    report = parse_json([*words, f"--filename={path}", f"--direct={int(direct)}"])
     return float(report["jobs"][0]["read"]["iops"])
 
 

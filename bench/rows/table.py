@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rows import counted, rbd
+from rows import counted, network, rbd
 from rows.contestants import Setup, fio, read_loop, ring_exchange, vdusefast
 from rows.python_disks import nbdkit_disk, python_disk
 from vdusefast.bench.rounds import summarize, verdict
@@ -41,6 +41,8 @@ CONTESTANTS: dict[str, Measure] = {
     "fio psync, tmpfs, 128k read": lambda s: fio(s, "psync", s.tmpfs_file, direct=False, rw="read", bs="128k"),
     "file on tmpfs, 128k read": lambda s: vdusefast(s, f"file:{s.tmpfs_file}", rw="read", bs="128k"),
     "fio io_uring, disk": lambda s: fio(s, "io_uring", s.disk_file, direct=True),
+    "fio nbd, nbdkit memory": network.fio_nbd,
+    "nbdkit memory": network.nbd,
     "file on disk, uring, O_DIRECT": lambda s: vdusefast(s, f"file:{s.disk_file}", engine="uring", cache="none"),
     "nbdkit, Python, a thread": lambda s: nbdkit_disk(s, 1),
     "nbdkit, Python, 16 threads": lambda s: nbdkit_disk(s, 16),
@@ -106,6 +108,7 @@ ROWS: tuple[Row, ...] = (
     Row("python", "Python class / the better of nbdkit's Python plugin", "Python class", NBDKIT, 2, 4, digits=1),
     Row("python-batch", "Python class, batches / the same", "Python class, batches", NBDKIT, 5, 15, digits=1),
     Row("rbd", "Ceph RBD / fio rbd, the same image", "rbd", ("fio rbd",), 0.9, 1.0, programs=("ceph-osd", "rbd")),
+    Row("nbd", "nbdkit memory / fio nbd", "nbdkit memory", ("fio nbd, nbdkit memory",), 0.9, 1.0),
 )
 BY_NAME = {row.name: row for row in ROWS}
 

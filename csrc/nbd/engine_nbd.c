@@ -174,6 +174,7 @@ static void vf_nbd_advance(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	if (cmd->kind == VF_NBD_READ && cmd->bounce)
 		vf_nbd_copy(cmd, 1);
 	vf_nbd_release(nbd, cmd);
+	cmd->losses = 0;
 	if (req->op == VF_OP_READ || req->op == VF_OP_WRITE) {
 		vf_req_advance(req, cmd->len_bytes);
 	} else if (!cmd->behind) {

@@ -19,7 +19,7 @@
 #define VF_NBD_DIRECT_MIN_BYTES (64u << 10)
 /* Of one trim or zero command: its 32 bits take more, but progress should be seen. */
 #define VF_NBD_RANGE_MAX_BYTES (1u << 30)
-/* A request that so many connections have died with is not the victim, it is what kills them. */
+/* A command that so many connections have died with is not the victim, it is what kills them. */
 #define VF_NBD_LOSSES_MAX 8u
 
 #define VF_NBD_MS 1000000ull

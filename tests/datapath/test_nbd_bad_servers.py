@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from nbd_misdeeds import MISDEEDS, half_of_the_data, twice
 from nbd_rig import (
     ALL_FLAGS,
     MIB,
     READ,
-    STRUCTURED_MAGIC,
     WRITE,
     Behaviour,
     CloseError,
@@ -153,79 +153,13 @@ def test_paths_in_a_uri_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     assert nbd.absolute_uri("nbd://h") == "nbd://h"
 
 
-# What a server may do with a request. Each is met by every third connection or so, and the data has to be right.
-
-
-def _garbage(connection: socket.socket, request: Request) -> None:
-    connection.sendall(b"\xa5" * 64)
-
-
-def _wrong_cookie(connection: socket.socket, request: Request) -> None:
-    connection.sendall(simple_reply(request, 0, cookie=request.cookie ^ 1 << 40) + bytes(request.length))
-
-
-def _slot_out_of_range(connection: socket.socket, request: Request) -> None:
-    connection.sendall(simple_reply(request, 0, cookie=1 << 16 | 0xFFFF) + bytes(request.length))
-
-
-def _zero_cookie(connection: socket.socket, request: Request) -> None:
-    connection.sendall(simple_reply(request, 0, cookie=0) + bytes(request.length))
-
-
-def _half_a_header(connection: socket.socket, request: Request) -> None:
-    connection.sendall(simple_reply(request, 0)[:7])
-    raise CloseError
-
-
-def _half_of_the_data(connection: socket.socket, request: Request) -> None:
-    data = b"\x5a" * (request.length // 2 if request.kind == READ else 0)
-    connection.sendall(simple_reply(request, 0) + data)
-    raise CloseError
-
-
-def _structured(connection: socket.socket, request: Request) -> None:
-    chunk = struct.pack(">IHHQI", STRUCTURED_MAGIC, 1, 1, request.cookie, 8 + request.length)
-    connection.sendall(chunk + struct.pack(">Q", request.offset) + bytes(request.length))
-
-
-def _structured_of_no_known_type(connection: socket.socket, request: Request) -> None:
-    connection.sendall(struct.pack(">IHHQI", STRUCTURED_MAGIC, 1, 0x7FFF, request.cookie, 0xFFFFFFFF))
-
-
-def _twice(connection: socket.socket, request: Request) -> None:
-    answer = simple_reply(request, 5)
-    connection.sendall(answer + answer)
-
-
-def _shutting_down(connection: socket.socket, request: Request) -> None:
-    connection.sendall(simple_reply(request, 108))
-
-
-def _hang_up(connection: socket.socket, request: Request) -> None:
-    raise CloseError
-
-
-BAD = [
-    _garbage,
-    _wrong_cookie,
-    _slot_out_of_range,
-    _zero_cookie,
-    _half_a_header,
-    _half_of_the_data,
-    _structured,
-    _structured_of_no_known_type,
-    _shutting_down,
-    _hang_up,
-]
-
-
 @pytest.mark.parametrize(
     ("bad", "kind"),
     [
-        pytest.param(bad, kind, id=f"{bad.__name__.strip('_')}-{kind}")
-        for bad in BAD
+        pytest.param(bad, kind, id=f"{bad.__name__}-{kind}")
+        for bad in MISDEEDS
         for kind in (READ, WRITE)
-        if (bad, kind) != (_half_of_the_data, WRITE)  # a write has none: that would be an answer
+        if (bad, kind) != (half_of_the_data, WRITE)  # a write has none: that would be an answer
     ],
 )
 def test_what_makes_no_sense_costs_the_connection_and_no_request(
@@ -260,7 +194,7 @@ def test_second_answer_to_one_request_costs_the_connection(sock: Path) -> None:
         if met:
             return False
         met.append(request)
-        _twice(connection, request)
+        twice(connection, request)
         return True
 
     with FakeServer(sock, Behaviour(on_request=behave)) as server, served(server.uri) as (device, driver):

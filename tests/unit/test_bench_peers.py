@@ -86,7 +86,7 @@ def test_job_of_ones_own() -> None:
         ({"jobs": ("rw=sideways",)}, "'sideways' is not one of"),
         (
             {"peers": "vdusefast,nosuch"},
-            "no such peer; there are vdusefast, qsd, loop, qemu-nbd, nbdkit, ublk, null_blk",
+            "no such peer; there are vdusefast, qsd, loop, qemu-nbd, nbdkit, vdusefast-nbd, ublk, null_blk",
         ),
         ({"peers": ","}, "no such peer"),
         ({"icount": True}, "--vm 6.12 or --vm 7.3"),

@@ -53,12 +53,7 @@ class Vdusefast(Peer):
         cpus = [setup.cpus[i % len(setup.cpus)] for i in range(setup.queues)] if setup.cpus else ""
         settings: dict[str, Any] = {"queues": setup.queues, "cpus": cpus, **self.overrides}
         store = settings.pop("uri", "file:")
-        config = make_config(
-            name=f"peers-{setup.tag}",
-            uri=f"{store}{setup.path if store == 'file:' else setup.size_bytes}",
-            transport="kernel",
-            **settings,
-        )
+        config = make_config(name=f"peers-{setup.tag}", uri=self._uri(store), transport="kernel", **settings)
         self._device: Device = Device(config)
         self._device.start()
         self._stack.callback(self._device.stop)
@@ -67,8 +62,13 @@ class Vdusefast(Peer):
         self.commands.append([*words, "--queues", str(setup.queues), *(["--cpus", pinned] if pinned else [])])
         return self._device.node
 
+    def _uri(self, store: str) -> str:
+        """Return the URI of what is served, of a kind of store: "file:"."""
+        return f"{store}{self.setup.path if store == 'file:' else self.setup.size_bytes}"
+
     def check(self) -> None:
         """See `Peer`; a worker or a ring that failed."""
+        super().check()
         if self._device.failure is not None:
             raise self._device.failure
 
@@ -248,6 +248,11 @@ class QemuNbd(_Nbd):
         return [*words, f"--socket={path}", str(self.setup.path)]
 
 
+def nbdkit_words(socket: Path, file: Path) -> list[str]:
+    """Return the command by which nbdkit's file plugin serves a file at a socket."""
+    return ["nbdkit", "--foreground", f"--unix={socket}", "file", f"file={file}"]
+
+
 class Nbdkit(_Nbd):
     """nbdkit's file plugin behind a socket."""
 
@@ -257,7 +262,31 @@ class Nbdkit(_Nbd):
     tools = ("nbdkit",)
 
     def _words(self, path: Path) -> list[str]:
-        return ["nbdkit", "--foreground", f"--unix={path}", "file", f"file={self.setup.path}"]
+        return nbdkit_words(path, self.setup.path)
+
+
+class VdusefastNbd(Vdusefast):
+    """Ourselves in front of the same server as the kernel's nbd has in `Nbdkit`."""
+
+    name = "vdusefast-nbd"
+    title = "vdusefast, kernel transport, over nbdkit's file plugin"
+    cache = PAGE_CACHE
+    tools = ("nbdkit",)
+
+    @classmethod
+    def missing_in_kernel(cls) -> str:
+        """See `Peer`; our own library is no matter of the kernel's, but as much needed."""
+        from vdusefast.backends.nbd import usability
+
+        usable = usability()
+        return super().missing_in_kernel() if usable.ok else f"{usable.text}; {usable.remedy}"
+
+    def _uri(self, store: str) -> str:
+        """See `Vdusefast`; starts the server."""
+        path = self.setup.directory / f"{self.name}.sock"
+        server = self.serve(nbdkit_words(path, self.setup.path))
+        server.wait_for("socket", path.exists)
+        return f"nbd+unix:///?socket={path}"
 
 
 class Ublk(Peer):
@@ -326,7 +355,7 @@ class NullBlk(Peer):
         return next((f"/dev/{name}" for name in names if os.path.exists(f"/sys/block/{name}")), f"/dev/{names[1]}")
 
 
-ALL: tuple[type[Peer], ...] = (Vdusefast, QemuStorageDaemon, Loop, QemuNbd, Nbdkit, Ublk, NullBlk)
+ALL: tuple[type[Peer], ...] = (Vdusefast, QemuStorageDaemon, Loop, QemuNbd, Nbdkit, VdusefastNbd, Ublk, NullBlk)
 BY_NAME = {peer.name: peer for peer in ALL}
 
 

@@ -17,15 +17,21 @@ JOB = re.compile(r"rand(?:read|write) 4k qd(\d+) x[12]")
 
 @dataclass(frozen=True)
 class Goal:
-    """Of all random jobs of 4 KiB at `iodepth`: the least that our IOPS are, in IOPS of the peer."""
+    """Of all random jobs of 4 KiB at `iodepth`: the least that the IOPS of `ours` are, in IOPS of the peer."""
 
     peer: str
     iodepth: int
     wanted: float
     moonshot: float
+    ours: str = "vdusefast"
 
 
-GOALS = (Goal("qsd", 32, 2.5, 5.0), Goal("qsd", 1, 2.0, 4.0), Goal("loop", 32, 0.8, 1.2))
+GOALS = (
+    Goal("qsd", 32, 2.5, 5.0),
+    Goal("qsd", 1, 2.0, 4.0),
+    Goal("loop", 32, 0.8, 1.2),
+    Goal("nbdkit", 32, 1.3, 2.0, ours="vdusefast-nbd"),
+)
 COST_WANTED, COST_MOONSHOT = 0.4, 0.2  # of a request above null_blk's, in that of the reference, at most
 LATENCY_PEER, LATENCY_IODEPTH = "qsd", 1  # whose p99 ours is not to be above
 
@@ -35,7 +41,7 @@ def goals_table(rows: Sequence[Json], costs: Sequence[Json], base: str, *, count
 
     costs: of rounds.costs; they are a goal in `counted` time alone, where noise does not drown a difference.
     """
-    lines = [line for goal in GOALS if (line := _of_iops(goal, rows)) is not None]
+    lines = [line for goal in GOALS if (line := _of_iops(goal, rows, base)) is not None]
     lines += [line for line in (_of_latency(rows, base),) if line is not None and not counted]
     lines += _of_costs(costs, base) if counted else []
     return (("goal", "measured", "wanted", "moonshot", ""), lines) if lines else None
@@ -46,15 +52,27 @@ def _iodepth(job: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _of_iops(goal: Goal, rows: Sequence[Json]) -> tuple[str, ...] | None:
-    mine = [row for row in rows if row["peer"] == goal.peer and _iodepth(row["job"]) == goal.iodepth]
-    found = [row for row in mine if row["ratio"] is not None]
+def _of_iops(goal: Goal, rows: Sequence[Json], base: str) -> tuple[str, ...] | None:
+    found = [
+        (ratio, row["job"])
+        for row in rows
+        if row["peer"] == goal.peer and _iodepth(row["job"]) == goal.iodepth
+        if (ratio := _ratio(goal, row, rows, base)) is not None
+    ]
     if not found:
         return None
-    least = min(found, key=lambda row: row["ratio"])
-    told = verdict(least["ratio"], goal.wanted, goal.moonshot)
-    what = f"IOPS / {goal.peer}, iodepth {goal.iodepth}: the least of {len(found)} ({least['job']})"
-    return what, f"{least['ratio']:.2f}", f"{goal.wanted:g}", f"{goal.moonshot:g}", told
+    ratio, job = min(found)
+    ours = "" if goal.ours == Goal.ours else f"{goal.ours}: "
+    what = f"{ours}IOPS / {goal.peer}, iodepth {goal.iodepth}: the least of {len(found)} ({job})"
+    return what, f"{ratio:.2f}", f"{goal.wanted:g}", f"{goal.moonshot:g}", verdict(ratio, goal.wanted, goal.moonshot)
+
+
+def _ratio(goal: Goal, row: Json, rows: Sequence[Json], base: str) -> float | None:
+    """Return that of the rounds where they were compared with `base`, else that of the medians; None without ours."""
+    if goal.ours == base:
+        return None if row["ratio"] is None else float(row["ratio"])
+    ours = [one["iops"] for one in rows if one["peer"] == goal.ours and one["job"] == row["job"]]
+    return ours[0] / row["iops"] if ours and row["iops"] else None
 
 
 def _of_latency(rows: Sequence[Json], base: str) -> tuple[str, ...] | None:

@@ -89,7 +89,8 @@ def _pivot(report: Json, corner: str, cell: Any) -> Table:
 def tables(report: Json) -> list[Table]:
     """Return all tables of a report."""
     method = report["method"]
-    goals = goals_table(report["table"], _costs(report), OURS, counted=method.get("counted", False))
+    base = method.get("base", OURS)
+    goals = goals_table(report["table"], _costs(report), base, counted=method.get("counted", False))
     goals = goals if not method.get("variants") else None
     found = [
         goals,

@@ -104,8 +104,9 @@ def kinds(peers: tuple[str, ...] | None, variants: str) -> list[type[Peer]]:
 
 
 def base_of(names: list[str], variants: str) -> str:
-    """Return whose IOPS the ratios are about: the first variant, or ourselves."""
-    return names[0] if variants and names else peer_kinds.Vdusefast.name
+    """Return whose IOPS the ratios are about: the first variant, ourselves, or the first peer without us."""
+    ours = peer_kinds.Vdusefast.name
+    return names[0] if names and (variants or ours not in names) else ours
 
 
 def one_of(name: str, variants: str) -> str:

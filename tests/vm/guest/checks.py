@@ -26,6 +26,7 @@ MODULES = (
     "scenario_storage",
     "scenario_serve",
     "scenario_failure",
+    "scenario_nbd",
     "scenario_recovery",
     "scenario_memory",
     "scenario_torture",
