@@ -40,7 +40,7 @@ class Server:
     def __init__(self, address: Path | int, words: list[str]) -> None:
         self.address = address
         self.uri = unix_uri(address) if isinstance(address, Path) else f"nbd://127.0.0.1:{address}"
-        self._words = words
+        self.words = words
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -53,11 +53,11 @@ class Server:
         """Start it and wait until it listens."""
         if isinstance(self.address, Path):
             self.address.unlink(missing_ok=True)
-        self._process = subprocess.Popen(self._words, stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(self.words, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + START_S
         while not listens(self.address):
-            assert self._process.poll() is None, f"{self._words[0]} has ended with {self._process.returncode}"
-            assert time.monotonic() < deadline, f"{self._words[0]} does not listen"
+            assert self._process.poll() is None, f"{self.words[0]} has ended with {self._process.returncode}"
+            assert time.monotonic() < deadline, f"{self.words[0]} does not listen"
             time.sleep(0.02)
 
     def stop(self, number: int = signal.SIGKILL) -> None:
@@ -80,6 +80,32 @@ class Server:
         self.stop()
 
 
+class KeptServer(Server):
+    """A server that is started again whenever it ends by itself.
+
+    nbdkit 1.32 does, by an assertion, when a client goes while an answer is being sent to it.
+    """
+
+    def start(self) -> None:
+        """Start it, and wait until it listens."""
+        super().start()
+        self._ends = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="nbd server's keeper")
+        self._keeper.start()
+
+    def stop(self, number: int = signal.SIGKILL) -> None:
+        """End it for good."""
+        if self._process is not None:
+            self._ends.set()
+            self._keeper.join(START_S)
+        super().stop(number)
+
+    def _keep(self) -> None:
+        while not self._ends.wait(0.02):
+            if self._process is not None and self._process.poll() is not None:
+                super().start()
+
+
 def listens(address: Path | int) -> bool:
     """Return whether somebody accepts connections there."""
     unix = isinstance(address, Path)
@@ -94,6 +120,11 @@ def listens(address: Path | int) -> bool:
 def nbdkit(path: Path, *words: str, options: tuple[str, ...] = ()) -> Server:
     """Return nbdkit with a plugin and its parameters, not started."""
     return Server(path, ["nbdkit", "--foreground", "--exit-with-parent", f"--unix={path}", *options, *words])
+
+
+def kept_nbdkit(path: Path, *words: str, options: tuple[str, ...] = ()) -> KeptServer:
+    """Return an nbdkit for clients that are killed."""
+    return KeptServer(path, nbdkit(path, *words, options=options).words)
 
 
 def nbdkit_tcp(*words: str, options: tuple[str, ...] = ()) -> Server:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from nbd_rig import ALL_FLAGS, FLAG_MULTI_CONN, Behaviour, FakeServer, nbdkit, served
+from nbd_rig import ALL_FLAGS, FLAG_MULTI_CONN, Behaviour, FakeServer, kept_nbdkit, served
 from verified_load import Load
 
 import vdusefast
@@ -36,7 +36,7 @@ def relayed(
     """Serve a file by nbdkit for one client, and a device with two queues over that."""
     image = path / "disk.img"
     image.write_bytes(bytes(16 * MIB))
-    kit = nbdkit(path / "socket", f"file={image}", ALONE[1], *words, options=(ALONE[0], *filters, "file"))
+    kit = kept_nbdkit(path / "socket", f"file={image}", ALONE[1], *words, options=(ALONE[0], *filters, "file"))
     with kit as server, served(server.uri, queues=2, **options) as (device, driver):
         assert [queue.engine for queue in device.queues()] == ["relay", "relay"]
         yield device, driver
