@@ -4,7 +4,7 @@
 
 The file has records (block number, length, checksum, packed bytes); a block of zeroes is one without bytes. Where each
 block's last record lies is a NumPy array, made anew from the log when the disk is opened, which cuts off a record that
-a crash has left half-written. It serves one queue: two processes would not know of each other's records.
+a crash has left half-written. Two processes would not know of each other's records: one serves all queues.
 """
 
 import os
@@ -20,15 +20,15 @@ RECORD = np.dtype([("block", "<u4"), ("length", "<u4"), ("crc", "<u4")])
 
 
 class ThinDisk(vdusefast.Backend):
-    """One queue."""
+    """One instance for all queues."""
+
+    shareable = False
 
     def __init__(self, path: str, size: str = "1G", level: str = "1") -> None:
         self.path, self.level = path, int(level)
         self.size_bytes = -(-parse_size(size) // BLOCK_BYTES) * BLOCK_BYTES
 
     def open(self) -> None:
-        if self.queue_count > 1:
-            raise ValueError("a thin disk serves one queue: queues = 1")
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         count = self.size_bytes // BLOCK_BYTES
         self.at = np.zeros(count, "i8")  # of the packed bytes; with length 0: zeroes

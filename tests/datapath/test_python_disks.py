@@ -81,7 +81,7 @@ def test_disk_keeps_what_is_written_also_over_a_restart(where: dict[str, str], n
 
 
 @pytest.mark.parametrize(
-    ("name", "queues"), [("ram", 2), ("ram-batch", 2), ("thin", 1), ("sqlite", 2), ("slow", 1), ("slow", 2)]
+    ("name", "queues"), [("ram", 2), ("ram-batch", 2), ("thin", 1), ("thin", 2), ("sqlite", 2), ("slow", 1), ("slow", 2)]
 )
 def test_disk_passes_a_verified_load(where: dict[str, str], name: str, queues: int) -> None:
     with device_of(where[name], queues=queues) as device, device.driver() as driver:
@@ -108,9 +108,22 @@ def test_thin_disk_stores_less_than_it_holds_and_survives_a_torn_record(where: d
         assert driver.read(MIB, 4096) == b"more" * 1024
 
 
-def test_thin_disk_serves_one_queue(where: dict[str, str]) -> None:
-    with pytest.raises(vdusefast.VdusefastError, match="queues = 1"):
-        device_of(where["thin"], queues=2).start()
+def test_class_that_cannot_be_shared_has_one_instance_for_all_queues(tmp_path: Path) -> None:
+    body = """
+        shareable = False
+
+        def open(self):
+            self.data = bytearray(self.size_bytes)
+
+        def pread(self, buffer, offset_bytes):
+            buffer[:] = self.data[offset_bytes : offset_bytes + len(buffer)]
+
+        def pwrite(self, buffer, offset_bytes):
+            self.data[offset_bytes : offset_bytes + len(buffer)] = buffer
+    """
+    with device_of(class_file(tmp_path, body), queues=2) as device, device.driver() as driver:
+        driver.write(4096, b"one" * 512, queue=0)
+        assert driver.read(4096, 1536, queue=1) == b"one" * 512
 
 
 def test_generated_disk_is_what_it_should_be_and_read_only() -> None:

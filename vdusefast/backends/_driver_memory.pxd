@@ -1,5 +1,20 @@
 """The driver's memory as a Python class sees it: through mappings of its own, which can be taken away."""
 
+from cpython.ref cimport PyObject
+from libc.stdint cimport uint32_t, uintptr_t
+
+from vdusefast._csrc cimport vf_mapping
+
+cdef enum:
+    WINDOW_MAX = 1024  # VF_IOTLB_CAPACITY
+
+cdef struct window_entry:
+    uintptr_t start  # where the loop has the region
+    size_t length_bytes
+    uintptr_t alias
+    PyObject *window  # owned
+
+
 cdef class Window:
     """A second mapping of one region of the driver's memory."""
 
@@ -25,5 +40,17 @@ cdef class DriverMemory:
     cdef bint is_lent
 
 
-cdef Window open_window(int fd, int prot, unsigned long long offset_bytes, size_t length_bytes)
-cdef DriverMemory lend(Window window, char *address, Py_ssize_t length_bytes, bint writable)
+cdef class Windows:
+    """Those of all regions that are mapped."""
+
+    cdef window_entry entries[WINDOW_MAX]
+    cdef uint32_t count
+    cdef uint32_t last_hit
+
+    cdef void add(self, void *va, size_t length_bytes, const vf_mapping *mapping)
+    cdef void remove(self, void *va)
+    cdef void close(self)
+    cdef int bury(self, Window window) except -1
+    cdef int bury_address(self, uintptr_t address) noexcept nogil
+    cdef DriverMemory lend(self, const char *address, Py_ssize_t length_bytes, bint writable)
+    cdef void forget(self, uint32_t i)

@@ -9,6 +9,10 @@ import os
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.stdint cimport uint32_t, uintptr_t
+
+from vdusefast._csrc cimport vf_mapping
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *, size_t, int, int, int, long)
@@ -27,6 +31,10 @@ cdef extern from "<errno.h>" nogil:
     int errno
 
 
+cdef void *put_zeroes(void *at, size_t length_bytes) noexcept nogil:
+    return mmap(at, length_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0)
+
+
 cdef class Window:
     def __cinit__(self):
         self.alias = NULL
@@ -38,8 +46,7 @@ cdef class Window:
 
     cdef int bury(self) except -1:
         """Replace the mapping by zeroes. Raises OSError."""
-        cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
-        if mmap(self.alias, self.length_bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED:
+        if put_zeroes(self.alias, self.length_bytes) == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
         return 0
 
@@ -66,25 +73,86 @@ cdef class DriverMemory:
         self.window.views -= 1
 
 
-cdef Window open_window(int fd, int prot, unsigned long long offset_bytes, size_t length_bytes):
-    """Map a region a second time; None when the kernel does not let us."""
-    cdef Window window = Window.__new__(Window)
-    cdef void *alias = mmap(NULL, length_bytes, prot, MAP_SHARED, fd, <long> offset_bytes)
-    if alias == MAP_FAILED:
+cdef class Windows:
+    cdef void add(self, void *va, size_t length_bytes, const vf_mapping *mapping):
+        """Map a region a second time; where that cannot be, its requests get copies."""
+        cdef Window window
+        cdef window_entry *entry
+        cdef void *alias
+        if self.count == WINDOW_MAX:
+            return
+        alias = mmap(NULL, length_bytes, mapping.prot, MAP_SHARED, mapping.fd, <long> mapping.offset_bytes)
+        if alias == MAP_FAILED:
+            return
+        window = Window.__new__(Window)
+        window.alias = <char *> alias
+        window.length_bytes = length_bytes
+        entry = &self.entries[self.count]
+        entry.start = <uintptr_t> va
+        entry.length_bytes = length_bytes
+        entry.alias = <uintptr_t> alias
+        Py_INCREF(window)
+        entry.window = <PyObject *> window
+        self.count += 1
+
+    cdef void remove(self, void *va):
+        """End the window of a region that is about to go."""
+        cdef uint32_t i
+        for i in range(self.count):
+            if self.entries[i].start == <uintptr_t> va:
+                (<Window> self.entries[i].window).close()
+                self.forget(i)
+                return
+
+    cdef void close(self):
+        while self.count:
+            (<Window> self.entries[self.count - 1].window).close()
+            self.forget(self.count - 1)
+
+    cdef int bury(self, Window window) except -1:
+        """Replace a window, in which nothing is lent, by zeroes. Raises OSError."""
+        cdef uint32_t i
+        window.bury()
+        for i in range(self.count):
+            if <Window> self.entries[i].window is window:
+                self.forget(i)
+                break
+        return 0
+
+    cdef int bury_address(self, uintptr_t address) noexcept nogil:
+        """See vf_engine_ops.bury."""
+        cdef uint32_t i
+        cdef window_entry *entry
+        for i in range(self.count):
+            entry = &self.entries[i]
+            if address - entry.alias < entry.length_bytes:
+                return -(put_zeroes(<void *> entry.alias, entry.length_bytes) == MAP_FAILED)
+        return -1
+
+    cdef DriverMemory lend(self, const char *address, Py_ssize_t length_bytes, bint writable):
+        """Return memory to make a memoryview of, for what the loop has at `address`; None where there is no window."""
+        cdef DriverMemory memory
+        cdef window_entry *entry
+        cdef uint32_t i, at
+        for i in range(self.count + 1):
+            at = self.last_hit if i == 0 else i - 1
+            entry = &self.entries[at]
+            if at >= self.count or <uintptr_t> address - entry.start >= entry.length_bytes:
+                continue
+            self.last_hit = at
+            memory = DriverMemory.__new__(DriverMemory)
+            memory.window = <Window> entry.window
+            memory.address = <char *> (entry.alias + (<uintptr_t> address - entry.start))
+            memory.length_bytes = length_bytes
+            memory.writable = writable
+            memory.is_lent = True
+            memory.views = 0
+            memory.window.active += 1
+            return memory
         return None
-    window.alias = <char *> alias
-    window.length_bytes = length_bytes
-    return window
 
-
-cdef DriverMemory lend(Window window, char *address, Py_ssize_t length_bytes, bint writable):
-    """Return memory to make a memoryview of; `address` lies in the window."""
-    cdef DriverMemory memory = DriverMemory.__new__(DriverMemory)
-    memory.window = window
-    memory.address = address
-    memory.length_bytes = length_bytes
-    memory.writable = writable
-    memory.is_lent = True
-    memory.views = 0
-    window.active += 1
-    return memory
+    cdef void forget(self, uint32_t i):
+        cdef PyObject *window = self.entries[i].window
+        self.count -= 1
+        self.entries[i] = self.entries[self.count]
+        Py_DECREF(<object> window)

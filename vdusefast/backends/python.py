@@ -242,6 +242,7 @@ def _description(spec: StoreSpec, disk: Backend) -> Description:
         can_discard=discards and not read_only,
         can_write_zeroes=not read_only,
         zeroes_cheaply=zeroes and not read_only,
+        shareable=bool(disk.shareable),
     )
 
 

@@ -58,8 +58,9 @@ class Backend:
     slice or an array of it: those read zeroes then, and a class that keeps some gets copies from then on.
 
     Each queue is a process with an instance of its own: what they share has to lie outside of them, in a file, in
-    shared memory, on a server. A process that dies is replaced, and requests that it had not answered come again: what
-    was answered must be found by the next one.
+    shared memory, on a server. With shareable = False there is one instance for all queues, in a process of its own,
+    which costs each request a copy and a detour. A process that dies is replaced, and requests that it had not answered
+    come again: what was answered must be found by the next one.
 
     Attributes: size_bytes, block_size_bytes (the smallest unit of a request: a power of two, 512 to 4096), and for
     classes with `submit`, whose abilities do not show, read_only, can_discard and can_write_zeroes. Set before `open`:
@@ -77,6 +78,7 @@ class Backend:
     read_only: bool | None = None
     can_discard: bool | None = None
     can_write_zeroes: bool | None = None
+    shareable: bool = True
     queue: int = 0
     queue_count: int = 1
     writable: bool = True

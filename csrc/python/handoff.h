@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The half of the engine for Python classes that knows no Python: what is submitted waits here until the round ends and
+ * the interpreter's lock is taken once for all of it; what has been answered comes back through a ring, from any thread that
+ * holds that lock, and is reaped without it.
+ */
+#ifndef VF_HANDOFF_H
+#define VF_HANDOFF_H
+
+#include "barrier.h"
+#include "engine.h"
+
+#define VF_HANDOFF_STEP_NS 1000000u /* at least so often tasks of the class's own run */
+#define VF_HANDOFF_EXPIRY_NS 50000000u /* how often it is looked for requests that are too old */
+
+enum vf_handoff_stage {
+	VF_STAGE_DATA,
+	VF_STAGE_FLUSH, /* a flush behind a write, which makes it durable */
+	VF_STAGE_DONE,
+};
+
+/* A request in flight, by its slot. */
+struct vf_handoff_record {
+	struct vf_req *req;
+	uint64_t zeroed_bytes; /* of zeroes that are written out, part after part */
+	uint64_t start_ns; /* where requests have a time-out */
+	int32_t error;
+	uint32_t piece_count; /* not answered */
+	uint8_t stage; /* enum vf_handoff_stage */
+};
+
+struct vf_handoff {
+	/* The other half; each takes the lock. */
+	void *owner;
+	void (*hand_over)(void *owner);
+	void (*step)(void *owner); /* run the event loop once */
+	void (*expire)(void *owner);
+	int (*sleep_in_loop)(void *owner, const int *fds, uint32_t count, int timeout_ms);
+	void (*region)(void *owner, void *va, size_t len_bytes, const struct vf_mapping *mapping);
+	int (*bury)(void *owner, uintptr_t address); /* this one does not, as it runs in a signal handler */
+	void (*shut)(void *owner);
+
+	struct vf_engine *engine; /* NULL: it is not open */
+	struct vf_handoff_record *records; /* slot_count; owned, as the two circles are */
+	uint32_t slot_count;
+	uint16_t *backlog; /* slots that are not handed over yet */
+	uint32_t backlog_at;
+	uint32_t backlog_count;
+	uint16_t *done; /* slots whose stage is over; its ends run freely */
+	uint32_t done_head;
+	uint32_t done_tail;
+	uint32_t done_mask;
+	uint32_t sleeping;
+	int wake_fd; /* an eventfd; borrowed */
+	uint8_t stuck; /* there was no room for the first of the backlog */
+	uint8_t has_loop;
+	uint64_t timeout_ns; /* 0: none */
+	uint64_t looked_ns; /* for requests that are too old */
+	uint64_t stepped_ns;
+};
+
+/* The engine of a plugin whose context is a struct vf_handoff. */
+extern const struct vf_engine_ops vf_engine_python;
+
+void vf_handoff_free(struct vf_handoff *handoff);
+
+/* The next slot of the backlog, which is not empty, is handed over. */
+void vf_handoff_pop(struct vf_handoff *handoff);
+
+/* A slot's stage is over; under the lock, so that there is one at a time. 1: the loop sleeps and has to be woken. */
+int vf_handoff_push(struct vf_handoff *handoff, uint16_t slot);
+
+/* CLOCK_MONOTONIC; the extensions share no code. */
+uint64_t vf_handoff_now_ns(void);
+
+static inline int vf_handoff_is_done(const struct vf_handoff *handoff)
+{
+	return vf_load_acquire_u32(&handoff->done_tail) != handoff->done_head;
+}
+
+#endif
