@@ -23,10 +23,11 @@ class Load:
     def __init__(self, uri: str, directory: Path, *words: str) -> None:
         """Start it. `words` are further ones of the command line."""
         self._report = directory / "report.json"
+        words = words if "--queues" in words else ("--queues", "1", *words)
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "vdusefast.bench", "fio", "--backend", uri, "--transport", "loopback"),
-                *("--queues", "1", "--name", "load", "--output-format", "json", "--output", str(self._report)),
+                *("--name", "load", "--output-format", "json", "--output", str(self._report)),
                 *words,
             ],
             cwd=ROOT,
@@ -36,13 +37,13 @@ class Load:
             text=True,
         )
 
-    def worker(self) -> psutil.Process:
-        """Return the worker, waiting for there to be one that has loaded librbd."""
+    def worker(self, module: str = "vdusefast.worker") -> psutil.Process:
+        """Return the worker, or the relay, waiting for there to be one that has loaded librbd."""
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline:
             for child in psutil.Process(self._process.pid).children():
                 try:
-                    if "vdusefast.worker" in " ".join(child.cmdline()) and child.num_threads() > 1:
+                    if module in " ".join(child.cmdline()) and child.num_threads() > 1:
                         return child
                 except psutil.Error:
                     continue

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from background import Background
 from ceph_rig import Cluster
 
 from vdusefast import Device, make_config
@@ -109,26 +110,20 @@ def test_client_without_rights_is_told_which(ceph: Cluster, image: str) -> None:
     assert "client.weak lacks the right: ceph auth caps client.weak" in refusal(ceph.uri(f"rbd/{image}", id="weak"))
 
 
-def test_monitor_that_is_not_there_is_given_up_within_bounds(tmp_path: Path) -> None:
-    with socket.socket() as silent:
+def test_servers_that_do_not_answer_are_given_up_within_bounds(ceph: Cluster, image: str, tmp_path: Path) -> None:
+    with socket.socket() as silent, ceph.osd_halted():
         silent.bind(("127.0.0.1", 0))
         silent.listen(16)  # nobody will answer
-        conf = tmp_path / "ceph.conf"
         keyring = tmp_path / "keyring"
         keyring.write_text("[client.admin]\n\tkey = AQB5iJlf+xqnKBAAFtpxZMLR6HQn8zBnGCuqMQ==\n")
-        port = silent.getsockname()[1]
-        conf.write_text(f"[global]\nmon host = [v2:127.0.0.1:{port}/0]\nkeyring = {keyring}\n")
+        conf = tmp_path / "ceph.conf"
+        conf.write_text(f"[global]\nmon host = [v2:127.0.0.1:{silent.getsockname()[1]}/0]\nkeyring = {keyring}\n")
         began = time.monotonic()
-        assert "no monitor has answered within 10 s" in refusal(f"rbd:rbd/image?conf={conf}")
-        assert time.monotonic() - began < 15
-
-
-def test_halted_osd_is_given_up_within_bounds(ceph: Cluster, image: str) -> None:
-    with ceph.osd_halted():
-        began = time.monotonic()
-        with pytest.raises(BackendError, match="no OSD has answered within 10 s; look at ceph -s"):
+        monitor = Background(lambda: refusal(f"rbd:rbd/image?conf={conf}"))
+        with pytest.raises(BackendError, match=r"no OSD has answered within 10 s; look at ceph -s"):
             probe.describe(StoreSpec(ceph.uri(f"rbd/{image}")))
-        assert time.monotonic() - began < 18
+        assert "no monitor has answered within 10 s" in monitor.result()
+        assert time.monotonic() - began < 20
 
 
 def test_backend_says_whether_it_is_usable() -> None:

@@ -23,7 +23,7 @@ BLOCK = bytes(range(256)) * 16  # 4 KiB
 WAIT_S = 15.0
 LONG_LOAD = (
     *("--verify", "crc32c", "--rw", "randrw", "--bs", "4k", "--size", "8m", "--iodepth", "32"),
-    *("--time_based", "--runtime", "4"),
+    *("--time_based", "--runtime", "3"),
 )
 
 Serve = Callable[..., Device]
@@ -68,6 +68,18 @@ def test_killed_workers_are_replaced_at_once_under_verification(ceph: Cluster, i
     result.assert_clean()
     # The lock of each was broken; its watch would have been waited for 30 s.
     assert result.said.count("the worker before was blocklisted") == 4, result.said
+
+
+def test_killed_relay_of_several_queues_is_a_pause_under_verification(
+    ceph: Cluster, image: str, tmp_path: Path
+) -> None:
+    load = Load(ceph.uri(f"rbd/{image}"), tmp_path, *LONG_LOAD, "--queues", "2")
+    relay = load.worker("vdusefast.relay")
+    time.sleep(1.0)
+    relay.kill()
+    result = load.result()
+    result.assert_clean()
+    assert "the worker before was blocklisted" in result.said
 
 
 def test_workers_killed_over_an_image_without_a_lock_are_shut_out_too(ceph: Cluster, serve: Serve) -> None:
@@ -176,3 +188,23 @@ def test_image_resized_under_load_stays_right(ceph: Cluster, image: str, tmp_pat
     time.sleep(0.5)
     ceph.rbd("resize", "--size", f"{size_mib}M", "--allow-shrink", f"rbd/{image}")
     load.result().assert_clean()
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["read", "write"])
+def test_memory_that_vanishes_fails_the_queue_and_not_the_process(
+    ceph: Cluster, image: str, serve: Serve, kind: int
+) -> None:
+    device = serve(ceph.uri(f"rbd/{image}"))
+    with device.driver() as driver:
+        driver.write(0, BLOCK)
+        driver.flush()
+        worker = device.queues()[0].pid
+        region, header = driver.add_region(4096), driver.add_region(4096)
+        os.ftruncate(region.fd, 0)
+        header.buf[:16] = kind.to_bytes(4, "little") + bytes(12)
+        segments = [(header.iova, 16, False), (region.iova, 4096, kind == 0), (header.iova + 16, 1, True)]
+        with suppress(OSError):
+            driver.submit_chain(segments)
+        wait_for(lambda: device.failure is not None, "the queue has failed")
+        assert "vanished" in str(device.failure)
+        assert device.queues()[0].pid == worker
