@@ -138,6 +138,7 @@ class WorkerSpec(NamedTuple):
     store_spec: str = ""  # backends.plugin.StoreSpec as JSON, where a module brings the engine
     faults: str = ""  # errors and delays by rule, as JSON (backends.faulty)
     store_notes_fd: int = -1  # a file where such a module leaves notes for the workers to come
+    store_hold_fd: int = -1  # a socket to itself, in which such a module leaves descriptors for the next worker
     engine: str = "auto"
     cache: str = "writeback"
     sqpoll: int = 0  # io_uring: a thread of the kernel's submits

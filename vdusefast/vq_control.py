@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -65,6 +66,18 @@ class Limits:
         return self.hello_s + self.quiesce_s + REAP_TIMEOUT_S
 
 
+def _socket_to_itself() -> socket.socket:
+    """Return a socket that receives what is sent to it: descriptors in it stay open while it does."""
+    hold = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        hold.bind("")  # a name of the kernel's choice
+        hold.connect(hold.getsockname())
+    except OSError:
+        hold.close()
+        raise
+    return hold
+
+
 class VqControl:
     """One queue and its worker. `state` and `reason` may be read from any thread."""
 
@@ -110,6 +123,10 @@ class VqControl:
         self._take_over_task: asyncio.Task[None] | None = None
         self._tries = 0  # take-overs since a request was last completed
         self._tried_at = -1  # how many had been completed then
+        self._hold: socket.socket | None = None
+        if spec.store_spec:
+            self._hold = _socket_to_itself()
+            self._spec = self._spec._replace(store_hold_fd=self._hold.fileno())
 
     @property
     def spec(self) -> WorkerSpec:
@@ -372,6 +389,9 @@ class VqControl:
         if self.kick_fd >= 0:
             os.close(self.kick_fd)
             self.kick_fd = -1
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
 
     def watch_kick(self, on_kick: Callable[[VqControl], object]) -> None:
         """Call `on_kick` at each kick while the queue is not served: the driver may have made it ready."""

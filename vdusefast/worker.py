@@ -194,6 +194,7 @@ class Worker:
             slot_count=min(spec.queue_size, self._datapath.SLOT_MAX),
             size_bytes=spec.capacity_sectors * 512,
             block_size_bytes=spec.block_size,
+            hold_fd=spec.store_hold_fd,
         )
         if spec.relay_fd >= 0:
             from vdusefast.backends._relay import Client

@@ -303,6 +303,7 @@ class WorkerProcess:
                     self.spec.store_fd,
                     self.spec.relay_fd,
                     self.spec.store_notes_fd,
+                    self.spec.store_hold_fd,
                 )
                 self._process = subprocess.Popen(
                     [*command, *self.spec.to_argv()],

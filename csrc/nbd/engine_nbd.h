@@ -116,6 +116,7 @@ struct vf_nbd_config {
 	uint8_t read_only; /* the device is */
 	uint64_t timeout_ns; /* 0: none */
 	uint64_t reconnect_ns;
+	int hold_fd; /* borrowed; -1 for none: nbd_hold.c */
 };
 
 struct vf_nbd {
@@ -169,6 +170,13 @@ void vf_nbd_link_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd);
 int vf_nbd_link_wants(const struct vf_nbd *nbd, short *events, uint64_t *until_ns);
 
 uint64_t vf_nbd_now_ns(void);
+
+/* nbd_hold.c */
+
+/* Leave a socket for the worker to come after this one, in place of what was left before; -1 leaves nothing. */
+void vf_nbd_hold(int hold_fd, int fd);
+/* Take what an earlier worker has left: a descriptor, now owned, or -1. */
+int vf_nbd_hold_take(int hold_fd);
 
 /* nbd_wire.c */
 

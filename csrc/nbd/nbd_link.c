@@ -90,6 +90,14 @@ static int vf_nbd_memory_check(const struct vf_nbd_cmd *cmd)
 	return madvise((void *)first, end - first, how) ? -EFAULT : 0;
 }
 
+/* What the server has not ended it may carry out later, over what is written by then. It closes its end when all is done. */
+static void vf_nbd_end(struct vf_nbd_link *link, uint64_t now_ns)
+{
+	shutdown(link->fd, SHUT_WR);
+	link->state = VF_NBD_ENDING;
+	link->end_ns = now_ns + VF_NBD_ENDING_NS;
+}
+
 /* A connection that served has died, or is of no use any more. What was in flight is taken back. */
 static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
 {
@@ -121,11 +129,7 @@ static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
 	if (link->flap_count < 2u)
 		vf_nbd_log(&nbd->news, "%s: the connection is lost: %s; connecting again, for %llu s without an error", nbd->uri,
 			   text, (unsigned long long)(nbd->config.reconnect_ns / 1000000000u));
-	/* What the server has not ended it may carry out later, over what is written by then. It closes its end when all
-	 * is done. */
-	shutdown(link->fd, SHUT_WR);
-	link->state = VF_NBD_ENDING;
-	link->end_ns = now_ns + VF_NBD_ENDING_NS;
+	vf_nbd_end(link, now_ns);
 }
 
 static void vf_nbd_look_ending(struct vf_nbd *nbd, uint64_t now_ns)
@@ -142,6 +146,7 @@ static void vf_nbd_look_ending(struct vf_nbd *nbd, uint64_t now_ns)
 		vf_nbd_log(&nbd->news, "%s: the server has not closed the old connection; going on without", nbd->uri);
 	}
 	vf_nbd_close_fd(link);
+	vf_nbd_hold(nbd->config.hold_fd, -1);
 	link->state = VF_NBD_DOWN;
 }
 
@@ -214,6 +219,7 @@ static void vf_nbd_arrive(struct vf_nbd *nbd)
 		return;
 	}
 	vf_nbd_watch_silence(link->fd);
+	vf_nbd_hold(nbd->config.hold_fd, link->fd);
 	if (link->was_up ? link->flap_count < 2u : link->refused[0])
 		vf_nbd_log(&nbd->news, "%s: connected again after %.1f s", nbd->uri,
 			   (double)(vf_nbd_now_ns() - link->lost_ns) / 1e9);
@@ -463,7 +469,11 @@ void vf_nbd_link_open(struct vf_nbd *nbd)
 	uint64_t now_ns = vf_nbd_now_ns();
 
 	nbd->link = (struct vf_nbd_link){ .fd = -1, .lost_ns = now_ns, .pause_ns = VF_NBD_PAUSE_MIN_NS };
-	vf_nbd_connect(nbd, now_ns);
+	nbd->link.fd = vf_nbd_hold_take(nbd->config.hold_fd);
+	if (nbd->link.fd >= 0)
+		vf_nbd_end(&nbd->link, now_ns);
+	else
+		vf_nbd_connect(nbd, now_ns);
 }
 
 void vf_nbd_link_close(struct vf_nbd *nbd)
@@ -477,5 +487,7 @@ void vf_nbd_link_close(struct vf_nbd *nbd)
 	vf_nbd_wire_stop(nbd);
 	vf_nbd_drop_handle(link);
 	vf_nbd_close_fd(link);
+	if (link->state == VF_NBD_UP) /* nothing is in flight; else the next worker has to wait as we did */
+		vf_nbd_hold(nbd->config.hold_fd, -1);
 	link->state = VF_NBD_DOWN;
 }

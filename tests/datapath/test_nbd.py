@@ -33,6 +33,7 @@ from nbd_rig import (
     nbdkit_tcp,
     qemu_nbd,
     served,
+    simple_reply,
     unix_uri,
 )
 from verified_load import Load
@@ -297,6 +298,38 @@ def test_worker_killed_under_load_loses_nothing(sock: Path, image: Path) -> None
             kill_worker(device)
         load.check()
         assert device.failure is None
+
+
+def test_write_of_a_killed_worker_ends_before_it_is_repeated(sock: Path) -> None:
+    """Else a server that is slow would carry it out again, over what was written to the same place afterwards."""
+    order: list[str] = []
+
+    def slow(connection: socket.socket, request: Request) -> bool:
+        if request.kind != WRITE:
+            return False
+        order.append("slow begins")
+        time.sleep(0.8)
+        server.data[request.offset : request.offset + request.length] = request.data
+        order.append("slow ends")
+        connection.sendall(simple_reply(request, 0))
+        return True
+
+    def quick(connection: socket.socket, request: Request) -> bool:
+        if request.kind == WRITE:
+            order.append("quick")
+        return False
+
+    behaviours = (Behaviour(), Behaviour(on_request=slow), Behaviour(on_request=quick))
+    with FakeServer(sock, *behaviours) as server, served(server.uri) as (device, driver):
+        thread = threading.Thread(target=lambda: driver.write(0, b"a" * BLOCK))
+        thread.start()
+        wait_until(lambda: order == ["slow begins"], "the first write is there")
+        kill_worker(device)
+        thread.join(10)
+        driver.write(0, b"b" * BLOCK)
+        time.sleep(1.0)
+        assert driver.read(0, BLOCK) == b"b" * BLOCK
+    assert order == ["slow begins", "slow ends", "quick", "quick"]
 
 
 def test_request_without_an_answer_ends_with_an_error_after_its_time(

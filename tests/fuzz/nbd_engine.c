@@ -114,7 +114,7 @@ int main(int argc, char **argv)
 	static struct iovec cuts[SLOTS][SEGMENTS];
 	static uint32_t cut_counts[SLOTS];
 	struct vf_nbd_config config = { .block_size_bytes = BLOCK, .size_bytes = SLOTS * PART_BYTES,
-					.reconnect_ns = 60ull * 1000000000u };
+					.reconnect_ns = 60ull * 1000000000u, .hold_fd = -1 };
 	struct vf_engine engine = { .store = { .fd = -1, .kind = VF_STORE_PLUGIN, .size_bytes = SLOTS * PART_BYTES } };
 	struct vf_req *done[SLOTS];
 	struct vf_nbd_news news;

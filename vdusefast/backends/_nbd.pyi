@@ -36,6 +36,7 @@ class Engine:
         read_only: bool,
         timeout_s: float,
         reconnect_s: float,
+        hold_fd: int = -1,
     ) -> None: ...
     @property
     def engine(self) -> object: ...

@@ -64,6 +64,7 @@ cdef extern from "nbd/engine_nbd.h" nogil:
         uint8_t read_only
         uint64_t timeout_ns
         uint64_t reconnect_ns
+        int hold_fd
     struct vf_nbd:
         vf_nbd_news_ring news
         vf_engine_plugin plugin
@@ -146,9 +147,9 @@ cdef class Engine:
 
     def __init__(
         self, str uri, *, uint64_t size_bytes, uint32_t block_size_bytes, bint read_only, double timeout_s,
-        double reconnect_s,
+        double reconnect_s, int hold_fd=-1,
     ):
-        """Make it; nothing is connected before it is opened. Raises OSError."""
+        """Make it; nothing is connected before it is opened. `hold_fd` is borrowed. Raises OSError."""
         cdef bytes encoded = os.fsencode(uri)
         cdef vf_nbd_config config
         if self.nbd != NULL:
@@ -158,6 +159,7 @@ cdef class Engine:
         config.block_size_bytes = block_size_bytes
         config.read_only = read_only
         config.timeout_ns = <uint64_t> (timeout_s * 1e9)
+        config.hold_fd = hold_fd
         config.reconnect_ns = <uint64_t> (reconnect_s * 1e9)
         self.nbd = vf_nbd_create(&config)
         if self.nbd == NULL:

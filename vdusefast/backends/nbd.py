@@ -55,6 +55,7 @@ def open_engine(spec: StoreSpec) -> Plugin:
             read_only=spec.read_only,
             timeout_s=spec.timeout_s,
             reconnect_s=spec.reconnect_s,
+            hold_fd=spec.hold_fd,
         )
     except OSError as error:
         raise BackendError(f"{spec.uri}: no engine could be made: {error.strerror}") from None

@@ -31,6 +31,9 @@ class StoreSpec(NamedTuple):
     # A file that outlives the worker, with NOTES_BYTES for each queue: what a module writes there, the next worker's
     # reads. -1: none.
     notes_fd: int = -1
+    # A datagram socket that is connected to itself and outlives the worker. What a module sends there waits, with the
+    # descriptors in it, for whoever reads: the next worker's finds out when the last one's requests end. -1: none.
+    hold_fd: int = -1
 
     def to_json(self) -> str:
         """Return what `from_json` reads."""
