@@ -171,6 +171,13 @@ int vf_nbd_link_wants(const struct vf_nbd *nbd, short *events, uint64_t *until_n
 
 uint64_t vf_nbd_now_ns(void);
 
+/* nbd_tls.c */
+
+/* Hand a command to libnbd. */
+void vf_nbd_tls_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd);
+/* Take what has come, without waiting. 0, or -1 with text and err (an errno or 0) filled in: the connection is of no use. */
+int vf_nbd_tls_look(struct vf_nbd *nbd, char *text, size_t text_bytes, int *err);
+
 /* nbd_hold.c */
 
 /* Leave a socket for the worker to come after this one, in place of what was left before; -1 leaves nothing. */
