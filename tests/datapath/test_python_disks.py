@@ -81,7 +81,8 @@ def test_disk_keeps_what_is_written_also_over_a_restart(where: dict[str, str], n
 
 
 @pytest.mark.parametrize(
-    ("name", "queues"), [("ram", 2), ("ram-batch", 2), ("thin", 1), ("thin", 2), ("sqlite", 2), ("slow", 1), ("slow", 2)]
+    ("name", "queues"),
+    [("ram", 2), ("ram-batch", 2), ("thin", 1), ("thin", 2), ("sqlite", 2), ("slow", 1), ("slow", 2)],
 )
 def test_disk_passes_a_verified_load(where: dict[str, str], name: str, queues: int) -> None:
     with device_of(where[name], queues=queues) as device, device.driver() as driver:
