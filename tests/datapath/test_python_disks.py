@@ -149,7 +149,7 @@ def test_generated_disk_is_what_it_should_be_and_read_only() -> None:
 def test_killed_workers_cost_no_request(where: dict[str, str], name: str) -> None:
     """The RAM disk lies in shared memory: the next worker finds what the killed one has answered for."""
     with device_of(where[name], queues=2) as device, device.driver() as driver:
-        load = Load(driver, seconds=3.0)
+        load = Load(driver, seconds=4.0)
         kills, served = 0, [0, 0]
         while load.running:
             time.sleep(0.05)
