@@ -52,7 +52,7 @@ def open_engine(spec: StoreSpec) -> Plugin:
 
 
 def usability() -> Usability:
-    """Tell that it can be used: nothing but Python is needed, and NumPy for `submit`."""
+    """Tell that it can be used: nothing but Python is needed, and NumPy for a batch's rows."""
     from importlib.util import find_spec
 
     if find_spec("vdusefast.backends._python") is None:
