@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         VdusefastError,
         WorkerError,
     )
+    from vdusefast.sizes import parse_size
 
 _MODULE_OF = {
     "Device": "api",
@@ -37,6 +38,7 @@ _MODULE_OF = {
     "QueueConfig": "config",
     "load_config": "config",
     "make_config": "config",
+    "parse_size": "sizes",
     "BackendError": "errors",
     "ConfigError": "errors",
     "DeviceBusyError": "errors",
@@ -68,6 +70,7 @@ __all__ = [
     "load_config",
     "make_config",
     "open_store",
+    "parse_size",
 ]
 
 

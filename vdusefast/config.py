@@ -12,6 +12,7 @@ import msgspec
 
 from vdusefast.control import POLL_ALWAYS
 from vdusefast.errors import ConfigError
+from vdusefast.sizes import parse_size as parse_size
 
 if TYPE_CHECKING:
     from vdusefast.affinity import Topology
@@ -279,24 +280,6 @@ def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
             affinity.check_cpu(queue.irq_cpu, topology, f"queue[{index}].irq_cpu", pinned=False)
     device = config.device if placed_later else msgspec.structs.replace(config.device, cpus="")
     return msgspec.structs.replace(config, device=device, queue=queues)
-
-
-_SIZE = re.compile(r"(\d+)\s*(?:([KMGTP])(?:IB)?|B)?", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes that `text` stands for: "4096", "64M", "1GiB"; K, M, G, T and P are powers of 1024.
-
-    Raises ConfigError; "64MB" is refused because it is read in two ways.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ConfigError(f"{text!r} is not a size; write for example 4096, 64M or 1GiB")
-    digits, unit = match.groups()
-    size_bytes = int(digits[:20]) << (10 * " KMGTP".index((unit or " ").upper()))
-    if size_bytes >= 1 << 63 or len(digits) > 20:
-        raise ConfigError(f"{text!r}: a size is below 2^63 bytes")
-    return size_bytes
 
 
 def _check_device(device: DeviceConfig) -> None:

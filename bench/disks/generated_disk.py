@@ -9,7 +9,6 @@ one NumPy expression, and any number of queues, since there is nothing to share.
 import numpy as np
 
 import vdusefast
-from vdusefast.config import parse_size
 
 
 def words(first: np.ndarray | int, count: int, seed: int) -> np.ndarray:
@@ -28,7 +27,7 @@ class GeneratedDisk(vdusefast.Backend):
     read_only = True
 
     def __init__(self, size: str = "1T", seed: str = "0") -> None:
-        self.size_bytes, self.seed = parse_size(size), int(seed)
+        self.size_bytes, self.seed = vdusefast.parse_size(size), int(seed)
 
     def submit(self, batch: vdusefast.Batch) -> None:
         reads = batch.requests[batch.requests["operation"] == self.READ]

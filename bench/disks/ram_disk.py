@@ -11,14 +11,13 @@ import mmap
 import os
 
 import vdusefast
-from vdusefast.config import parse_size
 
 
 class RamDisk(vdusefast.Backend):
     """A call for each request."""
 
     def __init__(self, size: str = "64M", path: str = "/dev/shm/vdusefast-ram-disk") -> None:
-        self.size_bytes = parse_size(size)
+        self.size_bytes = vdusefast.parse_size(size)
         self.path = path
 
     def open(self) -> None:

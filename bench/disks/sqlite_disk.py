@@ -11,7 +11,6 @@ import os
 import sqlite3
 
 import vdusefast
-from vdusefast.config import parse_size
 
 ZEROES = bytes(4096)
 
@@ -22,7 +21,7 @@ class SqliteDisk(vdusefast.Backend):
     block_size_bytes = 4096
 
     def __init__(self, path: str, size: str = "1G") -> None:
-        self.path, self.size_bytes = path, parse_size(size)
+        self.path, self.size_bytes = path, vdusefast.parse_size(size)
 
     def open(self) -> None:
         self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None)

@@ -13,7 +13,6 @@ import zlib
 import numpy as np
 
 import vdusefast
-from vdusefast.config import parse_size
 
 BLOCK_BYTES = 1 << 16
 RECORD = np.dtype([("block", "<u4"), ("length", "<u4"), ("crc", "<u4")])
@@ -26,7 +25,7 @@ class ThinDisk(vdusefast.Backend):
 
     def __init__(self, path: str, size: str = "1G", level: str = "1") -> None:
         self.path, self.level = path, int(level)
-        self.size_bytes = -(-parse_size(size) // BLOCK_BYTES) * BLOCK_BYTES
+        self.size_bytes = -(-vdusefast.parse_size(size) // BLOCK_BYTES) * BLOCK_BYTES
 
     def open(self) -> None:
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -81,7 +81,8 @@ def test_disk_keeps_what_is_written_also_over_a_restart(where: dict[str, str], n
 
 
 @pytest.mark.parametrize(
-    ("name", "queues"), [("ram", 2), ("ram-batch", 2), ("thin", 1), ("thin", 2), ("sqlite", 2), ("slow", 1), ("slow", 2)]
+    ("name", "queues"),
+    [("ram", 2), ("ram-batch", 2), ("thin", 1), ("thin", 2), ("sqlite", 2), ("slow", 1), ("slow", 2)],
 )
 def test_disk_passes_a_verified_load(where: dict[str, str], name: str, queues: int) -> None:
     with device_of(where[name], queues=queues) as device, device.driver() as driver:
@@ -148,7 +149,7 @@ def test_generated_disk_is_what_it_should_be_and_read_only() -> None:
 def test_killed_workers_cost_no_request(where: dict[str, str], name: str) -> None:
     """The RAM disk lies in shared memory: the next worker finds what the killed one has answered for."""
     with device_of(where[name], queues=2) as device, device.driver() as driver:
-        load = Load(driver, seconds=3.0)
+        load = Load(driver, seconds=4.0)
         kills, served = 0, [0, 0]
         while load.running:
             time.sleep(0.05)

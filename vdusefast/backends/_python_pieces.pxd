@@ -41,7 +41,8 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef class Batch:
     cdef Pieces pieces
-    cdef object base  # the array of all rows
+    cdef bytearray memory  # of all rows
+    cdef object base  # the array of them, or None
     cdef object view  # of those in use
     cdef char *rows
     cdef int64_t tags[ROWS_MAX]

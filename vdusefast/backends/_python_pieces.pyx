@@ -62,10 +62,10 @@ cdef class Batch:
     """See python_class.Batch."""
 
     def __cinit__(self, Pieces pieces):
-        import numpy as np
         self.pieces = pieces
-        self.base = np.zeros(ROWS_MAX, _row_type())
-        self.rows = <char *> <uintptr_t> <object> self.base.__array_interface__["data"][0]
+        self.memory = bytearray(32 * ROWS_MAX)
+        self.rows = <char *> self.memory
+        self.base = None
         self.view = None
         self.count = 0
 
@@ -74,6 +74,9 @@ cdef class Batch:
 
     @property
     def requests(self):
+        if self.base is None:  # NumPy takes long to import: for classes that look at rows
+            import numpy as np
+            self.base = np.frombuffer(self.memory, _row_type())
         if self.view is None:
             self.view = self.base[: self.count]
             self.view.flags.writeable = False
@@ -102,7 +105,7 @@ cdef class Batch:
         """Whether nobody else has this batch or its rows any more, so that it can be used again."""
         if self.view is not None and refs(<PyObject *> self.view) > 1:
             return False
-        return refs(<PyObject *> self.base) == 1 + (self.view is not None)
+        return self.base is None or refs(<PyObject *> self.base) == 1 + (self.view is not None)
 
     cdef void add(self, const py_piece *piece):
         cdef int64_t *row = <int64_t *> (self.rows + 32 * self.count)

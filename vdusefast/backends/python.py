@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def open_engine(spec: StoreSpec) -> Plugin:
 
 
 def usability() -> Usability:
-    """Tell that it can be used: nothing but Python is needed, and NumPy for `submit`."""
+    """Tell that it can be used: nothing but Python is needed, and NumPy for a batch's rows."""
     from importlib.util import find_spec
 
     if find_spec("vdusefast.backends._python") is None:
@@ -85,19 +86,25 @@ def is_path(target: str) -> bool:
 
 def arguments_of(uri: str) -> dict[str, str]:
     """Return the words behind "?", percent-decoded. Raises ConfigError."""
-    from urllib.parse import unquote
-
     found: dict[str, str] = {}
     for word in split_uri(uri)[2][1:].split("&"):
         if not word:
             continue
-        key, equals, value = (unquote(part) for part in word.partition("="))
+        key, equals, value = (_decoded(part) for part in word.partition("="))
         if not equals or not key.isidentifier():
             raise ConfigError(f"{uri}: {word!r} is no key=value; write for example {EXAMPLE}")
         if key in found:
             raise ConfigError(f"{uri}: {key} is there twice; write it once")
         found[key] = value
     return found
+
+
+def _decoded(text: str) -> str:
+    if "%" not in text:
+        return text
+    from urllib.parse import unquote  # a worker's start need not wait for it
+
+    return unquote(text)
 
 
 def make_disk(spec: StoreSpec) -> Backend:
@@ -149,23 +156,22 @@ def _use_site_packages() -> None:
 def _load(uri: str, target: str) -> ModuleType:
     import importlib
     import importlib.util
-    from pathlib import Path
 
     from vdusefast.backends.python_errors import describe as say
 
     try:
         if not is_path(target):
             return importlib.import_module(target)
-        path = Path(target).absolute()
-        if not path.is_file():
+        path = os.path.abspath(target)
+        if not os.path.isfile(path):
             raise BackendError(f"{uri}: there is no file {path}; write its path, or the name of a module without .py")
-        name = f"vdusefast_disk_{path.stem}"
+        name = f"vdusefast_disk_{os.path.basename(path).partition('.')[0]}"
         found = importlib.util.spec_from_file_location(name, path)
         if found is None or found.loader is None:
             raise BackendError(f"{uri}: {path} is no Python file; its name must end in .py")
         module = importlib.util.module_from_spec(found)
         sys.modules[name] = module
-        sys.path.insert(0, str(path.parent))  # what lies beside it, as for a script
+        sys.path.insert(0, os.path.dirname(path))  # what lies beside it, as for a script
         found.loader.exec_module(module)
     except BackendError:
         raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import traceback
 
 REPEAT_S = 1.0
 
@@ -14,6 +13,8 @@ def place_of(error: BaseException) -> str:
     """Return where an exception comes from, as " (file.py:12)", or an empty string."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({os.path.basename(error.filename)}:{error.lineno})"
+    import traceback
+
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
 
@@ -47,6 +48,8 @@ class Complaints:
 
     def say_failure(self, what: str, error: BaseException) -> None:
         """Say that a method of the class has raised: an OSError in a line, anything else with its traceback."""
+        import traceback
+
         text = f"{what} raised {describe(error)}; the driver got IOERR"
         if isinstance(error, OSError):
             self.say(f"OSError {error.errno}", text)

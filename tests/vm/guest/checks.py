@@ -27,6 +27,7 @@ MODULES = (
     "scenario_serve",
     "scenario_failure",
     "scenario_nbd",
+    "scenario_python",
     "scenario_recovery",
     "scenario_memory",
     "scenario_torture",
