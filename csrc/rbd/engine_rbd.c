@@ -168,6 +168,7 @@ static void vf_rbd_finish(struct vf_rbd_work *work, struct vf_req *req, int resu
 /* Take note of an answer; the request is finished, unless a flush behind it has begun. */
 static void vf_rbd_digest(struct vf_engine *engine, struct vf_req *req, int is_flush, ssize_t got)
 {
+	const struct vf_rbd *rbd = engine->context;
 	struct vf_rbd_work *work = engine->state;
 	int err = got < 0 ? (int)got : 0;
 
@@ -180,7 +181,7 @@ static void vf_rbd_digest(struct vf_engine *engine, struct vf_req *req, int is_f
 	/* Less than asked for: the image has become smaller, and the device will. */
 	if (req->op == VF_OP_READ && err == 0 && req->left_bytes)
 		err = -EIO;
-	if (err == 0 && !is_flush && engine->store.write_flags &&
+	if (err == 0 && !is_flush && (engine->store.write_flags || rbd->opener.early_writes) &&
 	    (req->op == VF_OP_WRITE || req->op == VF_OP_WRITE_ZEROES)) {
 		err = vf_rbd_start(engine, req, 1);
 		if (err == 0)

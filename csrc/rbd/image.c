@@ -42,6 +42,21 @@ static void vf_rbd_set_threads(rados_t cluster)
 		vf_rbd_set(cluster, "librados_thread_count", 1);
 }
 
+/* A write that was answered must be there after the death of this process, which a driver does not learn of, so that it does
+ * not write anew. The default policy is for writes alone, so that reads stay as they are without a cache; another one keeps
+ * its cache for reads. An image may have a configuration of its own, over this one: see vf_rbd_about(). */
+static void vf_rbd_set_cache(rados_t cluster)
+{
+	char policy[32] = "";
+
+	if (rados_conf_get(cluster, "rbd_cache_policy", policy, sizeof(policy)))
+		return; /* as old as that: writes are early, and vf_rbd_about() says so */
+	if (strcmp(policy, "writearound") == 0)
+		rados_conf_set(cluster, "rbd_cache", "false");
+	else
+		rados_conf_set(cluster, "rbd_cache_policy", "writethrough");
+}
+
 static int vf_rbd_configure(struct vf_rbd_image *image, const struct vf_rbd_settings *settings)
 {
 	int err;
@@ -62,6 +77,8 @@ static int vf_rbd_configure(struct vf_rbd_image *image, const struct vf_rbd_sett
 		vf_rbd_set(image->cluster, "rados_mon_op_timeout", settings->op_limit_s);
 	}
 	vf_rbd_set_threads(image->cluster);
+	if (!settings->early_writes)
+		vf_rbd_set_cache(image->cluster);
 	/* A driver may change a buffer while it is being written. Sent without a copy, it would not match its checksum, and
 	 * the connection would be reset again and again. */
 	rados_conf_set(image->cluster, "rbd_disable_zero_copy_writes", "true");
@@ -206,24 +223,29 @@ int vf_rbd_option(const struct vf_rbd_image *image, const char *name, char *valu
 	return image->reached > VF_RBD_CLIENT ? rados_conf_get(image->cluster, name, value, size) : -ENOENT;
 }
 
-/* Whether librbd's cache is on for this image, which may have a configuration of its own. */
-static int vf_rbd_caches(const struct vf_rbd_image *image)
+/* What librbd's cache does for this image, which may have a configuration of its own. */
+static int vf_rbd_about_cache(const struct vf_rbd_image *image, struct vf_rbd_about *about)
 {
 	rbd_config_option_t *options = calloc(VF_RBD_OPTION_MAX, sizeof(*options));
 	int max = VF_RBD_OPTION_MAX;
-	int on = 1; /* as it is where nothing is said */
+	int err;
 
 	if (!options)
-		return on;
-	if (rbd_config_image_list(image->image, options, &max) == 0) {
+		return -ENOMEM;
+	about->caches = about->early_writes = 1; /* where nothing is said */
+	err = rbd_config_image_list(image->image, options, &max);
+	if (err == 0) {
 		for (int i = 0; i < max; i++) {
 			if (strcmp(options[i].name, "rbd_cache") == 0)
-				on = strcmp(options[i].value, "false") != 0;
+				about->caches = strcmp(options[i].value, "false") != 0;
+			else if (strcmp(options[i].name, "rbd_cache_policy") == 0)
+				about->early_writes = strcmp(options[i].value, "writethrough") != 0;
 		}
 		rbd_config_image_list_cleanup(options, max);
 	}
 	free(options);
-	return on;
+	about->early_writes &= about->caches;
+	return err;
 }
 
 int vf_rbd_about(const struct vf_rbd_image *image, struct vf_rbd_about *about)
@@ -241,7 +263,9 @@ int vf_rbd_about(const struct vf_rbd_image *image, struct vf_rbd_about *about)
 	if (err)
 		return err;
 	about->exclusive_lock = (features & RBD_FEATURE_EXCLUSIVE_LOCK) != 0;
-	about->caches = (uint8_t)vf_rbd_caches(image);
+	err = vf_rbd_about_cache(image, about);
+	if (err)
+		return err;
 	err = rbd_get_stripe_unit(image->image, &about->stripe_unit_bytes);
 	return err ? err : rbd_get_stripe_count(image->image, &about->stripe_count);
 }

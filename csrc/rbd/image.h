@@ -38,6 +38,7 @@ struct vf_rbd_settings {
 	const char *image;
 	const char *snap;
 	uint8_t read_only;
+	uint8_t early_writes; /* librbd may answer a write that it only has in memory, where it is configured to */
 	uint32_t connect_limit_s; /* for the monitors to answer */
 	uint32_t op_limit_s; /* an operation without an answer for so long fails with -ETIMEDOUT; 0: it waits for ever */
 };
@@ -56,7 +57,8 @@ struct vf_rbd_about {
 	uint64_t stripe_unit_bytes;
 	uint64_t stripe_count;
 	uint8_t exclusive_lock;
-	uint8_t caches; /* librbd keeps data of it in memory, or answers writes early */
+	uint8_t caches; /* librbd keeps data of it in memory */
+	uint8_t early_writes; /* and answers writes that are only there */
 };
 
 /* 0 or -errno. `reached` is the step that failed then, else VF_RBD_OPEN; either way vf_rbd_image_close() follows.

@@ -116,6 +116,7 @@ static int vf_rbd_opener_try(struct vf_rbd_opener *opener)
 {
 	char client[VF_RBD_CLIENT_MAX];
 	char before[VF_RBD_CLIENT_MAX];
+	struct vf_rbd_about about;
 	int fenced;
 	int err;
 
@@ -131,6 +132,10 @@ static int vf_rbd_opener_try(struct vf_rbd_opener *opener)
 		err = vf_rbd_notes_write(opener, client);
 	if (err)
 		vf_rbd_event_put(opener, (struct vf_rbd_event){ .kind = VF_RBD_EVENT_NOTES, .err = err });
+	err = vf_rbd_about(&opener->image, &about);
+	if (err)
+		return err;
+	opener->early_writes = about.early_writes && !opener->settings.early_writes;
 	err = rbd_set_image_notification(opener->image.image, opener->wake_fd, EVENT_TYPE_EVENTFD);
 	if (err)
 		return err;

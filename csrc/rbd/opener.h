@@ -51,6 +51,7 @@ struct vf_rbd_opener {
 	_Atomic int has_news;
 	uint64_t update_handle;
 	uint8_t watches;
+	uint8_t early_writes; /* known once it is open: vf_rbd_about() */
 	uint8_t has_thread;
 
 	pthread_t thread;

@@ -61,8 +61,9 @@ class Load:
     def result(self) -> Result:
         """Wait for its end, and return the report."""
         said = self.end()
-        assert self._process.returncode == 0, said
-        return Result(json.loads(self._report.read_text()), said)
+        report = json.loads(self._report.read_text()) if self._report.exists() else {}
+        assert self._process.returncode == 0, f"{said}{report.get('vdusefast', {}).get('verify')}"
+        return Result(report, said)
 
 
 class Result:

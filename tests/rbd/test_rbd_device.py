@@ -39,7 +39,6 @@ def test_large_requests_over_object_bounds_are_verified(ceph: Cluster, image: st
 
 def test_image_without_features_is_served_by_two_queues(ceph: Cluster, tmp_path: Path) -> None:
     uri = ceph.make_image("plain", "16M", "--image-feature", "layering")
-    ceph.rbd("config", "image", "set", "rbd/plain", "rbd_cache", "false")
     assert probe.describe(StoreSpec(uri)).shareable
     verified(uri, tmp_path, [*VERIFIED, "--queues", "2"]).assert_clean()
 

@@ -12,7 +12,7 @@ from bench.vm import cache, guest
 from bench.vm.kernel_log import findings
 from bench.vm.machine import RESULTS, ROOT, GuestConfig
 
-pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(240)]
 
 SCRIPT = ROOT / "tests/vm/guest/rbd_files.py"
 
@@ -26,7 +26,7 @@ def test_file_system_on_an_image_is_whole(ceph: Cluster, tmp_path: Path) -> None
     uri = f"rbd:rbd/guest?conf={RESULTS}/ceph.conf&id=test"
     config = GuestConfig(
         kernel=cache.KERNELS[-1],
-        timeout_s=150,
+        timeout_s=180,
         network=True,
         modules=("vduse", "virtio_vdpa", "virtio_blk", "ext4"),
         results=tmp_path,

@@ -8,6 +8,7 @@ class About(TypedDict):
     stripe_count: int
     exclusive_lock: int
     caches: int
+    early_writes: int
 
 class Failure(Exception):
     step: str
@@ -16,7 +17,9 @@ class Failure(Exception):
     names: list[str]
 
 class Settings:
-    def __init__(self, names: Sequence[str], *, read_only: bool, connect_limit_s: int, op_limit_s: int) -> None: ...
+    def __init__(
+        self, names: Sequence[str], *, read_only: bool, early_writes: bool, connect_limit_s: int, op_limit_s: int
+    ) -> None: ...
 
 def look(settings: Settings) -> About: ...
 

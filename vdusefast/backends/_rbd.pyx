@@ -32,6 +32,7 @@ cdef extern from "rbd/image.h" nogil:
         const char *image
         const char *snap
         uint8_t read_only
+        uint8_t early_writes
         uint32_t connect_limit_s
         uint32_t op_limit_s
     struct vf_rbd_image:
@@ -43,6 +44,7 @@ cdef extern from "rbd/image.h" nogil:
         uint64_t stripe_count
         uint8_t exclusive_lock
         uint8_t caches
+        uint8_t early_writes
     int vf_rbd_image_open(vf_rbd_image *, const vf_rbd_settings *, const char *, int *)
     void vf_rbd_image_close(vf_rbd_image *)
     int vf_rbd_about_image "vf_rbd_about"(const vf_rbd_image *, vf_rbd_about *)
@@ -106,11 +108,12 @@ cdef class Settings:
     cdef vf_rbd_settings c
     cdef tuple strings
 
-    def __init__(self, names, *, bint read_only, uint32_t connect_limit_s, uint32_t op_limit_s):
+    def __init__(self, names, *, bint read_only, bint early_writes, uint32_t connect_limit_s, uint32_t op_limit_s):
         """Keep `names`: conf, id, keyring, pool, namespace, image, snapshot; "" for none."""
         self.strings = tuple(name.encode() for name in names)
         self.c.conf, self.c.id, self.c.keyring, self.c.pool, self.c.name_space, self.c.image, self.c.snap = self.strings
         self.c.read_only = read_only
+        self.c.early_writes = early_writes
         self.c.connect_limit_s = connect_limit_s
         self.c.op_limit_s = op_limit_s
 

@@ -201,6 +201,7 @@ def _settings(spec: StoreSpec, image: Image, *, connect_limit_s: int, op_limit_s
     settings: Settings = _module(spec.uri).Settings(
         (image.conf, image.id, image.keyring, image.pool, image.namespace, image.image, image.snapshot),
         read_only=spec.read_only or bool(image.snapshot),
+        early_writes=spec.cache == "unsafe",
         connect_limit_s=connect_limit_s,
         op_limit_s=op_limit_s,
     )

@@ -21,7 +21,7 @@ def main(uri: str, *ports: str) -> None:
         guest.sh("mkfs.ext4", "-q", "-F", node, timeout_s=60)
         guest.sh("mount", node, MOUNT)
         try:
-            files = fill(MOUNT, 4 * MIB)
+            files = fill(MOUNT, 2 * MIB)
         finally:
             guest.sh("umount", MOUNT, timeout_s=60)
         guest.sh("blockdev", "--flushbufs", node)
