@@ -86,6 +86,7 @@ def optional_extensions() -> list[Extension]:
 
 
 setup(
+    options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         [
             extension("_datapath", sorted(glob("csrc/*.c")), ["uring"]),

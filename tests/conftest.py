@@ -12,10 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import ceph_rig
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    import ceph_rig
 
 RUN_DIR_KEY = pytest.StashKey[str]()
 SETTLE_S = 1.0  # how long a process or thread that was told to end may take
@@ -146,6 +149,8 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ceph() -> Iterator[ceph_rig.Cluster]:
     """Return a Ceph cluster that all tests of a session share: each makes images of its own in it."""
+    import ceph_rig
+
     if missing := ceph_rig.missing():
         pytest.skip(f"{', '.join(missing)} missing; ./bootstrap.sh test installs them")
     with ceph_rig.cluster() as cluster:
