@@ -158,12 +158,15 @@ void vf_nbd_start(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 
 void vf_nbd_answer(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int err)
 {
+	uint32_t at;
+
 	if (vf_unlikely(err == ESHUTDOWN)) {
 		nbd->link.leaving = 1; /* the next one may carry it out */
 		return;
 	}
 	cmd->err = err;
-	nbd->answered[nbd->answered_count++] = (uint16_t)(cmd - nbd->cmds);
+	at = nbd->answered_head + nbd->answered_count++; /* there is room: a command is here at most once */
+	nbd->answered[at >= nbd->slot_count ? at - nbd->slot_count : at] = (uint16_t)(cmd - nbd->cmds);
 }
 
 /* Take the success of a command into its request, and go on with that. */
@@ -195,20 +198,21 @@ static void vf_nbd_advance(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 
 void vf_nbd_digest(struct vf_nbd *nbd)
 {
-	/* What is started here may have its answer at once, an error. */
-	for (uint32_t i = 0; i < nbd->answered_count; i++) {
-		struct vf_nbd_cmd *cmd = &nbd->cmds[nbd->answered[i]];
+	if (nbd->answered_count && !nbd->link.has_served) {
+		nbd->link.has_served = 1;
+		nbd->link.pause_ns = VF_NBD_PAUSE_MIN_NS;
+	}
+	/* Under TLS, what is started here may bring answers, too; those beyond so many wait for the next time. */
+	for (uint32_t i = 0; i < 2u * nbd->slot_count && nbd->answered_count; i++) {
+		struct vf_nbd_cmd *cmd = &nbd->cmds[nbd->answered[nbd->answered_head]];
 
+		nbd->answered_head = nbd->answered_head + 1u < nbd->slot_count ? nbd->answered_head + 1u : 0;
+		nbd->answered_count--;
 		if (vf_likely(cmd->err == 0))
 			vf_nbd_advance(nbd, cmd);
 		else
 			vf_nbd_finish(nbd, cmd, -cmd->err);
 	}
-	if (nbd->answered_count && !nbd->link.has_served) {
-		nbd->link.has_served = 1;
-		nbd->link.pause_ns = VF_NBD_PAUSE_MIN_NS;
-	}
-	nbd->answered_count = 0;
 }
 
 static int vf_nbd_submit(struct vf_engine *engine, struct vf_req *req)
@@ -320,7 +324,7 @@ static int vf_nbd_open(struct vf_engine *engine, uint32_t slot_count)
 	void *bounce;
 
 	nbd->slot_count = slot_count;
-	nbd->answered_count = nbd->done_head = nbd->done_count = 0;
+	nbd->answered_head = nbd->answered_count = nbd->done_head = nbd->done_count = 0;
 	nbd->cmds = calloc(slot_count, sizeof(*nbd->cmds));
 	nbd->answered = calloc(slot_count, sizeof(*nbd->answered));
 	nbd->done = calloc(slot_count, sizeof(struct vf_req *));

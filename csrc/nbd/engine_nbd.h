@@ -132,6 +132,7 @@ struct vf_nbd {
 	uint32_t slot_count;
 	struct vf_nbd_cmd *cmds;
 	uint16_t *answered; /* slots whose commands have an answer that has not been looked at */
+	uint32_t answered_head;
 	uint32_t answered_count;
 	struct vf_req **done;
 	uint32_t done_head;

@@ -109,6 +109,7 @@ static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
 
 	vf_nbd_drop_handle(link);
 	vf_nbd_wire_stop(nbd);
+	nbd->answered_count = 0; /* should any be left: they are asked again */
 	for (uint32_t i = 0; i < nbd->slot_count; i++) {
 		struct vf_nbd_cmd *cmd = &nbd->cmds[i];
 
