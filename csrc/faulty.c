@@ -233,6 +233,13 @@ static void vf_faulty_region(struct vf_engine *engine, void *va, size_t len_byte
 		faulty->inner.ops->region(&faulty->inner, va, len_bytes, mapping);
 }
 
+static int vf_faulty_bury(struct vf_engine *engine, uintptr_t address)
+{
+	struct vf_faulty *faulty = engine->state;
+
+	return faulty->inner.ops->bury ? faulty->inner.ops->bury(&faulty->inner, address) : -1;
+}
+
 static const struct vf_engine_ops vf_engine_faulty = {
 	.name = "faulty",
 	.submit = vf_faulty_submit,
@@ -242,6 +249,7 @@ static const struct vf_engine_ops vf_engine_faulty = {
 	.sleep = vf_faulty_sleep,
 	.close = vf_faulty_close,
 	.region = vf_faulty_region,
+	.bury = vf_faulty_bury,
 	.publish_batch = 4,
 	.blocks = 1,
 };
