@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import guest
@@ -42,26 +44,36 @@ def differences(directory: Path, files: dict[str, str]) -> list[str]:
     return [name for name, digest in files.items() if guest.checksum(directory / name) != digest]
 
 
-def live_through(make: list[object], check_words: list[object], size_bytes: int, **settings: object) -> None:
-    """Make a file system on a new device, fill it, and see that a fresh mount holds the same."""
-    path = guest.image("fs.img", size_bytes)
+@contextlib.contextmanager
+def mounted(node: str) -> Iterator[None]:
+    """Have the file system of a disk at MOUNT."""
     MOUNT.mkdir(exist_ok=True)
+    guest.sh("mount", node, MOUNT)
+    try:
+        yield
+    finally:
+        guest.sh("umount", MOUNT, timeout_s=60)
+
+
+def live_on(node: str, make: list[object], check_words: list[object], fill_bytes: int) -> int:
+    """Make a file system on a disk, fill it, and see that a fresh mount holds the same. Returns how many files."""
+    guest.sh(*make, node, timeout_s=60)
+    with mounted(node):
+        files = fill(MOUNT, fill_bytes)
+    guest.sh("blockdev", "--flushbufs", node)
+    with mounted(node):
+        assert differences(MOUNT, files) == []
+        guest.sh("fstrim", MOUNT)
+        assert differences(MOUNT, files) == []
+    guest.sh(*check_words, node, timeout_s=60)
+    return len(files)
+
+
+def live_through(make: list[object], check_words: list[object], size_bytes: int, **settings: object) -> None:
+    """Do that on a new device over a file."""
+    path = guest.image("fs.img", size_bytes)
     with guest.device("vd0", f"file:{path}", **settings) as node:
-        guest.sh(*make, node, timeout_s=60)
-        guest.sh("mount", node, MOUNT)
-        try:
-            files = fill(MOUNT, 24 * MIB)
-        finally:
-            guest.sh("umount", MOUNT, timeout_s=60)
-        guest.sh("blockdev", "--flushbufs", node)
-        guest.sh("mount", node, MOUNT)
-        try:
-            assert differences(MOUNT, files) == []
-            guest.sh("fstrim", MOUNT)
-            assert differences(MOUNT, files) == []
-        finally:
-            guest.sh("umount", MOUNT, timeout_s=60)
-        guest.sh(*check_words, node, timeout_s=60)
+        live_on(node, make, check_words, 24 * MIB)
     # And without us: the image is what was written to the disk.
     guest.sh(*check_words, path, timeout_s=60)
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import guest
 from checks import check
 from guest import MIB
-from scenario_filesystem import differences, fill
+from scenario_filesystem import MOUNT, differences, fill, mounted
 
-MOUNT = guest.WORK / "mount"
 SOCKET = guest.WORK / "nbd.sock"
 AWAY_S = 0.3  # so long there is no server after each kill
 KILLS = 3
@@ -41,15 +38,6 @@ class Nbdkit:
         self.__exit__()
         time.sleep(AWAY_S)
         self.__enter__()
-
-
-@contextlib.contextmanager
-def mounted(node: str) -> Iterator[None]:
-    guest.sh("mount", node, MOUNT)
-    try:
-        yield
-    finally:
-        guest.sh("umount", MOUNT, timeout_s=60)
 
 
 @check(limit_s=120)

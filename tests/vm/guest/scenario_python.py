@@ -6,26 +6,15 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import guest
 from checks import check
 from guest import MIB
-from scenario_filesystem import differences, fill
+from scenario_filesystem import MOUNT, differences, fill, mounted
 
-MOUNT = guest.WORK / "mount"
 DISKS = Path(__file__).resolve().parents[3] / "bench" / "disks"
 KILLS = 2
-
-
-@contextlib.contextmanager
-def mounted(node: str) -> Iterator[None]:
-    guest.sh("mount", node, MOUNT)
-    try:
-        yield
-    finally:
-        guest.sh("umount", MOUNT, timeout_s=60)
 
 
 def kill_workers(node: str, count: int) -> None:
