@@ -23,6 +23,7 @@ from typing import IO
 from vdusefast.backends.plugin import StoreSpec
 from vdusefast.errors import WorkerError
 from vdusefast.relay import RelaySpec
+from vdusefast.worker_process import socket_to_itself
 
 PAUSE_S = 0.1  # before the next relay, twice as long each time
 PAUSE_MAX_S = 5.0
@@ -49,10 +50,14 @@ class RelayControl:
         self._spec = spec
         self._slot_count = slot_count
         self._on_store_size = on_store_size
-        self._process: subprocess.Popen[bytes] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._listener, self.socket_fd = _make_socket(directory, spec.queue_count)
         self._pid = -1
+        self._hold = socket_to_itself()  # for what one relay leaves to the next
+        try:
+            self._listener, self.socket_fd = _make_socket(directory, spec.queue_count)
+        except BaseException:
+            self._hold.close()
+            raise
 
     @property
     def pid(self) -> int:
@@ -75,6 +80,7 @@ class RelayControl:
     def close(self) -> None:
         """Close the socket; the relay has ended. A second call does nothing."""
         self._listener.close()
+        self._hold.close()
         if self.socket_fd >= 0:
             os.close(self.socket_fd)
             self.socket_fd = -1
@@ -104,7 +110,7 @@ class RelayControl:
             listen_fd=self._listener.fileno(),
             queue_count=self._spec.queue_count,
             slot_count=self._slot_count,
-            store_spec=self._spec.to_json(),
+            store_spec=self._spec._replace(hold_fd=self._hold.fileno()).to_json(),
         )
         here = str(Path(__file__).resolve().parent.parent)
         code = (
@@ -115,7 +121,7 @@ class RelayControl:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=[fd for fd in (spec.listen_fd, self._spec.notes_fd) if fd >= 0],
+            pass_fds=[fd for fd in (spec.listen_fd, self._hold.fileno(), self._spec.notes_fd) if fd >= 0],
             process_group=0,  # the terminal's Ctrl-C is for the supervisor alone
         )
         self._pid = process.pid

@@ -23,7 +23,7 @@ from vdusefast.control import Command, FromWorker, ToWorker, WorkerSpec
 from vdusefast.errors import TimedOutError, VdusefastError, WorkerError
 from vdusefast.transport import Transport
 from vdusefast.transport.uapi import VIRTIO_F_IN_ORDER, VqInfo, is_packed
-from vdusefast.worker_process import REAP_TIMEOUT_S, Pages, RefusedError, WorkerProcess
+from vdusefast.worker_process import REAP_TIMEOUT_S, Pages, RefusedError, WorkerProcess, socket_to_itself
 
 _log = logging.getLogger("vdusefast")
 
@@ -64,18 +64,6 @@ class Limits:
     def message_s(self) -> float:
         """The longest that the answer to a message can take."""
         return self.hello_s + self.quiesce_s + REAP_TIMEOUT_S
-
-
-def _socket_to_itself() -> socket.socket:
-    """Return a socket that receives what is sent to it: descriptors in it stay open while it does."""
-    hold = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    try:
-        hold.bind("")  # a name of the kernel's choice
-        hold.connect(hold.getsockname())
-    except OSError:
-        hold.close()
-        raise
-    return hold
 
 
 class VqControl:
@@ -125,7 +113,7 @@ class VqControl:
         self._tried_at = -1  # how many had been completed then
         self._hold: socket.socket | None = None
         if spec.store_spec:
-            self._hold = _socket_to_itself()
+            self._hold = socket_to_itself()
             self._spec = self._spec._replace(store_hold_fd=self._hold.fileno())
 
     @property

@@ -74,6 +74,18 @@ def default_command() -> list[str]:
     return [sys.executable, "-P", "-S", "-c", code]
 
 
+def socket_to_itself() -> socket.socket:
+    """Return a socket that receives what is sent to it: descriptors in it stay open while it does."""
+    hold = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        hold.bind("")  # a name of the kernel's choice
+        hold.connect(hold.getsockname())
+    except OSError:
+        hold.close()
+        raise
+    return hold
+
+
 class RefusedError(Exception):
     """The worker refused a command; the message is its reason."""
 

@@ -18,6 +18,7 @@ import pytest
 from nbd_rig import (
     ALL_FLAGS,
     FLAG_FUA,
+    FLAG_MULTI_CONN,
     FLAG_TRIM,
     FLAG_ZERO,
     FLUSH,
@@ -29,6 +30,7 @@ from nbd_rig import (
     Behaviour,
     FakeServer,
     Request,
+    kept_nbdkit,
     nbdkit,
     nbdkit_tcp,
     qemu_nbd,
@@ -291,7 +293,7 @@ def test_worker_does_not_wait_for_a_server_that_is_away(sock: Path, image: Path)
 
 
 def test_worker_killed_under_load_loses_nothing(sock: Path, image: Path) -> None:
-    with nbdkit(sock, "file", f"file={image}") as server, served(server.uri) as (device, driver):
+    with kept_nbdkit(sock, "file", f"file={image}") as server, served(server.uri) as (device, driver):
         load = Load(driver, seconds=1.5)
         for _ in range(3):
             time.sleep(0.3)
@@ -300,7 +302,8 @@ def test_worker_killed_under_load_loses_nothing(sock: Path, image: Path) -> None
         assert device.failure is None
 
 
-def test_write_of_a_killed_worker_ends_before_it_is_repeated(sock: Path) -> None:
+@pytest.mark.parametrize("victim", ["worker", "relay"])
+def test_write_of_a_killed_process_ends_before_it_is_repeated(sock: Path, victim: str) -> None:
     """Else a server that is slow would carry it out again, over what was written to the same place afterwards."""
     order: list[str] = []
 
@@ -319,12 +322,17 @@ def test_write_of_a_killed_worker_ends_before_it_is_repeated(sock: Path) -> None
             order.append("quick")
         return False
 
-    behaviours = (Behaviour(), Behaviour(on_request=slow), Behaviour(on_request=quick))
-    with FakeServer(sock, *behaviours) as server, served(server.uri) as (device, driver):
+    flags = ALL_FLAGS if victim == "worker" else ALL_FLAGS & ~FLAG_MULTI_CONN
+    behaviours = [Behaviour(flags=flags, on_request=on_request) for on_request in (lambda *_: False, slow, quick)]
+    queues = 1 if victim == "worker" else 2
+    with FakeServer(sock, *behaviours) as server, served(server.uri, queues=queues) as (device, driver):
         thread = threading.Thread(target=lambda: driver.write(0, b"a" * BLOCK))
         thread.start()
         wait_until(lambda: order == ["slow begins"], "the first write is there")
-        kill_worker(device)
+        if victim == "worker":
+            kill_worker(device)
+        else:
+            os.kill(device.info()["relay_pid"], signal.SIGKILL)
         thread.join(10)
         driver.write(0, b"b" * BLOCK)
         time.sleep(1.0)
