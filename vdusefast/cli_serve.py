@@ -25,7 +25,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # (option, type, help); the keyword is the name of the configuration's key. None of them has a default of its own:
 # what is not given is what the file says, or the configuration's default.
 _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
-    (("--backend", "uri"), str, "What holds the bytes: file:PATH, memory:SIZE, nbd://..., rbd:..., python:FILE:CLASS; see the README, Stores."),
+    (
+        ("--backend", "uri"),
+        str,
+        "What holds the bytes: file:PATH, memory:SIZE, nbd://..., rbd:..., python:FILE:CLASS; see the README, Stores.",
+    ),
     (("--bus",), click.Choice(["virtio", "vhost"]), "virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N."),
     (("--queues",), int, "Virtqueues, each with a worker process of its own."),
     (("--queue-size",), int, "Largest number of entries of a virtqueue, a power of two."),

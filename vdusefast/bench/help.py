@@ -35,7 +35,7 @@ RUN_HELP = {
     "packed": "1 offers packed rings, 0 split ones alone",
     "in_order": "1 offers IN_ORDER, where the engine ends requests in order",
     "indirect": "1 offers indirect descriptors",
-    "backend": "file:PATH, memory:SIZE, null:SIZE, nbd://..., rbd:...; see the README, Stores; a temporary file unless given",
+    "backend": "file:PATH, memory:SIZE, nbd://..., rbd:... (README, Stores); a temporary file unless given",
     "engine": "auto, sync, cached or uring",
     "merge": "0: engines sync and cached carry out adjacent requests one by one",
     "sqpoll": "1: a thread of the kernel's submits to io_uring",
