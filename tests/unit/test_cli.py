@@ -372,6 +372,13 @@ def test_unit_names_an_absolute_path_without_a_script(monkeypatch: pytest.Monkey
         cli_systemd.installed_command()
 
 
+def test_unit_lets_stores_elsewhere_be_reached() -> None:
+    (families,) = re.findall(
+        r"^RestrictAddressFamilies=(.*)$", cli_systemd.unit_text("/usr/bin/vdusefast"), re.MULTILINE
+    )
+    assert {"AF_UNIX", "AF_NETLINK", "AF_INET", "AF_INET6"} == set(families.split())
+
+
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     path = tmp_path / "vdusefast@.service"
     path.write_text(cli_systemd.unit_text(cli_systemd.installed_command()))
