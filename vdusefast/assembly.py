@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vdusefast.backends import SECTOR_BYTES, Store, open_store, plugin_store
+from vdusefast.backends import SECTOR_BYTES, Store, find, open_store, plugin_store
 from vdusefast.config import BackendConfig, Config
 from vdusefast.control import WorkerSpec
 from vdusefast.errors import BackendError, DeviceBusyError
@@ -36,7 +36,8 @@ def open_device_store(config: Config, state: SavedState | None, *, fail_requests
     name, backend, read_only = config.device.name, config.backend, config.device.read_only
     if fail_requests and state is not None:
         return open_store(BackendConfig(uri=f"null:{state.capacity_sectors * SECTOR_BYTES}"), read_only=read_only)
-    if state is not None and state.described is not None and backend.uri == state.config.backend.uri:
+    is_same = state is not None and backend.uri == state.config.backend.uri and find(backend.uri).plugin
+    if state is not None and state.described is not None and is_same:
         # It may be away: the device's messages are to be answered all the same, and its requests wait.
         described = state.described._replace(size_bytes=state.capacity_sectors * SECTOR_BYTES)
         return plugin_store(backend, read_only=read_only, described=described)

@@ -80,6 +80,16 @@ def test_failed_write_does_not_reach_the_store_and_others_do(image: Path, engine
         assert data[place * BLOCK : (place + 1) * BLOCK] == expected
 
 
+def test_rules_are_for_a_modules_engine_as_well(tmp_path: Path) -> None:
+    disk = Path(__file__).parents[2] / "bench" / "disks" / "ram_disk.py"
+    rules = "op=write,error=EIO,every=2+op=read,delay=20ms"
+    with served(rules, f"python:{disk}:RamDisk?size=8M&path={tmp_path}/memory") as driver:
+        assert outcomes(driver, 4, write=True) == "E.E."
+        began = time.monotonic()
+        assert driver.read(BLOCK, BLOCK) == b"\2" * BLOCK
+        assert time.monotonic() - began >= 0.02
+
+
 def test_chance_is_repeated_by_its_seed() -> None:
     said = []
     for seed in (7, 7, 8):
