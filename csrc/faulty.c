@@ -88,6 +88,7 @@ static void vf_faulty_follow(struct vf_engine *engine, struct vf_engine *inner)
 static void vf_faulty_hear(struct vf_engine *engine, struct vf_engine *inner)
 {
 	engine->readable |= inner->readable;
+	engine->always = inner->always;
 	inner->readable = 0;
 }
 
@@ -254,30 +255,42 @@ static const struct vf_engine_ops vf_engine_faulty = {
 	.blocks = 1,
 };
 
-int vf_faulty_wrap(struct vf_engine *engine, const struct vf_fault *faults, uint32_t fault_count, uint64_t seed,
-		   uint32_t slot_count)
+struct vf_faulty *vf_faulty_new(const struct vf_fault *faults, uint32_t fault_count, uint64_t seed, uint32_t slot_count)
 {
 	struct vf_faulty *faulty;
 
+	errno = EINVAL;
 	if (fault_count > VF_FAULT_MAX)
-		return -EINVAL;
+		return NULL;
 	for (uint32_t i = 0; i < fault_count; i++) {
 		if (!faults[i].every || !memchr(faults[i].path, '\0', sizeof(faults[i].path)))
-			return -EINVAL;
+			return NULL;
 	}
 	faulty = calloc(1, sizeof(*faulty) + slot_count * sizeof(faulty->held[0]));
 	if (!faulty)
-		return -ENOMEM;
+		return NULL;
 	memcpy(faulty->fault, faults, fault_count * sizeof(*faults));
 	faulty->fault_count = fault_count;
 	faulty->random = seed ? seed : 1u;
-	faulty->inner = *engine;
-	/* The store's memory is the inner engine's from now on; what the loop asks of ours are its kind and its size. */
+	return faulty;
+}
+
+struct vf_engine *vf_faulty_inner(struct vf_faulty *faulty)
+{
+	return &faulty->inner;
+}
+
+void vf_faulty_attach(struct vf_engine *engine, struct vf_faulty *faulty)
+{
+	/* The store's memory is the inner engine's; what the loop asks of ours are its kind, its size and its flags. */
+	*engine = (struct vf_engine){ .ops = &vf_engine_faulty, .store = faulty->inner.store, .state = faulty };
 	engine->store.map = NULL;
 	engine->store.bounce = NULL;
 	engine->store.read_map = (struct vf_store_map){ .base = NULL };
-	engine->merge = NULL;
-	engine->state = faulty;
-	engine->ops = &vf_engine_faulty;
-	return 0;
+	vf_faulty_hear(engine, &faulty->inner);
+}
+
+void vf_faulty_free(struct vf_faulty *faulty)
+{
+	free(faulty);
 }

@@ -28,9 +28,18 @@ struct vf_fault {
 	uint64_t done;
 };
 
-/* Put the rules in front of an engine that is open, for slot_count requests in flight. 0 or -errno; then it is as it was.
- * The order of the ring is not kept, nor are requests merged by then. */
-int vf_faulty_wrap(struct vf_engine *engine, const struct vf_fault *faults, uint32_t fault_count, uint64_t seed,
-		   uint32_t slot_count);
+struct vf_faulty;
+
+/* Rules for slot_count requests in flight, in front of an engine that is to be opened at vf_faulty_inner(): engines know
+ * their own address. NULL with errno set. */
+struct vf_faulty *vf_faulty_new(const struct vf_fault *faults, uint32_t fault_count, uint64_t seed, uint32_t slot_count);
+struct vf_engine *vf_faulty_inner(struct vf_faulty *faulty);
+
+/* Have `engine` be the rules with what is open behind them. Consumes faulty: closing the engine frees it. The order of the
+ * ring is not kept from now on, nor should the engine behind merge requests. */
+void vf_faulty_attach(struct vf_engine *engine, struct vf_faulty *faulty);
+
+/* Of one that was not attached, and whose inner engine is not open. */
+void vf_faulty_free(struct vf_faulty *faulty);
 
 #endif

@@ -251,7 +251,11 @@ cdef extern from "faulty.h" nogil:
         uint64_t limit
         uint32_t chance
         char path[256]
-    int vf_faulty_wrap(vf_engine *, const vf_fault *, uint32_t, uint64_t, uint32_t)
+    struct vf_faulty
+    vf_faulty *vf_faulty_new(const vf_fault *, uint32_t, uint64_t, uint32_t)
+    vf_engine *vf_faulty_inner(vf_faulty *)
+    void vf_faulty_attach(vf_engine *, vf_faulty *)
+    void vf_faulty_free(vf_faulty *)
 
 cdef extern from "port.h" nogil:
     struct vf_port:

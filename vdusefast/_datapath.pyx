@@ -109,6 +109,7 @@ cdef class Queue:
     cdef bint has_pages
     cdef bint started
     cdef object plugin  # what keeps a module's engine alive
+    cdef vf_faulty *faulty  # rules for the engine that is to be opened; NULL: none, or it is open
     cdef readonly str note  # what the last start has to say beside its success, "" = nothing
 
     def __cinit__(
@@ -129,6 +130,7 @@ cdef class Queue:
         cdef vf_blk_device device
         cdef bytes ident = serial.encode()[:VF_BLK_ID_BYTES].ljust(VF_BLK_ID_BYTES, b"\0")
         self.q = NULL
+        self.faulty = NULL
         self.has_pages = False
         self.note = ""
         if block_size < 512 or block_size & (block_size - 1):
@@ -158,6 +160,8 @@ cdef class Queue:
         """Free everything; mappings go. Nothing may be in flight. Idempotent."""
         vf_queue_destroy(self.q)
         self.q = NULL
+        vf_faulty_free(self.faulty)
+        self.faulty = NULL
         self.plugin = None
         if self.has_pages:
             self.has_pages = False
@@ -212,7 +216,8 @@ cdef class Queue:
                 raise ValueError("more than two descriptors to hold")
             described.hold_fds[described.hold_count] = hold_fd
             described.hold_count += 1
-        _check(vf_engine_open(&q.engine, ops, &described, q.slot_count), f"engine {name}")
+        _check(vf_engine_open(self._place(), ops, &described, q.slot_count), f"engine {name}")
+        self._opened()
 
     def open_plugin(self, plugin, *, uint64_t size_bytes, str cache="writeback"):
         """Open the engine that the module of a backend has brought: `plugin.engine` is a capsule. Keeps `plugin`.
@@ -224,18 +229,19 @@ cdef class Queue:
         cdef const vf_engine_plugin *brought = <const vf_engine_plugin *> PyCapsule_GetPointer(
             plugin.engine, VF_ENGINE_CAPSULE)
         self._describe_store(&described, VF_STORE_PLUGIN, size_bytes, cache)
-        _check(vf_engine_open_plugin(&q.engine, brought, &described, q.slot_count), "the engine of a backend's module")
+        _check(vf_engine_open_plugin(self._place(), brought, &described, q.slot_count), "the engine of a backend's module")
         self.plugin = plugin
-        return q.engine.ops.name.decode()
+        self._opened()
+        return brought.ops.name.decode()
 
     def inject_faults(self, faults, *, uint64_t seed=1):
-        """Put rules (backends.faulty.Fault, at most 16) in front of the engine, which is open. Raises OSError, ValueError."""
+        """Put rules (backends.faulty.Fault, at most 16) in front of the engine that is opened next. Raises OSError, ValueError."""
         cdef vf_fault rules[VF_FAULT_MAX]
         cdef vf_queue *q = self._open()
         cdef uint32_t count = 0
         cdef bytes path
-        if q.engine.ops == NULL:
-            raise ValueError("no engine is open")
+        if q.engine.ops != NULL or self.faulty != NULL:
+            raise ValueError("an engine is open already, or has rules")
         memset(rules, 0, sizeof(rules))
         for fault in faults:
             if count == VF_FAULT_MAX:
@@ -254,7 +260,18 @@ cdef class Queue:
             rules[count].chance = fault.chance
             memcpy(rules[count].path, <const char *> path, len(path))
             count += 1
-        _check(vf_faulty_wrap(&q.engine, rules, count, seed, q.slot_count), "rules for faults")
+        self.faulty = vf_faulty_new(rules, count, seed, q.slot_count)
+        if self.faulty == NULL:
+            raise MemoryError
+
+    cdef vf_engine *_place(self) noexcept:
+        """Where the next engine is to be opened; _opened() comes when it is."""
+        return &self.q.engine if self.faulty == NULL else vf_faulty_inner(self.faulty)
+
+    cdef void _opened(self) noexcept:
+        if self.faulty != NULL:
+            vf_faulty_attach(&self.q.engine, self.faulty)
+            self.faulty = NULL
 
     cdef int _describe_store(self, vf_store *store, vf_store_kind kind, uint64_t size_bytes, str cache) except -1:
         """Fill in what every store has."""

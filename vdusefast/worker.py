@@ -155,9 +155,11 @@ class Worker:
         else:
             raise WorkerError(f"this worker has no port called {spec.port!r}")
         self._plugin: Plugin | None = None
-        self.engine = self._open_plugin() if _is_plugin(spec) else _open_engine(self._queue, spec)
-        if spec.faults and spec.engine != "fail":
+        faulty = spec.faults != "" and spec.engine != "fail"
+        if faulty:
             self._inject_faults()
+        self.engine = self._open_plugin() if _is_plugin(spec) else _open_engine(self._queue, spec)
+        self.engine += ", with faults" * faulty
         self._queue.guard()
         self._queue.identify(os.getpid(), spec.cpu)
 
@@ -216,7 +218,6 @@ class Worker:
 
         faults, seed = faulty.from_json(self._spec.faults)
         self._queue.inject_faults(faults, seed=seed + self._spec.queue)
-        self.engine += ", with faults"
 
     def _tell_news(self) -> None:
         """Pass on what the store's module has to say."""
