@@ -43,7 +43,7 @@ def under_verified_load() -> dict[str, object]:
     path = guest.image(IMAGE, 32 * MIB)
     with guest.device("vd0", f"file:{path}", queues=2) as node:
         assert disk_bytes() == 32 * MIB
-        words = [*FIO, *VERIFY, f"--filename={node}", "--time_based", "--runtime=8", "--numjobs=1"]
+        words = [*FIO, *VERIFY, f"--filename={node}", "--time_based", "--runtime=20", "--numjobs=1"]
         with (guest.WORK / "fio.out").open("w+b") as said:
             with subprocess.Popen(words, stdout=said, stderr=said) as fio:
                 guest.wait_for("fio's writes", lambda: guest.counter("vd0", "write") > 100, 40)
