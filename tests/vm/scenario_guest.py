@@ -14,7 +14,7 @@ from bench.vm import machine
 
 RUNNER = machine.ROOT / "tests/vm/guest/runner.py"
 RUN = machine.ROOT / "bench/vm/run"
-LIMIT_S = 2700
+LIMIT_S = 3300
 END_LIMIT_S = 30
 OUTPUT_LINES = 40
 LOADED = ("vduse", "virtio_vdpa", "vhost_vdpa", "virtio_blk")
