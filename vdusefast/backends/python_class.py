@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -91,27 +92,32 @@ class Backend:
 
     def pread(self, buffer: memoryview, offset_bytes: int) -> Awaitable[int | None] | int | None:
         """Fill `buffer` with what lies at `offset_bytes`. Returns how many bytes, None for all of them."""
-        raise NotImplementedError
+        raise _absent(self, "pread")
 
     def pwrite(self, buffer: memoryview, offset_bytes: int) -> Awaitable[int | None] | int | None:
         """Store `buffer` at `offset_bytes`. Returns how many bytes, None for all of them."""
-        raise NotImplementedError
+        raise _absent(self, "pwrite")
 
     def flush(self) -> Awaitable[None] | None:
         """Make durable what was written."""
-        raise NotImplementedError
+        raise _absent(self, "flush")
 
     def discard(self, offset_bytes: int, length_bytes: int) -> Awaitable[None] | None:
         """Forget these bytes; what is read there from now on does not matter."""
-        raise NotImplementedError
+        raise _absent(self, "discard")
 
     def write_zeroes(self, offset_bytes: int, length_bytes: int, unmap: bool) -> Awaitable[None] | None:
         """Have zeroes there; unmap: giving the room back is welcome."""
-        raise NotImplementedError
+        raise _absent(self, "write_zeroes")
 
     def submit(self, batch: Batch) -> Awaitable[None] | None:
         """Take all requests of a round; complete each of them, now or later."""
-        raise NotImplementedError
+        raise _absent(self, "submit")
+
+
+def _absent(disk: Backend, name: str) -> OSError:
+    """Return what calling a method that a class leaves out raises; the engine asks `overrides` and does not."""
+    return OSError(errno.EOPNOTSUPP, f"{type(disk).__name__} has no {name}")
 
 
 def overrides(disk: Backend, name: str) -> bool:
