@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "barrier.h"
+#include "clock.h"
 
 #define VF_NS_PER_MS 1000000u
 
@@ -26,14 +27,6 @@ struct vf_faulty {
 	uint32_t held_count;
 	struct vf_held held[]; /* in no order: a place for each slot */
 };
-
-static uint64_t vf_faulty_now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
 
 /* xorshift64*, for a sequence that a seed repeats */
 static uint32_t vf_faulty_random(struct vf_faulty *faulty, uint32_t below)
@@ -100,7 +93,7 @@ static int vf_faulty_submit(struct vf_engine *engine, struct vf_req *req)
 	if (fault && fault->delay_ns) {
 		faulty->held[faulty->held_count++] = (struct vf_held){
 			.req = req,
-			.due_ns = vf_faulty_now_ns() + fault->delay_ns,
+			.due_ns = vf_now_ns() + fault->delay_ns,
 			.err = fault->err,
 		};
 		engine->inflight_count++;
@@ -129,7 +122,7 @@ static void vf_faulty_flush(struct vf_engine *engine)
 static uint32_t vf_faulty_release(struct vf_engine *engine, struct vf_req **done, uint32_t max)
 {
 	struct vf_faulty *faulty = engine->state;
-	uint64_t now_ns = vf_faulty_now_ns();
+	uint64_t now_ns = vf_now_ns();
 	uint32_t count = 0;
 
 	for (uint32_t i = faulty->held_count; i-- > 0 && count < max;) {
@@ -163,7 +156,7 @@ static uint32_t vf_faulty_reap(struct vf_engine *engine, struct vf_req **done, u
 /* Milliseconds until the first of the held is due, at most limit_ms; rounded up. */
 static int vf_faulty_due_ms(const struct vf_faulty *faulty, int limit_ms)
 {
-	uint64_t now_ns = vf_faulty_now_ns();
+	uint64_t now_ns = vf_now_ns();
 
 	for (uint32_t i = 0; i < faulty->held_count; i++) {
 		uint64_t due_ns = faulty->held[i].due_ns;

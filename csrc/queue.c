@@ -226,11 +226,3 @@ int vf_die_with_parent(int parent_pid)
 		return -errno;
 	return getppid() == parent_pid ? 0 : -ESRCH;
 }
-
-uint64_t vf_now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}

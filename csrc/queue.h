@@ -5,6 +5,7 @@
 #ifndef VF_QUEUE_H
 #define VF_QUEUE_H
 
+#include "clock.h"
 #include "counters.h"
 #include "engine.h"
 #include "inflight.h"
@@ -159,8 +160,5 @@ static inline void vf_queue_tally(struct vf_queue *q, const struct vf_req *req, 
 	tally->count++;
 	tally->bytes += bytes;
 }
-
-/* CLOCK_MONOTONIC */
-uint64_t vf_now_ns(void);
 
 #endif

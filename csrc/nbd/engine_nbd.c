@@ -152,7 +152,7 @@ void vf_nbd_start(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	vf_nbd_prepare(nbd, cmd);
 	cmd->sent = 1;
 	if (nbd->config.timeout_ns)
-		cmd->since_ns = vf_nbd_now_ns();
+		cmd->since_ns = vf_now_ns();
 	vf_nbd_link_send(nbd, cmd);
 }
 
@@ -268,7 +268,7 @@ static int vf_nbd_sleep(struct vf_engine *engine, const int *fds, uint32_t count
 		polled[count] = (struct pollfd){ .fd = -1 };
 		polled[count].fd = vf_nbd_link_wants(nbd, &polled[count].events, &until_ns);
 		if (until_ns != UINT64_MAX) {
-			now_ns = vf_nbd_now_ns();
+			now_ns = vf_now_ns();
 			if (until_ns <= now_ns)
 				limit_ms = 0;
 			else if ((until_ns - now_ns) / 1000000u < (uint64_t)limit_ms)

@@ -9,6 +9,7 @@
 #ifndef VF_ENGINE_NBD_H
 #define VF_ENGINE_NBD_H
 
+#include "clock.h"
 #include "engine.h"
 #include "nbd_export.h"
 #include "nbd_news.h"
@@ -170,7 +171,6 @@ void vf_nbd_link_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd);
 /* What to wait for: a descriptor, or -1, with its events; and until when at the latest, on the monotonic clock. */
 int vf_nbd_link_wants(const struct vf_nbd *nbd, short *events, uint64_t *until_ns);
 
-uint64_t vf_nbd_now_ns(void);
 
 /* nbd_tls.c */
 

@@ -29,14 +29,6 @@
 #define VF_NBD_SILENCE_ASKS 3
 #define VF_NBD_DISCARD_MAX 64u /* reads of what nobody waits for any more, of one look */
 
-uint64_t vf_nbd_now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static void vf_nbd_close_fd(struct vf_nbd_link *link)
 {
 	if (link->fd >= 0)
@@ -66,7 +58,7 @@ static void vf_nbd_down(struct vf_nbd *nbd, uint64_t now_ns)
 static void vf_nbd_refuse(struct vf_nbd *nbd, const char *text)
 {
 	struct vf_nbd_link *link = &nbd->link;
-	uint64_t now_ns = vf_nbd_now_ns();
+	uint64_t now_ns = vf_now_ns();
 
 	vf_nbd_drop_handle(link);
 	vf_nbd_close_fd(link);
@@ -102,7 +94,7 @@ static void vf_nbd_end(struct vf_nbd_link *link, uint64_t now_ns)
 static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
 {
 	struct vf_nbd_link *link = &nbd->link;
-	uint64_t now_ns = vf_nbd_now_ns();
+	uint64_t now_ns = vf_now_ns();
 
 	/* Of connections that die one after the other the first has a line in the log. */
 	link->flap_count = link->has_served || now_ns - link->up_ns > VF_NBD_PAUSE_MAX_NS ? 0 : link->flap_count + 1u;
@@ -223,13 +215,13 @@ static void vf_nbd_arrive(struct vf_nbd *nbd)
 	vf_nbd_hold(nbd->config.hold_fd, link->fd);
 	if (link->was_up ? link->flap_count < 2u : link->refused[0])
 		vf_nbd_log(&nbd->news, "%s: connected again after %.1f s", nbd->uri,
-			   (double)(vf_nbd_now_ns() - link->lost_ns) / 1e9);
+			   (double)(vf_now_ns() - link->lost_ns) / 1e9);
 	if (nbd_get_tls_negotiated(link->handle) == 0) {
 		vf_nbd_wire_start(nbd);
 		vf_nbd_drop_handle(link); /* the socket is ours now */
 	}
 	link->state = VF_NBD_UP;
-	link->up_ns = vf_nbd_now_ns();
+	link->up_ns = vf_now_ns();
 	link->lost_ns = 0;
 	link->was_up = 1;
 	link->leaving = link->outgrown = link->gave_up = link->has_served = 0;
@@ -347,12 +339,12 @@ void vf_nbd_link_pump(struct vf_nbd *nbd)
 		vf_nbd_look_up(nbd);
 		if (!nbd->config.timeout_ns || link->state != VF_NBD_UP)
 			return;
-		now_ns = vf_nbd_now_ns();
+		now_ns = vf_now_ns();
 		if (now_ns >= link->scan_ns)
 			vf_nbd_scan(nbd, now_ns);
 		return;
 	}
-	now_ns = vf_nbd_now_ns();
+	now_ns = vf_now_ns();
 	if (link->state == VF_NBD_ENDING)
 		vf_nbd_look_ending(nbd, now_ns);
 	if (link->state == VF_NBD_DOWN && now_ns >= link->next_ns)
@@ -398,7 +390,7 @@ void vf_nbd_link_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 
 void vf_nbd_link_open(struct vf_nbd *nbd)
 {
-	uint64_t now_ns = vf_nbd_now_ns();
+	uint64_t now_ns = vf_now_ns();
 
 	nbd->link = (struct vf_nbd_link){ .fd = -1, .lost_ns = now_ns, .pause_ns = VF_NBD_PAUSE_MIN_NS };
 	nbd->link.fd = vf_nbd_hold_take(nbd->config.hold_fd);

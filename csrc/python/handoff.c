@@ -7,14 +7,6 @@
 #include <time.h>
 #include <unistd.h>
 
-uint64_t vf_handoff_now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
-
 void vf_handoff_free(struct vf_handoff *handoff)
 {
 	free(handoff->records);
@@ -72,8 +64,8 @@ void vf_handoff_pop(struct vf_handoff *handoff)
 int vf_handoff_push(struct vf_handoff *handoff, uint16_t slot)
 {
 	handoff->done[handoff->done_tail & handoff->done_mask] = slot;
-	vf_store_release_u32(&handoff->done_tail, handoff->done_tail + 1u);
-	vf_fence_full(); /* pairs with the one of vf_handoff_sleep() */
+	vf_store_release_u32(&handoff->done_tail, handoff->done_tail + 1u); /* pairs with the acquire of vf_handoff_take() */
+	vf_fence_full(); /* pairs with those of vf_handoff_sleep() and Engine.sleep_in_loop() */
 	return vf_load_relaxed_u32(&handoff->sleeping) != 0;
 }
 
@@ -83,7 +75,7 @@ static int vf_handoff_submit(struct vf_engine *engine, struct vf_req *req)
 
 	handoff->records[req->slot] = (struct vf_handoff_record){
 		.req = req,
-		.start_ns = handoff->timeout_ns ? vf_handoff_now_ns() : 0,
+		.start_ns = handoff->timeout_ns ? vf_now_ns() : 0,
 		.stage = VF_STAGE_DATA,
 	};
 	vf_handoff_queue(handoff, req->slot);
@@ -96,7 +88,7 @@ static void vf_handoff_flush(struct vf_engine *engine)
 	struct vf_handoff *handoff = engine->state;
 
 	if (handoff->backlog_count ||
-	    (handoff->has_loop && vf_handoff_now_ns() - handoff->stepped_ns > VF_HANDOFF_STEP_NS))
+	    (handoff->has_loop && vf_now_ns() - handoff->stepped_ns > VF_HANDOFF_STEP_NS))
 		handoff->hand_over(handoff->owner);
 }
 
@@ -131,7 +123,7 @@ static uint32_t vf_handoff_reap(struct vf_engine *engine, struct vf_req **done, 
 		handoff->step(handoff->owner);
 		count = vf_handoff_take(handoff, done, max);
 	}
-	if (handoff->timeout_ns && vf_handoff_now_ns() - handoff->looked_ns > VF_HANDOFF_EXPIRY_NS)
+	if (handoff->timeout_ns && vf_now_ns() - handoff->looked_ns > VF_HANDOFF_EXPIRY_NS)
 		handoff->expire(handoff->owner);
 	return count;
 }

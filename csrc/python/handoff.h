@@ -8,6 +8,7 @@
 #define VF_HANDOFF_H
 
 #include "barrier.h"
+#include "clock.h"
 #include "engine.h"
 
 #define VF_HANDOFF_STEP_NS 1000000u /* at least so often tasks of the class's own run */
@@ -71,7 +72,6 @@ void vf_handoff_pop(struct vf_handoff *handoff);
 int vf_handoff_push(struct vf_handoff *handoff, uint16_t slot);
 
 /* CLOCK_MONOTONIC; the extensions share no code. */
-uint64_t vf_handoff_now_ns(void);
 
 static inline int vf_handoff_is_done(const struct vf_handoff *handoff)
 {

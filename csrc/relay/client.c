@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "barrier.h"
+#include "clock.h"
 #include "relay.h"
 
 #define VF_RETRY_NS 20000000u /* between two tries to reach a relay */
@@ -42,14 +43,6 @@ struct vf_client {
 	struct vf_relay_request batch[VF_RELAY_BATCH_MAX];
 	struct vf_client_slot slot[];
 };
-
-static uint64_t vf_client_now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
 
 static size_t vf_client_memory_bytes(const struct vf_client *client)
 {
@@ -97,7 +90,7 @@ static void vf_client_leave(struct vf_client *client)
 	client->behind = 1;
 	for (uint32_t i = 0; i < client->slot_count; i++)
 		client->slot[i].sent = 0;
-	client->retry_ns = vf_client_now_ns() + VF_RETRY_NS;
+	client->retry_ns = vf_now_ns() + VF_RETRY_NS;
 }
 
 static void vf_client_send_batch(struct vf_client *client)
@@ -189,7 +182,7 @@ static void vf_client_reach(struct vf_engine *engine)
 	struct vf_client *client = engine->state;
 	const struct vf_relay_address *to = engine->context;
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	uint64_t now_ns = vf_client_now_ns();
+	uint64_t now_ns = vf_now_ns();
 	int fd;
 
 	if (now_ns < client->retry_ns)

@@ -127,7 +127,7 @@ int main(int argc, char **argv)
 	if (argc != 4)
 		return 2;
 	config.uri = argv[1];
-	end_ns = vf_nbd_now_ns() + (uint64_t)(atof(argv[2]) * 1e9);
+	end_ns = vf_now_ns() + (uint64_t)(atof(argv[2]) * 1e9);
 	srandom((unsigned int)atoi(argv[3]));
 	nbd = vf_nbd_create(&config);
 	if (!nbd)
@@ -139,10 +139,10 @@ int main(int argc, char **argv)
 		return 2;
 	for (uint32_t i = 0; i < SLOTS; i++)
 		free_slots[i] = (uint8_t)i;
-	while (!bad && (vf_nbd_now_ns() < end_ns || engine.inflight_count)) {
+	while (!bad && (vf_now_ns() < end_ns || engine.inflight_count)) {
 		uint32_t count;
 
-		while (free_count && vf_nbd_now_ns() < end_ns && pick(8)) {
+		while (free_count && vf_now_ns() < end_ns && pick(8)) {
 			uint32_t index = free_slots[--free_count];
 
 			prepare(index);

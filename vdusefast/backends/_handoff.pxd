@@ -42,4 +42,3 @@ cdef extern from "python/handoff.h" nogil:
     void vf_handoff_pop(vf_handoff *)
     bint vf_handoff_push(vf_handoff *, uint16_t)
     bint vf_handoff_is_done(const vf_handoff *)
-    uint64_t vf_handoff_now_ns()

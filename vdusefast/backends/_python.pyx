@@ -236,7 +236,7 @@ cdef class Engine(Pieces):
             self.complete_open(batch.tags, batch.count, self.failed("submit", error))
 
     cdef void step(self):
-        self.handoff.stepped_ns = vf_handoff_now_ns()
+        self.handoff.stepped_ns = vf_now_ns()
         self.loop.step()
 
     cdef int sleep_in_loop(self, const int *fds, uint32_t count, int timeout_ms):
@@ -244,13 +244,13 @@ cdef class Engine(Pieces):
         cdef uint32_t i
         cdef uint32_t readable
         vf_store_relaxed_u32(&self.handoff.sleeping, 1)
-        vf_fence_full()
+        vf_fence_full()  # pairs with the one of vf_handoff_push()
         if vf_handoff_is_done(self.handoff):
             self.handoff.sleeping = 0
             return 0
         readable = self.loop.sleep([fds[i] for i in range(count)], timeout_ms / 1000 if timeout_ms >= 0 else None)
         self.handoff.sleeping = 0
-        self.handoff.stepped_ns = vf_handoff_now_ns()
+        self.handoff.stepped_ns = vf_now_ns()
         self.handoff.engine.readable |= readable
         return readable == 0 and not vf_handoff_is_done(self.handoff)
 

@@ -454,7 +454,7 @@ cdef class Pieces:
 
     cdef void expire(self):
         """End requests that the class has had for too long."""
-        cdef uint64_t now_ns = vf_handoff_now_ns()
+        cdef uint64_t now_ns = vf_now_ns()
         cdef uint32_t i
         self.handoff.looked_ns = now_ns
         for i in range(self.piece_total):
