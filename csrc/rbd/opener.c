@@ -45,7 +45,7 @@ void vf_rbd_event_put(struct vf_rbd_opener *opener, struct vf_rbd_event event)
 	place = vf_rbd_event_place(opener, event.kind);
 	if (place)
 		*place = event;
-	atomic_store_explicit(&opener->has_news, 1, memory_order_relaxed);
+	vf_store_relaxed_u32(&opener->has_news, 1);
 	vf_rbd_raise(opener->news_fd);
 	pthread_mutex_unlock(&opener->lock);
 	vf_rbd_raise(opener->wake_fd);
@@ -66,7 +66,7 @@ int vf_rbd_event_take(struct vf_rbd_opener *opener, struct vf_rbd_event *event)
 		ssize_t got = read(opener->news_fd, &count, sizeof(count));
 
 		(void)got; /* it is not readable now either way */
-		atomic_store_explicit(&opener->has_news, 0, memory_order_relaxed);
+		vf_store_relaxed_u32(&opener->has_news, 0);
 	}
 	pthread_mutex_unlock(&opener->lock);
 	return any;
@@ -187,7 +187,7 @@ static int vf_rbd_opener_open(struct vf_rbd_opener *opener)
 		enum vf_rbd_step step = opener->image.reached;
 
 		if (err == 0) {
-			atomic_store_explicit(&opener->phase, VF_RBD_IS_OPEN, memory_order_release);
+			vf_store_release_u32(&opener->phase, VF_RBD_IS_OPEN); /* pairs with the acquire of vf_rbd_is_open() */
 			if (told_err)
 				vf_rbd_event_put(opener, (struct vf_rbd_event){ .kind = VF_RBD_EVENT_OPENED });
 			vf_rbd_raise(opener->wake_fd);
@@ -211,7 +211,7 @@ static int vf_rbd_opener_open(struct vf_rbd_opener *opener)
 /* Once all is closed there is nothing to shut out. */
 static void vf_rbd_opener_close(struct vf_rbd_opener *opener)
 {
-	atomic_store_explicit(&opener->phase, VF_RBD_CLOSED, memory_order_release);
+	vf_store_release_u32(&opener->phase, VF_RBD_CLOSED); /* pairs with the acquire of vf_rbd_is_open() */
 	if (opener->watches)
 		rbd_update_unwatch(opener->image.image, opener->update_handle);
 	vf_rbd_image_close(&opener->image);

@@ -7,9 +7,9 @@
 #define VF_RBD_OPENER_H
 
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdint.h>
 
+#include "barrier.h"
 #include "image.h"
 
 #define VF_RBD_EVENT_MAX 16u
@@ -47,8 +47,8 @@ struct vf_rbd_opener {
 	uint32_t notes_offset;
 	int wake_fd; /* an eventfd: completions of the image, and its opening */
 	int news_fd; /* an eventfd: readable while there are events */
-	_Atomic int phase; /* enum vf_rbd_phase */
-	_Atomic int has_news;
+	uint32_t phase; /* enum vf_rbd_phase */
+	uint32_t has_news;
 	uint64_t update_handle;
 	uint8_t watches;
 	uint8_t early_writes; /* known once it is open: vf_rbd_about() */
@@ -86,12 +86,12 @@ int vf_rbd_event_take(struct vf_rbd_opener *opener, struct vf_rbd_event *event);
 
 static inline int vf_rbd_is_open(const struct vf_rbd_opener *opener)
 {
-	return atomic_load_explicit(&opener->phase, memory_order_acquire) == VF_RBD_IS_OPEN;
+	return vf_load_acquire_u32(&opener->phase) == VF_RBD_IS_OPEN; /* pairs with the release of the opening thread */
 }
 
 static inline int vf_rbd_has_news(const struct vf_rbd_opener *opener)
 {
-	return atomic_load_explicit(&opener->has_news, memory_order_relaxed);
+	return (int)vf_load_relaxed_u32(&opener->has_news);
 }
 
 #endif
