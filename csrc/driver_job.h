@@ -55,6 +55,7 @@ enum vf_drv_phase {
 #define VF_BLOCK_BUSY 0x80000000u /* a request to this block is in flight */
 
 #define VF_DRV_PAIR_SHARE 4u /* of a job with `overlap`: one write in so many is followed by another to its block */
+#define VF_DRV_NEIGHBOUR_SHARE 4u /* and one in so many goes on where the one before has ended, so that they may be merged */
 
 struct vf_drv_stats {
 	uint64_t ios;
@@ -132,6 +133,7 @@ struct vf_drv_job {
 	uint64_t issued;
 	uint64_t check_cursor;
 	uint64_t held_block;
+	uint64_t last_block; /* of a write */
 	uint32_t free_count;
 	uint32_t phase;
 	uint32_t generation;
@@ -217,6 +219,13 @@ static inline uint32_t vf_drv_job_choose_op(struct vf_drv_job *job)
 	}
 }
 
+/* Whether the next write of a job with `overlap` is to the block behind that of the last one. */
+static inline bool vf_drv_job_goes_on(struct vf_drv_job *job)
+{
+	return job->overlap && job->last_block + 1u < job->block_count &&
+	       vf_random64(&job->random) >> 32 < UINT32_MAX / VF_DRV_NEIGHBOUR_SHARE;
+}
+
 /* Decide on the next request. Returns 1, or 0 when there is none to issue now. */
 static inline int vf_drv_job_choose(struct vf_drv_job *job, uint32_t *op, uint64_t *block)
 {
@@ -244,7 +253,10 @@ static inline int vf_drv_job_choose(struct vf_drv_job *job, uint32_t *op, uint64
 		}
 		*op = vf_drv_job_choose_op(job);
 		bool apart = job->verify && job->kind == VF_KIND_MIXED && *op == VF_DRV_READ;
-		*block = vf_drv_seq_next(apart ? &job->read_order : &job->order);
+		if (*op == VF_DRV_WRITE && vf_drv_job_goes_on(job))
+			*block = job->last_block + 1u;
+		else
+			*block = vf_drv_seq_next(apart ? &job->read_order : &job->order);
 		job->issued++;
 	}
 	/* Two requests to one block may be served in any order, so that nothing could be said about its content. */
@@ -374,8 +386,10 @@ static inline int vf_drv_job_submit(struct vf_drv_job *job, struct vf_drv_vq *vq
 	slot->block = block;
 	slot->op = op;
 	slot->superseded = false;
-	if (op == VF_DRV_WRITE)
+	if (op == VF_DRV_WRITE) {
+		job->last_block = block;
 		vf_drv_job_pair(job, index);
+	}
 	vf_drv_job_prepare(job, slot, job->data_va + index * job->data_stride_bytes);
 	vf_drv_job_enqueue(job, vq, index);
 	if (op == VF_DRV_WRITE && job->fsync_every && --job->writes_until_fsync == 0) {

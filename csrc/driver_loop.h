@@ -222,10 +222,17 @@ static inline void vf_drv_thread_fill(struct vf_drv_thread *t, struct vf_drv_job
 	}
 }
 
-/* Run the jobs to their end. Returns 0; -ECANCELED when abandoned; -ETIMEDOUT or -EPROTO with failed_queue set. */
+/* Run the jobs to their end. Returns 0; -ECANCELED when abandoned; -EBUSY, -ETIMEDOUT or -EPROTO with
+ * failed_queue set. */
 static inline int vf_drv_thread_run(struct vf_drv_thread *t)
 {
 	uint64_t now_ns = vf_drv_now_ns();
+	for (uint32_t i = 0; i < t->queue_count; i++) {
+		if (vf_drv_vq_inflight(&t->queues[i]->vq)) { /* of a run that failed: their slots are not free */
+			t->failed_queue = t->queues[i]->index;
+			return -EBUSY;
+		}
+	}
 	for (uint32_t j = 0; j < t->job_count; j++)
 		vf_drv_job_start(t->jobs[j], now_ns);
 	for (uint32_t i = 0; i < t->queue_count; i++)

@@ -236,6 +236,9 @@ cdef extern from "engine.h" nogil:
     int vf_engine_open(vf_engine *, const vf_engine_ops *, const vf_store *, uint32_t)
     int vf_engine_open_plugin(vf_engine *, const vf_engine_plugin *, const vf_store *, uint32_t)
 
+cdef extern from "merge.h" nogil:
+    bint vf_merge_has_done(const vf_engine *)
+
 cdef extern from "faulty.h" nogil:
     enum:
         VF_FAULT_MAX

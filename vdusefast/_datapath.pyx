@@ -210,7 +210,7 @@ cdef class Queue:
         described.direct_align = direct_align
         described.map_reads = map_reads
         described.sqpoll = sqpoll
-        described.merge = merge
+        described.merge = merge and VF_SEED_FAULT != VF_SEED_WRITE_EARLY  # it answers what would be held
         for hold_fd in hold_fds:
             if described.hold_count == 2:
                 raise ValueError("more than two descriptors to hold")

@@ -438,7 +438,7 @@ cdef class DriverThread:
         """Run the jobs to their end with the GIL released.
 
         Raises OSError: ECANCELED when abandoned, ETIMEDOUT when nothing finishes for `stall_s` seconds, EPROTO when the
-        device broke a ring.
+        device broke a ring, EBUSY when requests of an earlier run have not been answered.
         """
         cdef int rc
         with nogil:

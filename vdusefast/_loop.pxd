@@ -80,6 +80,15 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
     return now_ns
 
 
+cdef inline bint queue_may_publish(vf_queue *q) noexcept nogil:
+    """Decide whether what was pushed may be shown now.
+
+    A request that was held back to be merged, and carried out since, is pushed when it is reaped, behind later ones. To show
+    these before it would have the next worker repeat it behind them, should this one die: an older write over a newer one.
+    """
+    return q.unpublished_count != 0 and not vf_merge_has_done(&q.engine)
+
+
 cdef inline void queue_interrupt(vf_queue *q) noexcept nogil:
     """Interrupt the driver if it wants that for what was published since the last time, or is still due one."""
     q.irq_hold.since_ns = 0
@@ -309,6 +318,8 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
 
     if q.engine.inflight_count:
         moved = queue_reap(q)
+        while vf_unlikely(vf_merge_has_done(&q.engine)):  # more than a batch: a worker before has left them
+            moved += queue_reap(q)
         if moved and q.unpublished_count:
             # Before the next ones are submitted, which takes time: the driver prepares more meanwhile.
             queue_tell(q, queue_publish(q))
@@ -329,7 +340,7 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
                 break
             # A driver that spins sees these at once. One that sleeps is woken once for many, unless that takes long:
             # on a CPU shared with it, each wake-up would end our turn.
-            if q.unpublished_count >= batch:
+            if q.unpublished_count >= batch and queue_may_publish(q):
                 done_ns = queue_publish(q)
                 published = True
             elif vf_likely(not published or not blocks):
@@ -349,7 +360,7 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
         err = count
     if q.engine.ops.flush != NULL:
         q.engine.ops.flush(&q.engine)
-    if q.unpublished_count:
+    if queue_may_publish(q):
         done_ns = queue_publish(q)
         queue_tell(q, done_ns)
     elif published and moved:
@@ -367,7 +378,7 @@ cdef inline void queue_drain(vf_queue *q) noexcept nogil:
         q.engine.ops.flush(&q.engine)
         if queue_reap(q) == 0:
             q.engine.ops.wait(&q.engine)
-        if q.unpublished_count:
+        if queue_may_publish(q):
             queue_publish(q)
             queue_interrupt(q)
 

@@ -94,7 +94,7 @@ cdef inline int queue_redo_logged(vf_queue *q, uint32_t count) noexcept nogil:
             queue_refuse(q, now_ns)
         else:
             queue_begin(q, now_ns)
-        if q.unpublished_count >= q.engine.ops.publish_batch:
+        if q.unpublished_count >= q.engine.ops.publish_batch and queue_may_publish(q):
             queue_publish(q)
     queue_align_order(q)
     return err
@@ -120,7 +120,7 @@ cdef inline int queue_redo(vf_queue *q, uint32_t count) noexcept nogil:
     err = queue_redo_suspects(q) if q.vring.is_packed else queue_redo_logged(q, count)
     if q.engine.ops.flush != NULL:
         q.engine.ops.flush(&q.engine)
-    if q.unpublished_count:
+    if queue_may_publish(q):
         queue_publish(q)
     vf_log_work(q.inflight, 0)
     queue_interrupt(q)  # whatever the worker before has published and not told

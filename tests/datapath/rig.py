@@ -117,7 +117,16 @@ class Rig:
         self.model = make_model(params, self.ring, self.store, PUBLISH_BATCH[engine])
         self.irq_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.pages = mmap.mmap(-1, shm.queue_stride_bytes(params.queue_size_max))
-        self.queue = _datapath.Queue(
+        self._cache, self._plugin, self._engine_options = cache, plugin, engine_options
+        self._dead: list[_datapath.Queue] = []
+        self.queue = self._make_queue()
+        if start:
+            self.start()
+
+    def _make_queue(self) -> _datapath.Queue:
+        """Return a queue over what there is, with an engine, not started: what a worker has that begins."""
+        params, bytes_in_store = self.params, len(self.store)
+        queue = _datapath.Queue(
             self.pages,
             queue_size=params.queue_size_max,
             capacity_sectors=params.capacity_sectors,
@@ -130,18 +139,27 @@ class Rig:
             write_zeroes_max_seg=params.write_zeroes_max_seg,
             serial=params.serial,
         )
-        self.queue.set_port_none(self.irq_fd)
-        if plugin is not None:
-            self.queue.open_plugin(plugin, size_bytes=bytes_in_store, cache=cache)
+        queue.set_port_none(self.irq_fd)
+        if self._plugin is not None:
+            queue.open_plugin(self._plugin, size_bytes=bytes_in_store, cache=self._cache)
         else:
-            kind = "memory" if engine == "memory" else "file"
-            self.queue.open_engine(
-                engine, store=kind, fd=self.store_fd, size_bytes=bytes_in_store, cache=cache, **engine_options
+            queue.open_engine(
+                self.engine,
+                store="memory" if self.engine == "memory" else "file",
+                fd=self.store_fd,
+                size_bytes=bytes_in_store,
+                cache=self._cache,
+                **self._engine_options,
             )
         for region in self.memory.regions:
-            self.map(region)
-        if start:
-            self.start()
+            queue.map_region(region.start, region.last, region.perm, region.fd, region.offset)
+        return queue
+
+    def replace_worker(self) -> None:
+        """Have the worker do nothing any more, as if it were dead, and the next one go on by the log."""
+        self._dead.append(self.queue)
+        self.queue = self._make_queue()
+        self.queue.start(**self.start_words(0), recover=True)
 
     def map(self, region: Region) -> None:
         self.queue.map_region(region.start, region.last, region.perm, region.fd, region.offset)
@@ -170,6 +188,9 @@ class Rig:
         if not self.queue.failure:
             self.queue.quiesce()
         self.queue.close()
+        for queue in self._dead:  # nobody looks at what they do to the ring any more
+            queue.quiesce()
+            queue.close()
         self.pages.close()
         self.memory.close()
         os.close(self.irq_fd)

@@ -211,6 +211,17 @@ def test_mute_device_ends_with_an_error_that_names_the_queue(bus: FakeBus) -> No
     assert raised.value.errno == errno.ETIMEDOUT
 
 
+def test_no_load_follows_one_that_was_not_answered(bus: FakeBus) -> None:
+    bus.mute = True
+    with LoopbackDriver(bus) as driver:
+        plan = {"kind": "read", "order": "random", "io_limit": 8}
+        job = make_job(driver, block_bytes=4096, depth=4, size_bytes=SIZE, **plan)
+        for why in (errno.ETIMEDOUT, errno.EBUSY):
+            with pytest.raises(OSError, match="queue 0") as raised:
+                _driver.DriverThread([driver.ring(0)], [job], stall_s=0.1).run()
+            assert raised.value.errno == why
+
+
 @pytest.mark.parametrize("abandon", [False, True])
 def test_stop_from_another_thread(bus: FakeBus, abandon: bool) -> None:
     with LoopbackDriver(bus) as driver:
@@ -284,6 +295,8 @@ def test_overlapping_writes_expect_the_last_one(bus: FakeBus) -> None:
     sectors = [entry[2] for entry in bus.log if entry[1] == OUT]
     pairs = sum(one == other for one, other in itertools.pairwise(sectors))
     assert len(sectors) / 8 < pairs < len(sectors) / 2
+    neighbours = sum(other == one + 8 for one, other in itertools.pairwise(sectors))
+    assert len(sectors) / 16 < neighbours < len(sectors) / 2  # a device may merge these
 
 
 def test_overlapping_writes_in_another_order_are_found(bus: FakeBus) -> None:

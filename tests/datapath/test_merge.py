@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from device_model import Params
 from model import IOERR, OK, T_FLUSH, T_IN, T_OUT, WRITE, Desc, Region, header
 from rig import IN_IOVA, OUT_IOVA, Rig, pattern, store_on_disk
 
+from vdusefast import shm
+
 PAGE = 4096
 STORE_BYTES = 64 * PAGE
 PARAMS = Params(capacity_sectors=STORE_BYTES // 512, queue_size_max=256)
-REGIONS = [Region(IN_IOVA, 80 * PAGE), Region(OUT_IOVA, 80 * PAGE)]
+DATA_PAGES = 80  # then headers, or status bytes
+REGIONS = [Region(IN_IOVA, (DATA_PAGES + 1) * PAGE), Region(OUT_IOVA, (DATA_PAGES + 1) * PAGE)]
+LOG_AT = shm.INFLIGHT_OFFSET + shm.INFLIGHT_HEADER_BYTES
 ENGINES = ["sync", "cached"]
 
 
@@ -36,14 +41,12 @@ def rig_of(engine: str, fd: int, **options: bool) -> Rig:
     return Rig(PARAMS, size=256, engine=engine, store_fd=fd, regions=regions, **options)
 
 
-def batch(rig: Rig, requests: Sequence[tuple[int, int, bytes]]) -> tuple[list[int], int]:
-    """Have requests (type, page, data) of a page served in one batch.
-
-    Returns their status bytes and how many were in flight behind the first round.
-    """
+def offer(rig: Rig, requests: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    """Make requests (type, page, data) of a page available. Returns their heads."""
+    heads = []
     for place, (kind, page, data) in enumerate(requests):
-        head, data_at = IN_IOVA + 64 * PAGE + 16 * place, IN_IOVA + PAGE * place
-        status = Desc(OUT_IOVA + 64 * PAGE + place, 1, WRITE)
+        head, data_at = IN_IOVA + DATA_PAGES * PAGE + 16 * place, IN_IOVA + PAGE * place
+        status = Desc(OUT_IOVA + DATA_PAGES * PAGE + place, 1, WRITE)
         rig.memory.write(head, header(kind, page * PAGE // 512))
         rig.memory.write(status.addr, b"\xff")
         parts = [Desc(head, 16)]
@@ -52,11 +55,26 @@ def batch(rig: Rig, requests: Sequence[tuple[int, int, bytes]]) -> tuple[list[in
             parts.append(Desc(data_at, PAGE))
         elif kind == T_IN:
             parts.append(Desc(OUT_IOVA + PAGE * place, PAGE, WRITE))
-        rig.ring.make_available(rig.ring.put_chain([*parts, status]))
+        heads.append(rig.ring.put_chain([*parts, status]))
+        rig.ring.make_available(heads[-1])
+    return heads
+
+
+def answers(rig: Rig, count: int) -> list[int]:
+    """Return the status bytes of what was offered."""
+    return list(rig.memory.read(OUT_IOVA + DATA_PAGES * PAGE, count))
+
+
+def batch(rig: Rig, requests: Sequence[tuple[int, int, bytes]]) -> tuple[list[int], int]:
+    """Have requests served in one batch.
+
+    Returns their status bytes and how many were in flight behind the first round.
+    """
+    offer(rig, requests)
     assert rig.queue.poll() == len(requests)
     inflight = rig.queue.inflight_count
     rig.poll()
-    return list(rig.memory.read(OUT_IOVA + 64 * PAGE, len(requests))), inflight
+    return answers(rig, len(requests)), inflight
 
 
 def read_at(rig: Rig, place: int) -> bytes:
@@ -143,3 +161,34 @@ def test_mapped_reads_need_no_merging() -> None:
         assert os.pread(memory, 8 * PAGE, 0) == b"m" * 8 * PAGE
     finally:
         os.close(memory)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_write_is_told_before_an_older_one_that_would_be_repeated(path: Path, fd: int, engine: str) -> None:
+    """The second of two writes to a page is told when the first, held back, is: so that no death undoes it."""
+    with rig_of(engine, fd) as rig:
+        writes = [(T_OUT, page, bytes([65 + i]) * PAGE) for i, page in enumerate((4, 5, 5, 20, 30, 40, 50))]
+        offer(rig, writes)
+        assert rig.queue.poll() == len(writes)
+        rig.replace_worker()
+        rig.poll()
+        assert set(path.read_bytes()[5 * PAGE : 6 * PAGE]) == {ord("C")}
+        assert answers(rig, len(writes)) == [OK] * len(writes)
+        assert rig.ring.used_idx == len(writes)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_whole_ring_left_by_a_worker_is_merged_again_in_its_order(path: Path, fd: int, engine: str) -> None:
+    """More than one round of requests, most of them held back, are carried out at once by the worker that goes on."""
+    count = 75
+    with rig_of(engine, fd) as rig:
+        heads = offer(rig, [(T_OUT, i % 60, bytes([1 + i]) * PAGE) for i in range(count)])
+        for order, head in enumerate(heads, start=1):
+            struct.pack_into("<Q", rig.pages, LOG_AT + shm.INFLIGHT_ENTRY_BYTES * head, order)
+        rig.replace_worker()
+        assert rig.queue.inflight_count > 64
+        rig.poll()
+        assert rig.ring.used_idx == count
+        assert answers(rig, count) == [OK] * count
+        stored = path.read_bytes()
+        assert [stored[PAGE * page] for page in range(60)] == [1 + page + 60 * (page < 15) for page in range(60)]

@@ -100,7 +100,9 @@ class Scene:
 
     def _warm_up(self, findings: Findings) -> None:
         """Run one cycle in peace: what is there afterwards is what has to be there after each of the others."""
-        findings.add_lost([*self._load.begin().finish(), *self._load.new_faults()])
+        lost = self._load.begin().finish()
+        findings.add_lost([*lost, *self._load.new_faults()])
+        self._refuse_unanswered(lost)
         self._leaks = Leaks(self._server)
 
     def _cycle(self, blow: Blow, findings: Findings) -> bool:
@@ -118,10 +120,9 @@ class Scene:
         row.pauses_s.append(pause_s)
         if others_s is not None:
             row.others_s.append(others_s)
-        # A request that is not answered occupies its place in the ring for ever: no load can follow.
         if lost:
             findings.add_lost([*lost, *self._load.new_faults()], row)
-            raise ServerError(f"the device does not serve any more: {self._server.last_words()}")
+        self._refuse_unanswered(lost)
         lost = self._load.new_faults(errors_expected=blow.kind == "fail")
         if findings.cycles % STORE_EVERY == 0:
             lost += self._check_store(findings)
@@ -129,6 +130,14 @@ class Scene:
         if findings.cycles % LEAKS_EVERY == 0 and self._leaks is not None:
             findings.leaks += self._leaks.left(self._server)
         return not findings.failed
+
+    def _refuse_unanswered(self, lost: list[Lost]) -> None:
+        """Raise ServerError when a cycle has left something behind.
+
+        A request that is not answered occupies its place in the ring for ever: no load can follow.
+        """
+        if lost:
+            raise ServerError(f"the device does not serve any more: {self._server.last_words()}")
 
     @contextmanager
     def _running(self) -> Iterator[Running]:
