@@ -8,10 +8,10 @@ import pytest
 from scenario_guest import END_LIMIT_S, LIMIT_S, RUNNER, ScenarioGuest
 
 from bench.vm import cache
-from bench.vm.kernel_log import findings
 
 sys.path.append(str(RUNNER.parent))
 import checks
+from kernel_log import complaints
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(LIMIT_S + 2 * END_LIMIT_S)]
 
@@ -25,7 +25,6 @@ def test_check(guests: dict[str, ScenarioGuest], kernel: str, check: str) -> Non
 
 @pytest.mark.parametrize("kernel", cache.KERNELS)
 def test_kernel_log_is_clean_from_the_boot_on(guests: dict[str, ScenarioGuest], kernel: str) -> None:
-    """Some checks make a device fail requests, which the log says, too."""
     log = guests[kernel].kernel_log()
     assert "Linux version" in log, guests[kernel].output()
-    assert findings(log, io_errors=False) == []
+    assert complaints(log) == []

@@ -36,10 +36,12 @@ MODULES = (
     "scenario_kernel_log",
 )
 
+SLOWEST = 2.0
+
 
 @dataclass(frozen=True)
 class Check:
-    """One check. keeps: devices may stay when it ends, for the next check of its module."""
+    """One check. limit_s: where it hangs. keeps: devices may stay when it ends, for the next check of its module."""
 
     name: str
     function: Callable[[], object]
@@ -51,12 +53,12 @@ _found: dict[str, Check] = {}
 
 
 def check(*, limit_s: float = 30.0, keeps: bool = False) -> Callable[[Callable[[], object]], Callable[[], object]]:
-    """Register a function as a check that may take `limit_s`, under emulation."""
+    """Register a function as a check that may take `limit_s` under emulation, on a busy host SLOWEST times that."""
 
     def register(function: Callable[[], object]) -> Callable[[], object]:
         name = f"{function.__module__.rpartition('.')[2].removeprefix('scenario_')}.{function.__name__}"
         assert name not in _found, name
-        _found[name] = Check(name, function, limit_s, keeps)
+        _found[name] = Check(name, function, SLOWEST * limit_s, keeps)
         return function
 
     return register

@@ -149,7 +149,7 @@ def run_all(chosen: list[checks.Check], results: Results) -> None:
                 detail += f"\ncould not be removed: {remains}"
         if check.keeps and not ok:
             broken = f"{check.name} has failed, and its device was removed"
-        complaints = kernel_log.complaints(log.read())
+        complaints = kernel_log.complaints("\n".join(log.read()))
         if complaints:
             # The last check fails for it; here is written which one it came with.
             detail = f"{detail}\nkernel log: {' | '.join(complaints)}".strip()
