@@ -103,6 +103,7 @@ cdef extern from "inflight.h" nogil:
 cdef extern from "seed_fault.h" nogil:
     enum:
         VF_SEED_FAULT
+        VF_SEED_FORGET
         VF_SEED_WRITE_EARLY
         VF_SEED_REPEAT
     void vf_seed_pause(int)

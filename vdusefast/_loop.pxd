@@ -242,7 +242,9 @@ cdef inline int queue_log(vf_queue *q, uint16_t head) noexcept nogil:
     if vf_unlikely(q.inflight_log[head].order != 0):
         return -VF_RING_HEAD_BUSY
     q.next_order += 1
-    if not vf_seed_forgets(q.next_order):
+    if vf_seed_forgets(q.next_order):
+        vf_seed_pause(VF_SEED_FORGET)
+    else:
         vf_log_take(&q.inflight_log[head], q.next_order)
     return 0
 
