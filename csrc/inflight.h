@@ -20,7 +20,7 @@
  *                                       meanwhile cannot be mistaken for the one that was told.
  *
  * A request that was carried out and not told is repeated behind all that was told. So that this is never an older write over a
- * newer one, an engine that keeps the order of writes is told of in that order: 3 waits for what it has held back (merge.h).
+ * newer one, an engine that keeps the order of writes is told of in that order: 4 waits for what it has held back (merge.h).
  *
  * Hence everything that was made available is told, or logged, or behind them: the next worker takes from
  * used index + number of entries on. A replay keeps the orders, so that one that is killed is repeated in the same order.
