@@ -2,12 +2,13 @@
 
 PYTHON := .venv/bin/python
 FUZZ_SECONDS := $(if $(filter command line environment,$(origin SECONDS)),$(SECONDS),60)
+SOAK_SECONDS := $(if $(filter command line environment,$(origin SECONDS)),$(SECONDS),600)
 CC ?= cc
 C_STRICT := -std=gnu11 -fsyntax-only -O2 -Wall -Wextra -Werror -Wshadow -Wpointer-arith -Wstrict-prototypes \
 	-Wmissing-prototypes -Wwrite-strings -Wvla -Icsrc
 
 .DEFAULT_GOAL := help
-.PHONY: help build fio test check lint fuzz clean
+.PHONY: help build fio test check lint fuzz soak clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -20,22 +21,28 @@ fio: build ## Serve a temporary file as a block device, load it and verify every
 
 test: ## Run every test, with a minute of fuzzing and guests of two kernels
 	@./bootstrap.sh test
-	@$(PYTHON) -m pytest tests
+	@$(PYTHON) tests/parts.py
 
 check: lint ## The fast inner loop: lint, then the tests that take no time
 	@$(PYTHON) -m pytest tests -q -m "not slow and not vm"
 
-lint: build ## ruff, mypy --strict and the C compiler's opinion of csrc
+lint: ## ruff, mypy --strict, the C compiler's opinion of csrc, and whether pytest finds every test
+	@./bootstrap.sh test
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check --quiet . || { echo "make lint: the files below want 'ruff format':"; \
 		$(PYTHON) -m ruff format --check .; exit 1; }
 	@$(PYTHON) -m mypy --strict vdusefast
 	@for file in $$(find csrc -name "*.[ch]" | sort); do $(CC) $(C_STRICT) -x c $$file || exit 1; done
+	@found=$$($(PYTHON) -m pytest tests --collect-only -q 2>&1) || { echo "$$found" | tail -n 30; exit 1; }
 
 fuzz: build ## Fuzz the parsing code: make fuzz SECONDS=600
 	@SECONDS=$(FUZZ_SECONDS) tests/fuzz/run.sh $(FUZZ_SECONDS)
 
+soak: ## The long tests, ten minutes for each measure of time (make soak SECONDS=600 TESTS=tests/vm)
+	@./bootstrap.sh test
+	@VDUSEFAST_SOAK_S=$(SOAK_SECONDS) $(PYTHON) -m pytest --soak $(or $(TESTS),tests)
+
 clean: ## Remove what was built; .venv stays
-	@rm -rf build dist *.egg-info vdusefast/*.so vdusefast/backends/*.so tests/fuzz/build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info vdusefast/*/*.so tests/fuzz/build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@rm -f .venv/.vdusefast-build
 	@find vdusefast tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

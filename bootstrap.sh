@@ -99,7 +99,14 @@ list_missing_for_tests() {
     have dpkg-deb || need dpkg "dpkg-deb, to unpack the guests' kernels"
     have mkfs.ext4 || need e2fsprogs "mkfs.ext4"
     have strace || need strace "strace, to count system calls"
+    have sfdisk || need fdisk "sfdisk, for partition tables"
+    have dmsetup || need dmsetup "dmsetup, for striped disks"
+    have pvcreate || need lvm2 "lvm2, to see what LVM makes of a device and its store"
     have mkfs.xfs || need xfsprogs "mkfs.xfs"
+    [ -x /lib/systemd/systemd ] && have systemctl || need systemd "systemd, process 1 of some test guests"
+    have udevadm || need udev "udevadm and systemd-udevd"
+    have dbus-daemon || need dbus "dbus-daemon"
+    compgen -G "/lib/*/security/pam_systemd.so" >/dev/null || need libpam-systemd "pam_systemd, for login sessions"
     have vdpa || need iproute2 "ip and vdpa"
     header rbd/librbd.h || need librbd-dev "librbd's header (rbd/librbd.h), for the backend rbd"
     have ceph-mon || need ceph-mon "ceph-mon, the monitor of the test cluster"
@@ -180,11 +187,11 @@ PY
     echo "$key" >$deps_stamp
 fi
 
-# The extensions, when a source is newer or one of them is gone.
+# The extensions, when a source is newer, or one of them or their identity is gone.
 changed() {
     local pyx
-    [ -e $build_stamp ] || return 0
-    for pyx in vdusefast/*.pyx; do
+    [ -e $build_stamp ] && [ -e vdusefast/build_id.txt ] || return 0
+    for pyx in vdusefast/worker/*.pyx vdusefast/driver/*.pyx; do
         compgen -G "${pyx%.pyx}.*.so" >/dev/null || return 0
     done
     # Its library has come after the last build.

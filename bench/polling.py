@@ -31,10 +31,10 @@ sys.path[:0] = [str(ROOT)]
 import msgspec  # noqa: E402 (needs the path set above)
 
 from vdusefast.api import Device  # noqa: E402
-from vdusefast.bench.peers_variants import parse_settings  # noqa: E402
+from vdusefast.bench.peers.variants import parse_settings  # noqa: E402
 from vdusefast.config import Config, QueueConfig, make_config, validate  # noqa: E402
+from vdusefast.control.stats import QueueStats  # noqa: E402
 from vdusefast.errors import VdusefastError  # noqa: E402
-from vdusefast.stats import QueueStats  # noqa: E402
 
 PARAMETER = Path("/sys/module/virtio_blk/parameters/poll_queues")
 COUNTERS = ("requests", "kicks", "irqs", "sleeps")

@@ -26,8 +26,8 @@ from rows import report, table  # noqa: E402 (needs the path set above)
 from rows.contestants import FILE_BYTES, RowError, Setup  # noqa: E402
 from rows.idle import measure_idle  # noqa: E402
 
-from vdusefast.bench.peers_variants import parse_settings  # noqa: E402
-from vdusefast.bench.rounds import summarize  # noqa: E402
+from vdusefast.bench.common.rounds import summarize  # noqa: E402
+from vdusefast.bench.peers.variants import parse_settings  # noqa: E402
 from vdusefast.errors import VdusefastError  # noqa: E402
 
 IDLE = "idle"

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vdusefast import Device, make_config
-from vdusefast.bench.awake import Awake
+from vdusefast.bench.peers.awake import Awake
 
 FILE_BYTES = 16 << 20
 DEFAULT_JOBS = "randread:4k:32,randwrite:4k:32,read:128k:8"

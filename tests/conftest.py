@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import gc
 import os
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import parts
 import psutil
 import pytest
 
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 
 RUN_DIR_KEY = pytest.StashKey[str]()
 SETTLE_S = 1.0  # how long a process or thread that was told to end may take
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --soak: run the tests marked `soak`, and only these; without it they are left out. And --part."""
+    parser.addoption("--soak", action="store_true", help="run the long tests, and only these (make soak)")
+    parser.addoption("--part", choices=parts.PARTS, help="run the tests of one part of the suite (tests/parts.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[RUN_DIR_KEY] = os.environ["VDUSEFAST_RUN_DIR"] = tempfile.mkdtemp(prefix="vdusefast-test-run-")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile what guests and servers import: many Pythons start, most of them below an emulator."""
+    if not session.config.option.collectonly:
+        for name in ("vdusefast", "bench", "tests"):
+            compileall.compile_dir(str(session.config.rootpath / name), quiet=2)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -52,13 +67,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out, and report as deselected, what only a machine with loop devices and root can run."""
-    if os.access("/dev/loop-control", os.W_OK) and shutil.which("losetup"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("loop_device")]
+    """Deselect the long tests (or all others), those of other parts, and without loop devices what needs them."""
+    has_loop_devices = os.access("/dev/loop-control", os.W_OK) and shutil.which("losetup")
+    left_out = [
+        item
+        for item in items
+        if (item.get_closest_marker("soak") is not None) != config.option.soak
+        or (item.get_closest_marker("loop_device") and not has_loop_devices)
+        or config.option.part not in (None, part_of(item))
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def part_of(item: pytest.Item) -> str:
+    """Return the part of the suite that a test belongs to."""
+    values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return parts.part_of(item.path, values.get("kernel"))
 
 
 def open_descriptors() -> dict[int, str]:
@@ -140,8 +166,8 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("keeps_resources"):
         return
     report = getattr(request.node, "call_report", None)
-    if report is not None and report.failed:
-        return  # its traceback keeps objects alive, and its own failure is what matters
+    if report is None or report.failed:
+        return  # interrupted, or its traceback keeps objects alive: its own failure is what matters
     left = before.added_for_good()
     assert not left, "left behind by the test:\n" + "\n".join(left)
 
@@ -158,12 +184,15 @@ def ceph() -> Iterator[ceph_rig.Cluster]:
 
 
 @pytest.fixture
-def attach_loop() -> Iterator[Callable[[Path], str]]:
-    """Return a function that makes a loop device over a file and returns its node; for tests marked loop_device."""
+def attach_loop() -> Iterator[Callable[..., str]]:
+    """Return a function that makes a loop device over a file and returns its node; for tests marked loop_device.
+
+    words: more for losetup.
+    """
     nodes = []
 
-    def attach(path: Path) -> str:
-        words = ["losetup", "--find", "--show", str(path)]
+    def attach(path: Path, *words: str) -> str:
+        words = ("losetup", "--find", "--show", *words, str(path))
         nodes.append(subprocess.run(words, check=True, capture_output=True, text=True, timeout=20).stdout.strip())
         return nodes[-1]
 

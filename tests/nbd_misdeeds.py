@@ -58,6 +58,28 @@ def hang_up(connection: socket.socket, request: Request) -> None:
     raise CloseError
 
 
+class StaleCookies:
+    """A misdeed across two connections: requests get no answer on theirs, and one with data on a later one."""
+
+    def __init__(self) -> None:
+        self.answered_count = 0
+        self._kept: list[tuple[socket.socket, Request]] = []
+
+    def keep(self, connection: socket.socket, request: Request) -> None:
+        """Leave a request without an answer, and remember it."""
+        self._kept.append((connection, request))
+
+    def answer(self, connection: socket.socket) -> bool:
+        """Answer all that was kept on earlier connections. Returns whether there was anything."""
+        stale = [kept for kept in self._kept if kept[0] is not connection]
+        for before, request in stale:
+            self._kept.remove((before, request))
+            self.answered_count += 1
+            # One byte less than was asked for: whoever believes it goes on waiting, and says nothing.
+            connection.sendall(simple_reply(request, 0) + b"E" * (request.length - 1))
+        return bool(stale)
+
+
 MISDEEDS: list[Callable[[socket.socket, Request], None]] = [
     garbage,
     wrong_cookie,

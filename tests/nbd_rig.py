@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import vdusefast
-from vdusefast.driver import LoopbackDriver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 
 MIB = 1 << 20
 START_S = 20.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from vdusefast import _driver
-from vdusefast.bench.memory import make_job
-from vdusefast.driver import LoopbackDriver
+from vdusefast.bench.fio.memory import make_job
+from vdusefast.driver import _driver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 
 MIB = 1 << 20
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from vdusefast.api import Device
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         VdusefastError,
         WorkerError,
     )
-    from vdusefast.sizes import parse_size
+    from vdusefast.units import parse_size
 
 _MODULE_OF = {
     "Device": "api",
@@ -38,7 +38,7 @@ _MODULE_OF = {
     "QueueConfig": "config",
     "load_config": "config",
     "make_config": "config",
-    "parse_size": "sizes",
+    "parse_size": "units",
     "BackendError": "errors",
     "ConfigError": "errors",
     "DeviceBusyError": "errors",

@@ -1,6 +1,6 @@
 """`python -m vdusefast`: the command line."""
 
-from vdusefast.cli import main
+from vdusefast.cli.app import main
 
 if __name__ == "__main__":
     main()

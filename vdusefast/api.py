@@ -16,40 +16,42 @@ import logging
 import os
 import threading
 from collections.abc import Coroutine
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vdusefast import left, saved_state
-from vdusefast.assembly import make_relay, make_transport, open_device_store, worker_specs
-from vdusefast.backends import SECTOR_BYTES, Store, look_again
-from vdusefast.config import Config, override, resolve_cpus, validate
-from vdusefast.device import BlockDevice
+from vdusefast.backends import Store, look_again
+from vdusefast.base import logs, time_limits
+from vdusefast.base.guard import Guard, Part
+from vdusefast.base.time_limits import MARGIN_S, RESIZE_TIMEOUT_S, START_TIMEOUT_S, STOP_TIMEOUT_S
+from vdusefast.config import Config, check_cpus, override, resolve_cpus, validate
+from vdusefast.control.assembly import make_keeper, make_relay, make_transport, open_device_store, worker_specs
+from vdusefast.control.device_model import BlockDevice, find_emulated
+from vdusefast.control.failures import PastFailure
+from vdusefast.control.placement import Placement, foresee, observe
+from vdusefast.control.resize import choose_bytes, present_bytes, refuse_other, set_bytes
+from vdusefast.control.stats import DeviceStats, read_stats
+from vdusefast.control.supervisor import DeviceState, Limits, QueueInfo, Supervisor
+from vdusefast.control.write_back import WriteBack
 from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
-from vdusefast.placement import Placement, foresee, observe
-from vdusefast.resize import choose_bytes, present_bytes, set_bytes
-from vdusefast.run_dir import RunDirectory
-from vdusefast.saved_state import SavedState
-from vdusefast.shm import SharedPages
-from vdusefast.stats import DeviceStats, read_stats
-from vdusefast.supervisor import LETTING_GO_S, DeviceState, Limits, QueueInfo, Supervisor
-from vdusefast.transport import Transport
+from vdusefast.host import reclaim, run_dirs
+from vdusefast.state import orphans, pages_upgrade, saved_state
+from vdusefast.state.run_dir import RunDirectory
+from vdusefast.state.saved_state import SavedState
+from vdusefast.state.shared_pages import SharedPages
+from vdusefast.transport import Transport, TransportError
 from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
+from vdusefast.units import SECTOR_BYTES
 
 if TYPE_CHECKING:
-    from vdusefast.driver import LoopbackDriver
-    from vdusefast.relay_control import RelayControl
+    from vdusefast.control.relay_control import RelayControl
+    from vdusefast.driver.loopback_driver import LoopbackDriver
 
 __all__ = ["Device", "DeviceState", "DeviceStats", "QueueInfo"]
 
-START_TIMEOUT_S = 30.0  # a worker is there in milliseconds, but a busy machine may take its time
-STOP_TIMEOUT_S = 30.0
-RESIZE_TIMEOUT_S = 40.0  # the workers' own limit, there and back, and what a busy machine takes
-# Beyond what the supervisor bounds by itself: killing, reaping and closing.
-MARGIN_S = 30.0
-
 _log = logging.getLogger("vdusefast")
+logs.make_safe()
 _T = TypeVar("_T")
 
 
@@ -70,7 +72,7 @@ class Device:
     ):
         """Check `config`; nothing is opened before `start`. The transport is loopback unless `kernel` is asked for.
 
-        run_dir: where the directory of the device is made; None chooses as `run_dir.base_directory` does. limits: how
+        run_dir: where the directory of the device is made; None chooses as `run_dirs.base_directory` does. limits: how
         long workers may take. worker_command: what to run in place of the real worker. transport: in place of the
         configured one; consumed. Raises ConfigError.
         """
@@ -95,7 +97,9 @@ class Device:
         self._model: BlockDevice | None = None
         self._placement: Placement | None = None
         self._store: Store | None = None
+        self._emulated: list[str] = []  # what the driver was shown, and the store is not
         self._relay: RelayControl | None = None
+        self._write_back: WriteBack | None = None
 
     def __enter__(self) -> Device:
         self.start()
@@ -105,13 +109,21 @@ class Device:
         self.stop()
 
     def start(
-        self, timeout_s: float = START_TIMEOUT_S, *, recover: bool | None = None, fail_requests: bool = False
+        self,
+        timeout_s: float = START_TIMEOUT_S,
+        *,
+        recover: bool | None = None,
+        fail_requests: bool = False,
+        claim: bool = False,
+        forgive: bool = False,
     ) -> None:
         """Open the store, start the workers and show the device to its driver.
 
         timeout_s: for the workers to be ready; a kernel device also has `attach_timeout_s` for its driver. recover:
         whether to go on with the device that a server which has ended left; None: if there is one. fail_requests: such
-        a device's store is not opened, and all requests are answered with IOERR, so that it can be removed.
+        a device's store is not opened, and all requests are answered with IOERR, so that it can be removed. claim: go
+        on with a device of the kernel of which no run directory tells, if it is as configured and nothing is in flight.
+        forgive: as `forgive_store`, for a device that was left.
         Raises VdusefastError: ConfigError, also for a device that was left and is another than the configured one,
         BackendError, DeviceBusyError for the name or the store, DeviceNotFoundError with nothing to go on with,
         TimedOutError, WorkerError, KernelSupportError, TransportError. Nothing is left behind then, and a device that
@@ -123,13 +135,33 @@ class Device:
             for warning in self._warnings:
                 _log.warning("%s", warning)
             try:
-                self._start(timeout_s, recover, fail_requests)
+                self._start(timeout_s, recover, fail_requests, claim, forgive)
             except OSError as error:
                 self._undo_start()
                 raise VdusefastError(f"device {self.name}: cannot start: {error.strerror or error}") from error
             except BaseException:
                 self._undo_start()
                 raise
+
+    def prove(self, timeout_s: float = START_TIMEOUT_S, *, look: bool = True) -> None:
+        """Show that `start` could take the device over from the server that it has now, which serves on undisturbed.
+
+        look: also ask a plugin's store, which may take one client only, or be away. Raises as `start` does.
+        """
+        from vdusefast.control.proof import prove
+
+        try:
+            prove(
+                self.config,
+                (self._run_dir or run_dirs.required_base()) / self.name,
+                self._transport,
+                timeout_s=timeout_s,
+                look=look,
+                command=self._worker_command,
+                limits=self._limits,
+            )
+        except OSError as error:
+            raise VdusefastError(f"device {self.name}: could not start: {error.strerror or error}") from error
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S, *, force: bool = False) -> None:
         """Let the workers finish what they have in flight, then release everything. A second call does nothing.
@@ -142,11 +174,18 @@ class Device:
             if supervisor is None or loop is None or loop.is_closed():
                 return
             try:
-                self._call(supervisor.stop(timeout_s, force=force), timeout_s + LETTING_GO_S + MARGIN_S)
+                self._call(supervisor.stop(timeout_s, force=force), time_limits.stop_s(timeout_s))
             finally:
                 # A device that its driver does not let go of can still be taken over, and removed then.
-                self._keep = self._kind == "kernel" and left.is_attached(self.name)
+                self._keep = self._kind == "kernel" and orphans.is_attached(self.name)
                 self._release()
+
+    def force(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Make a `stop` that another thread waits in one with `force`, and let it take `timeout_s` at most from now."""
+        supervisor, loop = self._supervisor, self._loop
+        if supervisor is not None and loop is not None and not loop.is_closed():
+            with suppress(RuntimeError):  # it has just been closed: the stop is over
+                loop.call_soon_threadsafe(supervisor.force, timeout_s)
 
     def hand_over(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Let the workers finish what they have in flight, and leave the device to the next server.
@@ -160,7 +199,7 @@ class Device:
                 return
             self._keep = True
             try:
-                self._call(supervisor.hand_over(timeout_s), timeout_s + MARGIN_S)
+                self._call(supervisor.hand_over(timeout_s), time_limits.hand_over_s(timeout_s))
             finally:
                 self._release()
 
@@ -178,15 +217,35 @@ class Device:
             if supervisor is None or store is None or loop is None or loop.is_closed():
                 raise VdusefastError(f"device {self.name} is not running: it cannot be resized")
             look_again(store)
+            refuse_other(store)
             self._resize(supervisor, store, size_bytes, force)
             return store.size_bytes
         finally:
             self._resizing.release()
 
+    def forgive_store(self) -> None:
+        """Have flushes be carried out again that fail since the store has lost data, as nobody else will ask.
+
+        What was lost stays lost: whoever uses the device has to check it. Raises VdusefastError unless it is running.
+        """
+        with self._lock:
+            if self._write_back is None or self._pages is None or self._pages.fd < 0:
+                raise VdusefastError(f"device {self.name} is not running")
+            if self._pages.flush_failure() is None:
+                raise VdusefastError(f"device {self.name}: its store has not failed")
+            self._write_back.forgive()
+            _log.warning("device %s: an operator says that its store is well: it is flushed again", self.name)
+
     @property
     def recovered(self) -> bool:
         """Whether the device was taken over from a server before, or is to be."""
         return self._state is not None
+
+    @property
+    def outlives_server(self) -> bool:
+        """Whether another server can go on with the device when this one ends. Known once it has been started."""
+        transport_keeps = self._kind == "kernel" if self._transport is None else self._transport.keeps
+        return transport_keeps and (self._store is None or self._store.persistent)
 
     @property
     def state(self) -> DeviceState:
@@ -195,8 +254,19 @@ class Device:
 
     @property
     def failure(self) -> VdusefastError | None:
-        """The first failure of a worker or of a ring; its message names device, queue, pid and cause."""
+        """What is wrong now, None when all is well; its message names device, queue, pid and cause, and what to do."""
         return self._supervisor.failure if self._supervisor is not None else None
+
+    @property
+    def upgraded(self) -> str:
+        """Why only a new server can serve all of the device: files of another build; "" where this one can."""
+        relay = self._relay.upgraded if self._relay is not None else ""
+        return relay or (self._supervisor.upgraded if self._supervisor is not None else "")
+
+    @property
+    def last_failure(self) -> PastFailure | None:
+        """The failure that has ended last, with its times; None when there was none."""
+        return self._supervisor.last_failure if self._supervisor is not None else None
 
     @property
     def node(self) -> str:
@@ -212,13 +282,13 @@ class Device:
 
     def driver(self) -> LoopbackDriver:
         """Return a new driver for this device: a context manager that negotiates and resets. Raises VdusefastError."""
-        from vdusefast.driver import LoopbackDriver
+        from vdusefast.driver.loopback_driver import LoopbackDriver
 
         return LoopbackDriver(self.bus)
 
     def info(self) -> dict[str, Any]:
         """Return all that is to be shown of the device, as plain values. Raises as `stats`."""
-        from vdusefast.describe import describe
+        from vdusefast.control.device_info import describe
 
         stats = self.stats()
         assert self._model is not None
@@ -227,9 +297,24 @@ class Device:
         relay_pid = self._relay.pid if self._relay is not None else 0
         memory = self._supervisor.memory if self._supervisor is not None else self._transport.memory_text
         described = describe(
-            self.config, self._model, self._transport, self.state, self.failure, stats, memory, self._placement
+            self.config,
+            self._model,
+            self._transport,
+            self.state,
+            self.failure,
+            self.last_failure,
+            stats,
+            memory,
+            self._placement,
         )
-        return described | {"relay_pid": relay_pid}  # of the one process that has the store for all queues, 0: none
+        pids = [*(queue.pid for queue in self.queues()), relay_pid]
+        return described | {
+            "emulated": self._emulated,
+            "notes": self._store.notes if self._store is not None else [],
+            "missing_cpus": self._supervisor.missing_cpus if self._supervisor is not None else "",
+            "relay_pid": relay_pid,  # of the one process that has the store for all queues, 0: none
+            "reclaim": reclaim.describe(pids) if self.config.device.locks_memory else "",
+        }
 
     def responds(self, timeout_s: float) -> bool:
         """Return whether the loop that looks after the device answers within `timeout_s`; for watchdogs."""
@@ -255,39 +340,65 @@ class Device:
 
     # -- inside
 
-    def _start(self, timeout_s: float, recover: bool | None, fail_requests: bool) -> None:
-        device = self.config.device
+    def _start(self, timeout_s: float, recover: bool | None, fail_requests: bool, claim: bool, forgive: bool) -> None:
         directory = self._directory = RunDirectory(self.name, self._run_dir)
         self._keep = True  # until it is known that nobody needs what is in it
         self._resources.callback(self._leave_directory, directory)
         try:
-            state = self._state = left.choose(directory, self.config, self._kind, recover)
+            state = self._state = self._choose(directory, recover, fail_requests, claim)
         except DeviceNotFoundError:
             self._keep = False
             raise
         self._keep = state is not None
         if state is None:
+            check_cpus(self.config)
             directory.note_transport(self._kind)
+        else:
+            self.config = saved_state.as_made(state, self.config)
+        device = self.config.device
         store = self._store = self._resources.enter_context(
-            open_device_store(self.config, state, fail_requests=fail_requests)
+            open_device_store(self.config, state, fail_requests=fail_requests, is_new=state is None and not claim)
         )
-        model = self._model = BlockDevice(self.config, store)
-        if state is not None:
-            saved_state.adopt(state, model, checked=not fail_requests)
-        pages = (SharedPages.create if state is None else SharedPages.reopen)(
+        for note in store.notes:
+            _log.warning("device %s: %s", self.name, note)
+        model = self._model = BlockDevice(self.config, store, None if state is None else state.shown)
+        if claim:
+            from vdusefast.state import claim as claiming
+
+            state = self._state = claiming.make_state(self.config, model, any_driver=fail_requests)
+        elif state is not None and not fail_requests:
+            saved_state.check_shown(state, store)
+        self._note_emulated(model, store)
+        pages = (SharedPages.create if state is None or claim else pages_upgrade.reopen)(
             directory.pages_path, self.name, device.queues, device.effective_queue_size
         )
         self._pages = self._resources.enter_context(pages)
+        if claim and not fail_requests:
+            for index in range(device.queues):
+                pages.disown_log(index)
         placement = self._placement = foresee(self.config)
         placed = placement.apply(self.config)
         self._transport = self._transport or make_transport(placed, state)
         if store.spec is not None:
-            store.spec = store.spec._replace(notes_fd=directory.open_store_notes())
+            from vdusefast.backends.plugin import NOTES_BYTES
+
+            store.spec = store.spec._replace(notes_fd=directory.open_store_notes(device.queues * NOTES_BYTES))
             self._resources.callback(os.close, store.spec.notes_fd)
-        relay = None if fail_requests else make_relay(placed, model, store, directory.path, self._follow_store)
+        write_back = self._write_back = WriteBack(self.name, pages, store, device.queues)
+        self._resources.callback(write_back.close)
+        write_back.begin(is_left=state is not None, forgive=forgive)
+        keeper = None
+        if not fail_requests:
+            keeper = make_keeper(model, store, directory.path, self._report, adopt=state is not None)
+        if keeper is not None:
+            self._resources.callback(lambda: keeper.close(keep=self._keep))
+        relay = None
+        if not fail_requests:
+            callbacks = (self._follow_store, self._report)
+            relay = make_relay(placed, model, store, directory.path, *callbacks, keeper)
         if relay is not None:
             self._resources.callback(relay.close)
-        specs = worker_specs(placed, model, store, pages, relay)
+        specs = worker_specs(placed, model, store, pages, relay, write_back.queue_fds, keeper)
         supervisor = Supervisor(
             model,
             self._transport,
@@ -297,21 +408,58 @@ class Device:
             limits=self._limits,
             on_created=self._save_state,
             on_store_size=self._follow_store,
+            write_back=write_back,
         )
         loop = self._start_loop()
+        if keeper is not None:
+            self._resources.callback(loop.call_soon_threadsafe, keeper.unwatch)
+            loop.call_soon_threadsafe(keeper.watch)
         if relay is not None:
             self._relay = relay
             self._resources.callback(lambda: self._call(relay.stop(), MARGIN_S))  # behind the workers
             loop.call_soon_threadsafe(relay.start)
         self._starting = supervisor
         attach_s = device.attach_timeout_s if device.transport == "kernel" else 0
-        self._call(supervisor.start(timeout_s, reopen=state is not None), timeout_s + attach_s + MARGIN_S)
+        whole = claim and not fail_requests
+        if whole:
+            self._save_state()  # whatever becomes of us: from now on the pages say what is in flight
+        try:
+            start = supervisor.start(timeout_s, reopen=state is not None, whole=whole)
+            self._call(start, timeout_s + attach_s + MARGIN_S)
+        except TransportError as error:
+            if not whole:
+                raise
+            from vdusefast.state import claim as claiming
+
+            raise TransportError(claiming.unclean_text(self.name, str(error))) from None
         self._supervisor = supervisor
         self._place(supervisor, placement)
         if state is not None and state.resizing:
             self._call(supervisor.show_capacity(), MARGIN_S)
         if state is not None and not fail_requests:
-            self._save_state()  # the configuration may be a new one
+            try:
+                self._save_state()  # the configuration may be a new one
+            except VdusefastError as error:
+                # What is written there still tells how the device was made.
+                _log.warning("%s; the next server takes the configuration of the last one", error)
+
+    def _note_emulated(self, model: BlockDevice, store: Store) -> None:
+        """Say once what is made up for."""
+        self._emulated = find_emulated(model.config_space, store, self.config.backend)
+        for text in self._emulated:
+            _log.warning("device %s: emulates %s", self.name, text)
+
+    def _choose(
+        self, directory: RunDirectory, recover: bool | None, fail_requests: bool, claim: bool
+    ) -> SavedState | None:
+        """Return the state of the device that is to be taken over, None for a new one, or one that is claimed."""
+        if not claim:
+            return orphans.choose(directory, self.config, self._kind, recover)
+        from vdusefast.state import claim as claiming
+
+        self._keep = directory.state_path.exists()
+        claiming.check(directory, any_driver=fail_requests)
+        return None
 
     def _place(self, supervisor: Supervisor, foreseen: Placement) -> None:
         """Look where the kernel's requests really come from, and move what was placed by another assumption."""
@@ -324,8 +472,9 @@ class Device:
         assert self._directory is not None
         assert self._model is not None
         assert self._transport is not None
-        described = self._store.described if self._store is not None else None
-        state = saved_state.make_state(self.config, self._model.spec(), self._transport, described)
+        assert self._store is not None
+        described, identity = self._store.described, self._store.identity
+        state = saved_state.make_state(self.config, self._model.spec(), self._transport, described, identity)
         saved_state.save(self._directory.state_path, state)
 
     def _note_size(self, size_bytes: int, config: Config, *, resizing: bool) -> None:
@@ -370,12 +519,24 @@ class Device:
         self.config = config
         _log.info("device %s: resized from %d to %d bytes", self.name, before_bytes, size_bytes)
 
+    def _report(self, error: VdusefastError) -> None:
+        """Make a failure beside the supervisor's own visible. May be called in any thread."""
+        supervisor = self._supervisor or self._starting
+        if supervisor is not None:
+            supervisor.report(error)
+        else:
+            _log.error("%s", error)
+
     def _follow_store(self, size_bytes: int) -> None:
         """Give the device the size that its store has been given by its own means; in the loop, so in a thread."""
         store = self._store
         if store is not None and store.present_size_bytes != size_bytes:
             store.present_size_bytes = size_bytes
-            threading.Thread(target=self._follow, name=f"vdusefast-{self.name}-resize", daemon=True).start()
+            guard = Guard(self.name, self._report)
+            thread = threading.Thread(
+                target=guard.call, args=(Part.RESIZE, self._follow), name=f"vdusefast-{self.name}-resize", daemon=True
+            )
+            thread.start()
 
     def _follow(self) -> None:
         with self._resizing:
@@ -398,7 +559,7 @@ class Device:
             if self._starting is not None:
                 # Where the wait for its start was cut short, that cleans up by itself; this waits for it.
                 undo = self._starting.stop() if self._state is None else self._starting.hand_over()
-                self._call(undo, STOP_TIMEOUT_S + LETTING_GO_S + MARGIN_S)
+                self._call(undo, time_limits.undo_s())
         finally:
             self._starting = self._supervisor = None
             self._resources.close()
@@ -407,12 +568,20 @@ class Device:
         """Run an event loop in a thread that lives until the resources are released: the workers die with it."""
         loop = self._loop = asyncio.new_event_loop()
 
-        thread = threading.Thread(target=_run_loop, args=(loop,), name=f"vdusefast-{self.name}", daemon=True)
+        guard, ending = Guard(self.name, self._report), threading.Event()
+        thread = threading.Thread(
+            target=_run_loop, args=(loop, guard, ending), name=f"vdusefast-{self.name}", daemon=True
+        )
+        if self.config.device.locks_memory:
+            loop.call_soon(_mark_io_flusher)  # first of all: workers inherit it
         thread.start()
 
         def end() -> None:
+            ending.set()
             loop.call_soon_threadsafe(loop.stop)
-            thread.join()
+            thread.join(MARGIN_S)
+            if thread.is_alive():
+                _log.error("device %s: its loop does not end: something in it waits for the kernel", self.name)
 
         self._resources.callback(end)
         return loop
@@ -429,11 +598,25 @@ class Device:
             future.cancel()
 
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Run `loop` until it is stopped, let what is left in it clean up, and close it."""
+def _mark_io_flusher() -> None:
+    """Mark this thread, which answers the kernel: it must not wait for memory that is free only once it has."""
+    with suppress(OSError):  # `info` says which processes could not be marked
+        reclaim.mark_io_flusher()
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop, guard: Guard, ending: threading.Event) -> None:
+    """Run `loop` until it is stopped, let what is left in it clean up, and close it.
+
+    Workers die with this thread, so that nothing that comes out of the loop may end it.
+    """
     asyncio.set_event_loop(loop)
+    loop.set_exception_handler(lambda _, context: guard.failed(Part.LOOP, _exception_of(context)))
     try:
-        loop.run_forever()
+        while not ending.is_set():
+            try:
+                loop.run_forever()
+            except BaseException as error:  # SystemExit and the like are not kept in the loop
+                guard.failed(Part.LOOP, error)
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
@@ -441,3 +624,9 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     finally:
         asyncio.set_event_loop(None)
         loop.close()
+
+
+def _exception_of(context: dict[str, Any]) -> BaseException:
+    """Return what an event loop complains of, where nobody else has taken it."""
+    error = context.get("exception")
+    return error if isinstance(error, BaseException) else RuntimeError(context.get("message", "unknown"))

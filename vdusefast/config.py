@@ -10,22 +10,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from vdusefast.control import POLL_ALWAYS
+from vdusefast.backends import check_text
+from vdusefast.base.decoding import decode_toml
+from vdusefast.base.engines import IO_URING, EngineName
+from vdusefast.base.page import PAGE_BYTES
+from vdusefast.base.secret import find_ambiguous
 from vdusefast.errors import ConfigError
-from vdusefast.sizes import parse_size as parse_size
+from vdusefast.units import BLOCK_SIZE_MAX_BYTES, BLOCK_SIZE_MIN_BYTES
+from vdusefast.units import parse_size as parse_size
 
 if TYPE_CHECKING:
-    from vdusefast.affinity import Topology
+    from vdusefast.host.cpu_topology import Topology
 
 QUEUE_COUNT_MAX = 64
 QUEUE_SIZE_MAX = 32768  # VIRTIO 1.3, 2.7
 QUEUE_SIZE_DEFAULT = 256
+QUEUE_SIZE_KERNEL = 1024  # as QEMU's drivers have it, too
 # Where the kernel maps each descriptor, an indirect table is one more to map and to copy. A ring of this size holds
 # enough requests without such tables: 341 of three descriptors.
 QUEUE_SIZE_DIRECT = 1024
 DESCRIPTORS_MIN = 3  # of a request: header, data, status
-BLOCK_SIZE_MIN_BYTES = 512
-BLOCK_SIZE_MAX_BYTES = 4096
 SIZE_MAX_MIN_BYTES = 4096
 SIZE_MAX_MAX_BYTES = 1 << 30
 SEG_MAX_DEFAULT = 126
@@ -33,6 +37,7 @@ SEG_MAX_LIMIT = 1022  # with header and status byte a chain of 1024
 SERIAL_MAX_BYTES = 20  # VIRTIO_BLK_ID_BYTES
 NAME_MAX_BYTES = 63  # with its terminating zero it fits the shared pages' header
 POLL_MAX_US = 1_000_000
+POLL_ALWAYS = -1  # as a spin limit: none
 IRQ_DELAY_MAX_US = 10_000
 MSG_TIMEOUT_MAX_S = 3600
 ATTACH_TIMEOUT_MAX_S = 600
@@ -52,8 +57,10 @@ BusName = Literal["virtio", "vhost"]
 SchedulerName = Literal["none", "kernel"]
 PollMode = Literal["adaptive", "always", "never"]
 MapMode = Literal["auto", "off"]
-EngineName = Literal["auto", "sync", "cached", "uring", "memory", "null"]
+DiscardMode = Literal["unmap", "ignore"]
+ZeroesMode = Literal["unmap", "thick"]
 UserMemoryMode = Literal["auto", "on", "off"]
+LockMemoryMode = Literal["auto", "on", "off"]
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -64,16 +71,14 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     transport: TransportName = "auto"  # kernel for the commands `add` and `serve`, loopback for the Python API
     bus: BusName = "virtio"  # kernel transport: virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N
     queues: int = 1
-    queue_size: int = 0  # the largest that the driver may choose; 0 = 1024 where it maps descriptors, else 256
+    queue_size: int = 0  # as offered to the driver; 0 = 1024 for the kernel transport, else 256
     read_only: bool = False
     block_size_bytes: int = 0  # 0 = the store's
     size_max_bytes: int = 131072  # largest segment
     seg_max: int = 0  # data segments in one request; 0 = chosen from queue_size
     event_idx: bool = True
     packed: bool = False  # offer packed rings; a driver that does not know them takes split ones
-    in_order: bool = (
-        False  # offer IN_ORDER where requests end in their order: not by io_uring, nor "auto" with O_DIRECT
-    )
+    in_order: bool = False  # offer IN_ORDER where requests end in order: engine sync, and memory: and null:
     indirect: bool | None = None  # None = unless the driver maps each descriptor and has a large ring
     cpus: str | list[int] = ""  # "auto", a list such as "0,2" or [0, 2] (one a queue), or "" = as the queues say
     msg_timeout_s: int = 90  # kernel transport: a control message unanswered for so long breaks the device; 0 = never
@@ -82,6 +87,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     user_memory: UserMemoryMode = "auto"
     scheduler: SchedulerName = "none"  # kernel transport, bus virtio: of the disk; kernel = what the kernel gives it
     attach_timeout_s: int = 30  # kernel transport: for the driver to come up
+    # Be prepared for this machine's own write-back to go through the device when memory is short; see reclaim.py.
+    lock_memory: LockMemoryMode = "auto"
 
     @property
     def is_kernel_disk(self) -> bool:
@@ -89,9 +96,14 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return self.transport == "kernel" and self.bus == "virtio"
 
     @property
+    def locks_memory(self) -> bool:
+        """Return lock_memory with its default filled in: a device of the kernel can be a disk of this machine."""
+        return self.lock_memory == "on" or (self.lock_memory == "auto" and self.transport == "kernel")
+
+    @property
     def effective_queue_size(self) -> int:
         """Return queue_size with its default filled in."""
-        return self.queue_size or (QUEUE_SIZE_DIRECT if self.is_kernel_disk else QUEUE_SIZE_DEFAULT)
+        return self.queue_size or (QUEUE_SIZE_KERNEL if self.transport == "kernel" else QUEUE_SIZE_DEFAULT)
 
     @property
     def effective_indirect(self) -> bool:
@@ -114,6 +126,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return min(max(wanted, BOUNCE_SIZE_DEFAULT_BYTES), BOUNCE_SIZE_MAX_BYTES)
 
     @property
+    def bounce_size_min_bytes(self) -> int:
+        """Return how large the bounce pages have to be, where the kernel has them in another size than the default."""
+        return self.bounce_size_bytes or BOUNCE_REQUESTS_MIN * self.size_max_bytes * self.effective_seg_max
+
+    @property
     def effective_seg_max(self) -> int:
         """Return seg_max with its default filled in.
 
@@ -133,12 +150,19 @@ class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     engine: EngineName = "auto"
     map: MapMode = "auto"  # engine sync: read a file on tmpfs through a mapping
     merge: bool = True  # engines sync and cached: adjacent requests of a batch become one preadv or pwritev
+    discard: DiscardMode = "unmap"  # ignore: not offered to the driver, and what is allocated stays so
+    write_zeroes: ZeroesMode = "unmap"  # thick: what is zeroed stays allocated, or becomes so
     sqpoll: bool = False  # io_uring: a thread of the kernel's, with a CPU of its own while there is work, submits
     # Stores behind a library or in a class: a request without an answer for so long ends with IOERR; 0 = it waits.
     timeout_s: float = 0.0
     reconnect_s: float = (
         60.0  # stores behind a network: lost for less is a pause, lost for longer is IOERR until it is back
     )
+
+    @property
+    def keeps_zeroes(self) -> bool:
+        """Whether writes of zeroes never free what they zero."""
+        return self.write_zeroes == "thick" or self.discard == "ignore"
 
 
 class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -152,7 +176,7 @@ class QueueConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     @property
     def spin_limit_us(self) -> int:
-        """Return how long the worker may spin before it sleeps: microseconds, or control.POLL_ALWAYS."""
+        """Return how long the worker may spin before it sleeps: microseconds, or POLL_ALWAYS."""
         return {"adaptive": self.poll_us, "always": POLL_ALWAYS, "never": 0}[self.poll]
 
 
@@ -172,7 +196,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     where = os.fspath(path)
     text = _read_text(Path(path))
     try:
-        config = msgspec.toml.decode(text, type=Config)
+        config = decode_toml(text, Config)
         config = _fill_queues(config)
         validate(config)
     except msgspec.ValidationError as error:
@@ -236,7 +260,13 @@ def validate(config: Config, topology: Topology | None = None) -> list[str]:
     _check_device(config.device)
     if not config.backend.uri:
         raise ConfigError("backend.uri: empty; write for example file:/srv/disk.img, memory:64M or null:1G")
-    if config.backend.sqpoll and config.backend.engine not in ("auto", "cached", "uring"):
+    check_text(config.backend.uri)
+    if ambiguous := find_ambiguous(config.backend.uri):
+        raise ConfigError(
+            f"backend.uri: {ambiguous} has a space, a quote or a punctuation mark at its end, so that messages cannot "
+            "hide it: write that as %20 and the like, or name a file that holds it"
+        )
+    if config.backend.sqpoll and config.backend.engine not in ("auto", *IO_URING):
         raise ConfigError(f'backend.sqpoll: engine {config.backend.engine!r} has no io_uring; use engine "uring"')
     _check_range("backend.timeout_s", config.backend.timeout_s, 0, STORE_TIMEOUT_MAX_S)
     _check_range("backend.reconnect_s", config.backend.reconnect_s, 0, STORE_TIMEOUT_MAX_S)
@@ -253,8 +283,8 @@ def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
     """Return `config` with `device.cpus` turned into a CPU for each queue, and `device.cpus` empty.
 
     "auto" leaves the queues that name a CPU as they are. It stays as it is for a disk of the kernel's, whose workers
-    are placed by what the kernel makes of it (placement.py). Raises ConfigError for a CPU that does not exist or is
-    not allowed, and for a list that does not have one CPU a queue.
+    are placed by what the kernel makes of it (placement.py). Raises ConfigError for a CPU that this machine never has,
+    and for a list that does not have one CPU a queue.
     """
     queues = _fill_queues(config).queue
     cpus = config.device.cpus
@@ -262,24 +292,40 @@ def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
     if not cpus and not named:
         return msgspec.structs.replace(config, queue=queues)
 
-    from vdusefast import affinity
+    from vdusefast.host import cpu_topology
 
-    topology = topology or affinity.read_topology()
+    topology = topology or cpu_topology.read_topology()
     placed_later = cpus == "auto" and config.device.is_kernel_disk
     if cpus == "auto" and not placed_later:
         fixed = [queue.cpu for queue in queues if queue.cpu is not None]
-        chosen = iter(affinity.plan(len(queues) - len(fixed), topology, taken=fixed))
+        chosen = iter(cpu_topology.plan(len(queues) - len(fixed), topology, taken=fixed))
         queues = [q if q.cpu is not None else msgspec.structs.replace(q, cpu=next(chosen)) for q in queues]
     elif cpus and not placed_later:
-        listed = affinity.parse_cpu_list(cpus, "device.cpus: ") if isinstance(cpus, str) else cpus
+        listed = cpu_topology.parse_cpu_list(cpus, "device.cpus: ") if isinstance(cpus, str) else cpus
         queues = _assign_cpus(listed, queues)
     for index, queue in enumerate(queues):
         if queue.cpu is not None:
-            affinity.check_cpu(queue.cpu, topology, f"queue[{index}].cpu")
+            cpu_topology.check_possible(queue.cpu, topology, f"queue[{index}].cpu")
         if queue.irq_cpu is not None:
-            affinity.check_cpu(queue.irq_cpu, topology, f"queue[{index}].irq_cpu", pinned=False)
+            cpu_topology.check_possible(queue.irq_cpu, topology, f"queue[{index}].irq_cpu")
     device = config.device if placed_later else msgspec.structs.replace(config.device, cpus="")
     return msgspec.structs.replace(config, device=device, queue=queues)
+
+
+def check_cpus(config: Config, topology: Topology | None = None) -> None:
+    """Check that the CPUs of a device that is to be made can be used now. Raises ConfigError.
+
+    A device that is taken over has to go on without a CPU that has gone meanwhile.
+    """
+    from vdusefast.host import cpu_topology
+
+    for index, queue in enumerate(config.queue):
+        if queue.cpu is not None or queue.irq_cpu is not None:
+            topology = topology or cpu_topology.read_topology()
+        if topology is not None and queue.cpu is not None:
+            cpu_topology.check_cpu(queue.cpu, topology, f"queue[{index}].cpu")
+        if topology is not None and queue.irq_cpu is not None:
+            cpu_topology.check_cpu(queue.irq_cpu, topology, f"queue[{index}].irq_cpu", pinned=False)
 
 
 def _check_device(device: DeviceConfig) -> None:
@@ -315,8 +361,8 @@ def _check_kernel(device: DeviceConfig) -> None:
     _check_range("device.attach_timeout_s", device.attach_timeout_s, 1, ATTACH_TIMEOUT_MAX_S)
     key, bounce = "device.bounce_size_bytes", device.effective_bounce_size_bytes
     _check_range(key, bounce, BOUNCE_SIZE_MIN_BYTES, BOUNCE_SIZE_MAX_BYTES)
-    if bounce % BLOCK_SIZE_MAX_BYTES:
-        raise ConfigError(f"{key}: {bounce} is no multiple of {BLOCK_SIZE_MAX_BYTES}")
+    if bounce % PAGE_BYTES:  # the kernel would cut it to whole pages
+        raise ConfigError(f"{key}: {bounce} is no multiple of {PAGE_BYTES}")
     if device.user_memory == "on" and device.bus != "virtio":
         raise ConfigError(
             'device.user_memory: only bus "virtio" copies data; the client of "vhost" gives its own memory'
@@ -373,9 +419,9 @@ def _poll_warnings(config: Config, topology: Topology | None) -> list[str]:
     polling = [index for index, queue in enumerate(config.queue) if queue.poll == "always"]
     if not polling:
         return []
-    from vdusefast import affinity
+    from vdusefast.host import cpu_topology
 
-    allowed = (topology or affinity.read_topology()).allowed
+    allowed = (topology or cpu_topology.read_topology()).allowed
     name, warnings = config.device.name, []
     for index in polling:
         cpu = config.queue[index].cpu

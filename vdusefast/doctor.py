@@ -16,6 +16,7 @@ from typing import Any
 import vdusefast
 from vdusefast.backends import BACKENDS, plugin_module
 from vdusefast.errors import VdusefastError
+from vdusefast.host import containers, reclaim
 
 KERNEL_MODULES = {
     "vdpa": "the vDPA bus",
@@ -34,6 +35,11 @@ MODULE_TRACES = {
 }
 CAP_NET_ADMIN = 12  # linux/capability.h
 KERNEL_MIN = (5, 15)  # the first with VDUSE
+# What came later, and is done without.
+KERNEL_LATER = (
+    ((6, 0), "user_memory (Linux 6.0)"),
+    ((6, 4), "bounce_size_bytes and irq_cpu (Linux 6.4)"),
+)
 SYS_IO_URING_SETUP = 425  # the same on every architecture
 IMPORT_TIMEOUT_S = 20
 
@@ -54,13 +60,14 @@ def examine(root: Path = Path("/")) -> list[Finding]:
     release = os.uname().release
     return [
         _python(),
-        _extension("_datapath", "datapath"),
-        _extension("_driver", "loopback driver"),
+        _extension("worker._datapath", "datapath"),
+        _extension("driver._driver", "loopback driver"),
         _run_directory(),
         _cpus(root),
         _io_uring(root),
         *_backends(),
         _memlock(),
+        _reclaim(),
         _hugepages(root),
         _kernel(release),
         *(_module(name, purpose, release, root) for name, purpose in KERNEL_MODULES.items()),
@@ -138,7 +145,7 @@ def _backends() -> list[Finding]:
 
 
 def _run_directory() -> Finding:
-    from vdusefast.run_dir import base_directory
+    from vdusefast.host.run_dirs import base_directory
 
     base = base_directory()
     if base is None:
@@ -153,16 +160,17 @@ def _run_directory() -> Finding:
 
 
 def _cpus(root: Path) -> Finding:
-    from vdusefast import affinity
+    from vdusefast.host import cpu_topology
 
     try:
-        topology = affinity.read_topology(root / "sys")
-        order = affinity.plan(len(topology.allowed), topology)
+        topology = cpu_topology.read_topology(root / "sys")
+        order = cpu_topology.plan(len(topology.allowed), topology)
     except VdusefastError as error:
         return Finding("cpus", False, str(error))
     text = (
-        f"{len(topology.cpus)} online ({affinity.format_cpu_list(topology.online)}) on {topology.core_count} cores, "
-        f"allowed here {affinity.format_cpu_list(topology.allowed)}, queues are placed on {','.join(map(str, order))}"
+        f"{len(topology.cpus)} online ({cpu_topology.format_cpu_list(topology.online)}) on {topology.core_count} "
+        f"cores, allowed here {cpu_topology.format_cpu_list(topology.allowed)}, queues are placed on "
+        f"{','.join(map(str, order))}"
     )
     if len(order) > 1:
         return Finding("cpus", True, text)
@@ -192,6 +200,13 @@ def _memlock() -> Finding:
     return Finding("locked memory", True, f"limit {text}")
 
 
+def _reclaim() -> Finding:
+    if reclaim.can_mark_io_flusher():
+        return Finding("memory reclaim", True, "servers can be marked as I/O flushers (CAP_SYS_RESOURCE)")
+    text = "servers cannot be marked as I/O flushers: buffered writes to a disk of this machine crawl"
+    return Finding("memory reclaim", False, text, "be root, or give CAP_SYS_RESOURCE to the container or service")
+
+
 def _hugepages(root: Path) -> Finding:
     reserved = "0"
     meminfo = root / "proc/meminfo"
@@ -207,7 +222,8 @@ def _hugepages(root: Path) -> Finding:
 def _kernel(release: str) -> Finding:
     parts = [int("".join(c for c in part if c.isdigit()) or 0) for part in release.split("-")[0].split(".")[:2]]
     if tuple(parts) >= KERNEL_MIN:
-        return Finding("kernel", True, release)
+        lacks = [text for since, text in KERNEL_LATER if tuple(parts) < since]
+        return Finding("kernel", True, f"{release}, without {', '.join(lacks)}" if lacks else release)
     wanted = ".".join(map(str, KERNEL_MIN))
     return Finding("kernel", False, f"{release} has no VDUSE", f"the kernel transport needs Linux {wanted} or newer")
 
@@ -237,6 +253,13 @@ def _lists_module(index: str, name: str) -> bool:
 
 def _control_node(root: Path) -> Finding:
     node = root / "dev/vduse/control"
+    if not node.exists() and (root / "sys/class/vduse/control").exists():
+        return Finding(
+            "/dev/vduse",
+            False,
+            f"not in this /dev, though the kernel has it; see {containers.DOCUMENT}",
+            "start the container with --volume=/dev/vduse:/dev/vduse",
+        )
     if not node.exists():
         return Finding(
             "/dev/vduse",
@@ -265,14 +288,14 @@ def _vduse(root: Path) -> Finding:
 
 def _netlink(root: Path) -> Finding:
     """Look for the netlink family by which devices come onto the vDPA bus."""
-    from vdusefast.transport import vdpa
+    from vdusefast.host import vdpa
 
     if not (root / "sys/bus/vdpa").is_dir():
         return Finding("netlink vdpa", False, "absent: the vDPA bus is not loaded", "modprobe vduse")
     try:
         number = vdpa.family_id()
     except VdusefastError:
-        remedy = "run in the host's network namespace"
+        remedy = "run in the machine's own network namespace; in a container: --network=host"
         return Finding("netlink vdpa", False, "the family vdpa does not show in this network namespace", remedy)
     except OSError as error:
         remedy = "allow AF_NETLINK in the sandbox of this container or service"
@@ -285,9 +308,13 @@ def _net_admin(root: Path) -> Finding:
     status = root / "proc/self/status"
     lines = status.read_text().splitlines() if status.exists() else []
     effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    if effective >> CAP_NET_ADMIN & 1 and not containers.is_initial_user_namespace():
+        text = "CAP_NET_ADMIN in a user namespace: devices cannot be attached to the vDPA bus"
+        return Finding("permission", False, text, "run it without a user namespace (as root's container)")
     if effective >> CAP_NET_ADMIN & 1:
         return Finding("permission", True, "CAP_NET_ADMIN: devices can be attached to the vDPA bus")
-    return Finding("permission", False, "no CAP_NET_ADMIN: devices cannot be attached to the vDPA bus", "be root")
+    text = "no CAP_NET_ADMIN: devices cannot be attached to the vDPA bus"
+    return Finding("permission", False, text, "be root; in a container: --cap-add=NET_ADMIN")
 
 
 def _kernel_transport(root: Path) -> Finding:

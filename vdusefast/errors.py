@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from vdusefast.base.printable import printable
+from vdusefast.base.secret import redact
+
+EXIT_DELETED = 7  # tells systemd from a server that has come to its end otherwise: it is not to be started again
+
 
 class VdusefastError(Exception):
-    """Something failed; the message says what, to which device and queue, and what to do."""
+    """Something failed; the message says what, to which device and queue, and what to do: one line without secrets."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(redact(super().__str__()))
 
 
 class ConfigError(VdusefastError):
@@ -45,6 +53,10 @@ class BackendError(VdusefastError):
 
 class WorkerError(VdusefastError):
     """A worker process failed; the message names its queue, pid and cause."""
+
+
+class UpgradedError(WorkerError):
+    """No worker can be started, as the files of vdusefast are of another build by now."""
 
 
 _BY_EXIT_CODE = {

@@ -21,8 +21,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "barrier.h"
-#include "vring.h"
+#include "base/barrier.h"
+#include "ring/vring.h"
 
 #define DEPTH_MAX 1024u
 #define WARM_UP_NS 200000000ull

@@ -23,12 +23,13 @@ from pathlib import Path
 
 from rows.contestants import IODEPTH, ROOT, RowError, Setup, device_config
 from vdusefast.api import Device
-from vdusefast.bench.jobs import parse_arguments
-from vdusefast.bench.plan import place_jobs
-from vdusefast.bench.run import Control, run_group
+from vdusefast.backends import store_scheme
+from vdusefast.bench.fio.jobs import parse_arguments
+from vdusefast.bench.fio.plan import place_jobs
+from vdusefast.bench.fio.run import Control, run_group
 from vdusefast.config import Config
-from vdusefast.stats import DeviceStats
-from vdusefast.worker_process import default_command
+from vdusefast.control.stats import DeviceStats
+from vdusefast.control.worker_process import default_command
 
 BLOCK_BYTES = 4096
 START_S = 120.0  # an interpreter under valgrind starts 50 times as slowly
@@ -81,7 +82,7 @@ def _load(setup: Setup, device: Device, driver: object, words: list[str], stoppe
         group,
         cpus=[setup.driver_cpu],
         worker_cpus=[setup.worker_cpu],
-        moves_no_data=device.config.backend.uri.startswith("null:"),
+        moves_no_data=store_scheme(device.config.backend.uri) == "null",
         trimmed=[],
         control=Control(stopped, lambda: device.failure, lambda _progress: None),
     )
@@ -143,10 +144,10 @@ def parse_callgrind(text: str) -> Costs:
 
 def relax_line() -> int:
     """Return the line of barrier.h at which a turn that found nothing pauses. Raises RowError."""
-    for number, line in enumerate((ROOT / "csrc" / "barrier.h").read_text().splitlines(), 1):
+    for number, line in enumerate((ROOT / "csrc" / "base" / "barrier.h").read_text().splitlines(), 1):
         if RELAX in line:
             return number
-    raise RowError(f"csrc/barrier.h has no {RELAX}: idle turns cannot be told from work")
+    raise RowError(f"csrc/base/barrier.h has no {RELAX}: idle turns cannot be told from work")
 
 
 def difference(few: tuple[DeviceStats, Costs], many: tuple[DeviceStats, Costs], pause_line: int) -> Instructions:

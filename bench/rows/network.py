@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rows.contestants import FILE_BYTES, RowError, Setup, fio_words, parse_json, vdusefast
-from vdusefast.bench.nbd import handshake
+from vdusefast.bench.peers.kernel_nbd import handshake
 
 START_S = 10.0
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rows.contestants import FILE_BYTES, IODEPTH, RAMP, ROOT, RowError, Setup, device_config, parse_json, vdusefast
 from vdusefast.api import Device
-from vdusefast.bench import nbd
+from vdusefast.bench.peers import kernel_nbd as nbd
 
 BLOCK_BYTES = 4096
 CHECKED_BLOCKS = 64

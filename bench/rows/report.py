@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any, TextIO
 
 from rows.table import Figures, Result
-from vdusefast.bench.figures import host
-from vdusefast.bench.rounds import summarize
+from vdusefast.bench.common.rounds import summarize
+from vdusefast.bench.fio.figures import host
 
 Json = dict[str, Any]
 

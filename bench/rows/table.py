@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from rows import counted, network, rbd
 from rows.contestants import Setup, fio, read_loop, ring_exchange, vdusefast
 from rows.python_disks import nbdkit_disk, python_disk
-from vdusefast.bench.rounds import summarize, verdict
+from vdusefast.bench.common.rounds import summarize, verdict
 
 Measure = Callable[[Setup], float]
 POLL_US = 1_000_000  # a worker that does not sleep while there is a load

@@ -1,4 +1,4 @@
-"""What guests need and this machine does not have: kernels with their modules and headers, and libblkio.
+"""What guests need and this machine lacks: kernels with modules and headers, libblkio, programs of other suites.
 
 Each comes from a Debian package once, by name, and stays in a cache outside of the checkout. An entry is a directory
 that appears as a whole; a cached one is used without asking the network.
@@ -15,18 +15,21 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.vm import vmlinux
+from bench.vm import old_kernel, vmlinux
 from bench.vm.errors import GuestError
 from bench.vm.packages import Packages
 from bench.vm.tools import run_tool
 
 SUITES = {"6.12": "bookworm-backports", "7.3": "trixie-backports"}
 KERNELS = tuple(SUITES)
+ALL_KERNELS = (old_kernel.SERIES, *KERNELS)  # the first takes a minute to build
 LIBBLKIO_SUITE = "trixie"
+LAYOUT_PACKAGE = "base-files"  # has /bin, /lib and so on, which are links into /usr
+TREE_LEAVES_OUT = ("doc", "info", "lintian", "locale", "man")  # of usr/share
 HEADERS = ("vduse.h", "vdpa.h")
 
 # Needed before the root file system is there, in the guest's initramfs.
@@ -35,9 +38,17 @@ BOOT_MODULES = ("9pnet_virtio", "9p", "overlay")
 MODULES = (
     *("vdpa", "vduse", "virtio_vdpa", "vhost_vdpa", "virtio_blk", "virtio_net"),
     *("loop", "nbd", "null_blk", "ublk_drv", "dm_log_writes", "dm_flakey"),
-    *("ext4", "xfs", "erofs"),
+    *("ext4", "xfs", "erofs", "scsi_debug", "sd_mod"),
+    *("raid1", "dm_mod", "dm_crypt"),
 )
-MODULES_WHERE_SEPARATE = ("crc32c_generic", "crc32c_intel", "crc32c_cryptoapi", "libcrc32c")
+MODULES_WHERE_SEPARATE = (
+    *("crc32c_generic", "crc32c_intel", "crc32c_cryptoapi", "libcrc32c"),
+    *("xts", "ecb", "aes_generic", "aesni_intel"),  # what dm_crypt asks for by name
+)
+
+
+OLD_BOOT_MODULES = ("virtio_pci", "virtio_console", *BOOT_MODULES)
+OLD_MODULES = tuple(name for name in MODULES if name != "ublk_drv")
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,10 @@ def directory() -> Path:
 
 def kernel(series: str) -> Kernel:
     """Return a kernel, from the cache or else from Debian. Raises GuestError where it cannot be had."""
-    if series not in SUITES:
-        raise GuestError(f"there is no kernel {series} here; there are {', '.join(SUITES)}")
-    entry = _entry(f"kernel-{series}", lambda into: _make_kernel(series, into), _recipe(_make_kernel))
+    if series not in ALL_KERNELS:
+        raise GuestError(f"there is no kernel {series} here; there are {', '.join(ALL_KERNELS)}")
+    make = _make_old_kernel if series == old_kernel.SERIES else _make_kernel
+    entry = _entry(f"kernel-{series}", lambda into: make(series, into), _recipe(make))
     about = json.loads((entry / "about.json").read_text())
     modules = entry / "modules/lib/modules" / about["release"]
     boot_modules = tuple(modules / name for name in about["boot_modules"])
@@ -79,7 +91,21 @@ def libblkio() -> Path:
     return _entry("libblkio", _make_libblkio, LIBBLKIO_SUITE) / "libblkio.so.1"
 
 
+def tree(suite: str, names: Sequence[str]) -> Path:
+    """Return a directory with the files of some packages of a Debian suite and of all their dependencies.
+
+    Its layout is that of a root file system: `chroot` runs its programs. No package's scripts have run: there are no
+    users, no alternatives, no caches. Documentation and translations are left out. `names` are as apt takes them: for a
+    whole base system add "?essential". Raises GuestError where it cannot be had.
+    """
+    wanted = sorted({*names, LAYOUT_PACKAGE})
+    recipe = repr((suite, wanted, TREE_LEAVES_OUT))
+    return _entry(f"tree-{suite}-{names[0]}", lambda into: _make_tree(suite, wanted, into), recipe)
+
+
 def _recipe(make: Callable[..., None]) -> str:
+    if make is _make_old_kernel:
+        return repr((old_kernel.VERSION, OLD_BOOT_MODULES, OLD_MODULES, MODULES_WHERE_SEPARATE, vmlinux.VERSION))
     return repr((make.__name__, BOOT_MODULES, MODULES, MODULES_WHERE_SEPARATE, vmlinux.VERSION))
 
 
@@ -132,8 +158,25 @@ def _make_kernel(series: str, into: Path) -> None:
         trees = [tree for tree in unpacked.glob("**/lib/modules/*") if (tree / "kernel").is_dir()]
         if len(images) != 1 or len(trees) != 1:
             raise GuestError(f"Debian's packages of kernel {release} are not laid out as expected")
-        vmlinux.extract(images[0], into / "vmlinux")
-        boot_modules = _copy_modules(trees[0], into / "modules", release)
+        _keep_kernel(into, release, images[0], trees[0])
+
+
+def _make_old_kernel(series: str, into: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=into.parent) as scratch:
+        _keep_kernel(into, *old_kernel.unpack(Path(scratch)), OLD_BOOT_MODULES, OLD_MODULES)
+
+
+def _keep_kernel(
+    into: Path,
+    release: str,
+    image: Path,
+    tree: Path,
+    boot_names: Sequence[str] = BOOT_MODULES,
+    names: Sequence[str] = MODULES,
+) -> None:
+    """Keep what guests need of a kernel."""
+    vmlinux.extract(image, into / "vmlinux")
+    boot_modules = _copy_modules(tree, into / "modules", release, boot_names, names)
     (into / "about.json").write_text(json.dumps({"release": release, "boot_modules": boot_modules}))
 
 
@@ -148,7 +191,7 @@ def _newest_release(packages: Packages, series: str) -> str:
     return max(found, key=lambda release: [int(number) for number in re.findall(r"\d+", release)])
 
 
-def _copy_modules(tree: Path, into: Path, release: str) -> list[str]:
+def _copy_modules(tree: Path, into: Path, release: str, boot_names: Sequence[str], names: Sequence[str]) -> list[str]:
     """Copy the modules that guests need, uncompressed, with an index for modprobe.
 
     Returns the paths of those for the initramfs, below lib/modules/RELEASE, each after those that it needs.
@@ -176,13 +219,13 @@ def _copy_modules(tree: Path, into: Path, release: str) -> list[str]:
             copy(needed)
             depends[name] = [*depends.get(needed, []), *depends[name]]
 
-    for name in (*BOOT_MODULES, *MODULES):
+    for name in (*boot_names, *names):
         copy(name)
     for name in MODULES_WHERE_SEPARATE:
         if name in modules:
             copy(name)
     run_tool(["depmod", "--basedir", str(into), release], limit_s=60)
-    return list(dict.fromkeys(path for name in BOOT_MODULES for path in depends.get(name, [])))
+    return list(dict.fromkeys(path for name in boot_names for path in depends.get(name, [])))
 
 
 def _make_headers(series: str, into: Path) -> None:
@@ -201,3 +244,10 @@ def _make_libblkio(into: Path) -> None:
         Packages([LIBBLKIO_SUITE], Path(scratch) / "apt").unpack(["libblkio1"], Path(scratch) / "files")
         (library,) = Path(scratch).glob("files/usr/lib/x86_64-linux-gnu/libblkio.so.1")
         shutil.copy(library, into / "libblkio.so.1")
+
+
+def _make_tree(suite: str, names: list[str], into: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=into.parent) as scratch:
+        Packages([suite], Path(scratch) / "apt").unpack_with_dependencies(names, into)
+    for name in TREE_LEAVES_OUT:
+        shutil.rmtree(into / "usr/share" / name, ignore_errors=True)

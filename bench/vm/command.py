@@ -33,13 +33,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--kernel", choices=cache.KERNELS, default=cache.KERNELS[0], help="default: %(default)s")
+    add("--kernel", choices=cache.ALL_KERNELS, default=cache.KERNELS[0], help="default: %(default)s")
     add("--cpus", type=int, default=2, metavar="N", help="default: %(default)s")
     add("--memory", default="3G", metavar="SIZE", help="of the guest; its files lie there too; default: %(default)s")
     add("--timeout", type=float, default=120, metavar="SECONDS", help="for all of it; default: %(default)s")
     add("--disk", default="", metavar="SIZE", help="add an empty virtio-blk disk, for example 1G")
     add("--network", action="store_true", help="add a network card; 127.0.0.1 of this machine is 10.0.2.2 in the guest")
     add("--icount", action="store_true", help="time is a count of instructions, on one CPU of the host")
+    add("--systemd", action="store_true", help="systemd is process 1; the command is a service, and may end the guest")
+    add("--before", default="", metavar="COMMANDS", help="shell commands to run before systemd starts")
     add("--accel", choices=("tcg", "kvm"), default="tcg", help="default: tcg, software emulation")
     add("--append", action="append", default=[], metavar="ARGUMENT", help="further kernel argument; may be repeated")
     add("--module", action="append", default=[], metavar="NAME", help="kernel module to load first; may be repeated")
@@ -60,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser().error("no command; write it after --")
     if options.results is not None and not options.results.is_dir():
         parser().error(f"{options.results} is no directory")
+    if options.before and not options.systemd:
+        parser().error("--before is what is done before systemd starts; add --systemd")
     if options.icount and options.accel != "tcg":
         parser().error("--icount counts the instructions of software emulation; leave --accel out")
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -89,6 +93,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         accel=options.accel,
         kernel_arguments=tuple(options.append),
         modules=tuple(options.module),
+        systemd=options.systemd,
+        before=options.before,
         results=options.results,
         directory=here if here.is_relative_to(ROOT) else ROOT,
         environment=dict(entry.partition("=")[::2] for entry in options.env),
@@ -105,6 +111,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
             options.log.write_text(kernel_log)
     if options.verbose:
         _say(f"booted in {outcome.boot_s:.1f} s, {outcome.total_s:.1f} s in all")
+    if outcome.went_down:
+        _say(f"{outcome.went_down}, after {outcome.down_s:.1f} s")
     found = findings(kernel_log) if options.check_log else []
     if found:
         _say("the kernel log is not clean:", *found)

@@ -31,6 +31,10 @@ BOOT_TRIES = 3  # emulated CPUs that run side by side let a kernel that patches 
 READ_BYTES = 1 << 16
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
+GOING_DOWN = "guest: going down"  # what a command writes to /dev/kmsg before it ends its guest
+DOWN = re.compile(r"^\[ *([\d.]+)\] reboot: (Power down|Restarting system|System halted)", re.MULTILINE)
+MARK = re.compile(rf"^\[ *([\d.]+)\] {GOING_DOWN}", re.MULTILINE)
+
 Sink = Callable[[bytes], object]
 
 
@@ -38,10 +42,12 @@ Sink = Callable[[bytes], object]
 class Outcome:
     """How a command in a guest ended. `boot_s` is from the start of qemu to that of the command."""
 
-    status: int
+    status: int  # 0 when the guest went down
     kernel_log: str
     boot_s: float
     total_s: float
+    went_down: str = ""  # as the kernel has it: "Power down", "Restarting system"
+    down_s: float = 0.0  # from GOING_DOWN in the kernel log to that, in the guest's time
 
 
 def run(config: GuestConfig, command: Sequence[str], stdout: Sink | None = None, stderr: Sink | None = None) -> Outcome:
@@ -50,7 +56,7 @@ def run(config: GuestConfig, command: Sequence[str], stdout: Sink | None = None,
     Output is given to `stdout` and `stderr` as it comes; by default to this process's own.
     Raises GuestError where no guest can be had or it crashes, and GuestTimeoutError when it does not end in time.
     """
-    machine.check_tools(config.accel)
+    machine.check_tools(config)
     for _ in range(BOOT_TRIES - 1):
         try:
             return _run_once(config, command, stdout, stderr)
@@ -181,12 +187,23 @@ class _Session:
                 if left_s <= 0:
                     raise self._failed(GuestTimeoutError, f"the guest did not end within {self._config.timeout_s:g} s")
                 if not self._selector.get_map():
+                    if self._config.systemd and (outcome := self._went_down()):
+                        return outcome
                     raise self._failed(GuestError, "the guest ended by itself")
                 self._read(left_s)
                 if not ending and self._status.count(b"\n") == 2:
                     ending, deadline = True, time.monotonic() + END_LIMIT_S
         status = int(self._status.split()[-1])
         return Outcome(status, self._text(self._log), self._boot_s, time.monotonic() - self._started)
+
+    def _went_down(self) -> Outcome | None:
+        """Return how the guest went down in order, None when it did not."""
+        log = self._text(self._log)
+        if not (down := DOWN.search(log)):
+            return None
+        marks = MARK.findall(log)
+        down_s = float(down[1]) - float(marks[-1]) if marks else 0.0
+        return Outcome(0, log, self._boot_s, time.monotonic() - self._started, down[2], down_s)
 
     def _read(self, limit_s: float) -> None:
         for key, _ in self._selector.select(limit_s):

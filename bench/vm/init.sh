@@ -1,6 +1,6 @@
 #!/busybox sh
 # The guest's first program, in its initramfs: puts a writable root over the host's / and hands over to session.sh there.
-# /settings (bench/vm/guest.py) sets release, modules, results, keep and preload.
+# /settings (bench/vm/guest.py) sets release, modules, results, keep, preload and systemd.
 . /settings
 
 die() {
@@ -35,5 +35,5 @@ for path in $keep; do # the host has it below one of these directories
     mount --bind "/rw/plain$path" "/root$path"
 done
 mkdir -p /root/run/guest
-cp /busybox /session.sh /settings /command /root/run/guest/
+cp /busybox /session.sh /systemd.sh /run_command.sh /settings /command /before /root/run/guest/
 exec switch_root /root /run/guest/busybox sh /run/guest/session.sh

@@ -29,6 +29,12 @@ KERNEL_ARGUMENTS = (
     *("mitigations=off", "nokaslr", "tsc=reliable", "no_timer_check", "random.trust_cpu=on"),
     *("apparmor=0", "audit=0", "ipv6.disable=1", "8250.nr_uarts=1", "hostname=guest"),
 )
+# What systemd and its services say goes into the kernel log, with the time.
+SYSTEMD_ARGUMENTS = (
+    *("systemd.log_target=kmsg", "systemd.show_status=no", "systemd.journald.forward_to_kmsg=1"),
+    *("systemd.journald.max_level_kmsg=info", "printk.devkmsg=on"),
+)
+SYSTEMD_PROGRAMS = ("systemctl", "udevadm", "dbus-daemon")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class GuestConfig:
     network: bool = (
         False  # a network card: the guest is GUEST_ADDRESS, what listens on 127.0.0.1 here is at HOST_ADDRESS
     )
+    systemd: bool = False  # is process 1, with udev, D-Bus, logind and the journal; the command is a service
+    before: str = ""  # shell commands that run before systemd starts: units, fstab, images
     results: Path | None = None  # a directory of the host that the guest may write to
     directory: Path = ROOT  # where the command runs
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -69,7 +77,7 @@ def command_line(config: GuestConfig, image: Path, initrd_fd: int, ports: Sequen
         *_cpu(config),
         *("-m", config.memory, "-smp", str(config.cpus)),
         *("-kernel", str(image), "-initrd", _path(initrd_fd)),
-        *("-append", " ".join([*KERNEL_ARGUMENTS, *config.kernel_arguments])),
+        *("-append", " ".join([*KERNEL_ARGUMENTS, *_systemd_arguments(config), *config.kernel_arguments])),
         *("-chardev", f"file,id=log,path={_path(log_fd)}", "-serial", "chardev:log"),
         *("-device", "virtio-serial-pci"),
         *(word for number, fd in enumerate(ports, 1) for word in _port(number, fd)),
@@ -84,6 +92,10 @@ def disk_words(disk_fd: int) -> list[str]:
     """Return the part of the command line for a disk whose image is an inherited descriptor."""
     drive = f"if=none,id=disk,format=raw,cache=unsafe,discard=unmap,detect-zeroes=off,file={_path(disk_fd)}"
     return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+
+
+def _systemd_arguments(config: GuestConfig) -> tuple[str, ...]:
+    return SYSTEMD_ARGUMENTS if config.systemd else ()
 
 
 def _path(fd: int) -> str:
@@ -124,15 +136,17 @@ def initrd(config: GuestConfig, kernel: cache.Kernel, command: Sequence[str], to
         "address": f"{GUEST_ADDRESS}/24" if config.network else "",
         "token": token.decode(),
         "preload": "\n".join([*config.modules, *virtio_blk, *virtio_net]),
+        "systemd": "yes" if config.systemd else "",
     }
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in settings.items()]
     keep = " ".join(str(path) for path in _needed(config) if str(path).startswith(tuple(f"{h}/" for h in HIDDEN)))
     files = {
         "busybox": _busybox(),
         "init": (HERE / "init.sh").read_bytes(),
-        "session.sh": (HERE / "session.sh").read_bytes(),
+        **{name: (HERE / name).read_bytes() for name in ("session.sh", "systemd.sh", "run_command.sh")},
         "settings": "".join([*lines, f"keep={shlex.quote(keep)}\n"]).encode(),
-        "command": _command(config, command).encode(),
+        "command": _script(config, [f"exec {shlex.join(command)}"]).encode(),
+        "before": _script(config, [config.before]).encode(),
     }
     for number, module in enumerate(kernel.boot_modules):
         files[f"boot/{number:02}-{module.name}"] = module.read_bytes()
@@ -152,14 +166,15 @@ def _python_prefix() -> Path:
     return Path(sys.base_prefix)
 
 
-def _command(config: GuestConfig, command: Sequence[str]) -> str:
-    """Return the shell script that runs the command in its directory and environment."""
+def _script(config: GuestConfig, commands: Sequence[str]) -> str:
+    """Return a shell script that runs shell commands in the guest's directory and environment."""
     environment = {
         "PATH": f"{ROOT}/.venv/bin:{_python_prefix()}/bin:{PATH}",
         "HOME": "/root",
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         "VDUSEFAST_VM": config.kernel,
+        "VDUSEFAST_VM_CACHE": str(cache.directory()),
         **_libblkio(),
         **({"VDUSEFAST_VM_RESULTS": RESULTS} if config.results else {}),
         **({"VDUSEFAST_VM_DISK": DISK} if config.disk else {}),
@@ -167,7 +182,7 @@ def _command(config: GuestConfig, command: Sequence[str]) -> str:
     }
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     enter = f"cd {shlex.quote(str(config.directory))} || exit 125"
-    return "\n".join([*exports, enter, f"exec {shlex.join(command)}", ""])
+    return "\n".join([*exports, enter, *commands, ""])
 
 
 def _libblkio() -> dict[str, str]:
@@ -178,21 +193,21 @@ def _libblkio() -> dict[str, str]:
         return {}
 
 
-def missing_tools() -> list[str]:
+def missing_tools(*, systemd: bool = False) -> list[str]:
     """Return the programs that a guest needs and this machine lacks."""
     missing = [
         name
-        for name in ("qemu-system-x86_64", "setpriv", "depmod", "zstd")
+        for name in ("qemu-system-x86_64", "setpriv", "depmod", "zstd", *(SYSTEMD_PROGRAMS if systemd else ()))
         if not shutil.which(name, path=search_path())
     ]
     return missing if _busybox() else [*missing, "busybox (statically linked)"]
 
 
-def check_tools(accel: str) -> None:
+def check_tools(config: GuestConfig) -> None:
     """Raise GuestError where this machine lacks a program or a right that a guest needs."""
-    if missing := missing_tools():
+    if missing := missing_tools(systemd=config.systemd):
         raise GuestError(f"{', '.join(missing)} missing; ./bootstrap.sh test installs or names what a guest needs")
-    if accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+    if config.accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
         raise GuestError("/dev/kvm is not there or not for this user; leave --accel kvm out")
 
 

@@ -94,7 +94,20 @@ class Packages:
     def unpack(self, names: list[str], into: Path) -> None:
         """Fetch packages (NAME or NAME=VERSION) and unpack all their files below `into`."""
         self._apt("apt-get", "download", *names, limit_s=DOWNLOAD_LIMIT_S)
-        for package in sorted(self._debs.glob("*.deb")):
+        self._unpack_all(self._debs, into)
+
+    def unpack_with_dependencies(self, names: list[str], into: Path) -> None:
+        """Fetch packages with everything that they depend on, and unpack all their files below `into`.
+
+        Besides a name, apt takes NAME=VERSION and a pattern, such as ?essential. Recommended packages stay out.
+        """
+        words = ("--yes", "--no-install-recommends", "--download-only", "install")
+        self._apt("apt-get", *words, *names, limit_s=DOWNLOAD_LIMIT_S)
+        self._unpack_all(self._directory / "cache/archives", into)
+
+    @staticmethod
+    def _unpack_all(packages: Path, into: Path) -> None:
+        for package in sorted(packages.glob("*.deb")):
             run_tool(["dpkg-deb", "--extract", str(package), str(into)], limit_s=UNPACK_LIMIT_S)
             package.unlink()
 

@@ -1,5 +1,4 @@
-# The guest's process 1 once its root is there: finishes the set-up, runs the command, tells the host how it ended.
-# The ports: 1 and 2 are the command's output and complaints, each ended by $token; 3 carries "booted" and the exit status.
+# The guest's process 1 once its root is there: finishes the set-up, and has the command run, or systemd, which runs it.
 . /run/guest/settings
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 cd /
@@ -31,35 +30,8 @@ if [ -n "$address" ]; then
     ip link set eth0 up && ip addr add "$address" dev eth0 || die "no network"
 fi
 
-until [ -c /dev/vport0p1 ] && [ -c /dev/vport0p2 ] && [ -c /dev/vport0p3 ]; do
-    usleep 10000
-done
-exec 3>/dev/vport0p3
-mkfifo /run/guest/stdout /run/guest/stderr
-cat /run/guest/stdout >/dev/vport0p1 3>&- &
-pump_out=$!
-cat /run/guest/stderr >/dev/vport0p2 3>&- &
-pump_err=$!
-
-echo booted >&3
-setsid /bin/sh /run/guest/command </dev/null >/run/guest/stdout 2>/run/guest/stderr 3>&-
-status=$?
-
-# What it left running may hold its output open. What cannot be killed, since it hangs in the kernel, still does then.
-for process in /proc/[0-9]*; do
-    case ${process#/proc/} in
-        1 | $pump_out | $pump_err) ;;
-        *) kill -9 ${process#/proc/} 2>/dev/null ;;
-    esac
-done
-tries=0
-while [ $tries -lt 1000 ] && { kill -0 $pump_out || kill -0 $pump_err; } 2>/dev/null; do
-    usleep 10000
-    tries=$((tries + 1))
-done
-kill -9 $pump_out $pump_err 2>/dev/null
-wait $pump_out $pump_err
-printf '%s' "$token" >/dev/vport0p1
-printf '%s' "$token" >/dev/vport0p2
-echo "$status" >&3
-sleep 1000
+if [ -n "$systemd" ]; then
+    . /run/guest/systemd.sh
+else
+    exec /run/guest/busybox sh /run/guest/run_command.sh
+fi

@@ -4,7 +4,7 @@
  * memory itself; small ones go together through a buffer.
  */
 #define _GNU_SOURCE
-#include "engine_nbd.h"
+#include "nbd/internal.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -13,7 +13,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "barrier.h"
+#include "base/barrier.h"
+#include "base/core_dump.h"
 
 #define VF_NBD_WAIT_MS 100
 
@@ -30,17 +31,33 @@ static void vf_nbd_release(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	cmd->bounce = NULL;
 }
 
+void vf_nbd_take_bounce(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	/* There is one for each slot. */
+	cmd->bounce = nbd->bounce + (size_t)nbd->bounce_free[--nbd->bounce_free_count] * VF_NBD_BOUNCE_BYTES;
+	cmd->data = cmd->bounce;
+}
+
 void vf_nbd_unsend(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 {
+	vf_nbd_cmd_disarm(cmd);
 	vf_nbd_release(nbd, cmd);
 	cmd->sent = 0;
+	cmd->is_fetch = 0;
 }
 
 void vf_nbd_finish(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int result)
 {
 	uint32_t at = nbd->done_head + nbd->done_count;
 
+	vf_nbd_cmd_disarm(cmd);
 	vf_nbd_release(nbd, cmd);
+	if (vf_unlikely(cmd->listed))
+		vf_nbd_blocks_leave(nbd, cmd);
+	cmd->is_fetch = 0;
+	nbd->link.withheld_count -= cmd->fate != VF_NBD_FREE;
+	cmd->fate = VF_NBD_FREE;
+	cmd->is_old = 0;
 	cmd->req->result = result;
 	nbd->done[at >= nbd->slot_count ? at - nbd->slot_count : at] = cmd->req;
 	nbd->done_count++;
@@ -48,46 +65,44 @@ void vf_nbd_finish(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int result)
 	cmd->sent = 0;
 }
 
-/* Copy between a buffer and the segments from the request's cursor on, which stays. */
-static void vf_nbd_copy(struct vf_nbd_cmd *cmd, int to_segments)
+void vf_nbd_copy(struct vf_nbd_cmd *cmd, int to_segments)
 {
 	const struct iovec *iov = cmd->req->iov;
+	uint8_t *part = cmd->bounce + cmd->skip_bytes;
 	size_t done = 0;
 
-	for (uint32_t i = 0; done < cmd->len_bytes; i++) {
-		size_t n = iov[i].iov_len < cmd->len_bytes - done ? iov[i].iov_len : cmd->len_bytes - done;
+	for (uint32_t i = 0; done < cmd->part_bytes; i++) {
+		size_t n = iov[i].iov_len < cmd->part_bytes - done ? iov[i].iov_len : cmd->part_bytes - done;
 
 		if (to_segments)
-			memcpy(iov[i].iov_base, cmd->bounce + done, n);
+			memcpy(iov[i].iov_base, part + done, n);
 		else
-			memcpy(cmd->bounce + done, iov[i].iov_base, n);
+			memcpy(part + done, iov[i].iov_base, n);
 		done += n;
 	}
 }
 
-/* Choose how much of a transfer the next command moves, and from where. */
-static void vf_nbd_aim(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+/* Choose how much of a transfer, of which `left` bytes can go, the next command moves, and from where. */
+static void vf_nbd_aim(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, uint64_t left)
 {
 	const struct vf_nbd_export *export = &nbd->link.export;
 	const struct vf_req *req = cmd->req;
-	uint64_t len = req->left_bytes < export->block_max_bytes ? req->left_bytes : export->block_max_bytes;
+	uint64_t len = left < export->block_max_bytes ? left : export->block_max_bytes;
 	uint64_t segment = req->iov->iov_len < len ? req->iov->iov_len : len;
 
 	segment -= segment & (export->block_min_bytes - 1u);
 	if (vf_likely(segment == len || segment >= VF_NBD_DIRECT_MIN_BYTES)) {
 		cmd->data = req->iov->iov_base;
-		cmd->len_bytes = (uint32_t)segment;
+		cmd->len_bytes = cmd->part_bytes = (uint32_t)segment;
 		return;
 	}
-	/* There is one for each slot. */
-	cmd->bounce = nbd->bounce + (size_t)nbd->bounce_free[--nbd->bounce_free_count] * VF_NBD_BOUNCE_BYTES;
-	cmd->data = cmd->bounce;
-	cmd->len_bytes = (uint32_t)(len < VF_NBD_BOUNCE_BYTES ? len : VF_NBD_BOUNCE_BYTES);
+	vf_nbd_take_bounce(nbd, cmd);
+	cmd->len_bytes = cmd->part_bytes = (uint32_t)(len < VF_NBD_BOUNCE_BYTES ? len : VF_NBD_BOUNCE_BYTES);
 	if (cmd->kind == VF_NBD_WRITE)
 		vf_nbd_copy(cmd, 0);
 }
 
-static void vf_nbd_aim_range(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+static void vf_nbd_aim_range(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, uint64_t left)
 {
 	const struct vf_nbd_export *export = &nbd->link.export;
 	const struct vf_req *req = cmd->req;
@@ -103,7 +118,7 @@ static void vf_nbd_aim_range(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	} else {
 		cmd->kind = VF_NBD_TRIM;
 	}
-	cmd->len_bytes = (uint32_t)(req->left_bytes < max ? req->left_bytes : max);
+	cmd->len_bytes = cmd->part_bytes = (uint32_t)(left < max ? left : max);
 }
 
 /* Whether what a request asks for is nothing to this store. */
@@ -116,27 +131,47 @@ static int vf_nbd_is_void(const struct vf_nbd *nbd, const struct vf_nbd_cmd *cmd
 	return cmd->req->op == VF_OP_DISCARD && !export->can_trim;
 }
 
+uint8_t vf_nbd_fua(const struct vf_nbd *nbd)
+{
+	return nbd->engine->store.write_flags && nbd->link.export.can_fua ? LIBNBD_CMD_FLAG_FUA : 0;
+}
+
 /* Make the next command of a request. */
 static void vf_nbd_prepare(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 {
 	const struct vf_req *req = cmd->req;
+	uint64_t left = req->left_bytes;
 
 	cmd->flags = 0;
+	cmd->skip_bytes = 0;
 	cmd->offset_bytes = req->offset_bytes;
 	if (req->op == VF_OP_FLUSH || cmd->behind) {
 		cmd->kind = VF_NBD_FLUSH;
 		cmd->offset_bytes = 0;
-		cmd->len_bytes = 0;
+		cmd->len_bytes = cmd->part_bytes = 0;
 		return;
+	}
+	if (vf_unlikely(vf_nbd_emulates(nbd))) {
+		left = vf_nbd_blocks_aim(nbd, cmd);
+		if (!left)
+			return;
 	}
 	if (req->op == VF_OP_READ || req->op == VF_OP_WRITE) {
 		cmd->kind = req->op == VF_OP_READ ? VF_NBD_READ : VF_NBD_WRITE;
-		vf_nbd_aim(nbd, cmd);
+		vf_nbd_aim(nbd, cmd, left);
 	} else {
-		vf_nbd_aim_range(nbd, cmd);
+		vf_nbd_aim_range(nbd, cmd, left);
 	}
-	if (nbd->engine->store.write_flags && req->op != VF_OP_READ && nbd->link.export.can_fua)
-		cmd->flags |= LIBNBD_CMD_FLAG_FUA;
+	if (req->op != VF_OP_READ)
+		cmd->flags |= vf_nbd_fua(nbd);
+}
+
+void vf_nbd_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	cmd->sent = 1;
+	if (nbd->config.timeout_ns)
+		cmd->since_ns = vf_now_ns();
+	vf_nbd_link_send(nbd, cmd);
 }
 
 void vf_nbd_start(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
@@ -149,11 +184,16 @@ void vf_nbd_start(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 		nbd->link.outgrown = 1; /* the next connection knows of it */
 		return;
 	}
+	if (vf_unlikely(vf_nbd_emulates(nbd))) {
+		enum vf_nbd_turn turn = vf_nbd_blocks_enter(nbd, cmd);
+
+		if (turn == VF_NBD_NOTHING)
+			vf_nbd_finish(nbd, cmd, 0);
+		if (turn != VF_NBD_GO)
+			return;
+	}
 	vf_nbd_prepare(nbd, cmd);
-	cmd->sent = 1;
-	if (nbd->config.timeout_ns)
-		cmd->since_ns = vf_now_ns();
-	vf_nbd_link_send(nbd, cmd);
+	vf_nbd_send(nbd, cmd);
 }
 
 void vf_nbd_answer(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int err)
@@ -174,15 +214,19 @@ static void vf_nbd_advance(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 {
 	struct vf_req *req = cmd->req;
 
+	if (vf_unlikely(cmd->is_fetch)) {
+		vf_nbd_blocks_put(nbd, cmd);
+		return;
+	}
 	if (cmd->kind == VF_NBD_READ && cmd->bounce)
 		vf_nbd_copy(cmd, 1);
 	vf_nbd_release(nbd, cmd);
 	cmd->losses = 0;
 	if (req->op == VF_OP_READ || req->op == VF_OP_WRITE) {
-		vf_req_advance(req, cmd->len_bytes);
+		vf_req_advance(req, cmd->part_bytes);
 	} else if (!cmd->behind) {
-		req->offset_bytes += cmd->len_bytes;
-		req->left_bytes -= cmd->len_bytes;
+		req->offset_bytes += cmd->part_bytes;
+		req->left_bytes -= cmd->part_bytes;
 	}
 	if (req->left_bytes == 0) {
 		if (cmd->behind || req->op == VF_OP_READ || req->op == VF_OP_FLUSH || !nbd->engine->store.write_flags ||
@@ -194,6 +238,20 @@ static void vf_nbd_advance(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	}
 	cmd->sent = 0;
 	vf_nbd_start(nbd, cmd);
+}
+
+/* The server has answered with an error. One that does not do a trim after all has lost nothing, and zeroes can be written. */
+static void vf_nbd_fail(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	int is_refusal = cmd->err == EOPNOTSUPP || cmd->err == EINVAL || cmd->err == EPERM;
+
+	if (cmd->kind == VF_NBD_ZERO && is_refusal) {
+		nbd->link.export.can_zero = 0; /* on this connection */
+		vf_nbd_unsend(nbd, cmd);
+		vf_nbd_start(nbd, cmd);
+	} else {
+		vf_nbd_finish(nbd, cmd, cmd->kind == VF_NBD_TRIM && (is_refusal || cmd->err == ENOSPC) ? 0 : -cmd->err);
+	}
 }
 
 void vf_nbd_digest(struct vf_nbd *nbd)
@@ -211,8 +269,23 @@ void vf_nbd_digest(struct vf_nbd *nbd)
 		if (vf_likely(cmd->err == 0))
 			vf_nbd_advance(nbd, cmd);
 		else
-			vf_nbd_finish(nbd, cmd, -cmd->err);
+			vf_nbd_fail(nbd, cmd);
 	}
+	if (vf_unlikely(nbd->is_due))
+		vf_nbd_blocks_run(nbd);
+}
+
+/* See whether a worker before us may have sent a request already. */
+static void vf_nbd_suspect(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
+{
+	uint8_t op = cmd->req->op;
+
+	nbd->link.has_new |= !nbd->engine->replaying;
+	if (!nbd->engine->replaying || (op != VF_OP_WRITE && op != VF_OP_DISCARD && op != VF_OP_WRITE_ZEROES))
+		return;
+	cmd->is_old = nbd->link.state == VF_NBD_ENDING;
+	if (nbd->link.doubt)
+		vf_nbd_withhold(nbd, cmd, VF_NBD_WITHHELD);
 }
 
 static int vf_nbd_submit(struct vf_engine *engine, struct vf_req *req)
@@ -229,7 +302,9 @@ static int vf_nbd_submit(struct vf_engine *engine, struct vf_req *req)
 	cmd->behind = 0;
 	cmd->sent = 0;
 	engine->inflight_count++;
-	if (vf_likely(nbd->link.state == VF_NBD_UP))
+	if (vf_unlikely(engine->replaying || nbd->link.doubt))
+		vf_nbd_suspect(nbd, cmd);
+	if (vf_likely(nbd->link.state == VF_NBD_UP && cmd->fate == VF_NBD_FREE))
 		vf_nbd_start(nbd, cmd);
 	return 0;
 }
@@ -332,8 +407,10 @@ static int vf_nbd_open(struct vf_engine *engine, uint32_t slot_count)
 	/* Address space: pages come as they are used, the same ones again and again. */
 	bounce = mmap(NULL, ((size_t)slot_count + 1u) * VF_NBD_BOUNCE_BYTES, PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (bounce != MAP_FAILED)
+	if (bounce != MAP_FAILED) {
+		vf_core_exclude(bounce, ((size_t)slot_count + 1u) * VF_NBD_BOUNCE_BYTES);
 		nbd->bounce = bounce;
+	}
 	if (vf_nbd_wire_open(nbd) || !nbd->cmds || !nbd->answered || !nbd->done || !nbd->bounce_free || !nbd->bounce) {
 		vf_nbd_free(nbd);
 		return -ENOMEM;
@@ -345,6 +422,7 @@ static int vf_nbd_open(struct vf_engine *engine, uint32_t slot_count)
 	nbd->bounce_free_count = slot_count;
 	nbd->engine = engine;
 	engine->state = nbd;
+	engine->marks_replays = 1;
 	engine->always = 1; /* a connection can die while there is nothing to do */
 	vf_nbd_link_open(nbd);
 	return 0;
@@ -404,4 +482,14 @@ void vf_nbd_destroy(struct vf_nbd *nbd)
 		return;
 	vf_nbd_news_close(&nbd->news);
 	free(nbd);
+}
+
+const struct vf_engine_plugin *vf_nbd_plugin(const struct vf_nbd *nbd)
+{
+	return &nbd->plugin;
+}
+
+struct vf_nbd_news_ring *vf_nbd_news_of(struct vf_nbd *nbd)
+{
+	return &nbd->news;
 }

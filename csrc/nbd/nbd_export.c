@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "nbd_export.h"
+#include "nbd/nbd_export.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -73,6 +73,7 @@ int vf_nbd_export_read(struct nbd_handle *handle, struct vf_nbd_export *export, 
 		.block_preferred_bytes = vf_nbd_block_size(handle, LIBNBD_SIZE_PREFERRED, 0),
 		.block_max_bytes = block_max - block_max % block_min,
 		.read_only = nbd_is_read_only(handle) == 1,
+		.is_rotational = nbd_is_rotational(handle) == 1,
 		.can_flush = nbd_can_flush(handle) == 1,
 		.can_fua = nbd_can_fua(handle) == 1,
 		.can_trim = nbd_can_trim(handle) == 1,

@@ -21,6 +21,7 @@ struct vf_nbd_export {
 	uint32_t block_preferred_bytes; /* 0 where the server has not said */
 	uint32_t block_max_bytes; /* of a request that carries data */
 	uint8_t read_only;
+	uint8_t is_rotational;
 	uint8_t can_flush;
 	uint8_t can_fua;
 	uint8_t can_trim;

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The connection to a server: made without waiting for it, watched, replaced when it dies.
+ * The connection to a server: made by a thread (nbd_connector.c), watched, replaced when it dies.
  */
 #define _GNU_SOURCE
-#include "engine_nbd.h"
+#include "nbd/internal.h"
 
 #include <errno.h>
 #include <netinet/in.h>
@@ -17,11 +17,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "barrier.h"
+#include "base/barrier.h"
 
 #define VF_NBD_PAUSE_MAX_NS (1000u * VF_NBD_MS)
-#define VF_NBD_HANDSHAKE_NS (10000u * VF_NBD_MS)
-#define VF_NBD_ENDING_NS (5000u * VF_NBD_MS)
+#define VF_NBD_ENDING_NS (5000u * VF_NBD_MS) /* a server that takes longer to end a connection is worth a line in the log */
 #define VF_NBD_SCAN_NS (50u * VF_NBD_MS)
 /* A machine that is gone says nothing: TCP asks it after so many seconds of silence. */
 #define VF_NBD_SILENCE_S 10
@@ -82,6 +81,12 @@ static int vf_nbd_memory_check(const struct vf_nbd_cmd *cmd)
 	return madvise((void *)first, end - first, how) ? -EFAULT : 0;
 }
 
+/* Whether a server that works on it changes what is stored. */
+static int vf_nbd_modifies(const struct vf_nbd_cmd *cmd)
+{
+	return cmd->kind == VF_NBD_WRITE || cmd->kind == VF_NBD_TRIM || cmd->kind == VF_NBD_ZERO;
+}
+
 /* What the server has not ended it may carry out later, over what is written by then. It closes its end when all is done. */
 static void vf_nbd_end(struct vf_nbd_link *link, uint64_t now_ns)
 {
@@ -90,39 +95,89 @@ static void vf_nbd_end(struct vf_nbd_link *link, uint64_t now_ns)
 	link->end_ns = now_ns + VF_NBD_ENDING_NS;
 }
 
-/* A connection that served has died, or is of no use any more. What was in flight is taken back. */
-static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
+/* Take back what was in flight on a connection that has died of err. Whether the server may still change what is stored. */
+static int vf_nbd_take_back(struct vf_nbd *nbd, int err, int in_order)
 {
-	struct vf_nbd_link *link = &nbd->link;
-	uint64_t now_ns = vf_now_ns();
+	int modifies = 0;
 
-	/* Of connections that die one after the other the first has a line in the log. */
-	link->flap_count = link->has_served || now_ns - link->up_ns > VF_NBD_PAUSE_MAX_NS ? 0 : link->flap_count + 1u;
-
-	vf_nbd_drop_handle(link);
-	vf_nbd_wire_stop(nbd);
-	nbd->answered_count = 0; /* should any be left: they are asked again */
 	for (uint32_t i = 0; i < nbd->slot_count; i++) {
 		struct vf_nbd_cmd *cmd = &nbd->cmds[i];
 
 		if (!cmd->req || !cmd->sent)
 			continue;
+		cmd->is_old = (uint8_t)vf_nbd_modifies(cmd);
+		modifies |= cmd->is_old;
 		if (err == EFAULT && vf_nbd_memory_check(cmd)) {
 			vf_nbd_finish(nbd, cmd, -EIO);
-		} else if (++cmd->losses >= VF_NBD_LOSSES_MAX) {
+			continue;
+		}
+		if (++cmd->losses == VF_NBD_LOSSES_MAX) {
 			vf_nbd_log(&nbd->news, "%s: %u connections have died with a request at %llu; it ends with an error",
 				   nbd->uri, cmd->losses, (unsigned long long)cmd->offset_bytes);
-			vf_nbd_finish(nbd, cmd, -EIO);
-		} else {
-			vf_nbd_unsend(nbd, cmd);
+			if (!cmd->is_old) {
+				vf_nbd_finish(nbd, cmd, -EIO);
+				continue;
+			}
+			vf_nbd_withhold(nbd, cmd, VF_NBD_DOOMED);
 		}
+		vf_nbd_unsend(nbd, cmd);
+		if (cmd->is_old && !in_order)
+			vf_nbd_withhold(nbd, cmd, VF_NBD_WITHHELD);
 	}
+	return modifies;
+}
+
+/* A connection that served has died, or is of no use any more. What was in flight is taken back. */
+static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
+{
+	struct vf_nbd_link *link = &nbd->link;
+	uint64_t now_ns = vf_now_ns();
+	int in_order = vf_nbd_ends_in_order(err);
+	int modifies;
+
+	/* Of connections that die one after the other of the same cause the first has a line in the log. */
+	link->flap_count = link->has_served || now_ns - link->up_ns > VF_NBD_PAUSE_MAX_NS ? 0 : link->flap_count + 1u;
+
+	vf_nbd_drop_handle(link);
+	nbd->answered_count = 0; /* should any be left: they are asked again */
+	modifies = vf_nbd_take_back(nbd, err, in_order);
+	vf_nbd_wire_stop(nbd);
 	link->refused[0] = '\0';
 	vf_nbd_down(nbd, now_ns);
-	if (link->flap_count < 2u)
+	if (link->flap_count < 2u || strcmp(link->lost_text, text) != 0)
 		vf_nbd_log(&nbd->news, "%s: the connection is lost: %s; connecting again, for %llu s without an error", nbd->uri,
 			   text, (unsigned long long)(nbd->config.reconnect_ns / 1000000000u));
-	vf_nbd_end(link, now_ns);
+	snprintf(link->lost_text, sizeof(link->lost_text), "%s", text);
+	if (modifies && in_order) {
+		vf_nbd_end(link, now_ns);
+		return;
+	}
+	if (modifies)
+		vf_nbd_fence_doubt(nbd, now_ns);
+	else
+		vf_nbd_fence_end(nbd);
+	vf_nbd_close_fd(link);
+}
+
+/* The old connection is over: in_order, or without that its end was heard of. */
+static void vf_nbd_ended(struct vf_nbd *nbd, int in_order, uint64_t now_ns)
+{
+	struct vf_nbd_link *link = &nbd->link;
+
+	link->state = VF_NBD_DOWN;
+	for (uint32_t i = 0; i < nbd->slot_count; i++) {
+		struct vf_nbd_cmd *cmd = &nbd->cmds[i];
+
+		if (cmd->req && cmd->is_old && !in_order)
+			vf_nbd_withhold(nbd, cmd, VF_NBD_WITHHELD);
+		cmd->is_old = 0;
+	}
+	if (in_order)
+		vf_nbd_fence_end(nbd);
+	else
+		vf_nbd_fence_doubt(nbd, now_ns);
+	vf_nbd_fence_fail(nbd, VF_NBD_DOOMED);
+	vf_nbd_close_fd(link);
 }
 
 static void vf_nbd_look_ending(struct vf_nbd *nbd, uint64_t now_ns)
@@ -133,33 +188,24 @@ static void vf_nbd_look_ending(struct vf_nbd *nbd, uint64_t now_ns)
 
 	for (uint32_t i = 0; i < VF_NBD_DISCARD_MAX && n > 0; i++)
 		n = recv(link->fd, discarded, sizeof(discarded), MSG_DONTWAIT);
-	if (n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR))) {
-		if (now_ns < link->end_ns)
-			return;
-		vf_nbd_log(&nbd->news, "%s: the server has not closed the old connection; going on without", nbd->uri);
+	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
+		vf_nbd_ended(nbd, n == 0 || vf_nbd_ends_in_order(errno), now_ns);
+	} else if (link->end_ns && now_ns >= link->end_ns) {
+		link->end_ns = 0;
+		vf_nbd_log(&nbd->news, "%s: the server has not closed the old connection, and may still work on writes of it: "
+			   "nothing is sent before it has; if it hangs, start it again", nbd->uri);
 	}
-	vf_nbd_close_fd(link);
-	vf_nbd_hold(nbd->config.hold_fd, -1);
-	link->state = VF_NBD_DOWN;
 }
 
-static void vf_nbd_connect(struct vf_nbd *nbd, uint64_t now_ns)
+static void vf_nbd_connect(struct vf_nbd *nbd)
 {
 	struct vf_nbd_link *link = &nbd->link;
-	char text[VF_NBD_TEXT_BYTES];
 
-	link->handle = vf_nbd_handle_new(0, text, sizeof(text));
-	if (!link->handle) {
-		vf_nbd_refuse(nbd, text);
-		return;
-	}
-	if (nbd_aio_connect_uri(link->handle, nbd->uri) < 0) {
-		vf_nbd_error_text(text, sizeof(text));
-		vf_nbd_refuse(nbd, text);
-		return;
-	}
-	link->state = VF_NBD_CONNECTING;
-	link->end_ns = now_ns + VF_NBD_HANDSHAKE_NS;
+	link->attempt = vf_nbd_attempt_begin(nbd->uri);
+	if (link->attempt)
+		link->state = VF_NBD_CONNECTING;
+	else
+		vf_nbd_refuse(nbd, "no thread can be started to connect");
 }
 
 /* Why an export cannot be what the device is made on. 0, or -1 with text filled in. */
@@ -172,7 +218,10 @@ static int vf_nbd_check(const struct vf_nbd *nbd, const struct vf_nbd_export *ex
 			 (unsigned long long)export->size_bytes, (unsigned long long)needed);
 	else if (export->read_only && !nbd->config.read_only)
 		snprintf(text, text_bytes, "the export is read-only now");
-	else if (export->block_min_bytes > nbd->config.block_size_bytes)
+	else if (export->size_bytes % export->block_min_bytes)
+		snprintf(text, text_bytes, "the export has %llu bytes now, no multiple of its block size %u",
+			 (unsigned long long)export->size_bytes, export->block_min_bytes);
+	else if (export->block_min_bytes > nbd->config.block_size_bytes && !nbd->config.sole)
 		snprintf(text, text_bytes, "the export takes no blocks below %u bytes now, but the device has blocks of %u",
 			 export->block_min_bytes, nbd->config.block_size_bytes);
 	else
@@ -212,12 +261,20 @@ static void vf_nbd_arrive(struct vf_nbd *nbd)
 		return;
 	}
 	vf_nbd_watch_silence(link->fd);
-	vf_nbd_hold(nbd->config.hold_fd, link->fd);
+	if (vf_nbd_fence_begin(nbd)) {
+		vf_nbd_fence_end(nbd);
+		vf_nbd_refuse(nbd, "the kernel does not keep its socket for the next worker");
+		return;
+	}
 	if (link->was_up ? link->flap_count < 2u : link->refused[0])
 		vf_nbd_log(&nbd->news, "%s: connected again after %.1f s", nbd->uri,
 			   (double)(vf_now_ns() - link->lost_ns) / 1e9);
 	if (nbd_get_tls_negotiated(link->handle) == 0) {
-		vf_nbd_wire_start(nbd);
+		if (vf_nbd_wire_start(nbd)) {
+			vf_nbd_fence_end(nbd);
+			vf_nbd_refuse(nbd, "the kernel gives no random numbers");
+			return;
+		}
 		vf_nbd_drop_handle(link); /* the socket is ours now */
 	}
 	link->state = VF_NBD_UP;
@@ -230,42 +287,32 @@ static void vf_nbd_arrive(struct vf_nbd *nbd)
 		nbd->known_size_bytes = link->export.size_bytes;
 		vf_nbd_tell_size(&nbd->news, link->export.size_bytes);
 	}
+	vf_nbd_blocks_reset(nbd);
 	for (uint32_t i = 0; i < nbd->slot_count && link->state == VF_NBD_UP; i++) {
-		if (nbd->cmds[i].req && !nbd->cmds[i].sent)
+		if (nbd->cmds[i].req && !nbd->cmds[i].sent && nbd->cmds[i].fate == VF_NBD_FREE)
 			vf_nbd_start(nbd, &nbd->cmds[i]);
 	}
 	vf_nbd_wire_flush(nbd);
 }
 
-static void vf_nbd_look_connecting(struct vf_nbd *nbd, uint64_t now_ns)
+static void vf_nbd_look_connecting(struct vf_nbd *nbd)
 {
 	struct vf_nbd_link *link = &nbd->link;
-	struct pollfd polled = { .fd = -1 };
 	char text[VF_NBD_TEXT_BYTES];
-	uint64_t until_ns;
-	int rc = 0;
 
-	polled.fd = vf_nbd_link_wants(nbd, &polled.events, &until_ns);
-	if (poll(&polled, 1, 0) > 0) {
-		if (polled.revents & (POLLIN | POLLHUP) || !(polled.events & POLLOUT))
-			rc = polled.events & POLLIN ? nbd_aio_notify_read(link->handle) : nbd_aio_notify_write(link->handle);
-		else
-			rc = nbd_aio_notify_write(link->handle);
-	}
-	if (rc < 0) {
-		vf_nbd_error_text(text, sizeof(text));
-		vf_nbd_refuse(nbd, text);
-	} else if (nbd_aio_is_ready(link->handle) == 1) {
+	if (!vf_nbd_attempt_is_done(link->attempt))
+		return;
+	link->handle = vf_nbd_attempt_end(link->attempt, text, sizeof(text));
+	link->attempt = NULL;
+	if (link->handle)
 		vf_nbd_arrive(nbd);
-	} else if (nbd_aio_is_connecting(link->handle) != 1) {
-		vf_nbd_refuse(nbd, "the server has hung up in the handshake");
-	} else if (now_ns >= link->end_ns) {
-		vf_nbd_refuse(nbd, "the server does not go on with the handshake");
-	}
+	else
+		vf_nbd_refuse(nbd, text);
 }
 
 /* End requests that have been without an answer for too long, and the connection with them: a late answer must find no
- * buffer. */
+ * buffer. What modifies may still be carried out: its end is told with that of the connection, before which nothing that is
+ * newer is written. */
 static void vf_nbd_scan(struct vf_nbd *nbd, uint64_t now_ns)
 {
 	uint32_t expired_count = 0;
@@ -284,7 +331,11 @@ static void vf_nbd_scan(struct vf_nbd *nbd, uint64_t now_ns)
 	for (uint32_t i = 0; i < nbd->slot_count; i++) {
 		struct vf_nbd_cmd *cmd = &nbd->cmds[i];
 
-		if (cmd->req && cmd->sent && now_ns - cmd->since_ns >= nbd->config.timeout_ns)
+		if (!cmd->req || !cmd->sent || now_ns - cmd->since_ns < nbd->config.timeout_ns)
+			continue;
+		if (vf_nbd_modifies(cmd))
+			vf_nbd_withhold(nbd, cmd, VF_NBD_DOOMED);
+		else
 			vf_nbd_finish(nbd, cmd, -ETIMEDOUT);
 	}
 	snprintf(text, sizeof(text), "%u requests had no answer for %.1f s", expired_count,
@@ -335,6 +386,8 @@ void vf_nbd_link_pump(struct vf_nbd *nbd)
 	struct vf_nbd_link *link = &nbd->link;
 	uint64_t now_ns;
 
+	if (vf_unlikely(link->doubt))
+		vf_nbd_fence_look(nbd, vf_now_ns());
 	if (vf_likely(link->state == VF_NBD_UP)) {
 		vf_nbd_look_up(nbd);
 		if (!nbd->config.timeout_ns || link->state != VF_NBD_UP)
@@ -348,9 +401,9 @@ void vf_nbd_link_pump(struct vf_nbd *nbd)
 	if (link->state == VF_NBD_ENDING)
 		vf_nbd_look_ending(nbd, now_ns);
 	if (link->state == VF_NBD_DOWN && now_ns >= link->next_ns)
-		vf_nbd_connect(nbd, now_ns);
+		vf_nbd_connect(nbd);
 	if (link->state == VF_NBD_CONNECTING)
-		vf_nbd_look_connecting(nbd, now_ns);
+		vf_nbd_look_connecting(nbd);
 	if (link->state != VF_NBD_UP && !link->gave_up && now_ns - link->lost_ns >= nbd->config.reconnect_ns)
 		vf_nbd_give_up(nbd);
 }
@@ -364,13 +417,19 @@ int vf_nbd_link_wants(const struct vf_nbd *nbd, short *events, uint64_t *until_n
 	*until_ns = UINT64_MAX;
 	if (link->state == VF_NBD_UP && nbd->config.timeout_ns)
 		*until_ns = link->scan_ns;
-	else if (link->state != VF_NBD_UP)
-		*until_ns = link->state == VF_NBD_DOWN ? link->next_ns : link->end_ns;
+	else if (link->state == VF_NBD_DOWN)
+		*until_ns = link->next_ns;
+	else if (link->state == VF_NBD_ENDING && link->end_ns)
+		*until_ns = link->end_ns;
+	if (link->withheld_count && link->doubt && link->doubt_ns < *until_ns)
+		*until_ns = link->doubt_ns;
 	if (link->state != VF_NBD_UP && !link->gave_up && link->lost_ns + nbd->config.reconnect_ns < *until_ns)
 		*until_ns = link->lost_ns + nbd->config.reconnect_ns;
 	if (link->state == VF_NBD_ENDING || link->state == VF_NBD_DOWN)
 		return link->fd;
-	if (link->state == VF_NBD_UP && nbd->wire.on) {
+	if (link->state == VF_NBD_CONNECTING)
+		return vf_nbd_attempt_fd(link->attempt);
+	if (nbd->wire.on) {
 		*events = (short)(POLLIN | (nbd->wire.count ? POLLOUT : 0));
 		return link->fd;
 	}
@@ -393,25 +452,39 @@ void vf_nbd_link_open(struct vf_nbd *nbd)
 	uint64_t now_ns = vf_now_ns();
 
 	nbd->link = (struct vf_nbd_link){ .fd = -1, .lost_ns = now_ns, .pause_ns = VF_NBD_PAUSE_MIN_NS };
-	nbd->link.fd = vf_nbd_hold_take(nbd->config.hold_fd);
-	if (nbd->link.fd >= 0)
+	if (vf_nbd_fence_open(nbd, now_ns))
 		vf_nbd_end(&nbd->link, now_ns);
 	else
-		vf_nbd_connect(nbd, now_ns);
+		vf_nbd_connect(nbd);
+}
+
+/* Whether the connection may be left without a look back: the server has nothing that changes what is stored. */
+static int vf_nbd_is_at_rest(const struct vf_nbd *nbd)
+{
+	for (uint32_t i = 0; i < nbd->slot_count; i++) {
+		const struct vf_nbd_cmd *cmd = &nbd->cmds[i];
+
+		if (cmd->req && cmd->sent && vf_nbd_modifies(cmd))
+			return 0;
+	}
+	return nbd->link.state == VF_NBD_UP;
 }
 
 void vf_nbd_link_close(struct vf_nbd *nbd)
 {
 	struct vf_nbd_link *link = &nbd->link;
+	int is_at_rest = vf_nbd_is_at_rest(nbd);
 
-	if (link->state == VF_NBD_UP && nbd->wire.on)
+	if (is_at_rest && nbd->wire.on)
 		vf_nbd_wire_leave(nbd);
-	else if (link->state == VF_NBD_UP)
+	else if (is_at_rest)
 		nbd_aio_disconnect(link->handle, 0); /* a word of farewell, if it goes out at once */
 	vf_nbd_wire_stop(nbd);
+	vf_nbd_attempt_leave(link->attempt);
+	link->attempt = NULL;
 	vf_nbd_drop_handle(link);
 	vf_nbd_close_fd(link);
-	if (link->state == VF_NBD_UP) /* nothing is in flight; else the next worker has to wait as we did */
-		vf_nbd_hold(nbd->config.hold_fd, -1);
+	if (is_at_rest) /* else the next worker has to wait for its end */
+		vf_nbd_fence_end(nbd);
 	link->state = VF_NBD_DOWN;
 }

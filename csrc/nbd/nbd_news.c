@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "nbd_news.h"
+#include "nbd/nbd_news.h"
 
 #include <errno.h>
 #include <stdarg.h>

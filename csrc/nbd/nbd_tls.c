@@ -2,12 +2,13 @@
  *
  * Requests and replies under TLS: libnbd's asynchronous calls, as the socket and its session belong to it.
  */
-#include "engine_nbd.h"
+#include "nbd/internal.h"
 
 #include <errno.h>
 #include <stdio.h>
+#include <string.h>
 
-#include "barrier.h"
+#include "base/barrier.h"
 
 /* Runs inside of libnbd, which must not be called again from here. 1: libnbd forgets the command. */
 static int vf_nbd_on_answer(void *context, int *error)
@@ -57,8 +58,15 @@ int vf_nbd_tls_look(struct vf_nbd *nbd, char *text, size_t text_bytes, int *err)
 {
 	struct vf_nbd_link *link = &nbd->link;
 	unsigned int direction;
-	int rc = 0;
+	int rc = 0, is_closed;
 
+	/* libnbd takes an error of the socket and tells of a failure of TLS; so it is looked at first. */
+	*err = vf_nbd_socket_err(link->fd, &is_closed);
+	if (vf_unlikely(*err || is_closed)) {
+		snprintf(text, text_bytes, "%s", *err ? strerror(*err) : "it has failed, and the cause is lost");
+		*err = *err ? *err : EIO;
+		return -1;
+	}
 	for (uint32_t i = 0; i < nbd->slot_count; i++) {
 		uint32_t before = nbd->answered_count;
 

@@ -7,16 +7,17 @@
  * Source: doc/proto.md of the NBD project, "Transmission phase".
  */
 #define _GNU_SOURCE
-#include "engine_nbd.h"
+#include "nbd/internal.h"
 
 #include <endian.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 
-#include "barrier.h"
+#include "base/barrier.h"
 
 #define VF_NBD_REQUEST_MAGIC 0x25609513u
 #define VF_NBD_REPLY_MAGIC 0x67446698u
@@ -28,12 +29,59 @@
 #define VF_NBD_LARGE_BYTES (32u << 10)
 #define VF_NBD_OUT_IOVS 128u
 #define VF_NBD_LOOKS_MAX 64u
+#define VF_NBD_SLOT_MASK 0xffffu /* of a cookie */
 
 static const uint16_t vf_nbd_types[] = {
 	[VF_NBD_READ] = 0, [VF_NBD_WRITE] = 1, [VF_NBD_FLUSH] = 3, [VF_NBD_TRIM] = 4, [VF_NBD_ZERO] = 6,
 };
 
 _Static_assert(sizeof(struct vf_nbd_request) == 28, "doc/proto.md: request message");
+
+/* One round of SipHash. */
+static inline void vf_nbd_sip_round(uint64_t *v)
+{
+	v[0] += v[1];
+	v[1] = (v[1] << 13 | v[1] >> 51) ^ v[0];
+	v[0] = v[0] << 32 | v[0] >> 32;
+	v[2] += v[3];
+	v[3] = (v[3] << 16 | v[3] >> 48) ^ v[2];
+	v[0] += v[3];
+	v[3] = (v[3] << 21 | v[3] >> 43) ^ v[0];
+	v[2] += v[1];
+	v[1] = (v[1] << 17 | v[1] >> 47) ^ v[2];
+	v[2] = v[2] << 32 | v[2] >> 32;
+}
+
+/* SipHash-2-4 of one word, under the key of this connection. */
+static uint64_t vf_nbd_sip(const uint64_t *key, uint64_t word)
+{
+	const uint64_t end = (uint64_t)sizeof(word) << 56;
+	uint64_t v[4] = { key[0] ^ 0x736f6d6570736575u, key[1] ^ 0x646f72616e646f6du, key[0] ^ 0x6c7967656e657261u,
+			  key[1] ^ 0x7465646279746573u ^ word };
+
+	vf_nbd_sip_round(v);
+	vf_nbd_sip_round(v);
+	v[0] ^= word;
+	v[3] ^= end;
+	vf_nbd_sip_round(v);
+	vf_nbd_sip_round(v);
+	v[0] ^= end;
+	v[2] ^= 0xff;
+	for (uint32_t i = 0; i < 4u; i++)
+		vf_nbd_sip_round(v);
+	return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+/* A cookie that nobody can guess: neither who has seen earlier ones, nor who has had the same slot before. */
+static uint64_t vf_nbd_cookie(struct vf_nbd_wire *wire, uint32_t slot)
+{
+	uint64_t bits;
+
+	do
+		bits = vf_nbd_sip(wire->key, ++wire->seq) & ~(uint64_t)VF_NBD_SLOT_MASK;
+	while (vf_unlikely(bits == 0)); /* 0 stands for no cookie */
+	return bits | slot;
+}
 
 static void vf_nbd_request_make(struct vf_nbd_request *request, uint16_t type, uint16_t flags, uint64_t cookie,
 				uint64_t offset_bytes, uint32_t len_bytes)
@@ -73,18 +121,22 @@ void vf_nbd_wire_close(struct vf_nbd *nbd)
 	nbd->wire.in = NULL;
 }
 
-void vf_nbd_wire_start(struct vf_nbd *nbd)
+int vf_nbd_wire_start(struct vf_nbd *nbd)
 {
-	nbd->wire = (struct vf_nbd_wire){ .queue = nbd->wire.queue, .in = nbd->wire.in, .seq = nbd->wire.seq, .on = 1 };
+	nbd->wire = (struct vf_nbd_wire){ .queue = nbd->wire.queue, .in = nbd->wire.in, .on = 1 };
+	if (getrandom(nbd->wire.key, sizeof(nbd->wire.key), 0) == (ssize_t)sizeof(nbd->wire.key))
+		return 0;
+	nbd->wire.on = 0;
+	return -1;
 }
 
 void vf_nbd_wire_stop(struct vf_nbd *nbd)
 {
 	nbd->wire.on = 0;
-	for (; nbd->wire.count; nbd->wire.count--) {
-		nbd->cmds[nbd->wire.queue[nbd->wire.head]].queued = 0;
-		nbd->wire.head = nbd->wire.head + 1u < nbd->slot_count ? nbd->wire.head + 1u : 0;
-	}
+	nbd->wire.count = 0;
+	nbd->wire.into = NULL;
+	for (uint32_t i = 0; i < nbd->slot_count; i++)
+		vf_nbd_cmd_disarm(&nbd->cmds[i]);
 }
 
 void vf_nbd_wire_leave(struct vf_nbd *nbd)
@@ -105,8 +157,7 @@ void vf_nbd_wire_put(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	uint32_t slot = (uint32_t)(cmd - nbd->cmds);
 	uint32_t at = wire->head + wire->count;
 
-	/* The cookie tells an answer to what a slot had before. */
-	cmd->cookie = (uint64_t)++wire->seq << 16 | slot;
+	cmd->cookie = vf_nbd_cookie(wire, slot);
 	vf_nbd_request_make(&cmd->request, vf_nbd_types[cmd->kind], cmd->flags, cmd->cookie, cmd->offset_bytes, cmd->len_bytes);
 	cmd->queued = 1;
 	wire->queue[at >= nbd->slot_count ? at - nbd->slot_count : at] = (uint16_t)slot;
@@ -208,7 +259,7 @@ static int vf_nbd_errno(uint32_t error)
 
 static void vf_nbd_wire_done(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int err)
 {
-	cmd->cookie = 0;
+	vf_nbd_cmd_disarm(cmd);
 	nbd->wire.large_count -= (uint32_t)vf_nbd_is_large(cmd);
 	vf_nbd_answer(nbd, cmd, err);
 }
@@ -218,7 +269,7 @@ static int vf_nbd_wire_reply(struct vf_nbd *nbd, char *text, size_t text_bytes)
 {
 	struct vf_nbd_wire *wire = &nbd->wire;
 	const uint8_t *header = wire->in + wire->in_at;
-	uint32_t magic, error, here;
+	uint32_t magic, error, here, slot;
 	uint64_t cookie;
 	struct vf_nbd_cmd *cmd;
 
@@ -230,8 +281,10 @@ static int vf_nbd_wire_reply(struct vf_nbd *nbd, char *text, size_t text_bytes)
 		return -1;
 	}
 	cookie = be64toh(cookie);
-	cmd = &nbd->cmds[cookie & 0xffffu];
-	if ((cookie & 0xffffu) >= nbd->slot_count || cookie >> 16 == 0 || cmd->cookie != cookie || cmd->queued) {
+	slot = (uint32_t)(cookie & VF_NBD_SLOT_MASK);
+	cmd = &nbd->cmds[slot < nbd->slot_count ? slot : 0];
+	/* A request has a cookie from when it is sent on this connection to its one answer, and only while it is in flight. */
+	if (cookie >> 16 == 0 || cmd->cookie != cookie || cmd->queued || !cmd->req || !cmd->sent) {
 		snprintf(text, text_bytes, "the server answers what it was not asked");
 		return -1;
 	}

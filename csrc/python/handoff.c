@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "handoff.h"
+#include "python/handoff.h"
 
 #include <poll.h>
 #include <stdlib.h>

@@ -7,9 +7,9 @@
 #ifndef VF_HANDOFF_H
 #define VF_HANDOFF_H
 
-#include "barrier.h"
-#include "clock.h"
-#include "engine.h"
+#include "base/barrier.h"
+#include "base/clock.h"
+#include "engine/engine.h"
 
 #define VF_HANDOFF_STEP_NS 1000000u /* at least so often tasks of the class's own run */
 #define VF_HANDOFF_EXPIRY_NS 50000000u /* how often it is looked for requests that are too old */

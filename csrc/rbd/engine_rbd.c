@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "engine_rbd.h"
+#include "rbd/engine_rbd.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -8,7 +8,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "barrier.h"
+#include "base/barrier.h"
 
 #define VF_RBD_REAP_MAX 64
 #define VF_RBD_POLL_MS 100 /* how often requests that wait for the image are looked at */
@@ -149,7 +149,7 @@ static int vf_rbd_submit(struct vf_engine *engine, struct vf_req *req)
 			return 1;
 		}
 	} else if (work->gave_up) {
-		req->result = -EIO;
+		req->result = -ENOTCONN;
 		return 1;
 	} else {
 		work->since_s[work->waiting_count] = vf_rbd_now_s();
@@ -221,7 +221,7 @@ static void vf_rbd_expire(struct vf_engine *engine)
 	}
 	while (expired < work->waiting_count &&
 	       (work->gave_up || (rbd->wait_limit_s > 0 && now_s - work->since_s[expired] >= rbd->wait_limit_s)))
-		vf_rbd_finish(work, work->waiting[expired++], -EIO);
+		vf_rbd_finish(work, work->waiting[expired++], -ENOTCONN);
 	work->waiting_count -= expired;
 	for (uint32_t i = 0; i < work->waiting_count && expired; i++) {
 		work->waiting[i] = work->waiting[i + expired];

@@ -5,8 +5,8 @@
 #ifndef VF_ENGINE_RBD_H
 #define VF_ENGINE_RBD_H
 
-#include "engine.h"
-#include "opener.h"
+#include "engine/engine.h"
+#include "rbd/opener.h"
 
 struct vf_rbd {
 	struct vf_engine_plugin plugin;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "image.h"
+#include "rbd/image.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -14,6 +14,8 @@
 #define VF_RBD_FEW_CPUS 4
 #define VF_RBD_IMAGE_MAX 256u
 #define VF_RBD_OPTION_MAX 512
+#define VF_RBD_FSID_BYTES 37u
+#define VF_RBD_ID_MAX 128u
 
 static int vf_rbd_given(const char *text)
 {
@@ -168,6 +170,27 @@ static int vf_rbd_enter(struct vf_rbd_image *image, const struct vf_rbd_settings
 	return 0;
 }
 
+/* What no other image has, also one that is made under its name: the ids of cluster, pool and image. "" for an image of the first
+ * format, which has none. */
+static void vf_rbd_identity(const struct vf_rbd_image *image, char text[static VF_RBD_IDENTITY_MAX])
+{
+	char fsid[VF_RBD_FSID_BYTES] = "";
+	char id[VF_RBD_ID_MAX];
+
+	text[0] = '\0';
+	if (rados_cluster_fsid(image->cluster, fsid, sizeof(fsid)) < 0 || rbd_get_id(image->image, id, sizeof(id)))
+		return;
+	snprintf(text, VF_RBD_IDENTITY_MAX, "%s/%lld/%s", fsid, (long long)rados_ioctx_get_id(image->pool), id);
+}
+
+static int vf_rbd_is_other(const struct vf_rbd_image *image, const char *wanted)
+{
+	char found[VF_RBD_IDENTITY_MAX];
+
+	vf_rbd_identity(image, found);
+	return vf_rbd_given(wanted) && found[0] && strcmp(found, wanted) != 0;
+}
+
 int vf_rbd_image_open(struct vf_rbd_image *image, const struct vf_rbd_settings *settings, const char *before, int *fenced)
 {
 	int err;
@@ -195,6 +218,10 @@ int vf_rbd_image_open(struct vf_rbd_image *image, const struct vf_rbd_settings *
 	err = (settings->read_only ? rbd_open_read_only : rbd_open)(image->pool, settings->image, &image->image, NULL);
 	if (err)
 		return err;
+	if (vf_rbd_is_other(image, settings->wanted)) {
+		rbd_close(image->image);
+		return -ESTALE;
+	}
 	if (vf_rbd_given(settings->snap)) {
 		image->reached = VF_RBD_SNAP;
 		err = rbd_snap_set(image->image, settings->snap);
@@ -257,6 +284,7 @@ int vf_rbd_about(const struct vf_rbd_image *image, struct vf_rbd_about *about)
 	*about = (struct vf_rbd_about){ .size_bytes = 0 };
 	if (err)
 		return err;
+	vf_rbd_identity(image, about->identity);
 	about->size_bytes = info.size;
 	about->object_bytes = info.obj_size;
 	err = rbd_get_features(image->image, &features);

@@ -12,6 +12,7 @@
 
 #define VF_RBD_ADDRESS_MAX 256u
 #define VF_RBD_CLIENT_MAX 384u /* what vf_rbd_client() fills at most */
+#define VF_RBD_IDENTITY_MAX 256u
 #define VF_RBD_NOBODY 1
 #define VF_RBD_OWNER_MAX 8u
 
@@ -37,6 +38,7 @@ struct vf_rbd_settings {
 	const char *name_space;
 	const char *image;
 	const char *snap;
+	const char *wanted; /* the image's identity, where another one under its name is to be refused (-ESTALE) */
 	uint8_t read_only;
 	uint8_t early_writes; /* librbd may answer a write that it only has in memory, where it is configured to */
 	uint32_t connect_limit_s; /* for the monitors to answer */
@@ -59,6 +61,7 @@ struct vf_rbd_about {
 	uint8_t exclusive_lock;
 	uint8_t caches; /* librbd keeps data of it in memory */
 	uint8_t early_writes; /* and answers writes that are only there */
+	char identity[VF_RBD_IDENTITY_MAX]; /* "": not known */
 };
 
 /* 0 or -errno. `reached` is the step that failed then, else VF_RBD_OPEN; either way vf_rbd_image_close() follows.

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "opener.h"
+#include "rbd/opener.h"
 
 #include <errno.h>
 #include <sched.h>

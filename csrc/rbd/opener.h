@@ -9,8 +9,8 @@
 #include <pthread.h>
 #include <stdint.h>
 
-#include "barrier.h"
-#include "image.h"
+#include "base/barrier.h"
+#include "rbd/image.h"
 
 #define VF_RBD_EVENT_MAX 16u
 

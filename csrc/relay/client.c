@@ -9,16 +9,19 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "barrier.h"
-#include "clock.h"
-#include "relay.h"
+#include "base/barrier.h"
+#include "base/clock.h"
+#include "base/core_dump.h"
+#include "relay/relay.h"
 
 #define VF_RETRY_NS 20000000u /* between two tries to reach a relay */
 #define VF_RETRY_MS 20
+#define VF_ERRNO_MAX 4095
 
 enum vf_client_state {
 	VF_CLIENT_AWAY, /* no relay */
@@ -26,15 +29,21 @@ enum vf_client_state {
 	VF_CLIENT_READY,
 };
 
+enum vf_client_place {
+	VF_CLIENT_KEPT, /* to be sent, or sent again to the next relay */
+	VF_CLIENT_BATCHED,
+	VF_CLIENT_ASKED, /* this relay has it: one answer belongs to it */
+};
+
 struct vf_client_slot {
 	struct vf_req *req; /* NULL: none is in flight */
-	uint8_t sent; /* or in the batch */
+	uint8_t place; /* enum vf_client_place */
+	uint8_t replays; /* a relay before may have had it */
 };
 
 struct vf_client {
 	enum vf_client_state state;
 	int fd; /* -1: away */
-	int memory_fd;
 	uint8_t *memory;
 	uint32_t slot_count;
 	uint64_t retry_ns; /* when to try again */
@@ -88,8 +97,10 @@ static void vf_client_leave(struct vf_client *client)
 	client->state = VF_CLIENT_AWAY;
 	client->batch_count = 0;
 	client->behind = 1;
-	for (uint32_t i = 0; i < client->slot_count; i++)
-		client->slot[i].sent = 0;
+	for (uint32_t i = 0; i < client->slot_count; i++) {
+		client->slot[i].replays |= client->slot[i].place == VF_CLIENT_ASKED;
+		client->slot[i].place = VF_CLIENT_KEPT;
+	}
 	client->retry_ns = vf_now_ns() + VF_RETRY_NS;
 }
 
@@ -99,10 +110,14 @@ static void vf_client_send_batch(struct vf_client *client)
 
 	if (client->state != VF_CLIENT_READY || client->batch_count == 0)
 		return;
-	if (send(client->fd, client->batch, len, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)len)
-		client->batch_count = 0;
-	else if (errno != EAGAIN && errno != EINTR) /* a relay that is behind takes it later */
-		vf_client_leave(client);
+	if (send(client->fd, client->batch, len, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)len) {
+		if (errno != EAGAIN && errno != EINTR) /* a relay that is behind takes it later */
+			vf_client_leave(client);
+		return;
+	}
+	for (uint32_t i = 0; i < client->batch_count; i++)
+		client->slot[client->batch[i].slot].place = VF_CLIENT_ASKED;
+	client->batch_count = 0;
 }
 
 static void vf_client_queue(struct vf_engine *engine, struct vf_req *req)
@@ -113,19 +128,20 @@ static void vf_client_queue(struct vf_engine *engine, struct vf_req *req)
 	if (client->batch_count == VF_RELAY_BATCH_MAX)
 		vf_client_send_batch(client);
 	if (client->state != VF_CLIENT_READY || client->batch_count == VF_RELAY_BATCH_MAX) {
-		client->slot[req->slot].sent = 0;
+		client->slot[req->slot].place = VF_CLIENT_KEPT;
 		client->behind = 1;
 		return;
 	}
 	if (req->op == VF_OP_WRITE)
 		vf_client_copy(client, req, len, 0);
-	client->slot[req->slot].sent = 1;
+	client->slot[req->slot].place = VF_CLIENT_BATCHED;
 	client->batch[client->batch_count++] = (struct vf_relay_request){
 		.offset_bytes = req->offset_bytes,
 		.len_bytes = len,
 		.slot = req->slot,
 		.op = req->op,
 		.flags = (uint8_t)((req->unmap ? VF_RELAY_F_UNMAP : 0) |
+				   (client->slot[req->slot].replays ? VF_RELAY_F_REPLAY : 0) |
 				   (engine->store.write_flags ? VF_RELAY_F_DURABLE : 0)),
 	};
 }
@@ -140,7 +156,7 @@ static void vf_client_send(struct vf_engine *engine)
 		return;
 	client->behind = 0;
 	for (uint32_t i = 0; i < client->slot_count; i++) {
-		if (client->slot[i].req && !client->slot[i].sent)
+		if (client->slot[i].req && client->slot[i].place == VF_CLIENT_KEPT)
 			vf_client_queue(engine, client->slot[i].req);
 	}
 	vf_client_send_batch(client);
@@ -155,25 +171,8 @@ static int vf_client_greet(const struct vf_engine *engine, int fd)
 		.queue = address->queue,
 		.slot_count = client->slot_count,
 	};
-	struct iovec iov = { .iov_base = &hello, .iov_len = sizeof(hello) };
-	union {
-		struct cmsghdr header;
-		char space[CMSG_SPACE(sizeof(int))];
-	} control = { .space = { 0 } };
-	struct msghdr message = {
-		.msg_iov = &iov,
-		.msg_iovlen = 1,
-		.msg_control = &control,
-		.msg_controllen = sizeof(control.space),
-	};
 
-	control.header = (struct cmsghdr){
-		.cmsg_level = SOL_SOCKET,
-		.cmsg_type = SCM_RIGHTS,
-		.cmsg_len = CMSG_LEN(sizeof(int)),
-	};
-	memcpy(CMSG_DATA(&control.header), &client->memory_fd, sizeof(int));
-	return sendmsg(fd, &message, MSG_NOSIGNAL) == (ssize_t)sizeof(hello) ? 0 : -errno;
+	return send(fd, &hello, sizeof(hello), MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)sizeof(hello) ? 0 : -errno;
 }
 
 /* Try to reach a relay, not more often than every 20 ms. One that is not there yet refuses at once. */
@@ -189,7 +188,7 @@ static void vf_client_reach(struct vf_engine *engine)
 		return;
 	client->retry_ns = now_ns + VF_RETRY_NS;
 	memcpy(address.sun_path, to->path, sizeof(address.sun_path));
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); /* a stopped relay takes nobody */
 	if (fd < 0)
 		return; /* tried again, as whatever else is in the way */
 	if (connect(fd, (const struct sockaddr *)&address, sizeof(address)) || vf_client_greet(engine, fd)) {
@@ -206,7 +205,7 @@ static int vf_client_take(struct vf_engine *engine, const struct vf_relay_answer
 	struct vf_client *client = engine->state;
 	uint64_t len = vf_client_piece(req);
 
-	req->result = answer->result;
+	req->result = answer->result > 0 || answer->result < -VF_ERRNO_MAX ? -EIO : answer->result;
 	if (answer->result == 0 && (req->op == VF_OP_READ || req->op == VF_OP_WRITE)) {
 		if (req->op == VF_OP_READ)
 			vf_client_copy(client, req, len, 1);
@@ -227,7 +226,7 @@ static int vf_client_hear(struct vf_engine *engine, struct vf_req **done)
 	struct vf_client *client = engine->state;
 	struct vf_relay_answer answer[VF_RELAY_BATCH_MAX];
 	struct vf_relay_ready ready;
-	ssize_t len = recv(client->fd, answer, sizeof(answer), MSG_DONTWAIT);
+	ssize_t len = recv(client->fd, answer, sizeof(answer), MSG_DONTWAIT | MSG_TRUNC);
 	int count = 0;
 
 	if (len <= 0) {
@@ -243,13 +242,19 @@ static int vf_client_hear(struct vf_engine *engine, struct vf_req **done)
 			client->state = VF_CLIENT_READY; /* what is in flight goes with the next vf_client_send() */
 		return 0;
 	}
+	if ((size_t)len > sizeof(answer) || (size_t)len % sizeof(answer[0])) {
+		vf_client_leave(client);
+		return -1;
+	}
 	for (uint32_t i = 0; i < (size_t)len / sizeof(answer[0]); i++) {
-		struct vf_req *req = answer[i].slot < client->slot_count ? client->slot[answer[i].slot].req : NULL;
+		struct vf_client_slot *slot = answer[i].slot < client->slot_count ? &client->slot[answer[i].slot] : NULL;
+		struct vf_req *req = slot ? slot->req : NULL;
 
-		if (!req) { /* it answers what was not asked */
+		if (!req || slot->place != VF_CLIENT_ASKED) { /* it answers what was not asked, or for the second time */
 			vf_client_leave(client);
 			return count;
 		}
+		slot->place = VF_CLIENT_KEPT;
 		if (vf_client_take(engine, &answer[i], req))
 			done[count++] = req;
 	}
@@ -258,7 +263,9 @@ static int vf_client_hear(struct vf_engine *engine, struct vf_req **done)
 
 static int vf_client_open(struct vf_engine *engine, uint32_t slot_count)
 {
+	const struct vf_relay_address *address = engine->context;
 	struct vf_client *client = calloc(1, sizeof(*client) + slot_count * sizeof(client->slot[0]));
+	struct stat status;
 	size_t len;
 	int err;
 
@@ -267,24 +274,21 @@ static int vf_client_open(struct vf_engine *engine, uint32_t slot_count)
 	client->fd = -1;
 	client->slot_count = slot_count;
 	len = vf_client_memory_bytes(client);
-	client->memory_fd = memfd_create("vdusefast-relay", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	if (client->memory_fd < 0)
-		goto fail;
-	if (ftruncate(client->memory_fd, (off_t)len) || fcntl(client->memory_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW))
-		goto fail;
+	err = fstat(address->memory_fd, &status) ? -errno : 0;
+	if (!err && (uint64_t)status.st_size < len)
+		err = -EINVAL;
 	/* Pages of it exist only once they are used. */
-	client->memory = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, client->memory_fd, 0);
-	if (client->memory == MAP_FAILED)
-		goto fail;
+	client->memory = err ? MAP_FAILED : mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, address->memory_fd, 0);
+	if (client->memory == MAP_FAILED) {
+		err = err ? err : -errno;
+		free(client);
+		return err;
+	}
+	vf_core_exclude(client->memory, len);
 	engine->state = client;
+	engine->marks_replays = 1;
 	vf_client_reach(engine);
 	return 0;
-fail:
-	err = -errno;
-	if (client->memory_fd >= 0)
-		close(client->memory_fd);
-	free(client);
-	return err;
 }
 
 static int vf_client_submit(struct vf_engine *engine, struct vf_req *req)
@@ -296,6 +300,7 @@ static int vf_client_submit(struct vf_engine *engine, struct vf_req *req)
 		return 1;
 	}
 	client->slot[req->slot].req = req;
+	client->slot[req->slot].replays = engine->replaying;
 	engine->inflight_count++;
 	vf_client_queue(engine, req);
 	return 0;
@@ -358,7 +363,6 @@ static void vf_client_close(struct vf_engine *engine)
 
 	vf_client_leave(client);
 	munmap(client->memory, vf_client_memory_bytes(client));
-	close(client->memory_fd);
 	free(client);
 	engine->state = NULL;
 }

@@ -2,7 +2,8 @@
  *
  * One process for a store that several may not have at once: the relay has the store's engine, the workers of all queues
  * send it their requests. Data goes through memory that a worker shares with the relay, a chunk for each of its slots; the
- * requests and their answers are packets of a Unix socket (SOCK_SEQPACKET), many in one.
+ * requests and their answers are packets of a Unix socket (SOCK_SEQPACKET), many in one. Each queue has a socket and a memory
+ * of its own, which the supervisor makes: a worker can reach no other queue's, nor choose what the relay maps.
  *
  * A worker that has gone leaves requests behind, which the relay finishes before it hears the next worker of that queue:
  * nothing of the past can overtake what is done again. A relay that has gone is waited for, and gets all requests again.
@@ -10,7 +11,7 @@
 #ifndef VF_RELAY_H
 #define VF_RELAY_H
 
-#include "engine.h"
+#include "engine/engine.h"
 
 #define VF_RELAY_MAGIC 0x564C5246u
 #define VF_RELAY_CHUNK_BYTES (128u << 10) /* of data that one request moves at a time; larger ones go piece by piece */
@@ -19,8 +20,10 @@
 
 #define VF_RELAY_F_UNMAP 1u
 #define VF_RELAY_F_DURABLE 2u /* a write is to be on disk when it is answered */
+#define VF_RELAY_F_REPLAY 4u /* a relay before this one may have had it */
+#define VF_RELAY_F_ALL (VF_RELAY_F_UNMAP | VF_RELAY_F_DURABLE | VF_RELAY_F_REPLAY)
 
-/* The first packet, with the descriptor of the memory: slot_count chunks, which cannot shrink (F_SEAL_SHRINK). */
+/* The first packet. */
 struct vf_relay_hello {
 	uint32_t magic;
 	uint32_t queue;
@@ -30,6 +33,12 @@ struct vf_relay_hello {
 /* The answer to it, once nothing is left of the worker before. */
 struct vf_relay_ready {
 	uint32_t magic;
+};
+
+/* What the two sides of a queue meet by. */
+struct vf_relay_place {
+	int listen_fd; /* of the relay */
+	int memory_fd; /* of both: slot_count chunks, which cannot shrink (F_SEAL_SHRINK) */
 };
 
 /* Later ones have up to VF_RELAY_BATCH_MAX of these. */
@@ -53,6 +62,7 @@ extern const struct vf_engine_ops vf_engine_relay;
 struct vf_relay_address {
 	char path[108]; /* of the relay's socket, terminated */
 	uint32_t queue;
+	int memory_fd; /* borrowed */
 };
 
 struct vf_relay_server;
@@ -63,10 +73,11 @@ enum {
 	VF_RELAY_WOKEN, /* wake_fd is readable */
 };
 
-/* A relay of queue_count queues with slot_count slots each, over an engine from outside. listen_fd is borrowed. NULL with errno
- * set; -EPROTO as vf_engine_open_plugin(). */
-struct vf_relay_server *vf_relay_open(const struct vf_engine_plugin *plugin, const struct vf_store *store, int listen_fd,
-				      uint32_t queue_count, uint32_t slot_count);
+/* A relay of queue_count queues with slot_count slots each, over an engine from outside. The descriptors in place, one a
+ * queue, are borrowed. NULL with errno set; EPROTO as vf_engine_open_plugin(). */
+struct vf_relay_server *vf_relay_open(const struct vf_engine_plugin *plugin, const struct vf_store *store,
+				      const struct vf_relay_place *place, uint32_t queue_count, uint32_t slot_count,
+				      int read_only);
 
 /* Serve until there is something for the caller. */
 int vf_relay_serve(struct vf_relay_server *server, int wake_fd);

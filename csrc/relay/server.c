@@ -1,10 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The relay's side: packets of the workers' sockets into requests of the one engine, and back.
+ *
+ * A worker may be in somebody else's hands. What it sends is copied once and checked before it counts; its queue is that of
+ * the socket it came by; the memory is not its own choice; it has its own slots, its own answers and its own turn. One that
+ * breaks the rules is sent away, and the others do not notice.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -13,38 +18,49 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "barrier.h"
-#include "relay.h"
+#include "base/barrier.h"
+#include "base/clock.h"
+#include "base/core_dump.h"
+#include "relay/relay.h"
 
 #define VF_EVENT_MAX 16
 #define VF_REAP_MAX 64u
 #define VF_PACKET_MAX 16u /* of one worker, before it is another's turn */
 #define VF_TICK_MS 100
 #define VF_BEHIND_MS 5 /* a worker does not take its answers: look again soon */
-#define VF_GUEST_MAX (2u * VF_RELAY_QUEUE_MAX) /* connections: one may wait for the end of the one before it */
+#define VF_COMPLAINT_NS 1000000000u /* between two lines about one queue's workers */
 
-struct vf_guest {
-	int fd; /* -1: no such guest, or one whose requests are finished for nobody */
-	uint8_t used;
-	uint8_t waits; /* for the guest before it in this queue to be gone */
-	uint32_t queue; /* of which it is; ~0: it has not said yet */
+enum vf_slot_state {
+	VF_SLOT_FREE,
+	VF_SLOT_ASKED, /* the engine has it */
+	VF_SLOT_ANSWERED, /* and the worker has not been told */
+};
+
+/* Of one queue: the worker that is served, and the one that has come after it. */
+struct vf_seat {
+	int listen_fd; /* borrowed */
+	int fd; /* -1: nobody is served; requests of the one before may still be under way */
+	int next_fd; /* waits until nothing is left of the one before; -1: nobody. Not listened to before that */
+	uint8_t welcome; /* it has said hello */
+	uint8_t durable; /* it wants writes to be on disk when they are answered */
 	uint8_t *memory;
-	uint32_t inflight_count;
+	uint8_t *slot_state; /* enum vf_slot_state, of slot_count slots */
+	struct vf_relay_answer *answer; /* slot_count: each slot has one at most */
+	uint32_t asked_count;
 	uint32_t answer_count;
-	struct vf_relay_answer *answer; /* slot_count of them */
+	uint64_t complained_ns;
 };
 
 struct vf_relay_server {
 	struct vf_engine engine;
-	int listen_fd; /* borrowed */
 	int epoll_fd;
 	uint32_t queue_count;
 	uint32_t slot_count; /* of a queue */
+	uint8_t read_only;
+	uint8_t behind; /* there are answers that could not be sent */
 	struct vf_req *req; /* slot_count of each queue */
 	struct iovec *iov; /* one for each */
-	struct vf_guest **owner; /* of each; NULL: free */
-	uint8_t behind; /* there are answers that could not be sent */
-	struct vf_guest guest[VF_GUEST_MAX];
+	struct vf_seat seat[VF_RELAY_QUEUE_MAX];
 };
 
 static size_t vf_server_memory_bytes(const struct vf_relay_server *server)
@@ -52,106 +68,113 @@ static size_t vf_server_memory_bytes(const struct vf_relay_server *server)
 	return (size_t)server->slot_count * VF_RELAY_CHUNK_BYTES;
 }
 
-static struct vf_guest *vf_guest_of(struct vf_relay_server *server, uint32_t queue, int waits)
+static int vf_server_watch(const struct vf_relay_server *server, const struct vf_seat *seat, int fd)
 {
-	for (uint32_t i = 0; i < VF_GUEST_MAX; i++) {
-		struct vf_guest *guest = &server->guest[i];
+	uint32_t place = 2u * (uint32_t)(seat - server->seat) + (fd != seat->listen_fd);
+	struct epoll_event event = { .events = EPOLLIN, .data = { .u32 = place } };
 
-		if (guest->used && guest->queue == queue && guest->waits == waits)
-			return guest;
+	return epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event);
+}
+
+/* The engine looks whenever it likes: nobody may undo what somebody else relies on. */
+static void vf_seat_want_durable(struct vf_relay_server *server, struct vf_seat *seat, uint8_t durable)
+{
+	if (seat->durable == durable)
+		return;
+	seat->durable = durable;
+	server->engine.store.write_flags = 0;
+	for (uint32_t i = 0; i < server->queue_count; i++)
+		server->engine.store.write_flags |= server->seat[i].durable;
+}
+
+/* Once nobody is there any more, and nothing under way: the next one. */
+static void vf_seat_settle(struct vf_relay_server *server, struct vf_seat *seat)
+{
+	if (seat->fd >= 0 || seat->asked_count)
+		return;
+	vf_seat_want_durable(server, seat, 0);
+	if (seat->next_fd < 0)
+		return;
+	seat->fd = seat->next_fd;
+	seat->next_fd = -1;
+	if (vf_server_watch(server, seat, seat->fd)) { /* it tries again */
+		close(seat->fd);
+		seat->fd = -1;
 	}
-	return NULL;
 }
 
-static void vf_guest_forget(struct vf_relay_server *server, struct vf_guest *guest)
+static void vf_seat_leave(struct vf_relay_server *server, struct vf_seat *seat)
 {
-	if (guest->memory)
-		munmap(guest->memory, vf_server_memory_bytes(server));
-	free(guest->answer);
-	*guest = (struct vf_guest){ .fd = -1 };
+	if (seat->fd >= 0)
+		close(seat->fd); /* and with it its place in the epoll set */
+	seat->fd = -1;
+	seat->welcome = 0;
+	for (uint32_t i = 0; i < seat->answer_count; i++)
+		seat->slot_state[seat->answer[i].slot] = VF_SLOT_FREE;
+	seat->answer_count = 0;
+	vf_seat_settle(server, seat);
 }
 
-/* Tell a guest that its queue is its own. */
-static void vf_guest_welcome(struct vf_guest *guest)
+/* Send a worker away that has broken the rules. */
+static void vf_seat_expel(struct vf_relay_server *server, struct vf_seat *seat, const char *why)
 {
-	struct vf_relay_ready ready = { .magic = VF_RELAY_MAGIC };
+	uint64_t now_ns = vf_now_ns();
 
-	guest->waits = 0;
-	/* One that has gone meanwhile is noticed by its socket. */
-	(void)!send(guest->fd, &ready, sizeof(ready), MSG_NOSIGNAL | MSG_DONTWAIT);
+	if (!seat->complained_ns || now_ns - seat->complained_ns > VF_COMPLAINT_NS) {
+		seat->complained_ns = now_ns;
+		fprintf(stderr, "queue %u: its worker is disconnected from the store: it sent %s\n",
+			(unsigned)(seat - server->seat), why);
+	}
+	vf_seat_leave(server, seat);
 }
 
-/* Once nobody is there any more, and nothing in flight: the queue's next guest. */
-static void vf_guest_settle(struct vf_relay_server *server, struct vf_guest *guest)
-{
-	uint32_t queue = guest->queue;
-	int waited = guest->waits;
-	struct vf_guest *next;
-
-	if (guest->fd >= 0 || guest->inflight_count)
-		return;
-	vf_guest_forget(server, guest);
-	if (waited || queue == UINT32_MAX)
-		return;
-	next = vf_guest_of(server, queue, 1);
-	if (next)
-		vf_guest_welcome(next);
-}
-
-static void vf_guest_leave(struct vf_relay_server *server, struct vf_guest *guest)
-{
-	if (guest->fd >= 0)
-		close(guest->fd); /* and with it its place in the epoll set */
-	guest->fd = -1;
-	guest->answer_count = 0;
-	vf_guest_settle(server, guest);
-}
-
-static void vf_guest_send(struct vf_relay_server *server, struct vf_guest *guest)
+static void vf_seat_send(struct vf_relay_server *server, struct vf_seat *seat)
 {
 	uint32_t sent = 0;
 
-	while (sent < guest->answer_count) {
-		uint32_t left = guest->answer_count - sent;
+	while (sent < seat->answer_count) {
+		uint32_t left = seat->answer_count - sent;
 		uint32_t count = left < VF_RELAY_BATCH_MAX ? left : VF_RELAY_BATCH_MAX;
-		size_t len = count * sizeof(guest->answer[0]);
+		size_t len = count * sizeof(seat->answer[0]);
 
-		if (send(guest->fd, &guest->answer[sent], len, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)len) {
+		if (send(seat->fd, &seat->answer[sent], len, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)len) {
 			if (errno != EAGAIN && errno != EINTR) {
-				vf_guest_leave(server, guest);
+				vf_seat_leave(server, seat);
 				return;
 			}
 			server->behind = 1;
 			break;
 		}
+		for (uint32_t i = sent; i < sent + count; i++)
+			seat->slot_state[seat->answer[i].slot] = VF_SLOT_FREE;
 		sent += count;
 	}
-	guest->answer_count -= sent;
-	memmove(guest->answer, guest->answer + sent, guest->answer_count * sizeof(guest->answer[0]));
+	seat->answer_count -= sent;
+	memmove(seat->answer, seat->answer + sent, seat->answer_count * sizeof(seat->answer[0]));
 }
 
 static void vf_server_send(struct vf_relay_server *server)
 {
 	server->behind = 0;
-	for (uint32_t i = 0; i < VF_GUEST_MAX; i++) {
-		if (server->guest[i].answer_count)
-			vf_guest_send(server, &server->guest[i]);
+	for (uint32_t i = 0; i < server->queue_count; i++) {
+		if (server->seat[i].answer_count)
+			vf_seat_send(server, &server->seat[i]);
 	}
 }
 
 static void vf_server_finish(struct vf_relay_server *server, struct vf_req *req)
 {
-	struct vf_guest *guest = server->owner[req->slot];
+	struct vf_seat *seat = &server->seat[req->slot / server->slot_count];
+	uint32_t slot = req->slot % server->slot_count;
 
-	server->owner[req->slot] = NULL;
-	guest->inflight_count--;
-	if (guest->fd >= 0)
-		guest->answer[guest->answer_count++] = (struct vf_relay_answer){
-			.slot = req->slot % server->slot_count,
-			.result = req->result,
-		};
-	else
-		vf_guest_settle(server, guest);
+	seat->asked_count--;
+	if (seat->fd >= 0) {
+		seat->slot_state[slot] = VF_SLOT_ANSWERED;
+		seat->answer[seat->answer_count++] = (struct vf_relay_answer){ .slot = slot, .result = req->result };
+		return;
+	}
+	seat->slot_state[slot] = VF_SLOT_FREE;
+	vf_seat_settle(server, seat);
 }
 
 static void vf_server_reap(struct vf_relay_server *server)
@@ -168,20 +191,44 @@ static void vf_server_reap(struct vf_relay_server *server)
 	}
 }
 
-/* Start a request. 0, or -1: no guest of ours asks for this. */
-static int vf_server_start(struct vf_relay_server *server, struct vf_guest *guest, const struct vf_relay_request *asked)
+static int vf_is_range(const struct vf_relay_request *asked)
+{
+	return asked->len_bytes && asked->len_bytes % VF_SECTOR_BYTES == 0 && asked->offset_bytes % VF_SECTOR_BYTES == 0 &&
+	       asked->offset_bytes <= INT64_MAX && asked->len_bytes <= INT64_MAX - asked->offset_bytes;
+}
+
+/* What is wrong with a request, NULL: nothing. */
+static const char *vf_server_judge(const struct vf_relay_server *server, const struct vf_seat *seat,
+				   const struct vf_relay_request *asked)
+{
+	int has_data = asked->op == VF_OP_READ || asked->op == VF_OP_WRITE;
+
+	if (asked->slot >= server->slot_count)
+		return "a slot that it does not have";
+	if (seat->slot_state[asked->slot] != VF_SLOT_FREE)
+		return "a second request for a slot in use";
+	if (asked->op > VF_OP_WRITE_ZEROES || asked->flags & ~VF_RELAY_F_ALL || asked->reserved)
+		return "an unknown operation";
+	if (asked->op != VF_OP_FLUSH && !vf_is_range(asked))
+		return "an impossible range";
+	if (has_data && asked->len_bytes > VF_RELAY_CHUNK_BYTES)
+		return "a range larger than its memory";
+	if (server->read_only && asked->op != VF_OP_READ && asked->op != VF_OP_FLUSH)
+		return "a write to a read-only device";
+	return NULL;
+}
+
+static void vf_server_start(struct vf_relay_server *server, struct vf_seat *seat, const struct vf_relay_request *asked)
 {
 	struct vf_engine *engine = &server->engine;
 	int has_data = asked->op == VF_OP_READ || asked->op == VF_OP_WRITE;
-	uint32_t slot = guest->queue * server->slot_count + asked->slot;
+	int is_flush = asked->op == VF_OP_FLUSH;
+	uint32_t slot = (uint32_t)(seat - server->seat) * server->slot_count + asked->slot;
 	struct vf_req *req = &server->req[slot];
 
-	if (asked->slot >= server->slot_count || server->owner[slot] || asked->op > VF_OP_WRITE_ZEROES ||
-	    (has_data && asked->len_bytes > VF_RELAY_CHUNK_BYTES))
-		return -1;
 	server->iov[slot] = (struct iovec){
-		.iov_base = guest->memory + (size_t)asked->slot * VF_RELAY_CHUNK_BYTES,
-		.iov_len = (size_t)asked->len_bytes,
+		.iov_base = seat->memory + (size_t)asked->slot * VF_RELAY_CHUNK_BYTES,
+		.iov_len = has_data ? (size_t)asked->len_bytes : 0,
 	};
 	*req = (struct vf_req){
 		.op = asked->op,
@@ -189,123 +236,88 @@ static int vf_server_start(struct vf_relay_server *server, struct vf_guest *gues
 		.slot = (uint16_t)slot,
 		.iov = &server->iov[slot],
 		.iov_base = &server->iov[slot],
-		.iov_count = has_data,
-		.offset_bytes = asked->offset_bytes,
-		.left_bytes = asked->len_bytes,
-		.data_bytes = asked->len_bytes,
+		.iov_count = (uint32_t)has_data,
+		.offset_bytes = is_flush ? 0 : asked->offset_bytes,
+		.left_bytes = is_flush ? 0 : asked->len_bytes,
+		.data_bytes = is_flush ? 0 : asked->len_bytes,
 	};
-	server->owner[slot] = guest;
-	guest->inflight_count++;
-	engine->store.write_flags = (asked->flags & VF_RELAY_F_DURABLE) != 0;
+	seat->slot_state[asked->slot] = VF_SLOT_ASKED;
+	seat->asked_count++;
+	vf_seat_want_durable(server, seat, (asked->flags & VF_RELAY_F_DURABLE) != 0);
+	engine->replaying = (asked->flags & VF_RELAY_F_REPLAY) != 0;
 	if (engine->ops->submit(engine, req))
 		vf_server_finish(server, req);
-	return 0;
 }
 
-/* The memory that came with a hello, mapped; NULL: it is not such. */
-static uint8_t *vf_server_map(const struct vf_relay_server *server, int fd)
+/* The first packet of a worker. */
+static void vf_seat_greet(struct vf_relay_server *server, struct vf_seat *seat)
 {
-	struct stat status;
-	void *memory;
-	int seals = fcntl(fd, F_GET_SEALS);
+	struct vf_relay_ready ready = { .magic = VF_RELAY_MAGIC };
+	struct vf_relay_hello hello;
+	ssize_t len = recv(seat->fd, &hello, sizeof(hello), MSG_DONTWAIT | MSG_TRUNC);
 
-	if (seals < 0 || !(seals & F_SEAL_SHRINK) || fstat(fd, &status) ||
-	    (uint64_t)status.st_size < vf_server_memory_bytes(server))
-		return NULL;
-	memory = mmap(NULL, vf_server_memory_bytes(server), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	return memory == MAP_FAILED ? NULL : memory;
+	if (len < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (len <= 0)
+		vf_seat_leave(server, seat);
+	else if (len != (ssize_t)sizeof(hello) || hello.magic != VF_RELAY_MAGIC ||
+		 hello.queue != (uint32_t)(seat - server->seat) || hello.slot_count != server->slot_count)
+		vf_seat_expel(server, seat, "no hello of this version and queue");
+	else if (send(seat->fd, &ready, sizeof(ready), MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)sizeof(ready))
+		vf_seat_leave(server, seat);
+	else
+		seat->welcome = 1;
 }
 
-/* The descriptor in a message, -1: none. */
-static int vf_message_fd(struct msghdr *message)
-{
-	struct cmsghdr *header = CMSG_FIRSTHDR(message);
-	int fd = -1;
-
-	if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS &&
-	    header->cmsg_len == CMSG_LEN(sizeof(int)))
-		memcpy(&fd, CMSG_DATA(header), sizeof(int));
-	return fd;
-}
-
-/* 0, or -1: that is no guest. */
-static int vf_guest_enter(struct vf_relay_server *server, struct vf_guest *guest)
-{
-	struct vf_relay_hello hello = { 0 };
-	struct iovec iov = { .iov_base = &hello, .iov_len = sizeof(hello) };
-	union {
-		struct cmsghdr header;
-		char space[CMSG_SPACE(sizeof(int))];
-	} control;
-	struct msghdr message = {
-		.msg_iov = &iov,
-		.msg_iovlen = 1,
-		.msg_control = &control,
-		.msg_controllen = sizeof(control.space),
-	};
-	ssize_t len = recvmsg(guest->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-	int fd = len > 0 ? vf_message_fd(&message) : -1;
-
-	if (len == (ssize_t)sizeof(hello) && fd >= 0 && hello.magic == VF_RELAY_MAGIC &&
-	    hello.queue < server->queue_count && hello.slot_count == server->slot_count &&
-	    !vf_guest_of(server, hello.queue, 1))
-		guest->memory = vf_server_map(server, fd);
-	if (fd >= 0)
-		close(fd);
-	guest->answer = guest->memory ? calloc(server->slot_count, sizeof(guest->answer[0])) : NULL;
-	if (!guest->answer)
-		return -1;
-	guest->waits = vf_guest_of(server, hello.queue, 0) != NULL;
-	guest->queue = hello.queue;
-	if (!guest->waits)
-		vf_guest_welcome(guest);
-	return 0;
-}
-
-static void vf_guest_hear(struct vf_relay_server *server, struct vf_guest *guest)
+/* One packet of requests. Whether there may be more. */
+static int vf_seat_take(struct vf_relay_server *server, struct vf_seat *seat)
 {
 	struct vf_relay_request asked[VF_RELAY_BATCH_MAX];
+	ssize_t len = recv(seat->fd, asked, sizeof(asked), MSG_DONTWAIT | MSG_TRUNC);
+	const char *wrong;
 
-	if (guest->queue == UINT32_MAX) {
-		if (vf_guest_enter(server, guest))
-			vf_guest_leave(server, guest);
-		return;
+	if (len < 0 && (errno == EAGAIN || errno == EINTR))
+		return 0;
+	if (len <= 0) {
+		vf_seat_leave(server, seat);
+		return 0;
 	}
-	for (uint32_t i = 0; i < VF_PACKET_MAX; i++) {
-		ssize_t len = recv(guest->fd, asked, sizeof(asked), MSG_DONTWAIT);
-
-		if (len < 0 && (errno == EAGAIN || errno == EINTR))
-			return;
-		if (len <= 0 || guest->waits) { /* nobody asks before the welcome */
-			vf_guest_leave(server, guest);
-			return;
-		}
-		for (uint32_t j = 0; j < (size_t)len / sizeof(asked[0]); j++) {
-			if (vf_server_start(server, guest, &asked[j])) {
-				vf_guest_leave(server, guest);
-				return;
-			}
-		}
+	if ((size_t)len > sizeof(asked) || (size_t)len % sizeof(asked[0])) {
+		vf_seat_expel(server, seat, "a packet of a wrong size");
+		return 0;
 	}
+	for (uint32_t i = 0; i < (size_t)len / sizeof(asked[0]); i++) {
+		wrong = vf_server_judge(server, seat, &asked[i]);
+		if (wrong) {
+			vf_seat_expel(server, seat, wrong);
+			return 0;
+		}
+		vf_server_start(server, seat, &asked[i]);
+	}
+	return 1;
 }
 
-static void vf_server_accept(struct vf_relay_server *server)
+static void vf_seat_hear(struct vf_relay_server *server, struct vf_seat *seat)
 {
-	int fd = accept4(server->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-	struct epoll_event event = { .events = EPOLLIN };
+	if (!seat->welcome) {
+		vf_seat_greet(server, seat);
+		return;
+	}
+	for (uint32_t i = 0; i < VF_PACKET_MAX && vf_seat_take(server, seat); i++)
+		;
+}
+
+/* The newest of those who wait is the one that is waited for: the worker that a supervisor has started last. */
+static void vf_seat_accept(struct vf_relay_server *server, struct vf_seat *seat)
+{
+	int fd = accept4(seat->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 	if (fd < 0)
 		return; /* it has gone again */
-	for (uint32_t i = 0; i < VF_GUEST_MAX; i++) {
-		if (server->guest[i].used)
-			continue;
-		event.data.u32 = i;
-		if (epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event))
-			break;
-		server->guest[i] = (struct vf_guest){ .fd = fd, .used = 1, .queue = UINT32_MAX };
-		return;
-	}
-	close(fd);
+	if (seat->next_fd >= 0)
+		close(seat->next_fd);
+	seat->next_fd = fd;
+	vf_seat_settle(server, seat);
 }
 
 static void vf_server_hear(struct vf_relay_server *server)
@@ -314,12 +326,12 @@ static void vf_server_hear(struct vf_relay_server *server)
 	int count = epoll_wait(server->epoll_fd, event, VF_EVENT_MAX, 0);
 
 	for (int i = 0; i < count; i++) {
-		uint32_t place = event[i].data.u32;
+		struct vf_seat *seat = &server->seat[event[i].data.u32 / 2u];
 
-		if (place == VF_GUEST_MAX)
-			vf_server_accept(server);
-		else if (server->guest[place].used && server->guest[place].fd >= 0)
-			vf_guest_hear(server, &server->guest[place]);
+		if (event[i].data.u32 % 2u == 0)
+			vf_seat_accept(server, seat);
+		else if (seat->fd >= 0)
+			vf_seat_hear(server, seat);
 	}
 }
 
@@ -361,55 +373,89 @@ int vf_relay_serve(struct vf_relay_server *server, int wake_fd)
 	}
 }
 
-static int vf_server_allocate(struct vf_relay_server *server)
+/* Of one queue. 0 or -errno. */
+static int vf_seat_allocate(struct vf_relay_server *server, struct vf_seat *seat, const struct vf_relay_place *place)
+{
+	size_t len = vf_server_memory_bytes(server);
+	int seals = fcntl(place->memory_fd, F_GET_SEALS);
+	struct stat status;
+	void *memory;
+
+	if (fstat(place->memory_fd, &status) || seals < 0)
+		return -errno;
+	if (!(seals & F_SEAL_SHRINK) || (uint64_t)status.st_size < len)
+		return -EINVAL; /* pages that a worker could take away would kill us */
+	memory = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, place->memory_fd, 0);
+	if (memory == MAP_FAILED)
+		return -errno;
+	vf_core_exclude(memory, len);
+	seat->memory = memory;
+	seat->listen_fd = place->listen_fd;
+	seat->slot_state = calloc(server->slot_count, sizeof(seat->slot_state[0]));
+	seat->answer = calloc(server->slot_count, sizeof(seat->answer[0]));
+	if (!seat->slot_state || !seat->answer)
+		return -ENOMEM;
+	return vf_server_watch(server, seat, seat->listen_fd) ? -errno : 0;
+}
+
+static int vf_server_allocate(struct vf_relay_server *server, const struct vf_relay_place *place)
 {
 	uint32_t count = server->queue_count * server->slot_count;
-	struct epoll_event event = { .events = EPOLLIN, .data = { .u32 = VF_GUEST_MAX } };
+	int err = 0;
 
 	server->req = calloc(count, sizeof(server->req[0]));
 	server->iov = calloc(count, sizeof(server->iov[0]));
-	server->owner = calloc(count, sizeof(struct vf_guest *));
-	if (!server->req || !server->iov || !server->owner)
+	if (!server->req || !server->iov)
 		return -ENOMEM;
-	for (uint32_t i = 0; i < VF_GUEST_MAX; i++)
-		server->guest[i].fd = -1;
 	server->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	if (server->epoll_fd < 0 || epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, server->listen_fd, &event))
+	if (server->epoll_fd < 0)
 		return -errno;
-	return 0;
+	for (uint32_t i = 0; i < server->queue_count && !err; i++)
+		err = vf_seat_allocate(server, &server->seat[i], &place[i]);
+	return err;
 }
 
 static void vf_server_free(struct vf_relay_server *server)
 {
-	for (uint32_t i = 0; i < VF_GUEST_MAX; i++) {
-		if (server->guest[i].fd >= 0)
-			close(server->guest[i].fd);
-		vf_guest_forget(server, &server->guest[i]);
+	for (uint32_t i = 0; i < server->queue_count; i++) {
+		struct vf_seat *seat = &server->seat[i];
+
+		if (seat->fd >= 0)
+			close(seat->fd);
+		if (seat->next_fd >= 0)
+			close(seat->next_fd);
+		if (seat->memory)
+			munmap(seat->memory, vf_server_memory_bytes(server));
+		free(seat->slot_state);
+		free(seat->answer);
 	}
 	if (server->epoll_fd >= 0)
 		close(server->epoll_fd);
-	free(server->owner);
 	free(server->iov);
 	free(server->req);
 	free(server);
 }
 
-struct vf_relay_server *vf_relay_open(const struct vf_engine_plugin *plugin, const struct vf_store *store, int listen_fd,
-				      uint32_t queue_count, uint32_t slot_count)
+struct vf_relay_server *vf_relay_open(const struct vf_engine_plugin *plugin, const struct vf_store *store,
+				      const struct vf_relay_place *place, uint32_t queue_count, uint32_t slot_count,
+				      int read_only)
 {
 	struct vf_relay_server *server = calloc(1, sizeof(*server));
 	int err = -EPROTO;
 
 	if (!server)
 		return NULL;
-	server->listen_fd = listen_fd;
 	server->epoll_fd = -1;
-	server->queue_count = queue_count;
 	server->slot_count = slot_count;
-	if (queue_count > VF_RELAY_QUEUE_MAX || queue_count * slot_count > UINT16_MAX + 1u)
+	server->read_only = read_only != 0;
+	for (uint32_t i = 0; i < VF_RELAY_QUEUE_MAX; i++)
+		server->seat[i].fd = server->seat[i].next_fd = -1;
+	if (queue_count > VF_RELAY_QUEUE_MAX || slot_count == 0 || slot_count > (UINT16_MAX + 1u) / VF_RELAY_QUEUE_MAX) {
 		err = -EINVAL;
-	else if (vf_engine_plugin_fits(plugin))
-		err = vf_server_allocate(server);
+	} else if (vf_engine_plugin_fits(plugin)) {
+		server->queue_count = queue_count;
+		err = vf_server_allocate(server, place);
+	}
 	if (!err) {
 		server->engine = (struct vf_engine){ .ops = plugin->ops, .store = *store, .context = plugin->context };
 		err = plugin->ops->open ? plugin->ops->open(&server->engine, queue_count * slot_count) : 0;

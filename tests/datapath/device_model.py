@@ -208,7 +208,7 @@ class DeviceModel:
     def walk_table(self, where: Desc, found: list[Desc]) -> list[Desc]:
         if where.len == 0 or where.len % 16 or where.len // 16 > 32768:
             raise RingBroken(Reason.INDIRECT_SIZE)
-        longest = max(self.params.queue_size_max, self.params.seg_max + 2)
+        longest = max(self.params.queue_size_max, self.ring.size, self.params.seg_max + 2)
         slot = 0
         while True:
             try:

@@ -208,7 +208,7 @@ class PackedDeviceModel(DeviceModel):
     def walk_table(self, where: Desc, found: list[Desc]) -> list[Desc]:
         if where.len == 0 or where.len % 16:
             raise RingBroken(Reason.INDIRECT_SIZE)
-        if where.len // 16 > max(self.params.queue_size_max, self.params.seg_max + 2):
+        if where.len // 16 > max(self.params.queue_size_max, self.ring.size, self.params.seg_max + 2):
             raise RingBroken(Reason.CHAIN_TOO_LONG)
         for slot in range(where.len // 16):
             try:

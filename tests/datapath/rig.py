@@ -30,7 +30,8 @@ from model import (
 )
 from packed_model import PackedDeviceModel, PackedRing
 
-from vdusefast import _datapath, shm
+from vdusefast.state import shared_pages
+from vdusefast.worker import _datapath
 
 RING_IOVA = 0x10_0000
 DATA_IOVA = 0x4000_0000
@@ -42,7 +43,7 @@ PUBLISH_BATCH = {"memory": 8, "sync": 4, "uring": 16, "cached": 4, "null": 16, "
 
 def file_engines() -> list[str]:
     """Return the engines for files that this machine allows."""
-    pages = mmap.mmap(-1, shm.queue_stride_bytes(2))
+    pages = mmap.mmap(-1, shared_pages.QUEUE_STRIDE_BYTES)
     queue = _datapath.Queue(pages, queue_size=2, capacity_sectors=1)
     fd = os.memfd_create("probe", os.MFD_CLOEXEC)
     try:
@@ -58,7 +59,9 @@ def file_engines() -> list[str]:
 
 def pattern(size: int, seed: int = 1) -> bytes:
     """Return bytes that differ from sector to sector."""
-    return bytes((i // SECTOR_BYTES * 7 + i + seed * 31) & 0xFF for i in range(size))
+    period = min(size, 256 * SECTOR_BYTES)
+    first = bytes((i // SECTOR_BYTES * 7 + i + seed * 31) & 0xFF for i in range(period))
+    return first * (size // period) + first[: size % period] if period else b""
 
 
 @contextmanager
@@ -91,6 +94,7 @@ class Rig:
         start: bool = True,
         cache: str = "writeback",
         plugin: Any = None,
+        size_max_bytes: int = 0,
         **engine_options: Any,
     ) -> None:
         self.params, self.engine = params, engine
@@ -116,8 +120,9 @@ class Rig:
             os.pwrite(self.store_fd, self.store, 0)
         self.model = make_model(params, self.ring, self.store, PUBLISH_BATCH[engine])
         self.irq_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.pages = mmap.mmap(-1, shm.queue_stride_bytes(params.queue_size_max))
+        self.pages = mmap.mmap(-1, shared_pages.QUEUE_STRIDE_BYTES)
         self._cache, self._plugin, self._engine_options = cache, plugin, engine_options
+        self._size_max_bytes = size_max_bytes
         self._dead: list[_datapath.Queue] = []
         self.queue = self._make_queue()
         if start:
@@ -133,6 +138,7 @@ class Rig:
             block_size=params.block_size,
             read_only=params.read_only,
             seg_max=params.seg_max,
+            size_max_bytes=self._size_max_bytes,
             discard_max_sectors=params.discard_max_sectors,
             discard_max_seg=params.discard_max_seg,
             write_zeroes_max_sectors=params.write_zeroes_max_sectors,
@@ -208,10 +214,12 @@ class Rig:
     @property
     def reason(self) -> Reason:
         """The fail_reason in the shared pages."""
-        return Reason(int.from_bytes(self.pages[shm.STATUS_OFFSET + 12 : shm.STATUS_OFFSET + 16], "little"))
+        return Reason(
+            int.from_bytes(self.pages[shared_pages.STATUS_OFFSET + 12 : shared_pages.STATUS_OFFSET + 16], "little")
+        )
 
     def counter(self, name: str) -> int:
-        at = shm.COUNTERS_OFFSET + 8 * shm.COUNTERS.index(name)
+        at = shared_pages.COUNTERS_OFFSET + 8 * shared_pages.COUNTERS.index(name)
         return int.from_bytes(self.pages[at : at + 8], "little")
 
     def irqs(self) -> int:

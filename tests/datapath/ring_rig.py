@@ -14,8 +14,8 @@ from types import TracebackType
 import pytest
 from packed_device import Buffer, Chain, PackedRing
 
-from vdusefast import _driver
-from vdusefast.driver import PAGE_BYTES, area_sizes
+from vdusefast.driver import _driver
+from vdusefast.driver.loopback_driver import PAGE_BYTES, area_sizes
 
 TABLES_MAX, TABLE_BYTES = 64, 256
 NEXT, WRITE, INDIRECT = 1, 2, 4

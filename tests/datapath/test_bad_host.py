@@ -16,7 +16,8 @@ from device_model import Params
 from model import IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, WRITE, Desc, Region, header, ranges
 from rig import IN_IOVA, OUT_IOVA, Rig, file_engines, pattern
 
-from vdusefast import _datapath, shm
+from vdusefast.state import shared_pages
+from vdusefast.worker import _datapath
 
 HERE = Path(__file__).parent
 ENGINES = file_engines()
@@ -265,7 +266,7 @@ def test_flush_of_a_failing_store_is_an_error(engine: str) -> None:
 
 
 def test_memory_store_smaller_than_the_device_is_refused() -> None:
-    pages = mmap.mmap(-1, shm.queue_stride_bytes(2))
+    pages = mmap.mmap(-1, shared_pages.QUEUE_STRIDE_BYTES)
     queue = _datapath.Queue(pages, queue_size=2, capacity_sectors=9)
     fd = os.memfd_create("store", os.MFD_CLOEXEC)
     os.ftruncate(fd, 4096)

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import pytest
 from device_model import Params
-from model import F_INDIRECT, INDIRECT, NEXT, OK, RO, RW, T_FLUSH, T_IN, T_OUT, WO, WRITE, Desc, Reason, Region, table
+from model import (
+    F_INDIRECT,
+    F_PACKED,
+    INDIRECT,
+    NEXT,
+    OK,
+    RO,
+    RW,
+    T_FLUSH,
+    T_IN,
+    T_OUT,
+    WO,
+    WRITE,
+    Desc,
+    Reason,
+    Region,
+    table,
+)
 from rig import IN_IOVA, OUT_IOVA, RING_IOVA, Rig, pattern
 
-from vdusefast._datapath import Queue, RingError
+from vdusefast.worker._datapath import Queue, RingError
 
 TABLE = IN_IOVA + 0x8000
 
@@ -222,7 +239,40 @@ def test_ring_area_at_the_end_of_the_address_space() -> None:
             rig.start()
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, 24, 65536])
+@pytest.mark.parametrize("size", [1, 5, 24, 100])
+def test_packed_ring_of_any_size_is_served_for_some_laps(size: int) -> None:
+    with Rig(Params(queue_size_max=16, features=Params.features | F_PACKED), size=size) as rig:
+        parts = rig.request(T_FLUSH)
+        rig.memory.write(TABLE, table(parts))
+        chain = parts if size > len(parts) else [Desc(TABLE, 16 * len(parts), INDIRECT)]
+        for _ in range(5 * size + 2):
+            head = rig.ring.put_chain(chain)
+            rig.ring.make_available(head)
+            assert rig.poll() == 1
+            ((answered, _),) = rig.ring.reap(in_order=False)
+            assert answered == head
+
+
+def test_split_ring_of_one_descriptor_is_served() -> None:
+    with Rig(size=1) as rig:
+        parts = rig.request(T_FLUSH)
+        rig.memory.write(TABLE, table(parts))
+        for _ in range(3):
+            head = rig.ring.put_chain([Desc(TABLE, 16 * len(parts), INDIRECT)])
+            rig.ring.make_available(head)
+            assert rig.poll() == 1
+            assert rig.ring.reap(in_order=False) == [(0, 1)]
+
+
+def test_chain_of_a_whole_ring_that_is_larger_than_offered_is_served() -> None:
+    with Rig(Params(queue_size_max=8, seg_max=4), size=256) as rig:
+        assert rig.ask([*[Desc(IN_IOVA, 0)] * 254, *rig.request(T_FLUSH)]) == (1, OK)
+        rig.ring.reap(in_order=False)
+        rig.ring.put_desc(0, Desc(IN_IOVA, 0, NEXT, 0))
+        assert fail(rig, 0) == Reason.CHAIN_TOO_LONG
+
+
+@pytest.mark.parametrize("size", [0, 3, 24, 65536])
 def test_queue_size_that_is_not_allowed(size: int) -> None:
     with Rig(start=False) as rig:
         rig.ring.size = size

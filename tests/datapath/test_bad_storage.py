@@ -14,7 +14,7 @@ from device_model import Params
 from model import T_FLUSH, T_IN, Reason
 from rig import OUT_IOVA, Rig, file_engines
 
-from vdusefast import _datapath
+from vdusefast.worker import _datapath
 
 needs_uring = pytest.mark.skipif("uring" not in file_engines(), reason="io_uring is not allowed here")
 

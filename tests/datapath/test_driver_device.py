@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from vdusefast import _driver
 from vdusefast.api import Device
-from vdusefast.bench.memory import make_job
+from vdusefast.bench.fio.memory import make_job
 from vdusefast.config import make_config
-from vdusefast.driver import LoopbackDriver
+from vdusefast.driver import _driver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.transport import uapi
 
 SIZE = 4 << 20

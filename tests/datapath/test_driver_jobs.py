@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from driver_device import DISCARD, FLUSH, FORMATS, IN, OUT, FakeBus
 
-from vdusefast import _driver
-from vdusefast.bench.memory import make_job
-from vdusefast.driver import LoopbackDriver
+from vdusefast.bench.fio.memory import make_job
+from vdusefast.driver import _driver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 
 SIZE = 256 * 1024
 

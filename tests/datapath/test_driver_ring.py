@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from driver_device import FORMATS, FakeBus
 
-from vdusefast import _driver
-from vdusefast.driver import LoopbackDriver
+from vdusefast.driver import _driver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.errors import TimedOutError
 from vdusefast.transport import uapi
 

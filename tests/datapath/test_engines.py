@@ -18,7 +18,7 @@ from rig import IN_IOVA, OUT_IOVA, Rig, pattern, store_on_disk
 from vdusefast.api import Device
 from vdusefast.config import make_config
 from vdusefast.errors import ConfigError, KernelSupportError
-from vdusefast.worker import Worker
+from vdusefast.worker.main import Worker
 
 HERE = Path(__file__).parent
 PAGE = 4096

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import vdusefast
-from vdusefast.driver import LoopbackDriver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 
 MIB = 1 << 20
 SIZE = 8 * MIB

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import pytest
 
 import vdusefast
-from vdusefast.driver import LoopbackDriver
+from vdusefast.control.virtqueue import VqControl
+from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.transport import uapi
 from vdusefast.transport.loopback import LoopbackTransport
 from vdusefast.transport.user_memory import UserMemory
-from vdusefast.vq_control import VqControl
 
 MIB = 1 << 20
 ALL = 2**64 - 1

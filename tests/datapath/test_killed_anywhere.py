@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 from device_model import Params
@@ -22,12 +24,13 @@ from model import F_IN_ORDER, F_PACKED, NEXT, SECTOR_BYTES, T_IN, T_OUT, WRITE, 
 from packed_model import AVAIL, USED
 from rig import IN_IOVA, OUT_IOVA, Rig
 
-from vdusefast import _datapath
+from vdusefast.worker import _datapath
 
 pytestmark = pytest.mark.slow
 
 STRIDE = int(os.environ.get("VDUSEFAST_KILL_STRIDE", "53"))
 FOREVER = 1 << 40
+MADV_DOFORK = 11
 FORMATS = {"split": 0, "split in order": F_IN_ORDER, "packed": F_PACKED, "packed in order": F_PACKED | F_IN_ORDER}
 
 STEPPER = """
@@ -232,8 +235,20 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def let_fork_copy_mappings() -> None:
+    """Have the child get the driver's memory, which a worker keeps from its children: here the child is the worker."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = last = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            first, last = (int(address, 16) for address in found.groups())
+        elif line.startswith("VmFlags:") and "dc" in line.split():
+            assert libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DOFORK) == 0
+
+
 def start(stepper: ctypes.CDLL, work: Callable[[Callable[[], object]], object], turn: int) -> int:
     """Start a child that does `work` and stands before its turn 0 or 1. Returns its pid."""
+    let_fork_copy_mappings()
     pid = os.fork()
     if pid == 0:
         stepper.trace_me()

@@ -12,14 +12,14 @@ from device_model import Params
 from model import IOERR, OK, T_FLUSH, T_IN, T_OUT, WRITE, Desc, Region, header
 from rig import IN_IOVA, OUT_IOVA, Rig, pattern, store_on_disk
 
-from vdusefast import shm
+from vdusefast.state import shared_pages
 
 PAGE = 4096
 STORE_BYTES = 64 * PAGE
 PARAMS = Params(capacity_sectors=STORE_BYTES // 512, queue_size_max=256)
 DATA_PAGES = 80  # then headers, or status bytes
 REGIONS = [Region(IN_IOVA, (DATA_PAGES + 1) * PAGE), Region(OUT_IOVA, (DATA_PAGES + 1) * PAGE)]
-LOG_AT = shm.INFLIGHT_OFFSET + shm.INFLIGHT_HEADER_BYTES
+LOG_AT = shared_pages.INFLIGHT_OFFSET + shared_pages.INFLIGHT_HEADER_BYTES
 ENGINES = ["sync", "cached"]
 
 
@@ -184,7 +184,7 @@ def test_a_whole_ring_left_by_a_worker_is_merged_again_in_its_order(path: Path, 
     with rig_of(engine, fd) as rig:
         heads = offer(rig, [(T_OUT, i % 60, bytes([1 + i]) * PAGE) for i in range(count)])
         for order, head in enumerate(heads, start=1):
-            struct.pack_into("<Q", rig.pages, LOG_AT + shm.INFLIGHT_ENTRY_BYTES * head, order)
+            struct.pack_into("<Q", rig.pages, LOG_AT + shared_pages.INFLIGHT_ENTRY_BYTES * head, order)
         rig.replace_worker()
         assert rig.queue.inflight_count > 64
         rig.poll()

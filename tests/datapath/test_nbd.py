@@ -408,18 +408,22 @@ def test_device_resized_on_request_reaches_what_the_old_connection_did_not_have(
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "said", "queues"),
     [
-        (Behaviour(size=4 * MIB), "the export has 4194304 bytes now, but the device has 8388608"),
-        (Behaviour(flags=ALL_FLAGS | 2), "the export is read-only now"),
-        (Behaviour(blocks=(4096, 4096, MIB)), "takes no blocks below 4096 bytes now"),
+        (Behaviour(size=4 * MIB), "the export has 4194304 bytes now, but the device has 8388608", 1),
+        (Behaviour(size=8 * MIB + 512, blocks=(4096, 4096, MIB)), "bytes now, no multiple of its block size 4096", 1),
+        (Behaviour(flags=ALL_FLAGS | 2), "the export is read-only now", 1),
+        (Behaviour(blocks=(4096, 4096, MIB)), "takes no blocks below 4096 bytes now", 2),  # which several would change
     ],
-    ids=["smaller", "read-only", "blocks"],
+    ids=["smaller", "odd", "read-only", "blocks"],
 )
 def test_export_that_has_changed_is_refused_until_it_is_right_again(
-    sock: Path, changed: Behaviour, said: str, caplog: pytest.LogCaptureFixture
+    sock: Path, changed: Behaviour, said: str, queues: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with FakeServer(sock, Behaviour()) as server, served(server.uri, reconnect_s=30) as (device, driver):
+    with (
+        FakeServer(sock, Behaviour()) as server,
+        served(server.uri, reconnect_s=30, queues=queues) as (device, driver),
+    ):
         driver.write(0, b"a" * BLOCK)
         server.behave(changed)
         server.hang_up()
@@ -461,6 +465,16 @@ def test_tls_with_a_shared_key(sock: Path, tmp_path: Path, queues: str) -> None:
         uri = f"nbds+unix://alice@/?socket={sock}&tls-psk-file={keys}"
         verified_fio(uri, f"--queues={queues}")
         with pytest.raises(VdusefastError, match=r"TLS.*; write nbds://"), served(unix_uri(sock)):
+            pass
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660])
+def test_tls_key_that_others_may_read_is_refused(sock: Path, tmp_path: Path, mode: int) -> None:
+    keys = make_psk(tmp_path)
+    with nbdkit(sock, "memory", "8M", options=("--tls=require", f"--tls-psk={keys}")):
+        keys.chmod(mode)
+        uri = f"nbds+unix://alice@/?socket={sock}&tls-psk-file={keys}"
+        with pytest.raises(VdusefastError, match=rf"keys.psk has mode {mode:04o}: .*; chmod 0600"), served(uri):
             pass
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from nbd_misdeeds import MISDEEDS, half_of_the_data, twice
+from nbd_misdeeds import MISDEEDS, StaleCookies, half_of_the_data, twice
 from nbd_rig import (
     ALL_FLAGS,
     MIB,
@@ -232,6 +233,49 @@ def test_request_that_kills_every_connection_ends_with_an_error(sock: Path, capl
             driver.read(0, BLOCK)
         assert driver.read(BLOCK, BLOCK) == bytes(BLOCK)
     assert "connections have died with a request at 0; it ends with an error" in caplog.text
+
+
+def test_answers_to_requests_of_earlier_connections_write_nothing(sock: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The request has ended with an error; its memory is the driver's again when its cookie is answered."""
+    stale = StaleCookies()
+    far = 4 * MIB
+
+    def behave(connection: socket.socket, request: Request) -> bool:
+        if request.kind == READ and request.offset >= far:
+            stale.keep(connection, request)
+            raise CloseError
+        return stale.answer(connection)
+
+    with FakeServer(sock, Behaviour(on_request=behave)) as server, served(server.uri) as (device, driver):
+        region, ring = driver.add_region(2 * BLOCK), driver.ring(0)
+        struct.pack_into("<IIQ", region.buf, BLOCK, 0, 0, far // 512)
+        header = (region.iova + BLOCK, 16, False)
+        ring.add([header, (region.iova, BLOCK, True), (region.iova + BLOCK + 16, 1, True)], 0)
+        ring.publish()
+        deadline = time.monotonic() + 30
+        while not (ring.wait(50) and ring.reap()):
+            assert time.monotonic() < deadline
+        assert region.buf[BLOCK + 16] == 1  # IOERR
+        region.buf[:BLOCK] = b"G" * BLOCK
+        assert driver.read(0, BLOCK) == bytes(BLOCK)
+        assert stale.answered_count > 1
+        assert bytes(region.buf[:BLOCK]) == b"G" * BLOCK
+        assert device.queues()[0].restarts == 0
+    assert "the server answers what it was not asked" in caplog.text
+
+
+def test_no_cookie_can_be_told_from_earlier_ones(sock: Path) -> None:
+    with FakeServer(sock, Behaviour()) as server:
+        for _ in range(2):
+            with served(server.uri) as (_, driver):
+                for _ in range(40):
+                    driver.read(0, BLOCK)
+        cookies = [request.cookie >> 16 for request in server.requests if request.kind == READ]
+    assert len(set(cookies)) == len(cookies) == 80
+    steps = {after - before for before, after in itertools.pairwise(cookies)}
+    assert len(steps) == len(cookies) - 1
+    ones = sum(cookie.bit_count() for cookie in cookies) / len(cookies)
+    assert 20 < ones < 28  # of 48 random bits
 
 
 def test_answers_in_pieces_and_out_of_order_are_put_together(sock: Path) -> None:

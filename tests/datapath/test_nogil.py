@@ -1,18 +1,21 @@
-"""The worker's loop holds no Python object: nothing of the interpreter is called in the C that Cython made of it."""
+"""The C that Cython makes of the worker's loop: it calls nothing of the interpreter, and no compiler warns of it."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = ("vdusefast/_loop.pxd", "vdusefast/_blk.pxd", "vdusefast/_recover.pxd")
+MODULES = ("_loop", "_completion", "_virtio_blk", "_recover")
+SOURCES = [f"vdusefast/worker/{name}.pxd" for name in MODULES]
+MANGLED = "|".join(f"{len(name)}{name}" for name in MODULES)
 DEFINITION = re.compile(
-    r"^static [^;={}]*?\b__pyx_f_9vdusefast_(?:5_loop|4_blk|8_recover)_(?P<name>\w+)\([^;{}]*\) \{$", re.M
+    rf"^static [^;={{}}]*?\b__pyx_f_9vdusefast_6worker_(?:{MANGLED})_(?P<name>\w+)\([^;{{}}]*\) \{{$", re.M
 )
 FORBIDDEN = re.compile(r"\b(?:_?Py[A-Z_]\w*|__Pyx_(?!pretend_to_initialize|unreachable)\w*|__pyx_(?:L\d+_error|m|b)\b)")
 
@@ -22,7 +25,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("cython") / "_datapath.c"
     directives = "boundscheck=False,wraparound=False,cdivision=True,initializedcheck=False"
     command = [sys.executable, "-m", "cython", "-3", "-X", directives, "-I", ".", "-o", str(out)]
-    subprocess.run([*command, "vdusefast/_datapath.pyx"], cwd=ROOT, check=True, timeout=50)
+    subprocess.run([*command, "vdusefast/worker/_datapath.pyx"], cwd=ROOT, check=True, timeout=50)
     return out.read_text()
 
 
@@ -39,13 +42,25 @@ def written() -> set[str]:
 
 def test_every_function_of_the_loop_is_found(generated: str) -> None:
     assert set(bodies(generated)) == written()
-    assert {"queue_run", "queue_round", "queue_take", "blk_parse", "blk_map"} <= written()
+    assert {"queue_run", "queue_round", "queue_pop", "blk_parse", "blk_map"} <= written()
 
 
 def test_the_loop_calls_nothing_of_python(generated: str) -> None:
     without_comments = re.sub(r"/\*.*?\*/", "", generated, flags=re.S)
     found = {name: FORBIDDEN.findall(body) for name, body in bodies(without_comments).items()}
     assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+def test_the_strict_compiler_has_no_warning(generated: str, tmp_path: Path) -> None:
+    make = ["make", "--silent", "--eval=flags: ; @echo $(CC) $(C_STRICT)", "flags"]
+    flags = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True, timeout=30).stdout.split()
+    assert "-Wshadow" in flags
+    (tmp_path / "loop.c").write_text(generated)
+    python = f"-isystem{sysconfig.get_path('include')}"
+    done = subprocess.run(
+        [*flags, python, tmp_path / "loop.c"], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_search_does_find_python_calls() -> None:

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 import vdusefast
-from vdusefast import _driver
-from vdusefast.bench.memory import make_job
+from vdusefast.bench.fio.memory import make_job
+from vdusefast.driver import _driver
 
 MIB = 1 << 20
 IDX_SPACE = 65536  # a driver that asks for no interrupt, with EVENT_IDX, gets one all the same in so many requests

@@ -17,7 +17,7 @@ import pytest
 from test_under_load import Load
 
 import vdusefast
-from vdusefast.driver import LoopbackDriver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 
 DISKS = Path(__file__).parents[2] / "bench" / "disks"
 MIB = 1 << 20
@@ -210,7 +210,7 @@ def test_class_that_blocks_is_shown_to_wait_and_its_worker_replaced(tmp_path: Pa
 def test_number_of_the_queue_and_what_the_class_prints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     body = """
         def open(self):
-            print("to nobody")
+            print("to the log")
             print(f"queue {self.queue} of {self.queue_count}", file=sys.stderr)
     """
     caplog.set_level("INFO")
@@ -218,7 +218,9 @@ def test_number_of_the_queue_and_what_the_class_prints(tmp_path: Path, caplog: p
         assert driver.read(512, 512, queue=1) == b"\x01" * 512
     assert "queue 0 of 2" in caplog.text
     assert "queue 1 of 2" in caplog.text
-    assert "to nobody" not in caplog.text
+    printed = "".join(line for line in caplog.text.splitlines() if line.endswith("to the log"))
+    who = ("probe (pid", "queue 0: worker (pid", "queue 1: worker (pid")
+    assert [printed.count(one) for one in who] == [1, 1, 1]
 
 
 def test_errors_reach_the_log_and_the_counters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,16 +6,17 @@ import struct
 from typing import Any
 
 import pytest
+from device_model import Params
 from model import SECTOR_BYTES, WRITE, Desc, header
 from rig import DATA_IOVA, IN_IOVA, OUT_IOVA, Rig
 
-from vdusefast import shm
-from vdusefast._datapath import RingError
+from vdusefast.state import shared_pages
+from vdusefast.worker._datapath import RingError
 
 T_OUT = 1
 DOES_NOT_COUNT = 12345  # of a split ring that goes on by its log
-HEADER_BYTES = shm.INFLIGHT_HEADER_BYTES
-ENTRY_BYTES = shm.INFLIGHT_ENTRY_BYTES
+HEADER_BYTES = shared_pages.INFLIGHT_HEADER_BYTES
+ENTRY_BYTES = shared_pages.INFLIGHT_ENTRY_BYTES
 LOGGED = 256  # entries: the largest queue size of a rig
 HEADER_WRITE_BYTES = 16 + SECTOR_BYTES
 LOG_HEADER = struct.Struct("<8sIHHIIIII")
@@ -44,18 +45,26 @@ class Crashed(Rig):
             slot = (start_idx + place) % self.ring.size
             self.memory.write(self.ring.used + 4 + 8 * slot, struct.pack("<II", self.heads[number], 1))
         self.ring.put_u16(self.ring.used + 2, start_idx + len(used))
-        at = shm.INFLIGHT_OFFSET
+        at = shared_pages.INFLIGHT_OFFSET
         place = (start_idx + noted_used_idx) & 0xFFFF
         at_work = 0 if working is None else self.heads[working] + 1
         self.put_log_header(
-            b"VDUSELOG", 2, 0, ENTRY_BYTES, self.params.queue_size_max, shm.LogState.VALID, place, place, at_work
+            b"VDUSELOG",
+            2,
+            0,
+            ENTRY_BYTES,
+            max(self.params.queue_size_max, self.ring.size),
+            shared_pages.LogState.VALID,
+            place,
+            place,
+            at_work,
         )
         for number, order in logged.items():
             entry = at + HEADER_BYTES + ENTRY_BYTES * self.heads[number]
             self.pages[entry : entry + 12] = struct.pack("<QI", order, (deaths or {}).get(number, 0))
 
     def put_log_header(self, *fields: Any) -> None:
-        at = shm.INFLIGHT_OFFSET
+        at = shared_pages.INFLIGHT_OFFSET
         self.pages[at : at + LOG_HEADER.size] = LOG_HEADER.pack(*fields)
 
     def recover(self) -> list[int]:
@@ -72,11 +81,11 @@ class Crashed(Rig):
         return self.memory.read(OUT_IOVA, self.COUNT)
 
     def log(self) -> list[int]:
-        at = shm.INFLIGHT_OFFSET + HEADER_BYTES
+        at = shared_pages.INFLIGHT_OFFSET + HEADER_BYTES
         return [order for order, _ in struct.iter_unpack("<Q8s", self.pages[at : at + ENTRY_BYTES * self.ring.size])]
 
     def deaths(self) -> list[int]:
-        at = shm.INFLIGHT_OFFSET + HEADER_BYTES
+        at = shared_pages.INFLIGHT_OFFSET + HEADER_BYTES
         all_deaths = [
             dead for _, dead in struct.iter_unpack("<QI4x", self.pages[at : at + ENTRY_BYTES * self.ring.size])
         ]
@@ -96,6 +105,13 @@ def test_requests_in_flight_are_done_again_in_the_order_they_were_taken(start_id
         for number in range(rig.COUNT):
             sector = rig.store_bytes()[number * SECTOR_BYTES : (number + 1) * SECTOR_BYTES]
             assert sector == bytes([0x40 + number]) * SECTOR_BYTES
+
+
+def test_heads_beyond_the_size_that_was_offered_are_done_again() -> None:
+    with Crashed(used=[], logged={2: 1, 4: 2, 3: 3}, params=Params(queue_size_max=8), size=16) as rig:
+        assert max(rig.heads) >= 8
+        assert rig.recover() == [2, 4, 3]
+        assert rig.log() == [0] * 16
 
 
 @pytest.mark.parametrize("start_idx", [0, 65535])
@@ -153,11 +169,12 @@ def test_a_log_of_more_requests_than_were_made_available_is_refused() -> None:
         (b"VDUSELOG", 1, 0, ENTRY_BYTES, LOGGED, 1, 0, 0, 0),
         (b"VDUSELOG", 2, 1, ENTRY_BYTES, LOGGED, 1, 0, 0, 0),
         (b"VDUSELOG", 2, 0, 8, LOGGED, 1, 0, 0, 0),
-        (b"VDUSELOG", 2, 0, ENTRY_BYTES, 2 * LOGGED, 1, 0, 0, 0),
+        (b"VDUSELOG", 2, 0, ENTRY_BYTES, 8, 1, 0, 0, 0),
+        (b"VDUSELOG", 2, 0, ENTRY_BYTES, 32769, 1, 0, 0, 0),
         (b"VDUSELOG", 2, 0, ENTRY_BYTES, LOGGED, 1, 0, 65536, 0),
         (b"VDUSELOG", 2, 0, ENTRY_BYTES, LOGGED, 1, 0, 0, LOGGED + 1),
     ],
-    ids=["magic", "version", "format", "entry size", "geometry", "index", "working"],
+    ids=["magic", "version", "format", "entry size", "smaller than the ring", "larger than any", "index", "working"],
 )
 def test_a_foreign_log_is_refused_unless_nothing_is_outstanding(header: tuple[Any, ...]) -> None:
     with Crashed(used=[], logged={0: 1}) as rig:
@@ -174,7 +191,7 @@ def test_a_foreign_log_is_refused_unless_nothing_is_outstanding(header: tuple[An
 
 def test_a_void_log_starts_at_the_used_index() -> None:
     with Crashed(used=[0, 1], logged={2: 5}) as rig:
-        rig.put_log_header(b"VDUSELOG", 2, 0, ENTRY_BYTES, LOGGED, shm.LogState.VOID, 0, 0, 0)
+        rig.put_log_header(b"VDUSELOG", 2, 0, ENTRY_BYTES, LOGGED, shared_pages.LogState.VOID, 0, 0, 0)
         assert rig.recover() == []
         assert rig.queue.note == ""
         rig.queue.poll()

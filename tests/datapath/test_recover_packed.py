@@ -11,8 +11,8 @@ from model import F_IN_ORDER, F_PACKED, NEXT, SECTOR_BYTES, WRITE, Desc
 from packed_model import AVAIL, USED
 from rig import IN_IOVA, OUT_IOVA, Rig
 
-from vdusefast import shm
-from vdusefast._datapath import RingError
+from vdusefast.state import shared_pages
+from vdusefast.worker._datapath import RingError
 
 COUNT = 5
 LOG_HEADER = struct.Struct("<8sIHHIIIIII")
@@ -35,20 +35,28 @@ class Crashed(Rig):
         self.put_log(noted=3 * noted, announced=3 * (shown if announced is None else announced), working=at_work)
 
     def put_log(self, *, noted: int, announced: int, working: int = 0, **other: Any) -> None:
-        fields = {"magic": b"VDUSELOG", "version": 2, "format": PACKED, "state": shm.LogState.VALID, **other}
-        head = (fields["magic"], fields["version"], fields["format"], shm.INFLIGHT_ENTRY_BYTES)
+        fields = {"magic": b"VDUSELOG", "version": 2, "format": PACKED, "state": shared_pages.LogState.VALID, **other}
+        head = (fields["magic"], fields["version"], fields["format"], shared_pages.INFLIGHT_ENTRY_BYTES)
         LOG_HEADER.pack_into(
             self.pages,
-            shm.INFLIGHT_OFFSET,
+            shared_pages.INFLIGHT_OFFSET,
             *(*head, self.params.queue_size_max, fields["state"], noted, noted, working, announced),
         )
 
     def put_entry(self, number: int, *, order: int = 0, deaths: int = 0) -> None:
-        at = shm.INFLIGHT_OFFSET + shm.INFLIGHT_HEADER_BYTES + shm.INFLIGHT_ENTRY_BYTES * 3 * number
+        at = (
+            shared_pages.INFLIGHT_OFFSET
+            + shared_pages.INFLIGHT_HEADER_BYTES
+            + shared_pages.INFLIGHT_ENTRY_BYTES * 3 * number
+        )
         self.pages[at : at + 12] = struct.pack("<QI", order, deaths)
 
     def deaths(self, number: int) -> int:
-        at = shm.INFLIGHT_OFFSET + shm.INFLIGHT_HEADER_BYTES + shm.INFLIGHT_ENTRY_BYTES * 3 * number
+        at = (
+            shared_pages.INFLIGHT_OFFSET
+            + shared_pages.INFLIGHT_HEADER_BYTES
+            + shared_pages.INFLIGHT_ENTRY_BYTES * 3 * number
+        )
         return int(struct.unpack_from("<I", self.pages, at + 8)[0])
 
     def recover(self) -> None:
@@ -120,7 +128,7 @@ def test_a_foreign_log_is_refused_as_a_packed_ring_has_no_index(other: dict[str,
 
 def test_a_void_log_starts_where_the_ring_began() -> None:
     with Crashed(shown=2) as rig:
-        rig.put_log(noted=6, announced=6, state=shm.LogState.VOID)
+        rig.put_log(noted=6, announced=6, state=shared_pages.LogState.VOID)
         rig.ring.put_desc(0, Desc(IN_IOVA, 16, NEXT | USED, 0))  # nothing was given back
         rig.recover()
         assert rig.queue.note == ""
@@ -178,11 +186,15 @@ def test_a_run_that_was_shown_but_is_still_logged_is_not_done_again(start_idx: i
         heads = rig.offer_writes(COUNT)
         rig.memory.write(rig.ring.used + 4 + 8 * (start_idx % 16), struct.pack("<II", heads[2], 1))
         rig.ring.put_u16(rig.ring.used + 2, start_idx + 3)
-        head = (b"VDUSELOG", 2, SPLIT_IN_ORDER, shm.INFLIGHT_ENTRY_BYTES, rig.params.queue_size_max)
-        place = (shm.LogState.VALID, start_idx, start_idx, 0, start_idx)
-        LOG_HEADER.pack_into(rig.pages, shm.INFLIGHT_OFFSET, *head, *place)
+        head = (b"VDUSELOG", 2, SPLIT_IN_ORDER, shared_pages.INFLIGHT_ENTRY_BYTES, rig.params.queue_size_max)
+        place = (shared_pages.LogState.VALID, start_idx, start_idx, 0, start_idx)
+        LOG_HEADER.pack_into(rig.pages, shared_pages.INFLIGHT_OFFSET, *head, *place)
         for number in range(cleared, 4):  # the fourth was taken
-            at = shm.INFLIGHT_OFFSET + shm.INFLIGHT_HEADER_BYTES + shm.INFLIGHT_ENTRY_BYTES * heads[number]
+            at = (
+                shared_pages.INFLIGHT_OFFSET
+                + shared_pages.INFLIGHT_HEADER_BYTES
+                + shared_pages.INFLIGHT_ENTRY_BYTES * heads[number]
+            )
             struct.pack_into("<Q", rig.pages, at, (1 << 16) + start_idx + number)
         rig.queue.start(**rig.start_words(0), recover=True)
         assert rig.memory.read(OUT_IOVA, COUNT) == bytes([255, 255, 255, 0, 255])

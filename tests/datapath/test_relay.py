@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from nbd_rig import ALL_FLAGS, FLAG_MULTI_CONN, Behaviour, FakeServer, kept_nbdk
 from verified_load import Load
 
 import vdusefast
-from vdusefast.driver import LoopbackDriver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -24,7 +25,7 @@ CHUNK = 128 << 10  # VF_RELAY_CHUNK_BYTES
 SLOTS = 256
 MAGIC = 0x564C5246
 ALONE = ("--filter=multi-conn", "multi-conn-mode=disable")
-READ = 0
+READ, WRITE = 0, 1
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -130,26 +131,25 @@ def test_many_requests_wait_for_a_relay_that_is_stopped(tmp_path: Path) -> None:
         load.check()
 
 
-# -- whoever knocks
+# -- a worker in somebody else's hands
 
 
-def knock(device: vdusefast.Device) -> socket.socket:
-    """Return a connection to the relay, as a worker has it."""
+@contextmanager
+def in_place_of_a_worker(device: vdusefast.Device, queue: int) -> Iterator[socket.socket]:
+    """Yield the connection to the relay that a worker of `queue` would have; the worker has died."""
     assert device._relay is not None
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(10)
-    sock.connect(f"/proc/self/fd/{device._relay.socket_fd}")
-    return sock
+    worker = device.queues()[queue].pid
+    os.kill(worker, signal.SIGSTOP)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(10)
+        sock.connect(f"/proc/self/fd/{device._relay.socket_fds[queue]}")
+        os.kill(worker, signal.SIGKILL)
+        os.kill(worker, signal.SIGCONT)
+        yield sock
 
 
-def memory(size: int = SLOTS * CHUNK, *, sealed: bool = True) -> int:
-    fd = os.memfd_create("guest", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size)
-    if sealed:
-        import fcntl
-
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    return fd
+def hello(magic: int = MAGIC, queue: int = 1, slots: int = SLOTS) -> bytes:
+    return struct.pack("=III", magic, queue, slots)
 
 
 def is_hung_up(sock: socket.socket) -> bool:
@@ -160,52 +160,56 @@ def is_hung_up(sock: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("hello", "size", "sealed"),
+    ("greeting", "asked"),
     [
-        (struct.pack("=III", MAGIC + 1, 0, SLOTS), SLOTS * CHUNK, True),
-        (struct.pack("=III", MAGIC, 2, SLOTS), SLOTS * CHUNK, True),
-        (struct.pack("=III", MAGIC, 0, SLOTS + 1), SLOTS * CHUNK, True),
-        (struct.pack("=III", MAGIC, 0, SLOTS), SLOTS * CHUNK - 1, True),
-        (struct.pack("=III", MAGIC, 0, SLOTS), SLOTS * CHUNK, False),
-        (struct.pack("=II", MAGIC, 0), SLOTS * CHUNK, True),
-        (struct.pack("=III", MAGIC, 0, SLOTS), -1, True),
-        (b"x", -1, True),
+        (hello(magic=MAGIC + 1), b""),
+        (hello(queue=0), b""),
+        (hello(slots=SLOTS + 1), b""),
+        (hello() + b"x", b""),
+        (b"x", b""),
+        (hello(), b"x"),
+        (hello(), bytes(24 * 65)),
+        (hello(), struct.pack("=QQHBBI", 0, BLOCK, SLOTS, READ, 0, 0)),
+        (hello(), struct.pack("=QQHBBI", 0, BLOCK, 0, READ, 0, 0) * 2),
+        (hello(), struct.pack("=QQHBBI", 0, BLOCK, 0, 5, 0, 0)),
+        (hello(), struct.pack("=QQHBBI", 0, CHUNK + 512, 0, READ, 0, 0)),
+        (hello(), struct.pack("=QQHBBI", 1 << 63, BLOCK, 0, READ, 0, 0)),
     ],
+    ids=["magic", "queue", "slots", "long", "short", "piece", "many", "slot", "twice", "op", "large", "far"],
 )
-def test_stranger_is_sent_away_and_workers_are_served(tmp_path: Path, hello: bytes, size: int, sealed: bool) -> None:
+def test_worker_that_breaks_the_rules_is_sent_away_and_the_others_are_served(
+    tmp_path: Path, greeting: bytes, asked: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     with relayed(tmp_path) as (device, driver):
         driver.write(0, b"a" * BLOCK)
         pid = relay_pid(device)
-        fd = memory(size, sealed=sealed) if size >= 0 else -1
-        with knock(device) as sock:
-            if fd >= 0:
-                socket.send_fds(sock, [hello], [fd])
-                os.close(fd)
-            else:
-                sock.send(hello)
+        with in_place_of_a_worker(device, 1) as sock:
+            sock.send(greeting)
+            if asked:
+                assert sock.recv(4096) == struct.pack("=I", MAGIC)
+                sock.send(asked)
             assert is_hung_up(sock)
+        assert driver.read(0, BLOCK, queue=0) == b"a" * BLOCK
         assert driver.read(0, BLOCK, queue=1) == b"a" * BLOCK
         assert relay_pid(device) == pid
+        assert "queue 1: its worker is disconnected from the store: it sent" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("offset", "length", "slot", "operation"),
-    [(0, BLOCK, SLOTS, READ), (0, BLOCK, 65535, READ), (0, BLOCK, 0, 5), (0, CHUNK + 1, 0, READ), (0, 1 << 40, 0, 1)],
-)
-def test_guest_that_asks_for_what_cannot_be_is_sent_away(
-    tmp_path: Path, offset: int, length: int, slot: int, operation: int
-) -> None:
-    """It has come before the next worker of a queue; nobody may ask for more than that one could."""
-    with relayed(tmp_path) as (device, driver):
-        driver.write(0, b"a" * BLOCK)
-        worker, fd = device.queues()[1].pid, memory()
-        os.kill(worker, signal.SIGSTOP)
-        with knock(device) as sock:
-            socket.send_fds(sock, [struct.pack("=III", MAGIC, 1, SLOTS)], [fd])
-            os.close(fd)
-            os.kill(worker, signal.SIGKILL)
-            os.kill(worker, signal.SIGCONT)
-            assert sock.recv(4096) == struct.pack("=I", MAGIC)
-            sock.send(struct.pack("=QQHBBI", offset, length, slot, operation, 0, 0))
-            assert is_hung_up(sock)
-        assert driver.read(0, BLOCK, queue=1) == b"a" * BLOCK
+def test_worker_cannot_write_to_a_read_only_device(tmp_path: Path) -> None:
+    with relayed(tmp_path, read_only=True) as (device, driver), in_place_of_a_worker(device, 1) as sock:
+        sock.send(hello())
+        assert sock.recv(4096) == struct.pack("=I", MAGIC)
+        sock.send(struct.pack("=QQHBBI", 0, BLOCK, 0, WRITE, 0, 0))
+        assert is_hung_up(sock)
+        assert driver.read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_memory_that_is_shared_with_the_relay_cannot_shrink(tmp_path: Path) -> None:
+    with relayed(tmp_path) as (device, _):
+        assert device._relay is not None
+        for fd in device._relay.memory_fds:
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, 0)
+            with pytest.raises(PermissionError):
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)

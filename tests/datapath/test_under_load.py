@@ -10,9 +10,9 @@ import pytest
 from verified_load import Load
 
 import vdusefast
-from vdusefast import _driver
-from vdusefast.bench.memory import make_job
-from vdusefast.driver import LoopbackDriver
+from vdusefast.bench.fio.memory import make_job
+from vdusefast.driver import _driver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.transport import uapi
 
 MIB = 1 << 20

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import vdusefast
-from vdusefast.supervisor import Limits
+from vdusefast.control.supervisor import Limits
 from vdusefast.transport import uapi
 
 MIB = 1 << 20
@@ -127,7 +127,7 @@ def test_worker_told_to_end_drains_ends_with_status_0_and_is_replaced(
 
 SERVE = """
 import sys, vdusefast
-from vdusefast.signals import StopSignals
+from vdusefast.server.signals import StopSignals
 config = vdusefast.make_config(name=sys.argv[1], uri="file:" + sys.argv[2], queues=2)
 with StopSignals() as stop, vdusefast.Device(config) as device, device.driver() as driver:
     driver.write(0, b"z" * 512)
@@ -241,7 +241,7 @@ class Filter(ctypes.Structure):
 fprog = Filter(len(code), ctypes.addressof(program))
 assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(fprog), 0, 0) == 0
 import vdusefast
-from vdusefast.driver import LoopbackDriver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 config = vdusefast.make_config(name="seccomp", **options)
 try:
     with vdusefast.Device(config) as device, LoopbackDriver(device.bus, features=features) as driver:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vdusefast
-from vdusefast.worker_process import default_command
+from vdusefast.control.worker_process import default_command
 
 MIB = 1 << 20
 MODULE_COUNT_MAX = 90  # 74 with Python 3.11
@@ -16,7 +16,8 @@ MODULE_COUNT_MAX = 90  # 74 with Python 3.11
 HEAVY = {
     *("asyncio", "concurrent.futures", "importlib.util", "inspect", "json", "logging", "pathlib", "platform", "random"),
     *("shutil", "site", "subprocess", "tempfile", "threading", "tomllib", "traceback", "unittest", "urllib.parse"),
-    *("click", "msgspec", "numpy", "psutil", "rich", "vdusefast.config", "vdusefast.shm", "vdusefast.transport"),
+    *("click", "msgspec", "numpy", "psutil", "rich"),
+    *("vdusefast.config", "vdusefast.control", "vdusefast.state", "vdusefast.transport"),
 }
 
 pytestmark = pytest.mark.timeout(60)
@@ -24,12 +25,12 @@ pytestmark = pytest.mark.timeout(60)
 
 def test_worker_imports_little() -> None:
     *words, code = default_command()
-    serve = "sys.exit(main(sys.argv[1:]))"
+    serve = "sys.exit(run(sys.argv[1:]))"
     assert serve in code
-    code = code.replace(serve, "import vdusefast._datapath; print(*sys.modules)")
+    code = code.replace(serve, "import vdusefast.worker._datapath; print(*sys.modules)")
     done = subprocess.run([*words, code], capture_output=True, text=True, check=True)
     modules = set(done.stdout.split())
-    assert "vdusefast._datapath" in modules
+    assert "vdusefast.worker._datapath" in modules
     assert not modules & HEAVY
     assert len(modules) <= MODULE_COUNT_MAX, sorted(modules)
 

@@ -1,12 +1,12 @@
-"""The worker's parsing code under names that a C harness can call; the same .pxd sources as vdusefast/_datapath.pyx.
+"""The worker's parsing code under names that a C harness can call; the same .pxd sources as vdusefast/worker/_datapath.pyx.
 
 Nothing here touches a Python object, so that the interpreter is never initialised.
 """
 
-from vdusefast._blk cimport *
-from vdusefast._csrc cimport *
-from vdusefast._loop cimport *
-from vdusefast._recover cimport *
+from vdusefast.worker._virtio_blk cimport *
+from vdusefast.worker._csrc cimport *
+from vdusefast.worker._loop cimport *
+from vdusefast.worker._recover cimport *
 
 
 cdef public int fuzz_queue_round(vf_queue *q) noexcept nogil:

@@ -16,7 +16,7 @@ fi
 command -v "$cc" >/dev/null || { echo "fuzz: $cc is missing; apt-get install clang libclang-rt-dev" >&2; exit 1; }
 
 mkdir -p $out
-if [ -x "$target" ] && [ -z "$(find tests/fuzz csrc vdusefast -maxdepth 1 \
+if [ -x "$target" ] && [ -z "$(find tests/fuzz csrc vdusefast \
     \( -name '*.[ch]' -o -name '*.pxd' -o -name '*.pyx' -o -name '*.sh' \) -newer "$target" -print -quit)" ]; then
     exit 0
 fi
@@ -34,6 +34,7 @@ flags=(-std=gnu11 -O1 -g -w -DVF_FUZZ -fno-omit-frame-pointer -Icsrc -Itests/fuz
 "$cc" "${flags[@]}" "${sanitize[@]/fuzzer,/}" -c -o $out/fuzz_world.o tests/fuzz/fuzz_world.c
 # The Python library only satisfies references of the module's never-called initialisation.
 "$cc" "${flags[@]}" "${sanitize[@]}" -include tests/fuzz/fuzz_hooks.h \
-    -o "$target.new" $out/_fuzz.c $out/fuzz_world.o tests/fuzz/fuzz_input.c tests/fuzz/fuzz_queue.c csrc/*.c \
+    -o "$target.new" $out/_fuzz.c $out/fuzz_world.o tests/fuzz/fuzz_input.c tests/fuzz/fuzz_queue.c \
+    $(find csrc/{base,memory,ring,engine,queue} -name '*.c' | sort) \
     -L"$libdir" -Wl,-rpath,"$libdir" -lpython"$ldversion" -luring
 mv "$target.new" "$target"

@@ -16,7 +16,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "queue.h"
+#include "queue/queue.h"
 
 #define CHECK(condition)                                                                                               \
 	do {                                                                                                           \
@@ -188,6 +188,37 @@ static void test_iotlb_full(void)
 	CHECK(vf_iotlb_drop(&tlb, 0, UINT64_MAX) == VF_IOTLB_CAPACITY);
 }
 
+static void test_iotlb_evict(void)
+{
+	static uint8_t byte;
+	const uint64_t rings[] = { 50, 990, 7777 };
+	uint32_t left;
+
+	vf_iotlb_init(&tlb, &port);
+	for (uint64_t i = 1; i <= 100; i++)
+		CHECK(vf_iotlb_add(&tlb, 10u * i, 10u * i + 9u, VF_PERM_RO, &byte) == 0);
+	CHECK(vf_iotlb_evict(&tlb, rings, 3) == 50 && tlb.region_count == 50); /* all were in use: any of them */
+	CHECK(vf_iotlb_find(&tlb, 50) && vf_iotlb_find(&tlb, 999));
+	left = tlb.region_count;
+	for (uint32_t i = 10; i < 30; i++) /* what is in use now stays */
+		CHECK(vf_iotlb_find(&tlb, tlb.region[i].start));
+	uint64_t busy[20];
+	for (uint32_t i = 0; i < 20; i++)
+		busy[i] = tlb.region[10 + i].start;
+	CHECK(vf_iotlb_evict(&tlb, rings, 3) == left / 2u && tlb.region_count == left - left / 2u);
+	for (uint32_t i = 0; i < 20; i++)
+		CHECK(vf_iotlb_find(&tlb, busy[i]));
+	CHECK(vf_iotlb_find(&tlb, 50) && vf_iotlb_find(&tlb, 990));
+	for (uint32_t i = 0; i < 9; i++) /* whatever else goes, the rings do not */
+		vf_iotlb_evict(&tlb, rings, 3);
+	CHECK(tlb.region_count >= 2 && vf_iotlb_find(&tlb, 50) && vf_iotlb_find(&tlb, 990));
+	CHECK(tlb.evict_count == 100u - tlb.region_count);
+	vf_iotlb_obey_kernel(&tlb);
+	CHECK(tlb.region_limit > 0 && tlb.region_limit <= VF_IOTLB_CAPACITY - VF_IOTLB_RESERVE);
+	vf_iotlb_drop(&tlb, 0, UINT64_MAX);
+	CHECK(vf_iotlb_evict(&tlb, rings, 3) == 0);
+}
+
 /* One answer of a bus, as transport/loopback.py sends it. */
 static void answer(int fd, int err, uint64_t start, uint64_t last, int region_fd)
 {
@@ -248,7 +279,7 @@ static int store_do(struct vf_store *store, enum vf_op op, struct iovec *iov, ui
 	return vf_store_do(store, &req);
 }
 
-static void test_store(enum vf_store_kind kind, uint32_t direct_align)
+static void test_store(enum vf_store_kind kind, uint32_t direct_align, uint32_t granule)
 {
 	struct vf_store store = { .fd = memory_fd(STORE_BYTES), .kind = kind, .size_bytes = STORE_BYTES };
 	size_t len = (2u << 20) + 4096u; /* more than the bounce buffer twice */
@@ -259,6 +290,9 @@ static void test_store(enum vf_store_kind kind, uint32_t direct_align)
 		out[i] = (uint8_t)(i * 7u + i / 4096u);
 	CHECK(vf_store_open(&store) == 0);
 	store.direct_align = direct_align; /* misaligned memory goes by way of the bounce buffer */
+	store.granule = granule; /* and so do parts of blocks */
+	store.emulates = granule > 512u;
+	store.lock_fd = memory_fd(0);
 	struct iovec from[3] = { { out, 5 }, { out + 5, 4091 }, { out + 4096, len - 4096 } };
 	struct iovec to[2] = { { in + 1, 100 }, { in + 101, len - 100 } };
 	CHECK(store_do(&store, VF_OP_WRITE, from, 3, 512, len) == 0);
@@ -280,6 +314,7 @@ static void test_store(enum vf_store_kind kind, uint32_t direct_align)
 	CHECK(store_do(&store, VF_OP_GET_ID, NULL, 0, 0, 0) == -EINVAL);
 	vf_store_close(&store);
 	vf_store_close(&store);
+	close(store.lock_fd);
 	close(store.fd);
 	free(out);
 	free(in);
@@ -327,7 +362,7 @@ static void test_queue(void)
 	const uint32_t sizes[] = { 2, 256, VF_QUEUE_SIZE_MAX };
 
 	for (uint32_t i = 0; i < 3u; i++) {
-		uint32_t stride = vf_shm_layout(sizes[i]).stride_bytes;
+		uint32_t stride = vf_shm_layout().stride_bytes;
 		void *block = aligned_alloc(4096, stride);
 
 		memset(block, 0, stride);
@@ -368,7 +403,7 @@ struct sim_result {
 	uint64_t ns;
 };
 
-static struct sim_result simulate(struct vf_irq_hold *hold, const struct sim_driver *driver, uint64_t *clock_ns, uint32_t count)
+static struct sim_result simulate(struct vf_irq_coalesce *hold, const struct sim_driver *driver, uint64_t *clock_ns, uint32_t count)
 {
 	uint64_t start_ns = *clock_ns, now_ns = start_ns, irqs = 0;
 	uint32_t owed = 0;
@@ -380,12 +415,12 @@ static struct sim_result simulate(struct vf_irq_hold *hold, const struct sim_dri
 			sent++;
 			owed++;
 			now_ns += driver->send_ns;
-			told = hold->limit_ns == 0 || vf_irq_hold_tell(hold, owed, now_ns);
+			told = hold->limit_ns == 0 || vf_irq_coalesce_should_interrupt(hold, owed, now_ns);
 		} else {
 			now_ns += 100;
 		}
 		if (!told && hold->since_ns)
-			told = vf_irq_hold_expired(hold, owed, now_ns);
+			told = vf_irq_coalesce_expired(hold, owed, now_ns);
 		if (told) {
 			hold->since_ns = 0;
 			owed = 0;
@@ -397,14 +432,14 @@ static struct sim_result simulate(struct vf_irq_hold *hold, const struct sim_dri
 	return (struct sim_result){ .irqs = irqs, .ns = now_ns - start_ns };
 }
 
-static void test_irq_hold(void)
+static void test_irq_coalesce(void)
 {
 	static const struct sim_driver deep = { .depth = 32, .send_ns = 1000, .irq_ns = 5000 };
 	static const struct sim_driver four = { .depth = 4, .send_ns = 1000, .irq_ns = 5000 };
 	static const struct sim_driver single = { .depth = 1, .send_ns = 1000, .irq_ns = 5000 };
 	static const struct sim_driver leisurely = { .depth = 32, .send_ns = 1000, .irq_ns = 5000, .every_ns = 40000 };
-	struct vf_irq_hold hold = { .limit_ns = 200000 };
-	struct vf_irq_hold none = { .limit_ns = 0 };
+	struct vf_irq_coalesce hold = { .limit_ns = 200000 };
+	struct vf_irq_coalesce none = { .limit_ns = 0 };
 	uint64_t clock_ns = 1000000;
 	struct sim_result result, plain;
 
@@ -434,6 +469,35 @@ static void test_irq_hold(void)
 	CHECK(hold.batch <= 1 && result.ns < 100 * 6000 + 20 * 200000);
 }
 
+/* Pieces of a range end where what the store frees at a time does, and nothing is left out. */
+static void test_pieces(void)
+{
+	static const struct { uint64_t unit, offset, start, len; } cases[] = {
+		{ 0, 0, 512, 100u << 20 },
+		{ 1u << 20, 0, 0, 100u << 20 },
+		{ 1u << 20, 4096, 512, 100u << 20 },
+		{ 192u << 10, 0, 12345u * 512, 77u << 20 }, /* no power of two */
+		{ 64u << 20, 1u << 20, 512, 300u << 20 }, /* larger than a piece */
+		{ 1u << 20, 512u << 10, 0, 1u << 20 },
+	};
+
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		struct vf_pieces pieces = { .unit_bytes = cases[i].unit, .offset_bytes = cases[i].offset };
+		struct vf_req req = { .op = VF_OP_DISCARD, .offset_bytes = cases[i].start, .left_bytes = cases[i].len };
+
+		for (uint32_t count = 0; req.left_bytes; count++) {
+			uint64_t bytes = vf_piece_bytes(&pieces, &req, VF_PIECE_MAX_BYTES);
+
+			CHECK(bytes && bytes <= req.left_bytes && count < 100);
+			CHECK(bytes <= VF_PIECE_MAX_BYTES || bytes <= cases[i].unit);
+			req.offset_bytes += bytes;
+			req.left_bytes -= bytes;
+			CHECK(!req.left_bytes || !cases[i].unit ||
+			      (req.offset_bytes - cases[i].offset) % cases[i].unit == 0);
+		}
+	}
+}
+
 static void test_stop(void)
 {
 	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -450,14 +514,19 @@ int main(void)
 	test_iotlb_table();
 	test_user_memory();
 	test_iotlb_full();
+	test_iotlb_evict();
 	test_fetching_port();
-	test_store(VF_STORE_FILE, 0);
-	test_store(VF_STORE_FILE, 512);
-	test_store(VF_STORE_MEMORY, 0);
+	test_store(VF_STORE_FILE, 0, 0);
+	test_store(VF_STORE_FILE, 512, 512);
+	test_store(VF_STORE_FILE, 4096, 4096);
+	test_store(VF_STORE_FILE, 65536, 65536);
+	test_store(VF_STORE_FILE, 0, 4096);
+	test_store(VF_STORE_MEMORY, 0, 0);
 	test_engine(&vf_engine_sync);
 	test_engine(&vf_engine_uring);
 	test_queue();
-	test_irq_hold();
+	test_irq_coalesce();
+	test_pieces();
 	test_stop();
 	return 0;
 }

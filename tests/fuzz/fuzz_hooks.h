@@ -6,11 +6,11 @@
 #define FUZZ_HOOKS_H
 
 #define _GNU_SOURCE 1
-#include "plain.h"
-#include "queue.h"
+#include "queue/fast_path.h"
+#include "queue/queue.h"
 
 void fuzz_popped(const struct vf_chain *chain);
-void fuzz_plain(const struct vf_req *req);
+void fuzz_fast_path(const struct vf_req *req);
 void fuzz_walked(const struct vf_chain *chain);
 void fuzz_pushed(uint16_t head, uint32_t written_bytes);
 void fuzz_pushed_next(uint32_t written_bytes);
@@ -24,21 +24,21 @@ static inline int fuzz_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, stru
 	return err;
 }
 
-static inline int fuzz_plain_look_split(struct vf_queue *q, struct vf_req *req)
+static inline int fuzz_fast_path_parse_split(struct vf_queue *q, struct vf_req *req)
 {
-	int plain = vf_plain_look_split(q, req);
+	int plain = vf_fast_path_parse_split(q, req);
 
 	if (plain > 0)
-		fuzz_plain(req);
+		fuzz_fast_path(req);
 	return plain;
 }
 
-static inline int fuzz_plain_look_packed(struct vf_queue *q, struct vf_req *req)
+static inline int fuzz_fast_path_parse_packed(struct vf_queue *q, struct vf_req *req)
 {
-	int plain = vf_plain_look_packed(q, req);
+	int plain = vf_fast_path_parse_packed(q, req);
 
 	if (plain > 0)
-		fuzz_plain(req);
+		fuzz_fast_path(req);
 	return plain;
 }
 
@@ -74,8 +74,8 @@ static inline void fuzz_packed_push(struct vf_packed *vr, uint16_t id, uint32_t 
 #define vf_split_push fuzz_split_push
 #define vf_packed_push fuzz_packed_push
 #define vf_vring_pop fuzz_vring_pop
-#define vf_plain_look_split fuzz_plain_look_split
-#define vf_plain_look_packed fuzz_plain_look_packed
+#define vf_fast_path_parse_split fuzz_fast_path_parse_split
+#define vf_fast_path_parse_packed fuzz_fast_path_parse_packed
 #define vf_split_walk fuzz_split_walk
 #define vf_vring_push fuzz_vring_push
 

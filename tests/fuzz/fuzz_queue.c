@@ -398,22 +398,24 @@ static void driver_step(uint8_t step)
 /* Set up and start as Queue.start() does. False: the rings were refused. */
 static bool driver_start(uint8_t bits, uint8_t format)
 {
-	static const uint32_t sizes[] = { 0, 2, 4, 8 };
+	static const uint32_t sizes[] = { 0, 1, 4, 16 };
 	struct vf_queue *q = world.q;
 	uint64_t features = 0;
 	uint16_t start_idx = bits & 16u ? (uint16_t)(fuzz_u8() - 8u) : 0;
 
 	driver.packed = format & 1u;
-	driver.size = sizes[bits & 3u] && sizes[bits & 3u] < q->queue_size_max ? sizes[bits & 3u] : q->queue_size_max;
+	driver.size = sizes[bits & 3u] ? sizes[bits & 3u] : q->queue_size; /* also more than was offered */
+	driver.size -= driver.packed && bits & 32u && driver.size > 1u; /* a packed ring may have any size */
 	driver.avail_idx = start_idx;
 	driver.next_desc = 0;
 	driver.wrap_counter = 1;
 	features |= driver.packed ? 1ull << VF_F_RING_PACKED : 0;
 	features |= format & 2u ? 1ull << VF_F_IN_ORDER : 0;
-	features |= bits & 4u ? 0 : 1ull << VF_F_RING_EVENT_IDX;
-	features |= bits & 8u ? 0 : 1ull << VF_F_RING_INDIRECT_DESC;
+	features |= bits & 4u ? 0 : 1ull << VF_RING_F_EVENT_IDX;
+	features |= bits & 8u ? 0 : 1ull << VF_RING_F_INDIRECT_DESC;
 	if (vf_vring_setup(&q->vring, features, driver.size - (bits == 253u), DESC_IOVA + (bits == 255u),
-			   bits == 254u ? UINT64_MAX - 3u : AVAIL_IOVA, USED_IOVA, q->inflight, q->inflight_log))
+			   bits == 254u ? UINT64_MAX - 3u : AVAIL_IOVA, USED_IOVA, q->inflight, q->inflight_log) ||
+	    vf_queue_fit(q, driver.size))
 		return false;
 	driver_map(bits >> 5);
 	if (vf_vring_map(&q->vring, &q->tlb))

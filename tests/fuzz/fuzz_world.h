@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "queue.h"
+#include "queue/queue.h"
 
 #define FUZZ_REGION_MAX 12u
 #define FUZZ_QUEUE_MAX 128u

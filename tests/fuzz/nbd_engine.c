@@ -1,14 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The NBD engine without the rest, under the sanitizers: nbd_engine URI SECONDS SEED. Random requests on a server that
- * may do anything but answer with a lie; every read is compared. Each slot has a part of the export for itself.
+ * The NBD engine without the rest, under the sanitizers: nbd_engine URI SECONDS SEED [TIMEOUT_MS]. Random requests on a
+ * server that may do anything but answer with a lie; every read is compared. Each slot has a part of the export for itself,
+ * and memory that nobody may touch while none of its requests is in flight.
+ *
+ * With TIMEOUT_MS requests may end without an answer. What such a write has left is not known, and not compared.
  *
  * Status 0: all was well. 1: wrong data or an error, which is printed.
  */
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "nbd/engine_nbd.h"
 
 #define SLOTS 16u
@@ -23,10 +28,13 @@ struct slot {
 	uint8_t shadow[PART_BYTES];
 	uint64_t at;
 	uint32_t len;
+	int unknown; /* a write has ended with an error */
 };
 
 static struct slot slots[SLOTS];
-static uint64_t verified_count;
+static uint8_t untouched[sizeof(slots[0].memory)];
+static uint64_t verified_count, expired_count;
+static int may_expire;
 
 static uint32_t pick(uint32_t limit)
 {
@@ -64,6 +72,15 @@ static void move_data(struct slot *slot, const struct iovec *iov, uint32_t count
 	}
 }
 
+/* Look whether somebody has written to the memory of a slot without a request, and mark it. */
+static int check_memory(struct slot *slot)
+{
+	if (memcmp(slot->memory, untouched, sizeof(untouched)) == 0)
+		return 0;
+	printf("memory of slot %ld was written to with no request in flight\n", (long)(slot - slots));
+	return 1;
+}
+
 static void prepare(uint32_t index)
 {
 	static const uint8_t ops[] = { VF_OP_READ, VF_OP_READ, VF_OP_READ, VF_OP_WRITE, VF_OP_WRITE,
@@ -91,10 +108,15 @@ static void prepare(uint32_t index)
 	}
 }
 
-static int check(struct slot *slot, const struct iovec *iov, uint32_t count)
+static int compare(struct slot *slot, const struct iovec *iov, uint32_t count)
 {
 	static uint8_t flat[PART_BYTES];
 
+	if (may_expire && (slot->req.result == -ETIMEDOUT || slot->req.result == -EIO)) {
+		slot->unknown |= slot->req.op != VF_OP_READ && slot->req.op != VF_OP_FLUSH;
+		expired_count++;
+		return 0;
+	}
 	if (slot->req.result) {
 		printf("op %u at %llu: result %d\n", slot->req.op, (unsigned long long)slot->at, slot->req.result);
 		return 1;
@@ -102,6 +124,8 @@ static int check(struct slot *slot, const struct iovec *iov, uint32_t count)
 	if (slot->req.op != VF_OP_READ)
 		return 0;
 	move_data(slot, iov, count, flat, 0);
+	if (slot->unknown)
+		return 0;
 	verified_count++;
 	if (memcmp(flat, slot->shadow + slot->at, slot->len) == 0)
 		return 0;
@@ -109,12 +133,21 @@ static int check(struct slot *slot, const struct iovec *iov, uint32_t count)
 	return 1;
 }
 
+/* Take note of the end of a request. */
+static int check(struct slot *slot, const struct iovec *iov, uint32_t count)
+{
+	int bad = compare(slot, iov, count);
+
+	memcpy(slot->memory, untouched, sizeof(untouched));
+	return bad;
+}
+
 int main(int argc, char **argv)
 {
 	static struct iovec cuts[SLOTS][SEGMENTS];
 	static uint32_t cut_counts[SLOTS];
 	struct vf_nbd_config config = { .block_size_bytes = BLOCK, .size_bytes = SLOTS * PART_BYTES,
-					.reconnect_ns = 60ull * 1000000000u, .hold_fd = -1 };
+					.reconnect_ns = 60ull * 1000000000u, .hold_fd = -1, .notes_fd = -1 };
 	struct vf_engine engine = { .store = { .fd = -1, .kind = VF_STORE_PLUGIN, .size_bytes = SLOTS * PART_BYTES } };
 	struct vf_req *done[SLOTS];
 	struct vf_nbd_news news;
@@ -124,27 +157,35 @@ int main(int argc, char **argv)
 	uint32_t free_count = SLOTS;
 	int bad = 0;
 
-	if (argc != 4)
+	if (argc < 4)
 		return 2;
 	config.uri = argv[1];
+	if (argc > 4) {
+		may_expire = 1;
+		config.timeout_ns = (uint64_t)atoi(argv[4]) * 1000000u;
+	}
+	memset(untouched, 0x7e, sizeof(untouched));
 	end_ns = vf_now_ns() + (uint64_t)(atof(argv[2]) * 1e9);
 	srandom((unsigned int)atoi(argv[3]));
 	nbd = vf_nbd_create(&config);
 	if (!nbd)
 		return 2;
 	engine.context = nbd;
-	engine.ops = nbd->plugin.ops;
+	engine.ops = vf_nbd_plugin(nbd)->ops;
 	engine.store.write_flags = (int)pick(2);
 	if (engine.ops->open(&engine, SLOTS))
 		return 2;
-	for (uint32_t i = 0; i < SLOTS; i++)
+	for (uint32_t i = 0; i < SLOTS; i++) {
 		free_slots[i] = (uint8_t)i;
+		memcpy(slots[i].memory, untouched, sizeof(untouched));
+	}
 	while (!bad && (vf_now_ns() < end_ns || engine.inflight_count)) {
 		uint32_t count;
 
 		while (free_count && vf_now_ns() < end_ns && pick(8)) {
 			uint32_t index = free_slots[--free_count];
 
+			bad |= check_memory(&slots[index]);
 			prepare(index);
 			memcpy(cuts[index], slots[index].iov, sizeof(cuts[index]));
 			cut_counts[index] = slots[index].req.iov_count;
@@ -163,12 +204,14 @@ int main(int argc, char **argv)
 		}
 		if (count == 0)
 			engine.ops->sleep(&engine, NULL, 0, 20);
-		while (vf_nbd_news_take(&nbd->news, &news))
+		while (vf_nbd_news_take(vf_nbd_news_of(nbd), &news))
 			fprintf(stderr, "%s\n", news.text);
 	}
+	for (uint32_t i = 0; i < SLOTS && !bad; i++)
+		bad |= check_memory(&slots[i]);
 	if (!bad)
 		engine.ops->close(&engine);
-	printf("verified %llu\n", (unsigned long long)verified_count);
+	printf("verified %llu, expired %llu\n", (unsigned long long)verified_count, (unsigned long long)expired_count);
 	vf_nbd_destroy(nbd);
 	return bad;
 }

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from nbd_misdeeds import MISDEEDS, half_of_the_data
+from nbd_misdeeds import MISDEEDS, StaleCookies, half_of_the_data
 from nbd_rig import ALL_FLAGS, FLAG_FUA, FLAG_ZERO, READ, Behaviour, FakeServer, Request
 
 HERE = Path(__file__).parent
@@ -68,3 +68,25 @@ def test_every_misdeed_costs_a_connection_and_no_request(
     assert verified is not None
     assert int(verified[1]) > 50
     assert len(done) > 3
+
+
+def test_answers_to_requests_of_earlier_connections_reach_no_memory(tmp_path: Path, binary: Path) -> None:
+    """Their requests have ended without an answer: their memory is the driver's again."""
+    chance, stale = random.Random(13), StaleCookies()
+
+    def behave(connection: socket.socket, request: Request) -> bool:
+        if request.kind == READ and not chance.randrange(RARITY):
+            stale.keep(connection, request)
+            return True
+        return stale.answer(connection)
+
+    with FakeServer(tmp_path / "s", Behaviour(size=SIZE, on_request=behave)) as server:
+        words = [binary, server.uri, str(SECONDS), "5", "100"]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=40)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-4000:]
+    counts = re.search(r"verified (\d+), expired (\d+)", ended.stdout)
+    assert counts is not None
+    assert int(counts[1]) > 20
+    assert int(counts[2]) > 1
+    assert stale.answered_count > 1
+    assert "answers what it was not asked" in ended.stderr

@@ -37,7 +37,7 @@ class Load:
             text=True,
         )
 
-    def worker(self, module: str = "vdusefast.worker") -> psutil.Process:
+    def worker(self, module: str = "vdusefast.worker.main") -> psutil.Process:
         """Return the worker, or the relay, waiting for there to be one that has loaded librbd."""
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline:

@@ -71,6 +71,14 @@ def test_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
     assert "is no configuration of Ceph" in refusal(f"rbd:rbd/image?conf={path}")
 
 
+def test_keyring_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    for name, mode in (("ceph.conf", 0o644), ("keyring", 0o644)):
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(mode)
+    said = refusal(f"rbd:rbd/image?conf={tmp_path}/ceph.conf&keyring={tmp_path}/keyring")
+    assert f"keyring has mode 0644: others may read or change it; chmod 0600 {tmp_path}/keyring" in said
+
+
 def test_absent_pool_is_told_with_those_there_are(ceph: Cluster) -> None:
     assert "there is no pool nowhere; there are rbd" in refusal(ceph.uri("nowhere/image"))
 
@@ -103,6 +111,7 @@ def test_keyring_without_the_client_is_named(ceph: Cluster, image: str) -> None:
 def test_wrong_key_is_told(ceph: Cluster, image: str, tmp_path: Path) -> None:
     keyring = tmp_path / "keyring"
     keyring.write_text("[client.test]\n\tkey = AQB5iJlf+xqnKBAAFtpxZMLR6HQn8zBnGCuqMQ==\n")
+    keyring.chmod(0o600)
     assert "the monitors refuse client.test: its key in" in refusal(ceph.uri(f"rbd/{image}", keyring=str(keyring)))
 
 

@@ -51,7 +51,8 @@ def test_image_with_a_lock_or_a_cache_is_for_one_process(ceph: Cluster, image: s
 def test_object_size_is_the_best_request_size(ceph: Cluster) -> None:
     uri = ceph.make_image("objects", "16M", "--object-size", "1M")
     described = probe.describe(StoreSpec(uri))
-    assert described.opt_io_size_bytes == MIB
+    assert (described.opt_io_size_bytes, described.min_io_size_bytes) == (MIB, 65536)
+    assert (described.discard_granularity_bytes, described.rotational) == (65536, 0)
     assert described.size_bytes == 16 * MIB
     assert described.can_discard
     assert described.can_write_zeroes
@@ -177,7 +178,8 @@ def test_image_resized_while_nobody_served_it_has_its_new_size(ceph: Cluster, im
 
 def test_core_loads_no_library_of_ceph() -> None:
     code = (
-        "import vdusefast.cli, vdusefast.api, vdusefast.supervisor, vdusefast.worker, vdusefast._datapath;"
+        "import vdusefast.cli.app, vdusefast.api, vdusefast.control.supervisor;"
+        "import vdusefast.worker.main, vdusefast.worker._datapath;"
         "maps = open('/proc/self/maps').read(); assert 'librbd' not in maps and 'librados' not in maps"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

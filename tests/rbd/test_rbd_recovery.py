@@ -16,8 +16,11 @@ from background import Background
 from ceph_rig import Cluster
 from load import Load
 
-from vdusefast import Device
-from vdusefast.driver import LoopbackDriver
+from vdusefast import Device, make_config
+from vdusefast.driver.loopback_driver import LoopbackDriver
+from vdusefast.errors import BackendError
+from vdusefast.state import saved_state
+from vdusefast.transport.loopback import LoopbackTransport
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +86,7 @@ def test_killed_relay_of_several_queues_is_a_pause_under_verification(
     ceph: Cluster, image: str, tmp_path: Path
 ) -> None:
     load = Load(ceph.uri(f"rbd/{image}"), tmp_path, *LONG_LOAD, "--queues", "2")
-    relay = load.worker("vdusefast.relay")
+    relay = load.worker("vdusefast.worker.relay")
     time.sleep(1.0)
     relay.kill()
     result = load.result()
@@ -100,6 +103,38 @@ def test_workers_killed_over_an_image_without_a_lock_are_shut_out_too(ceph: Clus
         driver.write(4096, BLOCK)
         assert ceph.ceph("osd", "blocklist", "ls") != before
         assert driver.read(0, 4096) == BLOCK
+
+
+@pytest.mark.parametrize("queues", [1, 2])
+def test_another_image_of_the_name_is_not_written_to(ceph: Cluster, image: str, queues: int) -> None:
+    """By the next server, nor by the next worker, or relay, of a server that lives, until somebody says so."""
+    config = make_config(name="other", uri=ceph.uri(f"rbd/{image}"), queues=queues, queue_size=64, reconnect_s=1)
+    first = Device(config)
+    first.start()
+    bus = first.bus
+    assert first._directory is not None
+    state_path = first._directory.state_path
+    with first.driver() as driver:
+        driver.write(0, BLOCK)
+        first.hand_over()
+        ceph.rbd("mv", f"rbd/{image}", f"rbd/{image}-old")
+        ceph.make_image(image, "16M")
+        second = Device(config, transport=LoopbackTransport(bus=bus))
+        second.start(recover=True)
+        with pytest.raises(OSError, match="Input/output error"):
+            driver.write(0, BLOCK)
+        with pytest.raises(BackendError, match="is another one than that which was served"):
+            second.resize()
+        second.hand_over()
+        assert ceph.rbd("diff", f"rbd/{image}") == ""
+        with saved_state.any_store(state_path):
+            third = Device(config, transport=LoopbackTransport(bus=bus))
+            third.start(recover=True)
+        driver.write(0, BLOCK)
+        state = saved_state.load(state_path)
+        assert state is not None
+        assert state.identity["id"]
+    third.stop()
 
 
 def test_worker_that_ends_well_is_not_shut_out(ceph: Cluster, image: str, serve: Serve) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast.bench.torture_server import LoopbackServer
+from vdusefast.bench.torture.loopback_host import LoopbackHost
+from vdusefast.bench.torture.server import LoopbackServer
 from vdusefast.config import make_config
-from vdusefast.driver import LoopbackDriver
-from vdusefast.transport.loopback_remote import LoopbackHost
+from vdusefast.driver.loopback_driver import LoopbackDriver
 
 ROUNDS = 25
 NEGOTIATION_S = 0.02  # about what a driver takes to come up, do its requests and let go

@@ -1,4 +1,4 @@
-"""The torture suite can fail: data paths with faults built into them (csrc/seed_fault.h) are found out."""
+"""The torture suite can fail: data paths with faults built into them (csrc/base/seed_fault.h) are found out."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from suite import ROOT, torture
+from suite import ROOT, slow_nbdkit, torture
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-FORGET, WRITE_EARLY, FLUSH_EARLY, DISORDER, REPEAT, DEADLY = range(1, 7)
+FORGET, WRITE_EARLY, FLUSH_EARLY, DISORDER, REPEAT, DEADLY, NO_FENCE = range(1, 8)
 KILLS = "worker=40"  # the first few are enough; each takes half a second
 
 
 def build(fault: int, target: Path) -> Path:
     """Return `target` with a copy of the package in it whose data path has `fault`, 0 for none."""
-    ignored = shutil.ignore_patterns("_datapath.*.so", "__pycache__")
+    built = "backends._nbd" if fault == NO_FENCE else "worker._datapath"  # the extension with the fault
+    ignored = shutil.ignore_patterns(f"{built.rpartition('.')[2]}.*.so", "__pycache__")
     shutil.copytree(ROOT / "vdusefast", target / "vdusefast", ignore=ignored)
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(target), "--build-temp", str(target / "objects")],
         cwd=ROOT,
-        env={**os.environ, "VDUSEFAST_SEED_FAULT": str(fault)},
+        env={**os.environ, "VDUSEFAST_SEED_FAULT": str(fault), "VDUSEFAST_EXTENSIONS": built},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -76,6 +77,15 @@ def test_an_early_answer_to_a_flush_is_found_by_a_store_that_fails_it(faulty: Pa
             timeout=100,
         )
         assert done.returncode == status, done.stdout
+
+
+@pytest.mark.parametrize("faulty", [NO_FENCE], indirect=True)
+def test_a_write_that_a_server_carries_out_late_is_found_by_a_few_kills(faulty: Path, tmp_path: Path) -> None:
+    """About one kill in four shows it."""
+    with slow_nbdkit(tmp_path) as words:
+        result = torture(tmp_path, *words, "--kills", "worker=24,supervisor=4,group=4", package=faulty)
+    assert result.status == 1, result.text
+    assert "generation" in {lost["what"] for lost in result.report["lost"]}, result.text
 
 
 WRITE_THE_DEADLY_SECTOR = """

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 from pathlib import Path
 
 import pytest
-from suite import ROOT, torture
+from suite import torture
 
-from vdusefast.bench.torture_plan import parse_kills
+from vdusefast.bench.torture.plan import parse_kills
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -68,11 +66,3 @@ def test_other_queues_do_not_notice_the_death_of_a_worker(tmp_path: Path) -> Non
     assert result.status == 0, result.text
     for row in result.report["rows"]:
         assert row["others_s"]["p50"] < row["pause_s"]["p50"]
-
-
-def test_the_command_of_the_readme(tmp_path: Path) -> None:
-    (line,) = re.findall(r"^python -m vdusefast\.bench torture (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    words = shlex.split(re.sub(r"=\d+", "=1", line))
-    result = torture(tmp_path, *words)
-    assert result.status == 0, result.text
-    assert result.report["cycles"] == line.count("=")

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from fake_kernel import FakeKernel
 
-from vdusefast.transport import kernel_control, sysfs
+from vdusefast.host import node_users, sysfs
+from vdusefast.transport import kernel_control
+
+
+@pytest.fixture
+def sees_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a server see all processes of the machine, also where the tests run in a container."""
+    monkeypatch.setattr(node_users, "unseen_text", lambda node: "")
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 
 from vdusefast import errors
 from vdusefast.config import Config, make_config
-from vdusefast.daemon import Service
-from vdusefast.rpc_client import RpcClient
-from vdusefast.run_dir import RunDirectory
+from vdusefast.server.rpc_client import NoServerError, RpcClient
+from vdusefast.server.service import Service
+from vdusefast.state.run_dir import RunDirectory
 
 
 class FakeDevice:
@@ -30,13 +30,26 @@ class FakeDevice:
         self.hand_overs: list[float] = []
         self.starts: list[tuple[bool | None, bool]] = []
         self.recovered = False
+        self.upgraded = ""
+        self.outlives_server = config.device.transport == "kernel" and "memory:" not in config.backend.uri
+        self.proofs: list[bool] = []
+        self.proof_error: errors.VdusefastError | None = None
+        self.forced: list[float] = []
+        self.store_failure: dict[str, int] | None = None
         self.stop_gate = threading.Event()
         self.stop_gate.set()
         self.healthy = True
         self._base = base
         self._directory: RunDirectory | None = None
 
-    def start(self, *, recover: bool | None = None, fail_requests: bool = False) -> None:
+    def start(
+        self,
+        *,
+        recover: bool | None = None,
+        fail_requests: bool = False,
+        claim: bool = False,
+        forgive: bool = False,
+    ) -> None:
         self.starts.append((recover, fail_requests))
         directory = RunDirectory(self.name, self._base)
         try:
@@ -47,6 +60,15 @@ class FakeDevice:
             directory.close()
             raise
         self._directory = directory
+
+    def prove(self, *, look: bool = True) -> None:
+        self.proofs.append(look)
+        if self.proof_error is not None:
+            raise self.proof_error
+
+    def force(self, timeout_s: float = 30.0) -> None:
+        self.forced.append(timeout_s)
+        self.stop_gate.set()
 
     def stop(self, timeout_s: float = 30.0, *, force: bool = False) -> None:
         if self._directory is None:
@@ -67,8 +89,12 @@ class FakeDevice:
     def resize(self, size_bytes: int | None = None, *, force: bool = False) -> int:
         return size_bytes or 0
 
+    def forgive_store(self) -> None:
+        self.store_failure = None
+
     def info(self) -> dict[str, Any]:
-        return {"name": self.name, "state": "running", "node": self.node, "pid": os.getpid()}
+        state = {"state": "running", "store_failure": self.store_failure}
+        return {"name": self.name, "node": self.node, "pid": os.getpid(), **state}
 
     def stats(self) -> Any:
         class Stats:
@@ -95,7 +121,8 @@ class Rig:
     ) -> None:
         self.base = base
         self.device: FakeDevice
-        config = make_config(name="vd0", uri=uri, **overrides)
+        # The service would lock the memory of this process, and all of its threads would stay marked.
+        config = make_config(name="vd0", uri=uri, **({"lock_memory": "off"} | overrides))
         modes = {"take_over": take_over, "fail_requests": fail_requests}
         self.service = Service(config, base, make_device=self._make, **modes)
         self.path = base / "vd0"
@@ -115,9 +142,13 @@ class Rig:
             threads.append(threading.Thread(target=self._act, args=(act,)))
             threads[0].start()
 
-        self.service.run(ready)
-        for thread in threads:
-            thread.join(10)
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that comes late must not end the tests
+        try:
+            self.service.run(ready)
+            for thread in threads:
+                thread.join(60)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _act(self, act: Callable[[], Any]) -> None:
         try:
@@ -125,6 +156,17 @@ class Rig:
         except BaseException as error:
             self.error = error
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def wait_until_it_listens(self) -> None:
+        """Wait until the service takes connections; it has its device a moment earlier."""
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                RpcClient(self.path).close()
+                return
+            except NoServerError:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
 
     def call(self, method: str, **params: Any) -> Any:
         with RpcClient(self.path) as client:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vdusefast.affinity import format_cpu_list
+from vdusefast.host.cpu_topology import format_cpu_list
 
 
 @dataclass(frozen=True)

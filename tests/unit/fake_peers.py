@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vdusefast.bench import peers_options
-from vdusefast.bench.peer import Peer
+from vdusefast.bench.peers import options as peers_options
+from vdusefast.bench.peers.peer import Peer
 
 Json = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""A worker without a data path, for tests of the control plane: `fake_worker.py BEHAVIOUR key=value...`.
+"""A worker without a data path, for tests of the control plane: `fake_worker.py BEHAVIOUR ... DESCRIPTOR`.
 
 It counts kicks in place of requests. How it fails is chosen by BEHAVIOUR (at its start) or by `desc_addr` (at START).
 Each command is told on stderr, so that a test can see what arrived.
@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from vdusefast.control import (
+from vdusefast.base.handed import read_words
+from vdusefast.worker.protocol import (
     MESSAGE_MAX_BYTES,
     Command,
     Event,
@@ -104,7 +105,7 @@ class FakeWorker:
 
 def main() -> None:
     behaviour = sys.argv[1]
-    worker = FakeWorker(WorkerSpec.from_argv(sys.argv[2:]))
+    worker = FakeWorker(WorkerSpec.from_words(read_words(int(sys.argv[-1]))))
     if behaviour.startswith("startup-failed="):
         worker.send(Event.STARTUP_FAILED, exit_code=int(behaviour.partition("=")[2]), text="no engine today")
         sys.exit(1)

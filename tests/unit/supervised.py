@@ -16,7 +16,7 @@ import pytest
 
 from vdusefast.api import Device
 from vdusefast.config import make_config
-from vdusefast.supervisor import Limits, QueueInfo, VqState
+from vdusefast.control.supervisor import Limits, QueueInfo, VqState
 from vdusefast.transport.loopback import LoopbackBus
 
 QUICK = Limits(hello_s=8.0, quiesce_s=0.3, start_grace_s=0.25)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast import affinity
 from vdusefast.errors import ConfigError
+from vdusefast.host import cpu_topology
 
 
 def make_sysfs(root: Path, cpus: dict[int, tuple[int, int]], online: str) -> Path:
@@ -22,7 +22,7 @@ def make_sysfs(root: Path, cpus: dict[int, tuple[int, int]], online: str) -> Pat
         (topology / "physical_package_id").write_text(f"{package}\n")
         (topology / "core_id").write_text(f"{core}\n")
         siblings = [other for other, place in cpus.items() if place == (package, core)]
-        (topology / "thread_siblings_list").write_text(affinity.format_cpu_list(siblings) + "\n")
+        (topology / "thread_siblings_list").write_text(cpu_topology.format_cpu_list(siblings) + "\n")
     return root
 
 
@@ -36,75 +36,75 @@ def smt(tmp_path: Path) -> Path:
     ("text", "cpus"), [("0", [0]), ("0-3", [0, 1, 2, 3]), ("3,0-1", [3, 0, 1]), (" 2 , 4-4 ", [2, 4]), ("1,1", [1, 1])]
 )
 def test_cpu_list_is_parsed_in_the_order_written(text: str, cpus: list[int]) -> None:
-    assert affinity.parse_cpu_list(text) == cpus
+    assert cpu_topology.parse_cpu_list(text) == cpus
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "0-99999999", "1;2", "1,,2"])
 def test_what_is_no_cpu_list_is_refused_by_its_text(text: str) -> None:
     with pytest.raises(ConfigError, match=text or "''"):
-        affinity.parse_cpu_list(text)
+        cpu_topology.parse_cpu_list(text)
 
 
 @pytest.mark.parametrize(("cpus", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5, 7, 8], "0-2,5,7-8"), ([1, 0], "0-1")])
 def test_cpu_list_is_written_as_the_kernel_does(cpus: list[int], text: str) -> None:
-    assert affinity.format_cpu_list(cpus) == text
+    assert cpu_topology.format_cpu_list(cpus) == text
 
 
 def test_topology_is_read_from_sysfs(smt: Path) -> None:
-    topology = affinity.read_topology(smt, allowed=range(8))
+    topology = cpu_topology.read_topology(smt, allowed=range(8))
     assert topology.online == tuple(range(8))
     assert topology.core_count == 4
-    assert topology.cpus[6] == affinity.Cpu(index=6, package=1, core=0, siblings=(2, 6))
+    assert topology.cpus[6] == cpu_topology.Cpu(index=6, package=1, core=0, siblings=(2, 6))
 
 
 def test_plan_takes_physical_cores_first_and_siblings_last(smt: Path) -> None:
-    topology = affinity.read_topology(smt, allowed=range(8))
-    assert affinity.plan(8, topology) == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert affinity.plan(2, topology) == [0, 1]
+    topology = cpu_topology.read_topology(smt, allowed=range(8))
+    assert cpu_topology.plan(8, topology) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert cpu_topology.plan(2, topology) == [0, 1]
 
 
 def test_plan_stays_within_the_allowed_set(smt: Path) -> None:
-    topology = affinity.read_topology(smt, allowed=[1, 2, 6, 99])
+    topology = cpu_topology.read_topology(smt, allowed=[1, 2, 6, 99])
     assert topology.allowed == {1, 2, 6}
-    assert affinity.plan(3, topology) == [1, 2, 6]
+    assert cpu_topology.plan(3, topology) == [1, 2, 6]
 
 
 def test_plan_wraps_around_evenly(smt: Path) -> None:
-    topology = affinity.read_topology(smt, allowed=[0, 1])
-    assert affinity.plan(5, topology) == [0, 1, 0, 1, 0]
+    topology = cpu_topology.read_topology(smt, allowed=[0, 1])
+    assert cpu_topology.plan(5, topology) == [0, 1, 0, 1, 0]
 
 
 def test_plan_avoids_cpus_and_cores_that_are_taken(smt: Path) -> None:
-    topology = affinity.read_topology(smt, allowed=range(8))
-    assert affinity.plan(3, topology, taken=[0, 5]) == [2, 3, 4]
+    topology = cpu_topology.read_topology(smt, allowed=range(8))
+    assert cpu_topology.plan(3, topology, taken=[0, 5]) == [2, 3, 4]
 
 
 def test_plan_skips_what_is_offline(tmp_path: Path) -> None:
     sysfs = make_sysfs(tmp_path, {index: (0, index) for index in range(4)}, "0,2-3")
-    topology = affinity.read_topology(sysfs, allowed=range(4))
-    assert affinity.plan(3, topology) == [0, 2, 3]
+    topology = cpu_topology.read_topology(sysfs, allowed=range(4))
+    assert cpu_topology.plan(3, topology) == [0, 2, 3]
 
 
 def test_plan_without_a_usable_cpu_is_an_error(smt: Path) -> None:
     with pytest.raises(ConfigError, match="no CPU"):
-        affinity.plan(1, affinity.read_topology(smt, allowed=[]))
+        cpu_topology.plan(1, cpu_topology.read_topology(smt, allowed=[]))
 
 
 def test_without_sysfs_every_cpu_is_a_core(tmp_path: Path) -> None:
-    topology = affinity.read_topology(tmp_path)
+    topology = cpu_topology.read_topology(tmp_path)
     assert len(topology.cpus) == os.cpu_count() == topology.core_count
 
 
 def test_this_machine_has_a_plan_for_one_queue() -> None:
-    topology = affinity.read_topology()
+    topology = cpu_topology.read_topology()
     assert topology.allowed == os.sched_getaffinity(0)
-    assert affinity.plan(1, topology)[0] in topology.allowed
+    assert cpu_topology.plan(1, topology)[0] in topology.allowed
 
 
 def test_cpu_that_does_not_exist_is_named_with_those_that_do(smt: Path) -> None:
-    topology = affinity.read_topology(smt, allowed=[0, 1])
+    topology = cpu_topology.read_topology(smt, allowed=[0, 1])
     with pytest.raises(ConfigError, match=r"queue\[1\]\.cpu: CPU 99 does not exist; this machine has 0-7"):
-        affinity.check_cpu(99, topology, "queue[1].cpu")
+        cpu_topology.check_cpu(99, topology, "queue[1].cpu")
     with pytest.raises(ConfigError, match=r"CPU 5 is not allowed for this process, which may use 0-1"):
-        affinity.check_cpu(5, topology, "queue[0].cpu")
-    affinity.check_cpu(5, topology, "queue[0].irq_cpu", pinned=False)
+        cpu_topology.check_cpu(5, topology, "queue[0].cpu")
+    cpu_topology.check_cpu(5, topology, "queue[0].irq_cpu", pinned=False)

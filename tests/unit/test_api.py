@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from vdusefast import ConfigError, Device, DeviceBusyError, KernelSupportError, VdusefastError, left, make_config
+from vdusefast import ConfigError, Device, DeviceBusyError, KernelSupportError, VdusefastError, make_config
 from vdusefast.config import Config
+from vdusefast.control.supervisor import Supervisor
 from vdusefast.errors import BackendError
-from vdusefast.signals import PatientStopSignals, StopRequestedError, StopSignals
-from vdusefast.supervisor import Supervisor
+from vdusefast.server.signals import PatientStopSignals, StopRequestedError, StopSignals
+from vdusefast.state import orphans
 from vdusefast.transport.loopback import LoopbackTransport
 
 BASE = Path(os.environ["VDUSEFAST_RUN_DIR"])
@@ -100,7 +101,7 @@ def test_parts_of_a_device_that_does_not_run_are_refused() -> None:
 
 def test_kernel_transport_says_what_the_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vdusefast.transport.kernel_control.CONTROL_NODE", "/nonexistent/control")
-    monkeypatch.setattr("vdusefast.transport.sysfs.SYS", Path("/nonexistent"))
+    monkeypatch.setattr("vdusefast.host.sysfs.SYS", Path("/nonexistent"))
     device = Device(make_config(name="d0", uri="memory:1M", transport="kernel"))
     with pytest.raises(KernelSupportError, match="no vduse, virtio_vdpa, virtio_blk: modprobe -a vduse"):
         device.start()
@@ -231,7 +232,7 @@ def test_command_that_is_told_to_stop_drains_and_ends_with_status_0(number: sign
     code = """
         import sys
         from vdusefast import Device, make_config
-        from vdusefast.signals import StopSignals
+        from vdusefast.server.signals import StopSignals
         with StopSignals() as signals, Device(make_config(name="d0", uri="null:1M", queues=2)) as device:
             print("ready", flush=True)
             signals.wait()
@@ -304,7 +305,11 @@ def test_device_goes_from_one_object_to_the_next(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
-    [({"queues": 1}, r"device\.queues"), ({"event_idx": False}, "features"), ({"seg_max": 3}, r"device\.seg_max")],
+    [
+        ({"queues": 1}, r"device\.queues"),
+        ({"event_idx": False}, r"device\.event_idx"),
+        ({"seg_max": 3}, r"device\.seg_max"),
+    ],
 )
 def test_another_device_does_not_take_its_place(tmp_path: Path, overrides: dict[str, Any], words: str) -> None:
     first = Device(recover_config(tmp_path))
@@ -322,6 +327,24 @@ def test_another_device_does_not_take_its_place(tmp_path: Path, overrides: dict[
     with_it = Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus))
     with_it.start(recover=True)
     with_it.stop()
+
+
+def test_features_that_were_shown_are_served_whatever_would_be_offered(tmp_path: Path) -> None:
+    """IN_ORDER is not offered with engine uring, as that costs; a driver that has it keeps it."""
+    settings = {"in_order": True, "packed": True, "cache": "writeback"}
+    first = Device(recover_config(tmp_path, engine="sync", **settings))
+    first.start()
+    bus, shown = first.bus, first.info()["offered_features"]
+    assert "IN_ORDER" in shown
+    with first.driver() as driver:
+        first.hand_over()
+        second = Device(recover_config(tmp_path, engine="uring", **settings), transport=LoopbackTransport(bus=bus))
+        second.start(recover=True)
+        assert (second.info()["offered_features"], second.queues()[0].engine) == (shown, "uring")
+        for number in range(20):
+            driver.write(512 * number, bytes([number]) * 512, queue=number % 2)
+        assert driver.read(0, 512 * 20) == b"".join(bytes([number]) * 512 for number in range(20))
+    second.stop()
 
 
 def test_start_that_cannot_go_on_leaves_all_for_the_next(tmp_path: Path) -> None:
@@ -384,9 +407,9 @@ def test_pages_of_another_geometry_are_refused(tmp_path: Path) -> None:
     bus = first.bus
     first.hand_over()
     pages = (BASE / "d0/pages").read_bytes()
-    for damaged in (pages[:5000], b"x" + pages[1:]):
+    for damaged, why in ((pages[:5000], "the shared pages were cut"), (b"x" + pages[1:], "not shared pages of this")):
         (BASE / "d0/pages").write_bytes(damaged)
-        with pytest.raises(VdusefastError, match="not shared pages of this version"):
+        with pytest.raises(VdusefastError, match=why):
             Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus)).start(recover=True)
     (BASE / "d0/pages").write_bytes(pages)
     second = Device(recover_config(tmp_path), transport=LoopbackTransport(bus=bus))
@@ -402,12 +425,12 @@ class KernelLike(LoopbackTransport):
 
 def test_device_that_its_driver_keeps_can_be_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where `stop` could not take it away, what the next server needs stays, too."""
-    monkeypatch.setattr(left, "is_attached", lambda name: True)
+    monkeypatch.setattr(orphans, "is_attached", lambda name: True)
     device = Device(recover_config(tmp_path), transport=KernelLike())
     device.start()
     device.stop()
     assert sorted(os.listdir(BASE / "d0")) == ["lock", "pages", "state"]
-    monkeypatch.setattr(left, "is_attached", lambda name: False)
+    monkeypatch.setattr(orphans, "is_attached", lambda name: False)
     again = Device(recover_config(tmp_path), transport=KernelLike())
     again.start()
     again.stop()

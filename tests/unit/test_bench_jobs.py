@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast.bench.baseline import command
-from vdusefast.bench.help import JOB_HELP, RUN_HELP, option_help
-from vdusefast.bench.jobs import AUTO_QUEUES, JOB_OPTIONS, RUN_OPTIONS, JobSpec, parse_arguments
-from vdusefast.bench.plan import place_jobs, plan_threads, required_bytes
+from vdusefast.bench.fio.baseline import command
+from vdusefast.bench.fio.help import JOB_HELP, RUN_HELP, option_help
+from vdusefast.bench.fio.jobs import AUTO_QUEUES, JOB_OPTIONS, RUN_OPTIONS, JobSpec, parse_arguments
+from vdusefast.bench.fio.plan import place_jobs, plan_threads, required_bytes
 from vdusefast.errors import ConfigError
 
 MIB = 1 << 20

@@ -17,16 +17,17 @@ import psutil
 import pytest
 
 from vdusefast import doctor
-from vdusefast.bench import block_node, kernel_fio, real_fio
-from vdusefast.bench.fio import build_config, choose_transport, run_plan
-from vdusefast.bench.fio_words import VERIFY_BACKLOG_COUNT, device_words, file_name, milliseconds
-from vdusefast.bench.jobs import parse_arguments
-from vdusefast.bench.measured import Outcome
-from vdusefast.bench.plan import place_jobs
-from vdusefast.bench.real_fio import FioOutcome, FioProcess, FioStuckError, run_fio, split_output
-from vdusefast.bench.report import job_rows, verify_lines
+from vdusefast.bench.common import block_node, real_fio
+from vdusefast.bench.common.real_fio import FioOutcome, FioProcess, FioStuckError, run_fio, split_output
+from vdusefast.bench.fio import kernel as kernel_fio
+from vdusefast.bench.fio.command import build_config, choose_transport, run_plan
+from vdusefast.bench.fio.fio_words import VERIFY_BACKLOG_COUNT, device_words, file_name, milliseconds
+from vdusefast.bench.fio.jobs import parse_arguments
+from vdusefast.bench.fio.measured import Outcome
+from vdusefast.bench.fio.plan import place_jobs
+from vdusefast.bench.fio.report import job_rows, verify_lines
 from vdusefast.errors import ConfigError, KernelSupportError, VdusefastError
-from vdusefast.signals import StopSignals
+from vdusefast.server.signals import StopSignals
 
 MIB = 1 << 20
 NODE = "/dev/vdx"

@@ -15,10 +15,12 @@ import fake_fio
 import pytest
 from fake_peers import A
 
-from vdusefast.bench import data_check, nbd, peer_kinds
-from vdusefast.bench.peer import PeerSetup, ServerProcess, first_line, run_tool
+from vdusefast.bench.peers import data_check
+from vdusefast.bench.peers import kernel_nbd as nbd
+from vdusefast.bench.peers import kinds as peer_kinds
+from vdusefast.bench.peers.peer import PeerSetup, ServerProcess, first_line, run_tool
 from vdusefast.errors import TimedOutError, VdusefastError
-from vdusefast.transport import genl
+from vdusefast.host import netlink
 
 MIB = 1 << 20
 Json = dict[str, Any]
@@ -41,7 +43,7 @@ def test_server_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
 def test_server_that_is_never_ready_and_ignores_sigterm_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vdusefast.bench.peer.END_S", 0.2)
+    monkeypatch.setattr("vdusefast.bench.peers.peer.END_S", 0.2)
     words = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"]
     server = ServerProcess("kind", words, tmp_path / "log")
     server.wait_for("word", lambda: "ready" in (tmp_path / "log").read_text())
@@ -91,7 +93,7 @@ def test_ublk_server_is_added_and_deleted(tmp_path: Path, monkeypatch: pytest.Mo
     tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", fake_fio.first_on_path(tmp_path))
-    monkeypatch.setattr("vdusefast.bench.block_node.wait_for", lambda node, size_bytes, timeout_s: None)
+    monkeypatch.setattr("vdusefast.bench.common.block_node.wait_for", lambda node, size_bytes, timeout_s: None)
     monkeypatch.setattr(peer_kinds, "_free_number", lambda prefix: 7)
     peer = peer_kinds.Ublk(setup_of(tmp_path))
     peer.start()
@@ -156,10 +158,10 @@ def test_nbd_refuses_what_is_no_server() -> None:
 
 
 def test_nbd_attributes_are_aligned_and_nested() -> None:
-    item = genl.attribute(nbd._SOCK_ITEM | genl.NESTED, nbd._u32(nbd._SOCK_FD, 5))
-    packed = nbd._u64(nbd._ATTR_SIZE_BYTES, MIB) + genl.attribute(9, b"abc") + item
+    item = netlink.attribute(nbd._SOCK_ITEM | netlink.NESTED, nbd._u32(nbd._SOCK_FD, 5))
+    packed = nbd._u64(nbd._ATTR_SIZE_BYTES, MIB) + netlink.attribute(9, b"abc") + item
     assert len(packed) % 4 == 0
-    found = genl._unpack(packed)
+    found = netlink._unpack(packed)
     assert found == {nbd._ATTR_SIZE_BYTES: MIB.to_bytes(8, "little"), 9: b"abc", nbd._SOCK_ITEM: nbd._u32(1, 5)}
 
 

@@ -6,18 +6,25 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fake_fio
 import pytest
 from fake_peers import A, B, C, FilePeer, Json, command, run
 
-from vdusefast.bench import data_check, peers, peers_files, peers_vm, rounds
-from vdusefast.bench.awake import Awake
-from vdusefast.bench.peers import PeersOptions, Session, parse_job, standard_jobs
-from vdusefast.bench.peers_report import method_text, notes
-from vdusefast.bench.real_fio import FioStuckError
+from vdusefast.bench.common import rounds
+from vdusefast.bench.common.real_fio import FioStuckError
+from vdusefast.bench.fio.fio_words import measure_words
+from vdusefast.bench.peers import data_check, dirty_pages
+from vdusefast.bench.peers import files as peers_files
+from vdusefast.bench.peers import in_guest as peers_vm
+from vdusefast.bench.peers import session as peers
+from vdusefast.bench.peers.awake import Awake
+from vdusefast.bench.peers.goals import goals_table
+from vdusefast.bench.peers.report import method_text, notes
+from vdusefast.bench.peers.session import PeersOptions, Session, parse_job, standard_jobs
 from vdusefast.errors import ConfigError, KernelSupportError, VdusefastError
-from vdusefast.signals import StopSignals
+from vdusefast.server.signals import StopSignals
 
 MIB = 1 << 20
 
@@ -74,6 +81,38 @@ def test_job_of_ones_own() -> None:
     assert (job.rw, job.bs, job.iodepth, job.numjobs) == ("randrw", 8192, 16, 2)
     assert job.name == "randrw 70% 8k qd16 x2"
     assert parse_job(peers_vm.job_text(job)) == job
+
+
+def test_a_buffered_job_writes_all_once_until_it_is_on_the_device() -> None:
+    job = parse_job("rw=write bs=1M iodepth=1 numjobs=1 direct=0")
+    assert job.buffered
+    assert job.name == "write 1024k buffered x1"
+    assert parse_job(peers_vm.job_text(job)) == job
+    options: dict[str, Any] = {"engine": "libaio", "cpus": [], "size_bytes": 64 * MIB, "runtime_s": 2.0, "ramp_s": 0.3}
+    words = measure_words("fio", "/dev/x", job, direct=False, **options)
+    assert {"--direct=0", "--ioengine=psync", "--end_fsync=1", f"--size={64 * MIB}"} <= set(words)
+    assert not any(word.startswith(("--time_based", "--runtime", "--ramp_time")) for word in words)
+
+
+def test_the_limit_of_dirty_pages_is_put_back(tmp_path: Path) -> None:
+    before = {"dirty_background_bytes": "0", "dirty_bytes": "0", "dirty_background_ratio": "10", "dirty_ratio": "20"}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    with dirty_pages.limited(False, tmp_path):
+        assert (tmp_path / "dirty_bytes").read_text() == "0"
+    with dirty_pages.limited(True, tmp_path):
+        assert (tmp_path / "dirty_bytes").read_text() == str(dirty_pages.LIMIT_BYTES)
+    assert [(tmp_path / name).read_text() for name in ("dirty_background_ratio", "dirty_ratio")] == ["10", "20"]
+
+
+def test_buffered_writes_have_a_goal() -> None:
+    runs = [
+        run(peer, 0, iops) | {"job": "write 1024k buffered x1"} for peer, iops in (("vdusefast", 95), ("loop", 100))
+    ]
+    rows = rounds.table(runs, ["write 1024k buffered x1"], ["vdusefast", "loop"], "vdusefast")
+    table = goals_table(rows, [], "vdusefast", counted=False)
+    assert table is not None
+    assert table[1] == [("buffered writes / loop (write 1024k buffered x1)", "0.95", "0.9", "1", "reached")]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +186,7 @@ def test_file_system_of_a_path() -> None:
 @pytest.fixture
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
     monkeypatch.setattr(os, "O_DIRECT", 0)
-    monkeypatch.setattr("vdusefast.bench.block_node.wait_for", lambda node, size_bytes, timeout_s: None)
+    monkeypatch.setattr("vdusefast.bench.common.block_node.wait_for", lambda node, size_bytes, timeout_s: None)
     monkeypatch.setattr(FilePeer, "log", [])
     files = tmp_path / "files"
     files.mkdir()

@@ -14,10 +14,12 @@ import psutil
 import pytest
 from fake_peers import Json, command, run
 
-from vdusefast.bench import peers_plot, peers_vm, rounds
-from vdusefast.bench.awake import Awake
-from vdusefast.bench.peers_goals import goals_table
-from vdusefast.bench.peers_report import print_peers, ratio_table
+from vdusefast.bench.common import rounds
+from vdusefast.bench.peers import in_guest as peers_vm
+from vdusefast.bench.peers import plot as peers_plot
+from vdusefast.bench.peers.awake import Awake
+from vdusefast.bench.peers.goals import goals_table
+from vdusefast.bench.peers.report import print_peers, ratio_table
 from vdusefast.errors import ConfigError, VdusefastError
 
 MIB = 1 << 20

@@ -27,7 +27,7 @@ events: Ir
 fl=/w/_datapath.c
 fn=round
 10 100
-fi=/w/csrc/barrier.h
+fi=/w/csrc/base/barrier.h
 137 30
 fe=/w/_datapath.c
 12 5
@@ -106,7 +106,7 @@ def test_callgrind_costs_are_self_costs_by_function_and_line() -> None:
     assert costs == Counter(
         {
             ("round", "/w/_datapath.c", 10): 100,
-            ("round", "/w/csrc/barrier.h", 137): 30,
+            ("round", "/w/csrc/base/barrier.h", 137): 30,
             ("round", "/w/_datapath.c", 12): 5,
             ("round", "/w/_datapath.c", 13): 20,
             ("submit", "/w/csrc/engine_null.c", 4): 21,
@@ -131,7 +131,7 @@ def test_difference_of_two_runs_is_what_the_further_requests_took() -> None:
 
 def test_pause_is_found_in_the_source() -> None:
     line = counted.relax_line()
-    assert counted.RELAX in (ROOT / "csrc" / "barrier.h").read_text().splitlines()[line - 1]
+    assert counted.RELAX in (ROOT / "csrc" / "base" / "barrier.h").read_text().splitlines()[line - 1]
 
 
 def test_words_of_perf_and_strace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import fake_fio
 import pytest
 
-from vdusefast import _driver
-from vdusefast.bench.baseline import run_baseline
-from vdusefast.bench.jobs import parse_arguments
+from vdusefast.bench.fio.baseline import run_baseline
+from vdusefast.bench.fio.jobs import parse_arguments
+from vdusefast.driver import _driver
 from vdusefast.errors import VdusefastError
 
 MIB = 1 << 20

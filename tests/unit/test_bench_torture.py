@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vdusefast import _driver
 from vdusefast.api import Device
 from vdusefast.bench.__main__ import main
-from vdusefast.bench.torture import run_torture
-from vdusefast.bench.torture_disk import DiskLoad
-from vdusefast.bench.torture_leaks import Leaks
-from vdusefast.bench.torture_load import DriverLoad, Lost, compare_block
-from vdusefast.bench.torture_plan import (
+from vdusefast.bench.torture.command import run_torture
+from vdusefast.bench.torture.disk import DiskLoad
+from vdusefast.bench.torture.leaks import Leaks
+from vdusefast.bench.torture.load import DriverLoad, Lost, compare_block
+from vdusefast.bench.torture.loopback_host import LoopbackHost
+from vdusefast.bench.torture.plan import (
     KILLS,
     KINDS,
     STALL_MAX_S,
@@ -29,12 +29,12 @@ from vdusefast.bench.torture_plan import (
     blows,
     parse_kills,
 )
-from vdusefast.bench.torture_report import Findings, as_json, as_text, percentile
-from vdusefast.bench.torture_server import LoopbackServer, ServerError, TorturedServer
+from vdusefast.bench.torture.report import Findings, as_json, as_text, percentile
+from vdusefast.bench.torture.server import LoopbackServer, ServerError, TorturedServer
 from vdusefast.config import make_config
-from vdusefast.driver import LoopbackDriver
+from vdusefast.driver import _driver
+from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.errors import ConfigError
-from vdusefast.transport.loopback_remote import LoopbackHost
 
 MIB = 1 << 20
 
@@ -69,6 +69,8 @@ def test_kills_that_make_no_sense_are_refused(text: str, says: str) -> None:
         (["--size", "4K"], "at least"),
         (["--duration", "0"], "more than 0"),
         (["--give-up", "soon"], "--give-up: 'soon' is not a time"),
+        (["--load", "0s"], "more than 0"),
+        (["--kills", "relay=1"], "--kills relay: a device with this store and these queues has none: leave it out"),
         (["--backend", "memory:8M"], "leave out group and restart and supervisor"),
     ],
 )
@@ -88,7 +90,7 @@ def test_area_is_what_was_asked_for_or_what_there_is() -> None:
 
 
 def test_blows_are_those_asked_for_in_an_order_that_the_seed_decides() -> None:
-    kills = {"worker": 50, "supervisor": 50, "group": 50, "stall": 30, "restart": 5, "resize": 5, "fail": 5}
+    kills = dict.fromkeys((*KILLS, "keeper"), 50) | {"stall": 30, "restart": 5, "resize": 5, "fail": 5}
 
     def made(seed: int) -> list[Blow]:
         return list(blows(kills, random.Random(seed), 3, 0.1, for_ever=False))
@@ -259,7 +261,7 @@ def test_disk_writers_prove_themselves_and_notice_old_blocks(tmp_path: Path, mon
     path = tmp_path / "disk.img"
     path.touch()
     os.truncate(path, MIB)
-    monkeypatch.setattr("vdusefast.bench.block_node.size_bytes", lambda node: MIB)
+    monkeypatch.setattr("vdusefast.bench.common.block_node.size_bytes", lambda node: MIB)
     load = DiskLoad(str(path), TortureOptions(queues=1), 0.05)
     try:
         assert load.begin().finish() == []
@@ -279,7 +281,7 @@ def test_disk_writers_prove_themselves_and_notice_old_blocks(tmp_path: Path, mon
 
 
 def test_leaks_are_what_is_more_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vdusefast.bench.torture_leaks.SETTLE_S", 0.05)
+    monkeypatch.setattr("vdusefast.bench.torture.leaks.SETTLE_S", 0.05)
     leaks = Leaks()
     assert leaks.left() == []
     fd, end = os.eventfd(0), threading.Event()

@@ -15,9 +15,11 @@ from fake_peers import Json, command, run
 from test_bench_peers_report import kit, sample
 
 from vdusefast.api import Device
-from vdusefast.bench import peer_kinds, peers_variants, rounds
-from vdusefast.bench.peer import PeerSetup
-from vdusefast.bench.peers_report import print_peers
+from vdusefast.bench.common import rounds
+from vdusefast.bench.peers import kinds as peer_kinds
+from vdusefast.bench.peers import variants as peers_variants
+from vdusefast.bench.peers.peer import PeerSetup
+from vdusefast.bench.peers.report import print_peers
 from vdusefast.errors import ConfigError
 
 MIB = 1 << 20
@@ -73,7 +75,7 @@ def test_settings_reach_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return SimpleNamespace(start=lambda: None, stop=lambda: None, node=str(tmp_path / "f"), queues=list)
 
     monkeypatch.setattr("vdusefast.api.Device", device)
-    monkeypatch.setattr("vdusefast.bench.block_node.wait_for", lambda node, size_bytes, timeout_s: None)
+    monkeypatch.setattr("vdusefast.bench.common.block_node.wait_for", lambda node, size_bytes, timeout_s: None)
     for kind in peers_variants.parse_variants("deep:queue_size=1024,queues=1,poll_us=7;mem:uri=memory:"):
         peer = kind(PeerSetup(tmp_path / "f", 4 * MIB, 2, (), tmp_path, "tag"))
         peer.start()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import configparser
 import json
 import os
-import re
 import resource
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import vdusefast
-from vdusefast import cli, cli_serve, cli_systemd, doctor, errors
+from vdusefast import doctor, errors
+from vdusefast.cli import app as cli
 
 
 def make_root(root: Path) -> Path:
@@ -153,7 +151,7 @@ def test_bare_import_and_version_load_nothing_heavy() -> None:
         "import sys, vdusefast; vdusefast.ConfigError; vdusefast.__version__\n"
         "heavy = {'numpy', 'psutil', 'msgspec', 'click', 'rich', 'asyncio', 'ctypes'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "import vdusefast.cli\n"
+        "import vdusefast.cli.app\n"
         "heavy = {'numpy', 'psutil', 'msgspec', 'rich', 'asyncio'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -214,6 +212,15 @@ def test_kernel_is_judged_by_its_release(release: str, ok: bool) -> None:
     assert doctor._kernel(release).ok is ok
 
 
+@pytest.mark.parametrize(
+    ("release", "without"),
+    [("5.15.0", "user_memory (Linux 6.0), bounce"), ("6.1.0-50-amd64", "bounce_size_bytes and irq_cpu (Linux 6.4)")],
+)
+def test_kernel_that_lacks_what_came_later_is_told(release: str, without: str) -> None:
+    assert f"{release}, without {without}" in doctor._kernel(release).text
+    assert doctor._kernel("6.12.95-amd64").text == "6.12.95-amd64"
+
+
 def test_huge_pages_are_counted(root: Path) -> None:
     shmem = root / "sys/kernel/mm/transparent_hugepage/shmem_enabled"
     shmem.parent.mkdir(parents=True)
@@ -257,7 +264,7 @@ def test_run_directory_that_cannot_be_written_is_told(monkeypatch: pytest.Monkey
     (tmp_path / "file").touch()
     monkeypatch.setenv("VDUSEFAST_RUN_DIR", str(tmp_path / "file/b"))
     assert "set VDUSEFAST_RUN_DIR" in doctor._run_directory().remedy
-    monkeypatch.setattr("vdusefast.run_dir.base_directory", lambda: None)
+    monkeypatch.setattr("vdusefast.host.run_dirs.base_directory", lambda: None)
     assert doctor._run_directory().ok
 
 
@@ -281,7 +288,7 @@ def kernel_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "proc/self").mkdir()
     (root / "proc/self/status").write_text("Name:\tx\nCapEff:\t000001ffffffffff\n")
     monkeypatch.setattr("vdusefast.transport.kernel_control.probe_control", lambda: (1, 0b11))
-    monkeypatch.setattr("vdusefast.transport.vdpa.family_id", lambda: 21)
+    monkeypatch.setattr("vdusefast.host.vdpa.family_id", lambda: 21)
     return root
 
 
@@ -316,22 +323,26 @@ def refuse(error: Exception) -> None:
     ("where", "error", "reason"),
     [
         (
-            "kernel_control.probe_control",
+            "transport.kernel_control.probe_control",
             errors.VdusefastError("no permission for X: be root"),
             "no permission for X: be root",
         ),
         (
-            "vdpa.family_id",
+            "host.vdpa.family_id",
             errors.KernelSupportError("x"),
-            "does not show in this network namespace; run in the host's",
+            "does not show in this network namespace; run in the machine's own",
         ),
-        ("vdpa.family_id", PermissionError(1, "Operation not permitted"), "Operation not permitted; allow AF_NETLINK"),
+        (
+            "host.vdpa.family_id",
+            PermissionError(1, "Operation not permitted"),
+            "Operation not permitted; allow AF_NETLINK",
+        ),
     ],
 )
 def test_kernel_that_refuses_is_told_with_the_remedy(
     kernel_root: Path, where: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"vdusefast.transport.{where}", lambda: refuse(error))
+    monkeypatch.setattr(f"vdusefast.{where}", lambda: refuse(error))
     usable, text = doctor.kernel_usable(kernel_root)
     assert not usable
     assert reason in text
@@ -341,56 +352,5 @@ def test_lack_of_rights_is_told(kernel_root: Path) -> None:
     (kernel_root / "proc/self/status").write_text("CapEff:\t0000000000000000\n")
     assert doctor.kernel_usable(kernel_root) == (
         False,
-        "no CAP_NET_ADMIN: devices cannot be attached to the vDPA bus; be root",
+        "no CAP_NET_ADMIN: devices cannot be attached to the vDPA bus; be root; in a container: --cap-add=NET_ADMIN",
     )
-
-
-# -- systemd
-
-
-def test_unit_starts_this_installation(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["systemd-unit"]) == 0
-    unit = capsys.readouterr().out
-    (start,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
-    *words, command, config = start.split()
-    assert (command, config) == ("serve", "/etc/vdusefast/%i.toml")
-    done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True, timeout=20)
-    assert done.stdout == f"vdusefast {vdusefast.__version__}\n"
-    assert {"Type=notify", "NotifyAccess=main", "KillMode=mixed", "Restart=always"} <= set(unit.splitlines())
-    deleted = cli_serve.EXIT_DELETED
-    assert f"RestartPreventExitStatus=2 5 {deleted}" in unit
-    assert f"SuccessExitStatus={deleted}" in unit
-    assert deleted not in (0, 1, *errors._BY_EXIT_CODE)
-
-
-def test_unit_names_an_absolute_path_without_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/nowhere/python3")
-    monkeypatch.setattr("shutil.which", lambda _: None)
-    assert cli_systemd.installed_command() == "/nowhere/python3 -m vdusefast"
-    monkeypatch.setattr("shutil.which", lambda _: "/some where/vdusefast")
-    with pytest.raises(errors.VdusefastError, match="a unit file cannot hold this path"):
-        cli_systemd.installed_command()
-
-
-def test_unit_lets_stores_elsewhere_be_reached() -> None:
-    (families,) = re.findall(
-        r"^RestrictAddressFamilies=(.*)$", cli_systemd.unit_text("/usr/bin/vdusefast"), re.MULTILINE
-    )
-    assert {"AF_UNIX", "AF_NETLINK", "AF_INET", "AF_INET6"} == set(families.split())
-
-
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    path = tmp_path / "vdusefast@.service"
-    path.write_text(cli_systemd.unit_text(cli_systemd.installed_command()))
-    verify = shutil.which("systemd-analyze")
-    if verify is None:
-        # Where there is no systemd the unit is of no use either; what can be known of it is that it can be read.
-        parser = configparser.RawConfigParser(strict=False, allow_no_value=False)
-        parser.optionxform = str  # type: ignore[assignment,method-assign]
-        assert parser.read(path) == [str(path)]
-        assert parser.sections() == ["Unit", "Service", "Install"]
-        return
-    words = [verify, "verify", "--man=no", str(path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=50)
-    mine = [line for line in done.stderr.splitlines() if "vdusefast" in line]
-    assert (done.returncode, mine) == (0, [])

@@ -18,10 +18,14 @@ from typing import Any
 import pytest
 from served import BASE, CONFIG, ended, vdusefast
 
-from vdusefast import cli, errors, left, registry, run_dir
-from vdusefast.rpc import CLIENT_COUNT_MAX
-from vdusefast.rpc_client import RpcClient
-from vdusefast.run_dir import RunDirectory
+from vdusefast import errors
+from vdusefast.cli import app as cli
+from vdusefast.host import run_dirs
+from vdusefast.server import registry
+from vdusefast.server.rpc import CLIENT_COUNT_MAX
+from vdusefast.server.rpc_client import RpcClient
+from vdusefast.state import orphans
+from vdusefast.state.run_dir import RunDirectory
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def added(config: str) -> Iterator[int]:
         os.kill(info["pid"], signal.SIGCONT)
         os.kill(info["pid"], signal.SIGTERM)
     assert ended(info["pid"])
-    if left.in_kernel("vd0") or not (BASE / "vd0").exists():
+    if orphans.in_kernel("vd0") or not (BASE / "vd0").exists():
         return
     registry.remove_dead(BASE / "vd0")
 
@@ -135,7 +139,7 @@ def test_list_is_quick_and_loads_little(added: int) -> None:
         bare.append(computing_s(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True, timeout=20)))
     assert min(ours) < 8 * min(bare)
     code = (
-        "import sys, vdusefast.cli\nassert vdusefast.cli.run(['list']) == 0\n"
+        "import sys, vdusefast.cli.app\nassert vdusefast.cli.app.run(['list']) == 0\n"
         "heavy = {'numpy', 'psutil', 'rich', 'asyncio', 'ctypes', 'subprocess'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -167,9 +171,9 @@ def test_kernel_device_of_a_loopback_devices_name_is_none_of_ours(
     added: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither while the loopback device lives nor when its server has died."""
-    monkeypatch.setattr("vdusefast.transport.sysfs.attached", lambda name: True)
-    monkeypatch.setattr("vdusefast.transport.sysfs.created", lambda name: True)
-    monkeypatch.setattr("vdusefast.transport.sysfs.node", lambda name: "/dev/vda")
+    monkeypatch.setattr("vdusefast.host.sysfs.attached", lambda name: True)
+    monkeypatch.setattr("vdusefast.host.sysfs.created", lambda name: True)
+    monkeypatch.setattr("vdusefast.host.sysfs.node", lambda name: "/dev/vda")
     monkeypatch.setattr("vdusefast.transport.kernel_control.destroy_device", lambda name: pytest.fail("destroyed"))
     os.kill(added, signal.SIGKILL)
     assert ended(added)
@@ -183,7 +187,7 @@ def test_loopback_device_is_removed_although_the_kernel_has_one_of_its_name(
     added: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("vdusefast.transport.sysfs.attached", lambda name: True)
+        patch.setattr("vdusefast.host.sysfs.attached", lambda name: True)
         assert cli.run(["del", "vd0"]) == 0
 
 
@@ -209,10 +213,10 @@ def test_devices_of_roots_are_told_to_a_user(
 
     (tmp_path / "system/vd0").mkdir(parents=True)
     monkeypatch.delenv("VDUSEFAST_RUN_DIR")
-    monkeypatch.setattr(run_dir, "SYSTEM_BASE", tmp_path / "system")
+    monkeypatch.setattr(run_dirs, "SYSTEM_BASE", tmp_path / "system")
     monkeypatch.setattr(registry, "RpcClient", refuse)
     for own in (tmp_path / "own", None):
-        monkeypatch.setattr(run_dir, "base_directory", lambda own=own: own)
+        monkeypatch.setattr(run_dirs, "base_directory", lambda own=own: own)
         for command in ("show", "del", "stats"):
             assert cli.run([command, "vd0"]) == 1
             assert capsys.readouterr().err == f"vdusefast: vd0: no permission for {tmp_path}/system/vd0; be root\n"
@@ -236,8 +240,8 @@ def test_place_that_may_not_be_looked_at_is_one_line(
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "n" * 300])
 def test_no_file_of_the_kernels_is_taken_for_a_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vdusefast.transport.sysfs.created", lambda name: True)
-    monkeypatch.setattr("vdusefast.transport.sysfs.attached", lambda name: False)
+    monkeypatch.setattr("vdusefast.host.sysfs.created", lambda name: True)
+    monkeypatch.setattr("vdusefast.host.sysfs.attached", lambda name: False)
     monkeypatch.setattr("vdusefast.transport.kernel_control.destroy_device", lambda name: pytest.fail("destroyed"))
     assert cli.run(["del", name, "--force"]) == 3
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast import affinity, control
 from vdusefast.config import (
+    POLL_ALWAYS,
     BackendConfig,
     Config,
     QueueConfig,
@@ -20,6 +20,7 @@ from vdusefast.config import (
     validate,
 )
 from vdusefast.errors import ConfigError
+from vdusefast.host import cpu_topology
 
 EXAMPLE = """\
 [device]
@@ -38,10 +39,10 @@ poll_us = 20
 """
 
 
-def topology(count: int) -> affinity.Topology:
+def topology(count: int) -> cpu_topology.Topology:
     """Return a machine of `count` CPUs, each a core, all allowed."""
-    cpus = tuple(affinity.Cpu(index, 0, index, (index,)) for index in range(count))
-    return affinity.Topology(cpus, frozenset(range(count)))
+    cpus = tuple(cpu_topology.Cpu(index, 0, index, (index,)) for index in range(count))
+    return cpu_topology.Topology(cpus, frozenset(range(count)))
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -149,7 +150,7 @@ def test_kernel_transport_keeps_requests_well_below_the_bounce_size() -> None:
     ("settings", "queue_size", "indirect"),
     [
         ({}, 256, True),
-        ({"transport": "kernel", "bus": "vhost"}, 256, True),
+        ({"transport": "kernel", "bus": "vhost"}, 1024, True),
         ({"transport": "kernel"}, 1024, False),
         ({"transport": "kernel", "queue_size": 256}, 256, True),  # too small without tables
         ({"transport": "kernel", "queue_size": 4096}, 4096, False),
@@ -228,7 +229,7 @@ def test_two_queues_on_one_cpu_are_allowed_and_warned_of() -> None:
     assert validate(make_config(name="a", uri="null:1M", queues=2)) == []
 
 
-@pytest.mark.parametrize(("poll", "limit_us"), [("adaptive", 7), ("always", control.POLL_ALWAYS), ("never", 0)])
+@pytest.mark.parametrize(("poll", "limit_us"), [("adaptive", 7), ("always", POLL_ALWAYS), ("never", 0)])
 def test_mode_of_polling_becomes_a_limit(poll: str, limit_us: int) -> None:
     assert make_config(name="a", uri="null:1M", poll=poll, poll_us=7).queue[0].spin_limit_us == limit_us
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from vdusefast.control import (
+from vdusefast.base.handed import read_words, write_words
+from vdusefast.worker.protocol import (
     MESSAGE_MAX_BYTES,
     Command,
     Event,
@@ -43,16 +46,27 @@ def test_packets_of_another_size_are_refused() -> None:
         unpack_event(b"abc")
 
 
-def test_worker_words_survive_the_command_line() -> None:
-    assert WorkerSpec.from_argv(SPEC.to_argv()) == SPEC
+def test_worker_words_survive_the_way_to_the_worker() -> None:
+    assert WorkerSpec.from_words(read_words(write_words(SPEC.to_words()))) == SPEC
 
 
 @pytest.mark.parametrize("word", ["colour=red", "queue", "ctl_fd=three"])
 def test_wrong_worker_words_are_refused(word: str) -> None:
     with pytest.raises(ValueError, match=r"unknown argument|invalid literal"):
-        WorkerSpec.from_argv([*SPEC.to_argv(), word])
+        WorkerSpec.from_words([*SPEC.to_words(), word])
 
 
 def test_missing_worker_words_are_named() -> None:
     with pytest.raises(ValueError, match="missing arguments device, queue_size"):
-        WorkerSpec.from_argv([w for w in SPEC.to_argv() if not w.startswith(("device=", "queue_size="))])
+        WorkerSpec.from_words([w for w in SPEC.to_words() if not w.startswith(("device=", "queue_size="))])
+
+
+def test_what_is_handed_over_cannot_be_changed_any_more() -> None:
+    fd = write_words(["key=secret", ""])
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"KEY", 0)
+    with pytest.raises(PermissionError):
+        os.truncate(fd, 0)
+    assert read_words(fd) == ["key=secret", ""]
+    with pytest.raises(ValueError, match="NUL"):
+        write_words(["a\0b"])

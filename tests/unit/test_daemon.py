@@ -13,10 +13,17 @@ from typing import Any
 import pytest
 from daemon_rig import Rig
 
-from vdusefast import daemon, errors, left, run_dir, usage
-from vdusefast.rpc import Method, RpcServer
-from vdusefast.run_dir import RunDirectory
+from vdusefast import errors
+from vdusefast.base import time_limits
+from vdusefast.cli import app as cli
+from vdusefast.host import node_users
+from vdusefast.server import service
+from vdusefast.server.rpc import Method, RpcServer
+from vdusefast.state import orphans
+from vdusefast.state.run_dir import RunDirectory
 from vdusefast.transport import DeviceBrokenError
+
+pytestmark = pytest.mark.usefixtures("sees_all_processes")
 
 
 @pytest.fixture
@@ -33,8 +40,21 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 @pytest.fixture
 def in_use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     users = ["mounted on /mnt"]
-    monkeypatch.setattr(usage, "find_users", lambda node: list(users))
+    monkeypatch.setattr(node_users, "find_users", lambda node: list(users))
     return users
+
+
+def test_delete_is_refused_where_users_may_be_unseen(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_users, "find_users", lambda node: [])
+    monkeypatch.setattr(node_users, "unseen_text", lambda node: f"whether {node} is open cannot be seen from here")
+
+    def act() -> None:
+        with pytest.raises(errors.DeviceBusyError, match=r"open cannot be seen.*from the host, or --force"):
+            rig.call("delete")
+        assert rig.call("delete", is_unused=True) == {"name": "vd0", "pid": os.getpid()}
+
+    rig.run(act)
+    assert rig.device.stops == [(service.STOP_TIMEOUT_S, False)]
 
 
 def test_commands_are_answered_and_delete_ends_it(rig: Rig) -> None:
@@ -48,6 +68,23 @@ def test_commands_are_answered_and_delete_ends_it(rig: Rig) -> None:
     assert rig.device.stops == [(3.0, False)]
 
 
+def test_recover_has_a_store_flushed_again_that_has_failed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VDUSEFAST_RUN_DIR", str(rig.base))
+
+    def act() -> None:
+        assert cli.run(["recover", "vd0"]) == 4  # it is served, and well
+        rig.device.store_failure = {"errno": 5, "since_s": 1}
+        assert cli.run(["recover", "vd0"]) == 0
+        assert capsys.readouterr().out == "/dev/vdfake\n"
+        rig.call("delete")
+
+    rig.run(act)
+    assert rig.error is None
+    assert rig.device.store_failure is None
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_stops_it_cleanly_and_a_second_one_changes_nothing(rig: Rig, number: int) -> None:
     def act() -> None:
@@ -59,7 +96,7 @@ def test_signal_stops_it_cleanly_and_a_second_one_changes_nothing(rig: Rig, numb
         rig.device.stop_gate.set()
 
     rig.run(act)
-    assert rig.device.stops == [(daemon.STOP_TIMEOUT_S, False)]
+    assert rig.device.stops == [(service.STOP_TIMEOUT_S, False)]
 
 
 def test_delete_refuses_while_in_use_and_force_goes_ahead(rig: Rig, in_use: list[str]) -> None:
@@ -71,7 +108,7 @@ def test_delete_refuses_while_in_use_and_force_goes_ahead(rig: Rig, in_use: list
         rig.call("delete", force=True)
 
     rig.run(act)
-    assert rig.device.stops == [(daemon.STOP_TIMEOUT_S, True)]
+    assert rig.device.stops == [(service.STOP_TIMEOUT_S, True)]
 
 
 def test_client_of_vhost_is_not_forced_away(rig: Rig, in_use: list[str]) -> None:
@@ -91,7 +128,7 @@ def test_client_of_vhost_is_not_forced_away(rig: Rig, in_use: list[str]) -> None
 def test_signal_waits_for_a_client_of_vhost_and_takes_a_disk_away(
     rig: Rig, in_use: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(daemon, "CLIENT_LOOK_S", 0.02)
+    monkeypatch.setattr(service, "CLIENT_LOOK_S", 0.02)
     rig.device.node = "/dev/vhost-vdpa-0"
 
     def act() -> None:
@@ -111,7 +148,37 @@ def test_disk_in_use_goes_when_a_signal_comes(rig: Rig, in_use: list[str], caplo
     assert len(rig.device.stops) == 1
 
 
-def test_info_while_it_is_being_removed_and_no_second_delete(rig: Rig) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_second_delete_joins_the_first_one_and_can_make_it_one_by_force(rig: Rig, force: bool) -> None:
+    rig.device.stop_gate.clear()
+    removed: list[Any] = []
+
+    def act() -> None:
+        threads = [threading.Thread(target=lambda: removed.append(rig.call("delete", timeout_s=9.0)))]
+        threads[0].start()
+        while not rig.device.stops:
+            time.sleep(0.01)
+        assert rig.call("info")["state"] == "stopping"
+        with pytest.raises(errors.DeviceBusyError, match="being removed"):
+            rig.call("stats")
+        params = {"force": force, "timeout_s": 4.0}
+        threads.append(threading.Thread(target=lambda: removed.append(rig.call("delete", **params))))
+        threads[1].start()
+        if not force:
+            threads[1].join(0.3)
+            assert threads[1].is_alive()
+            rig.device.stop_gate.set()
+        for thread in threads:
+            thread.join(10)
+
+    rig.run(act)
+    assert removed == [{"name": "vd0", "pid": os.getpid()}] * 2
+    assert rig.device.stops == [(9.0, False)]
+    assert set(rig.device.forced) == ({4.0} if force else set())
+
+
+def test_delete_that_waits_for_another_one_has_a_limit_of_its_own(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_limits, "stop_s", lambda timeout_s: timeout_s)
     rig.device.stop_gate.clear()
 
     def act() -> None:
@@ -119,15 +186,12 @@ def test_info_while_it_is_being_removed_and_no_second_delete(rig: Rig) -> None:
         first.start()
         while not rig.device.stops:
             time.sleep(0.01)
-        assert rig.call("info")["state"] == "stopping"
-        for method in ("delete", "stats"):
-            with pytest.raises(errors.DeviceBusyError, match="being removed"):
-                rig.call(method)
+        with pytest.raises(errors.TimedOutError, match=r"is being removed, which takes longer than 0\.2 s"):
+            rig.call("delete", timeout_s=0.2)
         rig.device.stop_gate.set()
         first.join(10)
 
     rig.run(act)
-    assert len(rig.device.stops) == 1
 
 
 def test_refused_delete_leaves_signals_to_work(rig: Rig, in_use: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +203,7 @@ def test_refused_delete_leaves_signals_to_work(rig: Rig, in_use: list[str], monk
         time.sleep(0.2)
         return ["mounted on /mnt"]
 
-    monkeypatch.setattr(usage, "find_users", find_users)
+    monkeypatch.setattr(node_users, "find_users", find_users)
 
     def act() -> None:
         def refused() -> None:
@@ -153,7 +217,7 @@ def test_refused_delete_leaves_signals_to_work(rig: Rig, in_use: list[str], monk
         caller.join(10)
 
     rig.run(act)
-    assert rig.device.stops == [(daemon.STOP_TIMEOUT_S, False)]
+    assert rig.device.stops == [(service.STOP_TIMEOUT_S, False)]
 
 
 def test_device_is_running_until_its_removal_is_decided(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +228,7 @@ def test_device_is_running_until_its_removal_is_decided(rig: Rig, monkeypatch: p
         assert go_on.wait(10)
         return []
 
-    monkeypatch.setattr(usage, "find_users", find_users)
+    monkeypatch.setattr(node_users, "find_users", find_users)
 
     def act() -> None:
         caller = threading.Thread(target=rig.call, args=("delete",))
@@ -173,8 +237,6 @@ def test_device_is_running_until_its_removal_is_decided(rig: Rig, monkeypatch: p
             assert looked.wait(5)
             assert rig.call("info")["state"] == "running"
             assert rig.call("stats") == {"total": {"requests": 5}}
-            with pytest.raises(errors.DeviceBusyError, match="being removed already"):
-                rig.call("delete")
         finally:
             go_on.set()
             caller.join(10)
@@ -185,7 +247,7 @@ def test_device_is_running_until_its_removal_is_decided(rig: Rig, monkeypatch: p
 def test_delete_tells_what_the_kernel_has_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path / "run", transport="kernel")
     rig.device.failure = errors.TimedOutError("device vd0: its driver did not let go of it within 40 s")
-    monkeypatch.setattr(left, "in_kernel", lambda name: True)
+    monkeypatch.setattr(orphans, "in_kernel", lambda name: True)
 
     def act() -> None:
         with pytest.raises(errors.TimedOutError, match="did not let go"):
@@ -245,8 +307,8 @@ def test_what_is_told_of_readiness_may_refuse(rig: Rig) -> None:
 
 @pytest.fixture
 def kernel_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(usage, "find_users", lambda node: [])
-    monkeypatch.setattr(left, "in_kernel", lambda name: False)
+    monkeypatch.setattr(node_users, "find_users", lambda node: [])
+    monkeypatch.setattr(orphans, "in_kernel", lambda name: False)
     rig = Rig(tmp_path / "run", transport="kernel")
     yield rig
     if rig.error is not None:
@@ -258,7 +320,7 @@ def test_signal_leaves_a_kernel_device_to_the_next_server(
     kernel_rig: Rig, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernel_rig.run(lambda: os.kill(os.getpid(), number))
-    assert (kernel_rig.device.hand_overs, kernel_rig.device.stops) == ([daemon.STOP_TIMEOUT_S], [])
+    assert (kernel_rig.device.hand_overs, kernel_rig.device.stops) == ([service.STOP_TIMEOUT_S], [])
     assert kernel_rig.path.is_dir()
     assert "vd0: left in the kernel as /dev/vdfake" in caplog.text
     assert "`vdusefast recover vd0` goes on with it, `vdusefast del vd0` removes it" in caplog.text
@@ -295,16 +357,6 @@ def test_delete_by_command_is_told_from_a_signal(kernel_rig: Rig) -> None:
     assert (kernel_rig.device.hand_overs, len(kernel_rig.device.stops)) == ([], 1)
 
 
-def test_hand_over_by_command_ends_the_server(kernel_rig: Rig) -> None:
-    def act() -> None:
-        assert kernel_rig.call("hand_over", timeout_s=4.0)["name"] == "vd0"
-
-    kernel_rig.run(act)
-    assert (kernel_rig.device.hand_overs, kernel_rig.device.stops) == ([4.0], [])
-    assert not kernel_rig.service.deleted
-    assert not run_dir.is_held(kernel_rig.path)
-
-
 @pytest.mark.parametrize("recovered", [False, True])
 def test_start_that_nobody_hears_of_is_undone(kernel_rig: Rig, recovered: bool) -> None:
     """A device that was there before stays where it was, one that is new goes."""
@@ -321,7 +373,7 @@ def test_start_that_nobody_hears_of_is_undone(kernel_rig: Rig, recovered: bool) 
 
 def test_device_that_the_kernel_has_given_up_is_made_anew(kernel_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     removed: list[Path] = []
-    monkeypatch.setattr(left, "remove_broken", removed.append)
+    monkeypatch.setattr(orphans, "remove_broken", removed.append)
     first = kernel_rig.device
     first.start_error = DeviceBrokenError("device vd0 is broken")
     kernel_rig.run(lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -334,7 +386,7 @@ def test_broken_device_in_use_is_refused(kernel_rig: Rig, monkeypatch: pytest.Mo
     def refuse(path: Path) -> None:
         raise errors.DeviceBusyError("vd0: it is broken and in use")
 
-    monkeypatch.setattr(left, "remove_broken", refuse)
+    monkeypatch.setattr(orphans, "remove_broken", refuse)
     kernel_rig.device.start_error = DeviceBrokenError("device vd0 is broken")
     with pytest.raises(errors.DeviceBusyError, match="broken and in use"):
         kernel_rig.service.run(lambda _: pytest.fail("not ready"))
@@ -342,22 +394,22 @@ def test_broken_device_in_use_is_refused(kernel_rig: Rig, monkeypatch: pytest.Mo
 
 def test_new_server_takes_over_from_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old one is asked when the new one has come as far as it can, and ends before the device is started."""
-    monkeypatch.setattr(left, "in_kernel", lambda name: False)
+    monkeypatch.setattr(orphans, "in_kernel", lambda name: False)
     held = RunDirectory("vd0", tmp_path / "run")
     asked: list[Any] = []
 
-    def hand_over(params: daemon.HandOverParams) -> dict[str, Any]:
+    def hand_over(params: service.HandOverParams) -> dict[str, Any]:
         asked.append(params.timeout_s)
         threading.Timer(0.1, held.release).start()
         return {}
 
-    server = RpcServer(tmp_path / "run/vd0", {"hand_over": Method(daemon.HandOverParams, hand_over)})
+    server = RpcServer(tmp_path / "run/vd0", {"hand_over": Method(service.HandOverParams, hand_over)})
     with server:
         rig = Rig(tmp_path / "run", transport="kernel", take_over=True)
         assert asked == []
         rig.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert asked == [daemon.STOP_TIMEOUT_S]
-    assert (rig.device.starts, len(rig.device.hand_overs)) == ([(None, False)], 1)
+    assert asked == [service.STOP_TIMEOUT_S]
+    assert (rig.device.starts, len(rig.device.hand_overs)) == ([(True, False)], 1)
 
 
 def test_old_server_that_cannot_be_asked_keeps_its_device(tmp_path: Path) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from daemon_rig import Rig
 
-from vdusefast import daemon, errors, left, sd_notify, usage
+from vdusefast import errors
+from vdusefast.host import node_users, run_dirs
+from vdusefast.server import hand_over, sd_notify
+from vdusefast.server import service as daemon
+from vdusefast.state import orphans
+
+pytestmark = pytest.mark.usefixtures("sees_all_processes")
 
 
 @pytest.fixture
@@ -43,6 +50,7 @@ def test_systemd_is_told_of_everything(manager: socket.socket, tmp_path: Path, m
         rig.device.failure = errors.WorkerError("queue 0: its worker died")
         while "its worker died" not in seen[-1]:
             seen.append(manager.recv(4096).decode())
+        assert rig.call("info")["watchdog_s"] == 0.15  # for the server that takes over
         rig.device.healthy = False
         manager.settimeout(0.4)
         pings = len(list(iter(lambda: receive(manager), "")))
@@ -60,15 +68,82 @@ def test_systemd_is_told_of_everything(manager: socket.socket, tmp_path: Path, m
     assert seen[-1] == "STOPPING=1\nSTATUS=stopping"
 
 
+def test_service_goes_on_with_the_server_that_has_taken_over(
+    manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It becomes the main process before the old one can see that it serves; the old one does not end the service."""
+    rig = Rig(tmp_path / "run", uri="file:/nowhere", transport="kernel", take_over=True)
+    served: list[bool] = []
+    notify = rig.service._notifier.send
+
+    def send(**fields: str | int) -> None:
+        served.append((rig.path / "socket").exists())
+        notify(**fields)
+
+    monkeypatch.setattr(rig.service._notifier, "send", send)
+    monkeypatch.setattr(hand_over.Successor, "wait", lambda *_: "")
+
+    def act() -> list[str]:
+        rig.call("hand_over")
+        return []
+
+    rig.run(act)
+    assert rig.error is None
+    seen = []
+    manager.settimeout(0.2)
+    while said := receive(manager):
+        seen.append(said)
+    assert seen[0].startswith("EXTEND_TIMEOUT_USEC=")  # the status is still the old server's
+    assert seen[1:] == [f"MAINPID={os.getpid()}", "READY=1\nSTATUS=serving /dev/vdfake"]
+    assert served == [False, False, True]
+
+
+def test_server_that_takes_its_device_back_is_the_main_process_again(
+    manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "60000")
+    answers = ["its new server has ended", ""]
+    alive: list[int] = []
+
+    def wait(successor: hand_over.Successor, stop_fd: int, keep_alive: Callable[[], None]) -> str:
+        for _ in range(3):  # a server that starts may take longer than the watchdog's limit
+            keep_alive()
+            time.sleep(0.03)
+        alive.append(1)
+        return answers.pop(0)
+
+    monkeypatch.setattr(hand_over.Successor, "wait", wait)
+    rig = Rig(tmp_path / "run", uri="file:/nowhere", transport="kernel")
+
+    def act() -> list[str]:
+        rig.call("hand_over")
+        deadline = time.monotonic() + 20
+        while not (alive and run_dirs.is_held(rig.path)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        seen: list[str] = []
+        while not seen or not seen[-1].startswith("MAINPID="):
+            seen.append(manager.recv(4096).decode())
+        rig.wait_until_it_listens()
+        rig.call("hand_over")
+        return seen
+
+    rig.run(act)
+    assert rig.error is None
+    assert rig.result[-1] == f"MAINPID={os.getpid()}"
+    assert rig.result.count("WATCHDOG=1") >= 3
+    assert not [said for said in rig.result if "STOPPING" in said]
+
+
 def test_systemd_waits_as_long_as_we_do(
     manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the driver at the start, and for a client of vhost-vdpa at the end."""
     in_use = ["open in qemu"]
-    monkeypatch.setattr(usage, "find_users", lambda node: list(in_use))
+    monkeypatch.setattr(node_users, "find_users", lambda node: list(in_use))
     monkeypatch.setattr(daemon, "CLIENT_LOOK_S", 0.02)
     monkeypatch.setattr(daemon, "EXTEND_EVERY_S", 0.05)
-    monkeypatch.setattr(left, "in_kernel", lambda name: False)
+    monkeypatch.setattr(orphans, "in_kernel", lambda name: False)
     rig = Rig(tmp_path / "run", uri="memory:1M", transport="kernel", attach_timeout_s=300)
     rig.device.node = "/dev/vhost-vdpa-0"
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from vdusefast import display
 from vdusefast.api import Device
+from vdusefast.cli import render
 from vdusefast.config import Config, QueueConfig, make_config
-from vdusefast.describe import ring_text
+from vdusefast.control.device_info import ring_text
 from vdusefast.transport import uapi
 from vdusefast.transport.kernel import KernelOptions, KernelTransport
 
@@ -48,10 +48,9 @@ def test_the_path_is_named_for_people_and_programs() -> None:
         ("null", "never", "up to 150 us"),
     ]
     assert [queue["cpu"] for queue in info["placement"]["queues"]] == [-1, -1]
-    shown = {key: value for key, value in info["queues"][1].items() if key != "size"}
-    assert set(shown) == set(stats["queues"][1])
+    assert set(info["queues"][1]) == set(stats["queues"][1])
     assert stats["queues"][1]["poll"] == "never"
-    text = display.show_text(info)
+    text = render.show_text(info)
     assert "  ring        split, EVENT_IDX, INDIRECT_DESC\n" in text
     assert "  memory      the driver's own\n" in text
     row = next(line for line in text.splitlines() if "adaptive, 30 us" in line)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from vdusefast import worker
 from vdusefast.backends import Store
 from vdusefast.config import make_config
-from vdusefast.control import WorkerSpec
-from vdusefast.device import BlockDevice, StatusChange, StatusRefusedError
+from vdusefast.control.device_model import BlockDevice, StatusChange, StatusRefusedError
 from vdusefast.errors import ConfigError
 from vdusefast.transport import uapi
+from vdusefast.transport.virtio_blk import config_fields
+from vdusefast.worker import main as worker
+from vdusefast.worker.protocol import WorkerSpec
 
 MIB = 1 << 20
 
@@ -70,6 +71,31 @@ def test_config_space_lies_as_the_specification_says() -> None:
 
 
 @pytest.mark.parametrize(
+    ("store", "wanted"),
+    [
+        # A stripe of four disks with 64 KiB each, of which 1 MiB is freed at a time.
+        (
+            {"min_io_size_bytes": 65536, "opt_io_size_bytes": 262144, "discard_granularity_bytes": MIB},
+            {"min_io_size": 128, "opt_io_size": 512, "discard_sector_alignment": 2048, "alignment_offset": 0},
+        ),
+        ({"alignment_offset_bytes": 3584}, {"alignment_offset": 7, "min_io_size": 8}),
+        ({"alignment_offset_bytes": 100 * 4096}, {"alignment_offset": 0}),  # a byte, which that does not fit into
+        ({"min_io_size_bytes": 64 * MIB}, {"min_io_size": 8}),  # 16 bits, as little
+        ({"min_io_size_bytes": 65536 + 100}, {"min_io_size": 8}),  # no number of blocks
+        ({"opt_io_size_bytes": 1000}, {"opt_io_size": 0}),
+        ({"opt_io_size_bytes": 768 << 10}, {"opt_io_size": 1536}),
+        ({"discard_granularity_bytes": 192 << 10}, {"discard_sector_alignment": 384}),  # as dm-thin may have it
+        ({"discard_granularity_bytes": 512}, {"discard_sector_alignment": 1}),
+        ({}, {"discard_sector_alignment": 8, "min_io_size": 8}),
+        ({"can_discard": False, "discard_granularity_bytes": MIB}, {"discard_sector_alignment": 0}),
+    ],
+)
+def test_topology_is_that_of_the_store(store: dict[str, Any], wanted: dict[str, int]) -> None:
+    fields = config_fields(make_device(store).config_space)
+    assert {name: fields[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
     ("store", "config", "bit", "offered"),
     [
         ({}, {}, uapi.VIRTIO_BLK_F_FLUSH, True),
@@ -80,6 +106,9 @@ def test_config_space_lies_as_the_specification_says() -> None:
         ({}, {"read_only": True}, uapi.VIRTIO_BLK_F_DISCARD, False),
         ({}, {}, uapi.VIRTIO_BLK_F_DISCARD, True),
         ({"can_discard": False}, {}, uapi.VIRTIO_BLK_F_DISCARD, False),
+        ({}, {"discard": "ignore"}, uapi.VIRTIO_BLK_F_DISCARD, False),
+        ({}, {"discard": "ignore"}, uapi.VIRTIO_BLK_F_WRITE_ZEROES, True),
+        ({}, {"write_zeroes": "thick"}, uapi.VIRTIO_BLK_F_DISCARD, True),
         ({"can_discard": False}, {}, uapi.VIRTIO_BLK_F_WRITE_ZEROES, True),
         ({"can_write_zeroes": False}, {}, uapi.VIRTIO_BLK_F_WRITE_ZEROES, False),
         ({}, {"queues": 1}, uapi.VIRTIO_BLK_F_MQ, False),

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from vdusefast import display
+from vdusefast import units
+from vdusefast.cli import render
 
 
 def test_table_is_aligned() -> None:
-    assert display.table([["A", "BB"], ["xyz", 1], ["x", 10]], left=(0,)) == "A    BB\nxyz   1\nx    10"
+    assert render.table([["A", "BB"], ["xyz", 1], ["x", 10]], left=(0,)) == "A    BB\nxyz   1\nx    10"
 
 
 @pytest.mark.parametrize(
     ("size_bytes", "text"), [(0, "0 B"), (512, "512 B"), (1536, "1.5 KiB"), (64 << 20, "64 MiB"), (1 << 60, "1024 PiB")]
 )
 def test_sizes(size_bytes: int, text: str) -> None:
-    assert display.size_text(size_bytes) == text
+    assert units.size_text(size_bytes) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (61, "1 min 1 s"), (3600, "1 h 0 min"), (90061, "1 d 1 h")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert display.duration_text(seconds) == text
+    assert units.duration_text(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -36,15 +37,25 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_list_shows_what_has_failed(state: str, failure: str, queue: str, shown: str) -> None:
     info = {"name": "vd0", "state": state, "failure": failure, "queues": [{"state": "running"}, {"state": queue}]}
-    assert display.list_text([info]).splitlines()[1].split()[:2] == ["vd0", shown]
+    assert render.list_text([info]).splitlines()[1].split()[:2] == ["vd0", shown]
+
+
+def test_show_has_what_keeps_a_store_allocated() -> None:
+    info = {"name": "vd0", "state": "running", "backend": "file:d", "cache": "none", "queues": []}
+    for key, value, shown in (
+        ("discard", "ignore", True),
+        ("write_zeroes", "thick", True),
+        ("discard", "unmap", False),
+    ):
+        assert (f", {key} {value}" in " ".join(render.show_text({**info, key: value}).split())) is shown
 
 
 def test_queues_that_wait_for_their_storage_are_named() -> None:
     queues = [{"index": 0, "waiting_s": 0.0}, {"index": 1, "waiting_s": 12.3}, {"index": 2, "waiting_s": 75.0}]
     info = {"name": "vd0", "state": "running", "queues": queues}
-    assert "  running, queue 1 waits 12 s, queue 2 waits 1 min 15 s  " in display.list_text([info])
+    assert "  running, queue 1 waits 12 s, queue 2 waits 1 min 15 s  " in render.list_text([info])
     info["queues"] = [{"state": "running", **queue} for queue in queues]
-    text = " ".join(display.show_text(info).split())  # it is broken into lines
+    text = " ".join(render.show_text(info).split())  # it is broken into lines
     assert "queue 1 waits for its storage since 12 s; queue 2 waits for its storage since 1 min 15 s" in text
 
 
@@ -52,7 +63,7 @@ def test_show_has_what_a_kernel_device_has() -> None:
     queue = {"index": 0, "pid": 5, "cpu": 0, "irq_cpu": -1, "size": 256, "engine": "sync", "state": "failed"}
     queue |= {"poll": "always", "irq_hold": "none"}
     counters = {"requests": 10, "bytes_read": 4096, "bytes_written": 0, "errors": 2, "kicks": 3, "irqs": 4}
-    text = display.show_text(
+    text = render.show_text(
         {
             "name": "vd0",
             "state": "running",
@@ -92,6 +103,6 @@ def test_stats_show_latencies_of_what_was_done() -> None:
         "write": {"requests": 0, "bytes": 0, "errors": 0, "latency_ns": {"p50": 0.0, "p99": 0.0}},
     }
     queue = {"index": 0, "pid": 5, "cpu": 0, "engine": "sync", "state": "running", "reason": "", "requests": 3}
-    text = display.stats_text({"queues": [{**queue, "ops": ops}], "total": {"requests": 3, "ops": ops}})
+    text = render.stats_text({"queues": [{**queue, "ops": ops}], "total": {"requests": 3, "ops": ops}})
     assert text.splitlines()[0].split() == ["queue", "0", "total"]
     assert text.splitlines()[-1].split() == ["read", "3", "12", "0", "1.5", "2.0"]

@@ -9,12 +9,16 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_kernel import SPEC, FakeKernel
 
+from vdusefast.config import make_config
+from vdusefast.control.assembly import make_transport
 from vdusefast.errors import ConfigError, DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
-from vdusefast.transport import DeviceBrokenError, TransportError, kernel, kernel_control, sysfs, uapi, vdpa
+from vdusefast.host import sysfs, vdpa
+from vdusefast.transport import DeviceBrokenError, TransportError, kernel, kernel_control, uapi
 from vdusefast.transport.kernel import KernelOptions, KernelTransport
 
 
@@ -185,7 +189,8 @@ def test_a_missing_driver_is_named_before_anything_is_made(
     ("refusal", "kind", "words"),
     [
         (errno.ENOENT, KernelSupportError, "modprobe vduse"),
-        (errno.EACCES, KernelSupportError, "no permission for .*be root"),
+        (errno.EACCES, KernelSupportError, "no permission for .*(be root|a mount with nodev)"),
+        (errno.EPERM, KernelSupportError, "the device cgroup forbids it: .*--device-cgroup-rule='c .*:\\* rw'"),
         (errno.EBUSY, DeviceBusyError, "held by another program"),
         (errno.ENXIO, KernelSupportError, "cannot be opened"),
     ],
@@ -319,7 +324,7 @@ def test_a_vhost_client_keeps_the_device_in_the_kernel(
             asyncio.run(created.attach())
         patch.setattr(sysfs, "bound_driver", lambda _name: "vhost_vdpa")
         patch.setattr(sysfs, "node", lambda _name: "/dev/vhost-vdpa-0")
-        patch.setattr(kernel.usage, "find_users", lambda _node: ["open by pid 7 (qemu)"])
+        patch.setattr(kernel.node_users, "find_users", lambda _node: ["open by pid 7 (qemu)"])
         with pytest.raises(DeviceBusyError, match=r"vhost-vdpa-0 is open by pid 7 \(qemu\).*vdpa dev del vd0"):
             asyncio.run(created.detach())
         created.close()
@@ -364,3 +369,55 @@ def test_regions_are_counted_one_after_the_other(created: KernelTransport, monke
         assert created.region_count() == 2
         regions.append((1 << 63, uapi.IOVA_LAST))
         assert created.region_count() == 3
+
+
+# -- kernels before 6.4, whose bounce pages have one size
+
+
+def options_of(**settings: Any) -> KernelOptions:
+    transport = make_transport(make_config(name="vd0", uri="null:1M", transport="kernel", **settings), None)
+    assert isinstance(transport, KernelTransport)
+    return transport.options
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"queues": 2},
+        {"queues": 16},
+        {"bounce_size_bytes": 64 << 20},
+        {"bounce_size_bytes": 32 << 20},
+        {"size_max_bytes": 1 << 20, "seg_max": 32},
+    ],
+)
+def test_kernel_without_bounce_size_serves_with_what_it_has(
+    fake: FakeKernel, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    (tmp_path / "class/vduse/vd0/bounce_size").unlink()
+    transport = KernelTransport(options_of(**settings))
+    transport.create(SPEC)
+    assert transport.bounce_size_bytes == 64 << 20
+    transport.close()
+    transport.reopen(SPEC)
+    transport.close(keep=True)
+
+
+@pytest.mark.parametrize("settings", [{"bounce_size_bytes": 128 << 20}, {"size_max_bytes": 1 << 20}])
+def test_kernel_without_bounce_size_refuses_what_would_not_fit(
+    fake: FakeKernel, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """A request larger than the bounce pages would wait for ever."""
+    (tmp_path / "class/vduse/vd0/bounce_size").unlink()
+    transport = KernelTransport(options_of(**settings))
+    with pytest.raises(
+        KernelSupportError, match=r"this kernel has 67108864 and .* set device\.bounce_size_bytes = 67108864,"
+    ):
+        transport.create(SPEC)
+    transport.close()
+
+
+def test_what_the_message_of_a_kernel_without_bounce_size_says_helps(fake: FakeKernel, tmp_path: Path) -> None:
+    (tmp_path / "class/vduse/vd0/bounce_size").unlink()
+    transport = KernelTransport(options_of(size_max_bytes=1 << 20, bounce_size_bytes=64 << 20))
+    transport.create(SPEC)
+    transport.close()

@@ -13,7 +13,8 @@ import pytest
 from fake_kernel import SPEC, FakeKernel
 
 from vdusefast.errors import DeviceBusyError, KernelSupportError, VdusefastError
-from vdusefast.transport import DeviceBrokenError, TransportError, kernel_control, sysfs, uapi, vdpa
+from vdusefast.host import sysfs, vdpa
+from vdusefast.transport import DeviceBrokenError, TransportError, kernel_control, uapi
 from vdusefast.transport.kernel import KernelOptions, KernelTransport
 
 STATUS_DRIVER = uapi.VIRTIO_CONFIG_S_ACKNOWLEDGE | uapi.VIRTIO_CONFIG_S_DRIVER | uapi.VIRTIO_CONFIG_S_FEATURES_OK
@@ -195,6 +196,25 @@ def test_attach_does_what_the_server_before_has_not(
     for _ in range(2):
         asyncio.run(reopened.attach())
     assert bound == ["virtio_vdpa"]
+
+
+def test_the_kernel_waits_less_long_while_no_driver_comes_or_goes(
+    reopened: KernelTransport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Linux 7.3 resets each device at shutdown and waits for servers that have died."""
+    limit = tmp_path / "class/vduse/vd0/msg_timeout"
+    monkeypatch.setattr(sysfs, "bind", lambda _name, _driver: None)
+    monkeypatch.setattr(sysfs, "node", lambda _name: "/dev/vda")
+    monkeypatch.setattr(sysfs, "bound_driver", lambda _name: "virtio_vdpa")
+    limit.write_text("")
+    asyncio.run(reopened.attach())
+    assert limit.read_text() == "2"
+    at_unbind: list[str] = []
+    monkeypatch.setattr(sysfs, "unbind", lambda _name: at_unbind.append(limit.read_text()))
+    monkeypatch.setattr(vdpa, "device_delete", lambda _name: None)
+    limit.write_text("")
+    asyncio.run(reopened.detach())
+    assert at_unbind == ["45"]
 
 
 def test_a_device_that_was_left_before_it_was_on_the_bus_is_put_there(

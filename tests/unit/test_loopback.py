@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from vdusefast.bench.torture.loopback_host import LoopbackHost, RemoteLoopbackTransport
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, uapi
 from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
-from vdusefast.transport.loopback_remote import LoopbackHost, RemoteLoopbackTransport
 from vdusefast.transport.uapi import Request, Response
 
 SPEC = DeviceSpec("t0", uapi.VIRTIO_F_VERSION_1, bytes(range(96)), queue_count=2, queue_size_max=64)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from vdusefast.bench.torture import loopback_host as remote_module
+from vdusefast.bench.torture.loopback_host import LoopbackHost, RemoteLoopbackTransport
 from vdusefast.errors import DeviceBusyError
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, uapi
 from vdusefast.transport import loopback as loopback_module
-from vdusefast.transport import loopback_remote as remote_module
 from vdusefast.transport.loopback import LoopbackBus, LoopbackTransport
-from vdusefast.transport.loopback_remote import LoopbackHost, RemoteLoopbackTransport
 from vdusefast.transport.uapi import Request, Response
 
 SPEC = DeviceSpec("t0", uapi.VIRTIO_F_VERSION_1, bytes(range(96)), queue_count=2, queue_size_max=64)

@@ -13,11 +13,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 import vdusefast
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "vdusefast"]
+SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "docs", "csrc", "vdusefast"]
 
 
 def run(
@@ -63,7 +64,7 @@ def archives(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_source_archive_holds_every_source(archives: tuple[Path, Path]) -> None:
     with tarfile.open(archives[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for pattern in ("csrc/*.[ch]", "vdusefast/**/*.py", "vdusefast/*.py[xi]", "vdusefast/*.pxd"):
+    for pattern in ("docs/**/*.md", "csrc/**/*.[ch]", "vdusefast/**/*.py", "vdusefast/*.py[xi]", "vdusefast/*.pxd"):
         expected = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)}
         assert expected <= names
     assert {"vdusefast/py.typed", "LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
@@ -78,8 +79,8 @@ def test_wheel_holds_modules_types_and_extensions_and_no_sources(archives: tuple
         metadata = archive.read(f"vdusefast-{vdusefast.__version__}.dist-info/METADATA").decode()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vdusefast").rglob("*.py")}
     stubs = {str(path.relative_to(ROOT)) for path in (ROOT / "vdusefast").rglob("*.pyi")}
-    assert modules | stubs | {"vdusefast/py.typed", "vdusefast/systemd/vdusefast@.service"} <= names
-    for extension in ("_datapath", "_driver"):
+    assert modules | stubs | {"vdusefast/py.typed", "vdusefast/server/systemd/vdusefast@.service"} <= names
+    for extension in ("worker/_datapath", "driver/_driver"):
         assert [name for name in names if name.startswith(f"vdusefast/{extension}.") and name.endswith(".so")]
     assert not [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxd"))]
     assert any(name.endswith("LICENSE") for name in names)
@@ -102,7 +103,7 @@ def test_wheel_works_in_an_environment_of_its_own(archives: tuple[Path, Path], t
         if "vdusefast" not in entry.name and not entry.name.endswith(".pth"):
             (dependencies / entry.name).symlink_to(entry)
     env = {**os.environ, "PYTHONPATH": str(dependencies)}
-    code = "import vdusefast._datapath as d, vdusefast._driver, vdusefast.api; print(d.__file__)"
+    code = "import vdusefast.worker._datapath as d, vdusefast.driver._driver, vdusefast.api; print(d.__file__)"
     assert run([python, "-c", code], tmp_path, env=env).stdout.startswith(str(venv))
     assert (
         run([venv / "bin/vdusefast", "--version"], tmp_path, env=env).stdout == f"vdusefast {vdusefast.__version__}\n"
@@ -118,7 +119,8 @@ def test_version_stands_in_one_place() -> None:
 
 
 def test_every_package_is_shipped() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    how = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    listed = find_packages(str(ROOT), include=how["include"])
     found = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in ROOT.glob("vdusefast/**/__init__.py")}
     assert set(listed) == found
 
@@ -128,7 +130,8 @@ def test_every_make_target_is_explained() -> None:
     declared = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert declared
     shown = {line.split()[1] for line in run(["make", "--no-print-directory"], ROOT).stdout.splitlines()}
-    assert set(declared[1].split()) == shown == {"help", "build", "fio", "test", "check", "lint", "fuzz", "clean"}
+    wanted = {"help", "build", "fio", "test", "check", "lint", "fuzz", "soak", "clean"}
+    assert set(declared[1].split()) == shown == wanted
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
@@ -249,7 +252,8 @@ PROBES = {
 def test_suite_notices_what_is_skipped_and_what_is_left_behind(
     tmp_path: Path, probe: str, ci: str, status: int, said: str
 ) -> None:
-    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    for name in ("conftest.py", "parts.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path)
     (tmp_path / "test_probe.py").write_text(PROBES[probe])
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     done = run(

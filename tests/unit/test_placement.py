@@ -12,11 +12,13 @@ import fake_cpus
 import pytest
 import supervised
 
-from vdusefast import api, display, placement, queue_map
-from vdusefast.affinity import CAPACITY_FULL, Distance, Topology, read_topology
+from vdusefast import api
+from vdusefast.cli import render
 from vdusefast.config import Config, make_config
-from vdusefast.placement import Placement, QueuePlace, place
-from vdusefast.transport import sysfs
+from vdusefast.control import placement
+from vdusefast.control.placement import Placement, QueuePlace, place
+from vdusefast.host import queue_map, sysfs
+from vdusefast.host.cpu_topology import CAPACITY_FULL, Distance, Topology, read_topology
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +206,7 @@ def test_foreseen_is_the_rule_and_observed_what_the_disk_has(tmp_path: Path) -> 
 
 
 def test_plan_is_told_in_words(tmp_path: Path) -> None:
-    text = display.placement_text("vd0", placed(fake_cpus.two(tmp_path / "a"), 3).to_dict())
+    text = render.placement_text("vd0", placed(fake_cpus.two(tmp_path / "a"), 3).to_dict())
     assert "queue 1 (requests from CPU 1)\n  worker      -: not pinned" in text
     assert "\n  interrupts  -: as the kernel has them, among the CPUs that submit to this queue\n" in text
     assert "\nadvice: 1 of 3 queues get no request" in text

@@ -8,9 +8,8 @@ from pathlib import Path
 import fake_cpus
 import pytest
 
-from vdusefast import queue_map
-from vdusefast.affinity import format_cpu_list, read_topology
-from vdusefast.transport import sysfs
+from vdusefast.host import queue_map, sysfs
+from vdusefast.host.cpu_topology import format_cpu_list, read_topology
 
 
 @pytest.fixture(autouse=True)

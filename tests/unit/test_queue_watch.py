@@ -14,10 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast import Device, display, make_config
-from vdusefast.driver import LoopbackDriver
-from vdusefast.queue_watch import QueueWatch
-from vdusefast.shm import INFLIGHT_ENTRY_BYTES, INFLIGHT_HEADER_BYTES, INFLIGHT_OFFSET, SharedPages, queue_offset
+from vdusefast import Device, make_config
+from vdusefast.cli import render
+from vdusefast.control.stall_watch import QueueWatch
+from vdusefast.driver.loopback_driver import LoopbackDriver
+from vdusefast.state.shared_pages import (
+    INFLIGHT_ENTRY_BYTES,
+    INFLIGHT_HEADER_BYTES,
+    INFLIGHT_OFFSET,
+    SharedPages,
+    queue_offset,
+)
 
 WAIT_S = 15.0
 
@@ -109,7 +116,7 @@ def test_pages_tell_whether_anything_is_in_flight(queue_size: int) -> None:
         assert not pages.has_inflight(1)  # no log yet
         pages.begin_log(1, 0)
         assert not pages.has_inflight(1)
-        last = queue_offset(1, queue_size) + INFLIGHT_OFFSET + INFLIGHT_HEADER_BYTES
+        last = queue_offset(1) + INFLIGHT_OFFSET + INFLIGHT_HEADER_BYTES
         last += (queue_size - 1) * INFLIGHT_ENTRY_BYTES
         pages.map[last + 8] = 2  # what the entry holds beside its order says nothing
         assert not pages.has_inflight(1)
@@ -177,8 +184,8 @@ def test_device_says_which_queue_waits_and_answers_meanwhile(tmp_path: Path, cap
         assert waiting[0] == 0.0
         assert 1.0 <= waiting[1] < WAIT_S
         assert device.stats().to_dict()["queues"][1]["waiting_s"] >= waiting[1]
-        assert f"queue 1 waits for its storage since {int(waiting[1])} s" in display.show_text(info)
-        assert f"running, queue 1 waits {int(waiting[1])} s" in display.list_text([info])
+        assert f"queue 1 waits for its storage since {int(waiting[1])} s" in render.show_text(info)
+        assert f"running, queue 1 waits {int(waiting[1])} s" in render.list_text([info])
         os.kill(pid, signal.SIGCONT)
         while device.queues()[1].waiting_s or counts[0] < stuck + 10:
             assert time.monotonic() < deadline

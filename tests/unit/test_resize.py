@@ -17,14 +17,17 @@ from typing import Any
 
 import pytest
 
-from vdusefast import Device, DeviceBusyError, TimedOutError, VdusefastError, cli, make_config, saved_state, vq_control
+from vdusefast import Device, DeviceBusyError, TimedOutError, VdusefastError, make_config
 from vdusefast.backends import open_store
+from vdusefast.cli import app as cli
 from vdusefast.config import BackendConfig
-from vdusefast.daemon import ResizeParams, Service
-from vdusefast.driver import LoopbackDriver
+from vdusefast.control import virtqueue
+from vdusefast.control.resize import choose_bytes, present_bytes, set_bytes
+from vdusefast.control.supervisor import VqState
+from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.errors import BackendError, ConfigError
-from vdusefast.resize import choose_bytes, present_bytes, set_bytes
-from vdusefast.supervisor import VqState
+from vdusefast.server.service import ResizeParams, Service
+from vdusefast.state import saved_state
 from vdusefast.transport.loopback import LoopbackTransport
 
 MIB = 1 << 20
@@ -283,7 +286,7 @@ def test_null_device_is_gone_on_with_in_its_last_size() -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vq_control, "RESIZE_S", 0.2)
+    monkeypatch.setattr(virtqueue, "RESIZE_S", 0.2)
 
 
 def test_device_whose_worker_hangs_does_not_grow(device: Device, image: Path, impatient: None) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from vdusefast import errors, rpc, rpc_client
-from vdusefast.rpc import Method, NoParams, RpcServer
-from vdusefast.rpc_client import NoServerError, RpcClient
+from vdusefast import errors
+from vdusefast.server import registry, rpc, rpc_client
+from vdusefast.server.rpc import Method, NoParams, RpcServer
+from vdusefast.server.rpc_client import NoServerError, RpcClient
+from vdusefast.state import run_dir
 
 
 class EchoParams(msgspec.Struct, forbid_unknown_fields=True):
@@ -316,6 +318,34 @@ def test_client_names_a_server_that_breaks_the_rules(directory: Path, answer: by
     with RpcClient(directory) as client, pytest.raises(errors.VdusefastError, match=message):
         client.call("info", timeout_s=5)
     thread.join()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_server_that_hangs_up_while_it_dies_is_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """The kernel closes the sockets of a killed server one by one; until then it still takes connections."""
+    monkeypatch.setenv("VDUSEFAST_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr(registry, "DYING_S", 5.0 if ends else 0.1)
+    held = run_dir.RunDirectory("vd0", tmp_path)
+
+    def behave(connection: socket.socket) -> None:
+        connection.recv(1000)
+        connection.close()
+        if ends:
+            time.sleep(0.2)
+            held.release()
+
+    thread = fake_server(tmp_path / "vd0", behave)
+    try:
+        if ends:
+            assert registry.describe("vd0")["state"] == "dead"
+        else:
+            with pytest.raises(rpc_client.HungUpError, match="hung up without an answer"):
+                registry.describe("vd0")
+    finally:
+        thread.join()
+        held.close()
 
 
 def test_client_without_a_place_in_the_queue_says_so(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import logging
 import os
 from pathlib import Path
@@ -10,15 +12,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from vdusefast import saved_state
+from vdusefast.backends import file as file_backend
 from vdusefast.backends import open_store
+from vdusefast.backends.plugin import Description
 from vdusefast.config import Config, make_config, resolve_cpus
-from vdusefast.device import CONFIG_BYTES, BlockDevice, config_fields
-from vdusefast.errors import ConfigError, VdusefastError
-from vdusefast.saved_state import SavedState
+from vdusefast.control.device_model import BlockDevice, find_emulated
+from vdusefast.errors import BackendError, ConfigError, VdusefastError
+from vdusefast.state import saved_state, state_file
+from vdusefast.state.saved_state import SavedState
 from vdusefast.transport import uapi
 from vdusefast.transport.kernel import KernelOptions, KernelTransport
 from vdusefast.transport.loopback import LoopbackTransport
+from vdusefast.transport.virtio_blk import CONFIG_BYTES, config_fields
 
 
 def configured(uri: str = "null:8M", **overrides: Any) -> Config:
@@ -45,8 +50,8 @@ def test_what_is_saved_is_found(path: Path) -> None:
     config = configured(serial="S-1", poll_us=7)
     state = state_of(config)
     assert saved_state.load(path) is None
-    for _ in range(2):  # over an older one, and over what a writer that was killed has left
-        path.with_suffix(".new").write_text("half")
+    path.with_suffix(".new").write_text("half")  # what a writer that was killed has left
+    for _ in range(2):  # also over an older one
         saved_state.save(path, state)
     found = saved_state.load(path)
     assert found == state
@@ -56,6 +61,23 @@ def test_what_is_saved_is_found(path: Path) -> None:
     assert found.capacity_sectors == 16384
     assert path.stat().st_mode & 0o777 == 0o600
     assert os.listdir(path.parent) == ["state"]
+
+
+def test_state_of_an_older_version_is_gone_on_with(path: Path) -> None:
+    """It says less of the store and of the configuration: the rest is as it was then."""
+    described = Description(size_bytes=8 << 20, shareable=False, identity="i")
+    saved_state.save(path, msgspec.structs.replace(state_of(configured()), described=described))
+    fields = msgspec.json.decode(state_file.read(path))
+    known = Description._fields.index("identity") + 1
+    fields["described"] = fields["described"][:known]
+    for key in ("discard", "write_zeroes"):
+        del fields["config"]["backend"][key]
+    state_file.write(path, msgspec.json.encode(fields))
+    found = saved_state.load(path)
+    assert found is not None
+    assert found.described == described
+    assert (described.granule_bytes, described.min_io_size_bytes, described.rotational) == (0, 0, -1)
+    assert (found.config.backend.discard, found.config.backend.write_zeroes) == ("unmap", "unmap")
 
 
 def test_other_transports_have_no_version_of_vduse() -> None:
@@ -140,67 +162,134 @@ def file_model(tmp_path: Path, size_bytes: int, **overrides: Any) -> BlockDevice
 
 def file_state(tmp_path: Path, **overrides: Any) -> SavedState:
     model = file_model(tmp_path, 1 << 20, **overrides)
-    return saved_state.make_state(configured(**overrides), model.spec(), LoopbackTransport())
+    config = configured(f"file:{tmp_path}/disk.img", **overrides)
+    return saved_state.make_state(config, model.spec(), LoopbackTransport())
 
 
 @pytest.mark.parametrize(
-    ("size_bytes", "overrides", "words"),
+    ("overrides", "words"),
     [
-        (1 << 19, {}, "size in sectors: .* made with 2048, and would now get 1024"),
-        (1 << 20, {"block_size_bytes": 4096}, "device.block_size_bytes: .* made with 512, and would now get 4096"),
-        (1 << 20, {"size_max_bytes": 65536}, "device.size_max_bytes: .* made with 131072, and would now get 65536"),
-        (1 << 20, {"seg_max": 5}, "device.seg_max: .* made with 126, and would now get 5"),
-        (1 << 20, {"queues": 3}, "device.queues: .* made with 2, and would now get 3"),
-        (1 << 20, {"queue_size": 512}, "device.queue_size: .* made with 1024, and would now get 512"),
-        (1 << 20, {"event_idx": False}, "features: .* made with EVENT_IDX, and would now get none of it"),
-        (1 << 20, {"packed": False}, "features: .* made with RING_PACKED, and would now get none of it"),
-        (1 << 20, {"engine": "uring"}, "features: .* made with IN_ORDER, and would now get none of it"),
+        ({"block_size_bytes": 4096}, "device.block_size_bytes: .* made with 512, and would now get 4096"),
+        (
+            {"size_max_bytes": 65536, "bounce_size_bytes": 90177536},
+            "device.size_max_bytes: .* with 131072, .* get 65536",
+        ),
+        ({"seg_max": 5}, "device.seg_max: .* made with 126, and would now get 5"),
+        ({"event_idx": False}, "device.event_idx: .* made with true, and would now get false"),
+        ({"packed": False}, "device.packed: .* made with true, and would now get false"),
+        ({"in_order": False}, "device.in_order: .* made with true, and would now get false"),
+        ({"indirect": False}, "device.indirect: .* made with true, and would now get false"),
     ],
 )
-def test_another_device_over_the_store_is_refused(
-    tmp_path: Path, size_bytes: int, overrides: dict[str, Any], words: str
-) -> None:
-    offered = {"packed": True, "in_order": True, "engine": "sync"}
-    state = file_state(tmp_path, **offered)
-    model = file_model(tmp_path, size_bytes, **(offered | overrides))
-    before = (model.offered_features, model.config_space)
+def test_key_that_the_driver_sees_is_not_changed_behind_its_back(overrides: dict[str, Any], words: str) -> None:
+    offered = {"packed": True, "in_order": True, "indirect": True, "engine": "null"}
+    state = state_of(configured(**offered))
     with pytest.raises(ConfigError, match=f"^vd0: {words}"):
-        saved_state.adopt(state, model)
-    assert (model.offered_features, model.config_space) == before
+        saved_state.check_config(state, configured(**(offered | overrides)), "kernel")
+
+
+def go_on(state: SavedState, tmp_path: Path, **store: Any) -> tuple[BlockDevice, list[str]]:
+    """Return the device as the next server has it, over a store that is otherwise now, and what that emulates."""
+    with open_store(state.config.backend, read_only=state.config.device.read_only) as found:
+        for key, value in store.items():
+            setattr(found, key, value)
+        model = BlockDevice(state.config, found, state.shown)
+        saved_state.check_shown(state, found)
+        return model, find_emulated(model.config_space, found)
 
 
 def test_same_device_goes_on(tmp_path: Path) -> None:
     state = file_state(tmp_path)
-    model = file_model(tmp_path, 1 << 20)
-    spec = model.spec()
-    saved_state.adopt(state, model)
-    assert model.spec() == spec
+    fresh = file_model(tmp_path, 1 << 20)
+    model, emulated = go_on(state, tmp_path)
+    assert (vars(model), emulated) == (vars(fresh), [])
+
+
+def test_store_that_has_shrunk_is_refused(tmp_path: Path) -> None:
+    state = file_state(tmp_path)
+    os.truncate(tmp_path / "disk.img", 1 << 19)
+    with pytest.raises(ConfigError, match=r"^vd0: size in sectors: .* made with 2048, and would now get 1024"):
+        go_on(state, tmp_path)
 
 
 def test_store_that_has_grown_is_served_as_large_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = file_state(tmp_path)
-    model = file_model(tmp_path, 1 << 21)
+    os.truncate(tmp_path / "disk.img", 1 << 21)
     with caplog.at_level(logging.WARNING):
-        saved_state.adopt(state, model)
+        model, _ = go_on(state, tmp_path)
     assert model.capacity_sectors == config_fields(model.config_space)["capacity"] == 2048
     assert "vdusefast resize vd0" in caplog.text
 
 
-def test_feature_that_was_not_offered_then_is_not_offered_now(tmp_path: Path) -> None:
-    """Newer code may know more than that which made the device: its driver was never asked."""
+@pytest.mark.parametrize(
+    ("today", "words"),
+    [
+        ({"can_discard": False}, ["discard: the store cannot do it, so that nothing is done"]),
+        ({"zeroes_cheaply": False}, ["write zeroes: the store cannot do it, so that zeroes are written out"]),
+        ({"block_size_bytes": 4096, "granule_bytes": 4096}, ["blocks of 512 bytes: the store's have 4096"]),
+        ({"granule_bytes": 16384}, ["blocks of 512 bytes: the store's have 16384"]),
+        ({"physical_block_size_bytes": 65536, "opt_io_size_bytes": 1 << 20}, []),
+        ({"min_io_size_bytes": 65536, "discard_granularity_bytes": 1 << 20, "alignment_offset_bytes": 3584}, []),
+    ],
+)
+def test_what_the_store_cannot_do_today_is_emulated(tmp_path: Path, today: dict[str, Any], words: list[str]) -> None:
+    """The driver sees what it saw."""
+    state = file_state(tmp_path)
+    fresh = file_model(tmp_path, 1 << 20)
+    model, emulated = go_on(state, tmp_path, **today)
+    assert vars(model) == vars(fresh)
+    assert len(emulated) == len(words)
+    assert all(word in text for word, text in zip(words, emulated, strict=True))
+
+
+def test_what_the_driver_was_never_shown_stays_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_backend, "_probe_fallocate", lambda *_: False)
     state = file_state(tmp_path, event_idx=False)
-    model = file_model(tmp_path, 1 << 20)
-    assert model.offered_features & uapi.VIRTIO_RING_F_EVENT_IDX
-    saved_state.adopt(state, model)
-    assert not model.offered_features & uapi.VIRTIO_RING_F_EVENT_IDX
+    monkeypatch.undo()
+    assert file_model(tmp_path, 1 << 20).discard_max_sectors
+    model, emulated = go_on(state, tmp_path)
+    assert not model.offered_features & (uapi.VIRTIO_RING_F_EVENT_IDX | uapi.VIRTIO_BLK_F_DISCARD)
+    assert (model.discard_max_sectors, model.write_zeroes_max_seg, emulated) == (0, 1, [])
+
+
+def test_store_that_is_read_only_by_now_is_refused(tmp_path: Path) -> None:
+    state = file_state(tmp_path)
+    with pytest.raises(BackendError, match=r"vd0: .*disk\.img is read-only by now"):
+        go_on(state, tmp_path, read_only=True)
+
+
+def test_feature_of_another_version_is_refused(tmp_path: Path) -> None:
+    state = file_state(tmp_path)
+    state = msgspec.structs.replace(state, offered_features=state.offered_features | 1 << 17)
+    with pytest.raises(ConfigError, match=r"^vd0: features: .* and would now get none of it"):
+        go_on(state, tmp_path)
+
+
+def test_full_file_system_can_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it can again tomorrow: the next server asks once more."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+
+    class Failing:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def fallocate64(self, *_: object) -> int:
+            ctypes.set_errno(self.number)
+            return -1
+
+    for number, can in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False)):
+        failing = Failing(number)
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, made=failing, **__: made)
+        with image.open("rb") as file:
+            assert file_backend._probe_fallocate(file.fileno(), 1 << 20, file_backend.FALLOC_FL_ZERO_RANGE) == can
 
 
 def test_device_that_is_to_be_removed_is_taken_as_it_was(tmp_path: Path) -> None:
     """Whatever store it has for that: its requests are failed."""
     state = file_state(tmp_path, event_idx=False)
-    model = model_of(configured("null:1M"))
-    assert model.offered_features != state.offered_features
-    saved_state.adopt(state, model, checked=False)
+    with open_store(configured("null:1M").backend) as store:
+        model = BlockDevice(configured("null:1M"), store, state.shown)
     assert (model.offered_features, model.config_space.hex()) == (state.offered_features, state.config_space)
 
 
@@ -209,3 +298,13 @@ def test_fields_have_the_names_of_the_structure(tmp_path: Path) -> None:
     assert (found["capacity"], found["num_queues"], found["blk_size"], found["size_max"]) == (2048, 3, 512, 131072)
     with pytest.raises(ValueError, match="3 bytes"):
         config_fields(b"abc")
+
+
+def test_format_may_be_said_later(tmp_path: Path) -> None:
+    """A configuration may be given `?format=raw` while its device waits for another server."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    state = state_of(configured(f"file:{tmp_path}/a"))
+    saved_state.check_config(state, configured(f"file:{tmp_path}/a?format=raw"), "kernel")
+    with pytest.raises(ConfigError, match=r"backend\.uri"):
+        saved_state.check_config(state, configured(f"file:{tmp_path}/b?format=raw"), "kernel")

@@ -16,38 +16,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vdusefast import _datapath, run_dir, shm
+from vdusefast.base.page import PAGE_BYTES
 from vdusefast.errors import DeviceBusyError, VdusefastError
-from vdusefast.run_dir import RunDirectory
-from vdusefast.shm import SharedPages
+from vdusefast.host import run_dirs
+from vdusefast.state import shared_pages
+from vdusefast.state.run_dir import RunDirectory
+from vdusefast.state.shared_pages import SharedPages
+from vdusefast.worker import _datapath
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
 STRUCTS = {
-    "vf_shm_header": shm.header_dtype,
-    "vf_shm_status": shm.status_dtype,
-    "vf_counters": shm.counters_dtype,
-    "vf_inflight_header": shm.inflight_header_dtype,
+    "vf_shm_header": shared_pages.header_dtype,
+    "vf_shm_status": shared_pages.status_dtype,
+    "vf_counters": shared_pages.counters_dtype,
+    "vf_inflight_header": shared_pages.inflight_header_dtype,
 }
 CONSTANTS = {
-    "VF_SHM_VERSION": shm.VERSION,
-    "VF_SHM_HEADER_BYTES": shm.HEADER_BYTES,
-    "VF_HIST_SUB_BITS": shm.HIST_SUB_BITS,
-    "VF_HIST_MAX_BITS": shm.HIST_MAX_BITS,
-    "VF_HIST_BUCKET_COUNT": shm.HIST_BUCKET_COUNT,
-    "VF_OP_COUNT": len(shm.OPS),
-    "VF_LOG_VERSION": shm.INFLIGHT_VERSION,
-    **{f"VF_OP_{op.upper()}": index for index, op in enumerate(shm.OPS)},
-    **{f"VF_QUEUE_{state.name}": int(state) for state in shm.QueueState},
+    "VF_SHM_VERSION": shared_pages.VERSION,
+    "VF_HIST_SUB_BITS": shared_pages.HIST_SUB_BITS,
+    "VF_HIST_MAX_BITS": shared_pages.HIST_MAX_BITS,
+    "VF_HIST_BUCKET_COUNT": shared_pages.HIST_BUCKET_COUNT,
+    "VF_OP_COUNT": len(shared_pages.OPS),
+    "VF_LOG_VERSION": shared_pages.INFLIGHT_VERSION,
+    **{f"VF_OP_{op.upper()}": index for index, op in enumerate(shared_pages.OPS)},
+    **{f"VF_QUEUE_{state.name}": int(state) for state in shared_pages.QueueState},
 }
 SIZES = {
-    "vf_shm_ctl": shm.LINE_BYTES,
-    "vf_shm_status": shm.LINE_BYTES,
-    "vf_op_counters": 8 * len(shm.OP_FIELDS),
-    "vf_counters": shm.COUNTERS_BYTES,
-    "vf_hist": shm.HIST_BYTES,
-    "vf_inflight_header": shm.INFLIGHT_HEADER_BYTES,
-    "vf_inflight_entry": shm.INFLIGHT_ENTRY_BYTES,
+    "vf_shm_ctl": shared_pages.LINE_BYTES,
+    "vf_shm_status": shared_pages.LINE_BYTES,
+    "vf_op_counters": 8 * len(shared_pages.OP_FIELDS),
+    "vf_counters": shared_pages.COUNTERS_BYTES,
+    "vf_hist": shared_pages.HIST_BYTES,
+    "vf_inflight_header": shared_pages.INFLIGHT_HEADER_BYTES,
+    "vf_inflight_entry": shared_pages.INFLIGHT_ENTRY_BYTES,
 }
 
 
@@ -70,7 +72,7 @@ def c_program(tmp_path_factory: pytest.TempPathFactory) -> str:
     body = "\n".join(lines)
     source = directory / "layout.c"
     source.write_text(
-        '#include <stddef.h>\n#include <stdio.h>\n#include "counters.h"\n#include "inflight.h"\n'
+        '#include <stddef.h>\n#include <stdio.h>\n#include "base/counters.h"\n#include "ring/inflight.h"\n'
         f"int main(void)\n{{\n{body}\nreturn 0;\n}}\n"
     )
     program = directory / "layout"
@@ -98,46 +100,47 @@ def test_fields_are_where_the_headers_put_them(name: str, c_program: str) -> Non
 
 @pytest.mark.parametrize("name", ["vf_shm_header", "vf_shm_status", "vf_counters", "vf_op_counters"])
 def test_no_field_of_the_headers_is_missing(name: str) -> None:
-    text = re.sub(r"/\*.*?\*/", "", (CSRC / "counters.h").read_text(), flags=re.DOTALL)
+    text = re.sub(r"/\*.*?\*/", "", (CSRC / "base" / "counters.h").read_text(), flags=re.DOTALL)
     body = re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL)
     assert body
     fields = re.findall(r"(\w+)(?:\[\w+\])?;", body[1])
-    dtype = shm.counters_dtype()["op"].base if name == "vf_op_counters" else STRUCTS[name]()
+    dtype = shared_pages.counters_dtype()["op"].base if name == "vf_op_counters" else STRUCTS[name]()
     assert list(dtype.names or ()) == fields
 
 
 def test_magic_is_the_headers(c_program: str) -> None:
-    assert f"magic {shm.MAGIC.decode()}" in c_program.splitlines()
+    assert f"magic {shared_pages.MAGIC.decode()}" in c_program.splitlines()
 
 
 def test_every_value_falls_into_the_bucket_whose_bounds_hold_it(c_program: str) -> None:
-    first, last = shm.bucket_bounds_ns()
+    first, last = shared_pages.bucket_bounds_ns()
     seen = re.findall(r"bucket (\d+) (\d+)", c_program)
     assert len(seen) == 192
     for ns, bucket in ((int(a), int(b)) for a, b in seen):
-        if ns < 1 << shm.HIST_MAX_BITS:
+        if ns < 1 << shared_pages.HIST_MAX_BITS:
             assert first[bucket] <= ns <= last[bucket]
         else:
-            assert bucket == shm.HIST_BUCKET_COUNT - 1
+            assert bucket == shared_pages.HIST_BUCKET_COUNT - 1
 
 
 def test_buckets_follow_each_other_without_a_gap() -> None:
-    first, last = shm.bucket_bounds_ns()
+    first, last = shared_pages.bucket_bounds_ns()
     assert first[0] == 0
     assert (first[1:] == last[:-1] + 1).all()
-    assert last[-1] == (1 << shm.HIST_MAX_BITS) - 1
+    assert last[-1] == (1 << shared_pages.HIST_MAX_BITS) - 1
 
 
 def test_workers_compute_the_same_offsets() -> None:
     layout = _datapath.layout()
-    assert set(layout["queues"]) >= {2, 32768}
-    for queue_size, offsets in layout["queues"].items():
-        assert offsets == {
-            "counters": shm.COUNTERS_OFFSET,
-            "hist": shm.HIST_OFFSET,
-            "inflight": shm.INFLIGHT_OFFSET,
-            "stride": shm.queue_stride_bytes(queue_size),
-        }
+    assert layout["offsets"] == {
+        "header": shared_pages.HEADER_BYTES,
+        "counters": shared_pages.COUNTERS_OFFSET,
+        "hist": shared_pages.HIST_OFFSET,
+        "inflight": shared_pages.INFLIGHT_OFFSET,
+        "stride": shared_pages.QUEUE_STRIDE_BYTES,
+    }
+    for size in (1, 2, 256, 1000, 32768):
+        assert _datapath.block_used_bytes(size) == shared_pages.block_used_bytes(size)
     assert layout["sizes"].items() <= SIZES.items()
     for name, value in layout["constants"].items():
         prefix = "VF_" if name.startswith(("hist", "op")) else "VF_SHM_"
@@ -145,54 +148,62 @@ def test_workers_compute_the_same_offsets() -> None:
 
 
 def test_blocks_are_apart_and_aligned() -> None:
-    for queue_size in (2, 256, 32768):
-        stride = shm.queue_stride_bytes(queue_size)
-        assert stride % shm.PAGE_BYTES == 0
-        assert stride >= shm.INFLIGHT_OFFSET + shm.INFLIGHT_HEADER_BYTES + 8 * queue_size
-        assert shm.queue_offset(3, queue_size) == shm.HEADER_BYTES + 3 * stride
-        assert shm.pages_bytes(2, queue_size) == shm.queue_offset(2, queue_size)
-    assert {shm.HIST_OFFSET % 64, shm.INFLIGHT_OFFSET % 64, shm.COUNTERS_OFFSET % 64} == {0}
+    stride = shared_pages.QUEUE_STRIDE_BYTES
+    assert stride % PAGE_BYTES == shared_pages.HEADER_BYTES % PAGE_BYTES == 0
+    assert (
+        stride
+        >= shared_pages.INFLIGHT_OFFSET
+        + shared_pages.INFLIGHT_HEADER_BYTES
+        + shared_pages.INFLIGHT_ENTRY_BYTES * shared_pages.RING_SIZE_MAX
+    )
+    assert shared_pages.queue_offset(3) == shared_pages.HEADER_BYTES + 3 * stride
+    assert shared_pages.pages_bytes(2) == shared_pages.queue_offset(2)
+    assert {shared_pages.HIST_OFFSET % 64, shared_pages.INFLIGHT_OFFSET % 64, shared_pages.COUNTERS_OFFSET % 64} == {0}
 
 
 def test_percentile_is_the_middle_of_its_bucket() -> None:
-    hist = np.zeros(shm.HIST_BUCKET_COUNT, np.uint64)
-    assert shm.percentile_ns(hist, [0.5, 0.99]).tolist() == [0, 0]
+    hist = np.zeros(shared_pages.HIST_BUCKET_COUNT, np.uint64)
+    assert shared_pages.percentile_ns(hist, [0.5, 0.99]).tolist() == [0, 0]
     hist[10], hist[20], hist[64] = 50, 49, 1  # 10 ns, 20 ns, 64 to 65 ns
-    assert shm.percentile_ns(hist, [0, 0.5, 0.51, 0.99, 0.995, 1]).tolist() == [10, 10, 20, 20, 64.5, 64.5]
-    assert shm.percentile_ns(hist, 0.5) == 10
+    assert shared_pages.percentile_ns(hist, [0, 0.5, 0.51, 0.99, 0.995, 1]).tolist() == [10, 10, 20, 20, 64.5, 64.5]
+    assert shared_pages.percentile_ns(hist, 0.5) == 10
 
 
 def test_counters_status_and_histograms_are_read(tmp_path: Path) -> None:
     with SharedPages.create(tmp_path / "pages", "vd0", 2, 8) as pages:
-        base = shm.queue_offset(1, 8)
-        struct.pack_into("=IIiIIII", pages.map, base + shm.STATUS_OFFSET, 1, 4711, -1, 3, 10, 9, 1)
-        struct.pack_into("=Q", pages.map, base + shm.COUNTERS_OFFSET, 12)
-        struct.pack_into("=QQQ", pages.map, base + shm.COUNTERS_OFFSET + 8 * (len(shm.COUNTERS) + 3), 5, 6, 7)
-        struct.pack_into("=Q", pages.map, base + shm.HIST_OFFSET + 8 * (shm.HIST_BUCKET_COUNT + 2), 99)
-        assert pages.status(1) == shm.StatusView(1, 4711, -1, 3, 10, 9, 1)
+        base = shared_pages.queue_offset(1)
+        struct.pack_into("=IIiIIIII", pages.map, base + shared_pages.STATUS_OFFSET, 1, 4711, -1, 3, 10, 9, 1, 2)
+        struct.pack_into("=Q", pages.map, base + shared_pages.COUNTERS_OFFSET, 12)
+        struct.pack_into(
+            "=QQQ", pages.map, base + shared_pages.COUNTERS_OFFSET + 8 * (len(shared_pages.COUNTERS) + 3), 5, 6, 7
+        )
+        struct.pack_into(
+            "=Q", pages.map, base + shared_pages.HIST_OFFSET + 8 * (shared_pages.HIST_BUCKET_COUNT + 2), 99
+        )
+        assert pages.status(1) == shared_pages.StatusView(1, 4711, -1, 3, 10, 9, 1, 2)
         counters = pages.counters(1)
         assert counters["requests"] == 12
-        assert counters["op"][shm.OPS.index("write")].tolist() == (5, 6, 7)
+        assert counters["op"][shared_pages.OPS.index("write")].tolist() == (5, 6, 7)
         assert pages.hist(1, "write")[2] == pages.hist(1, 1)[2] == 99
         assert pages.counters(0)["requests"] == 0
         assert pages.hist(0, "write").sum() == 0
-        struct.pack_into("=Q", pages.map, base + shm.COUNTERS_OFFSET, 13)
+        struct.pack_into("=Q", pages.map, base + shared_pages.COUNTERS_OFFSET, 13)
         assert counters["requests"] == 12  # a copy
         with pytest.raises(IndexError, match="queue 2 of 2"):
             pages.status(2)
         with pytest.raises(IndexError):
-            pages.hist(0, len(shm.OPS))
+            pages.hist(0, len(shared_pages.OPS))
 
 
 def test_ring_ctl_adds_one_to_its_queues_word_alone() -> None:
     with SharedPages.create(None, "vd0", 2, 8) as pages:
         for _ in range(3):
             pages.ring_ctl(1)
-        assert struct.unpack_from("=I", pages.map, shm.queue_offset(1, 8) + shm.CTL_SEQ) == (3,)
-        assert struct.unpack_from("=I", pages.map, shm.queue_offset(0, 8) + shm.CTL_SEQ) == (0,)
-        struct.pack_into("=I", pages.map, shm.queue_offset(0, 8), 0xFFFFFFFF)
+        assert struct.unpack_from("=I", pages.map, shared_pages.queue_offset(1) + shared_pages.CTL_SEQ) == (3,)
+        assert struct.unpack_from("=I", pages.map, shared_pages.queue_offset(0) + shared_pages.CTL_SEQ) == (0,)
+        struct.pack_into("=I", pages.map, shared_pages.queue_offset(0), 0xFFFFFFFF)
         pages.ring_ctl(0)
-        assert struct.unpack_from("=I", pages.map, shm.queue_offset(0, 8)) == (0,)
+        assert struct.unpack_from("=I", pages.map, shared_pages.queue_offset(0)) == (0,)
 
 
 def test_pages_are_private_replace_old_ones_and_open_again(tmp_path: Path) -> None:
@@ -200,16 +211,16 @@ def test_pages_are_private_replace_old_ones_and_open_again(tmp_path: Path) -> No
     path.write_text("old")
     with SharedPages.create(path, "vd0", 3, 16) as pages:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert path.stat().st_size == shm.pages_bytes(3, 16)
+        assert path.stat().st_size == shared_pages.pages_bytes(3)
         pages.ring_ctl(2)
         with SharedPages.open(path) as again:
             assert (again.name, again.queue_count, again.queue_size) == ("vd0", 3, 16)
-            assert again.created_ns == np.frombuffer(pages.map, shm.header_dtype(), 1)["created_ns"][0]
+            assert again.created_ns == np.frombuffer(pages.map, shared_pages.header_dtype(), 1)["created_ns"][0]
             with pytest.raises(TypeError):
                 again.ring_ctl(0)
         with SharedPages.open(path, writable=True) as again:
             again.ring_ctl(2)
-            assert struct.unpack_from("=I", pages.map, shm.queue_offset(2, 16)) == (2,)
+            assert struct.unpack_from("=I", pages.map, shared_pages.queue_offset(2)) == (2,)
         pages.close()
         pages.close()
 
@@ -218,7 +229,7 @@ def test_pages_are_private_replace_old_ones_and_open_again(tmp_path: Path) -> No
     ("offset", "data", "problem"),
     [
         (0, b"X", "wrong magic"),
-        (8, b"\x02", "layout version 2, expected 1"),
+        (8, b"\x02", "layout version 2, expected 3"),
         (12, b"\x00\x20", "another geometry"),
         (16, b"\x03", "another geometry|bytes, expected"),
         (16, b"\x00", "0 queues"),
@@ -238,7 +249,7 @@ def test_pages_of_another_layout_are_refused(tmp_path: Path, offset: int, data: 
         SharedPages.open(path)
 
 
-@pytest.mark.parametrize("size", [0, 100, 4096, shm.pages_bytes(1, 16) - 1, shm.pages_bytes(1, 16) + 1])
+@pytest.mark.parametrize("size", [0, 100, 4096, shared_pages.pages_bytes(1) - 1, shared_pages.pages_bytes(1) + 1])
 def test_pages_of_another_size_are_refused(tmp_path: Path, size: int) -> None:
     path = tmp_path / "pages"
     SharedPages.create(path, "vd0", 1, 16).close()
@@ -258,7 +269,7 @@ def test_pages_that_cannot_be_made_or_opened_are_named(tmp_path: Path) -> None:
 
 def test_making_pages_does_not_import_numpy() -> None:
     code = (
-        "import sys; from vdusefast.shm import SharedPages\n"
+        "import sys; from vdusefast.state.shared_pages import SharedPages\n"
         "with SharedPages.create(None, 'a', 1, 16) as p: p.ring_ctl(0); p.status(0)\n"
         "assert 'numpy' not in sys.modules"
     )
@@ -286,7 +297,7 @@ def test_second_device_of_a_name_is_refused_and_leaves_the_first_alone(tmp_path:
 
 def test_directory_left_by_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from vdusefast.run_dir import RunDirectory\n"
+        "import os, sys; from pathlib import Path; from vdusefast.state.run_dir import RunDirectory\n"
         "RunDirectory('vd0', Path(sys.argv[1])).pages_path.touch()\n"
         "os._exit(9)"
     )
@@ -313,21 +324,21 @@ def test_directory_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
 
 def test_base_directory_is_chosen_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VDUSEFAST_RUN_DIR", str(tmp_path))
-    assert run_dir.base_directory() == tmp_path
+    assert run_dirs.base_directory() == tmp_path
     monkeypatch.delenv("VDUSEFAST_RUN_DIR")
     monkeypatch.setattr(os, "access", lambda *_: True)
-    assert run_dir.base_directory() == Path("/run/vdusefast")
+    assert run_dirs.base_directory() == Path("/run/vdusefast")
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert run_dir.base_directory() == tmp_path / "vdusefast"
+    assert run_dirs.base_directory() == tmp_path / "vdusefast"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert run_dir.base_directory() is None
+    assert run_dirs.base_directory() is None
 
 
 def test_relative_base_means_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VDUSEFAST_RUN_DIR", "rr")
-    assert run_dir.base_directory() == tmp_path / "rr"
+    assert run_dirs.base_directory() == tmp_path / "rr"
     with RunDirectory("vd0"), RunDirectory("vd1", Path("other")):
         assert [(tmp_path / path).is_dir() for path in ("rr/vd0", "other/vd1")] == [True, True]
         os.chdir("/")
@@ -336,7 +347,7 @@ def test_relative_base_means_the_same_elsewhere(tmp_path: Path, monkeypatch: pyt
     os.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     with pytest.raises(VdusefastError, match="rr: cannot tell where that is"):
-        run_dir.base_directory()
+        run_dirs.base_directory()
 
 
 def test_directory_that_was_moved_is_told_and_what_is_there_now_stays(tmp_path: Path) -> None:
@@ -361,21 +372,21 @@ def test_base_can_be_looked_at_whatever_the_umask(tmp_path: Path) -> None:
 
 def test_transport_is_noted_and_kept_by_whoever_cleans_up(tmp_path: Path) -> None:
     first = RunDirectory("vd0", tmp_path, "kernel")
-    assert (run_dir.holder_pid(first.path), run_dir.holder_transport(first.path)) == (os.getpid(), "kernel")
+    assert (run_dirs.holder_pid(first.path), run_dirs.holder_transport(first.path)) == (os.getpid(), "kernel")
     first.release()
     second = RunDirectory("vd0", tmp_path)
     assert second.transport == "kernel"
     second.release()
-    assert run_dir.holder_transport(first.path) == "kernel"
+    assert run_dirs.holder_transport(first.path) == "kernel"
     with RunDirectory("vd0", tmp_path, "loopback") as third:
-        assert run_dir.holder_transport(third.path) == "loopback"
-    assert run_dir.holder_transport(third.path) == ""
+        assert run_dirs.holder_transport(third.path) == "loopback"
+    assert run_dirs.holder_transport(third.path) == ""
 
 
 def test_without_a_base_a_private_directory_is_made_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_dir, "base_directory", lambda: None)
+    monkeypatch.setattr(run_dirs, "base_directory", lambda: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with RunDirectory("vd0") as run:
         assert run.path.parent.parent == tmp_path
@@ -383,32 +394,37 @@ def test_without_a_base_a_private_directory_is_made_and_removed(
 
 
 def test_a_log_that_begins_is_one_queues_empty_and_notes_where_it_stands() -> None:
-    size = shm.INFLIGHT_HEADER_BYTES + 16 * shm.INFLIGHT_ENTRY_BYTES
+    size = shared_pages.INFLIGHT_HEADER_BYTES + 16 * shared_pages.INFLIGHT_ENTRY_BYTES
     with SharedPages.create(None, "a", 2, 16) as pages:
         for queue in (0, 1):
-            at = shm.queue_offset(queue, 16) + shm.INFLIGHT_OFFSET
+            at = shared_pages.queue_offset(queue) + shared_pages.INFLIGHT_OFFSET
             pages.map[at : at + size] = b"\xff" * size
         pages.begin_log(1, 0xFFFE)
-        at = shm.queue_offset(1, 16) + shm.INFLIGHT_OFFSET
-        header = np.frombuffer(pages.map, shm.inflight_header_dtype(), 1, at)[0].copy()
+        at = shared_pages.queue_offset(1) + shared_pages.INFLIGHT_OFFSET
+        header = np.frombuffer(pages.map, shared_pages.inflight_header_dtype(), 1, at)[0].copy()
         assert (header["magic"], header["version"], header["entry_count"]) == (b"VDUSELOG", 2, 16)
         assert (header["last_avail_idx"], header["last_used_idx"], header["working"]) == (0xFFFE, 0xFFFE, 0)
-        assert pages.map[at + shm.INFLIGHT_HEADER_BYTES : at + size] == bytes(16 * shm.INFLIGHT_ENTRY_BYTES)
-        other = shm.queue_offset(0, 16) + shm.INFLIGHT_OFFSET
+        assert pages.map[at + shared_pages.INFLIGHT_HEADER_BYTES : at + size] == bytes(
+            16 * shared_pages.INFLIGHT_ENTRY_BYTES
+        )
+        other = shared_pages.queue_offset(0) + shared_pages.INFLIGHT_OFFSET
         assert pages.map[other : other + size] == b"\xff" * size
-        assert header["state"] == shm.LogState.VALID
+        assert header["state"] == shared_pages.LogState.VALID
         pages.void_log(1)
-        state = np.frombuffer(pages.map, shm.inflight_header_dtype(), 1, at)[0]["state"]
-        assert state == shm.LogState.VOID
+        state = np.frombuffer(pages.map, shared_pages.inflight_header_dtype(), 1, at)[0]["state"]
+        assert state == shared_pages.LogState.VOID
 
 
 def test_a_log_of_a_packed_queue_says_so_and_where_both_sides_stand() -> None:
     with SharedPages.create(None, "a", 1, 16) as pages:
-        pages.begin_log(0, 0x8003_0005, shm.INFLIGHT_PACKED)
+        pages.begin_log(0, 0x8003_0005, shared_pages.INFLIGHT_PACKED)
         header = np.frombuffer(
-            pages.map, shm.inflight_header_dtype(), 1, shm.queue_offset(0, 16) + shm.INFLIGHT_OFFSET
+            pages.map,
+            shared_pages.inflight_header_dtype(),
+            1,
+            shared_pages.queue_offset(0) + shared_pages.INFLIGHT_OFFSET,
         )[0].copy()
-        assert header["ring_format"] == shm.INFLIGHT_PACKED
+        assert header["ring_format"] == shared_pages.INFLIGHT_PACKED
         assert (header["last_avail_idx"], header["last_used_idx"]) == (0x0005, 0x8003)
 
 
@@ -417,12 +433,12 @@ def test_pages_are_taken_over_once_the_last_storage_io_has_ended(
 ) -> None:
     path = tmp_path / "pages"
     SharedPages.create(path, "a", 1, 16).close()
-    monkeypatch.setattr(shm, "LAST_IO_S", 0.05)
+    monkeypatch.setattr(shared_pages, "LAST_IO_S", 0.05)
     worker_fd = os.open(path, os.O_RDONLY)
     fcntl.flock(worker_fd, fcntl.LOCK_SH)
     with pytest.raises(DeviceBusyError, match="a: storage I/O of its last server's workers has not ended"):
         SharedPages.reopen(path, "a", 1, 16)
-    monkeypatch.setattr(shm, "LAST_IO_S", 10.0)
+    monkeypatch.setattr(shared_pages, "LAST_IO_S", 10.0)
     threading.Timer(0.1, os.close, [worker_fd]).start()
     began = time.monotonic()
     with SharedPages.reopen(path, "a", 1, 16) as pages:

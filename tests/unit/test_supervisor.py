@@ -6,6 +6,7 @@ The workers here are tests/unit/fake_worker.py: they count kicks and fail on req
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -31,10 +32,11 @@ from supervised import (
 )
 
 from vdusefast.api import Device
-from vdusefast.assembly import worker_specs
 from vdusefast.backends import open_store
 from vdusefast.config import make_config
-from vdusefast.device import BlockDevice
+from vdusefast.control.assembly import worker_specs
+from vdusefast.control.device_model import BlockDevice
+from vdusefast.control.supervisor import DeviceState, Supervisor, VqState
 from vdusefast.errors import (
     ConfigError,
     DeviceBusyError,
@@ -44,8 +46,7 @@ from vdusefast.errors import (
     VdusefastError,
     WorkerError,
 )
-from vdusefast.shm import SharedPages
-from vdusefast.supervisor import DeviceState, Supervisor, VqState
+from vdusefast.state.shared_pages import SharedPages
 from vdusefast.transport import TransportError, uapi
 from vdusefast.transport.loopback import LoopbackTransport
 
@@ -139,7 +140,7 @@ def test_limits_beyond_msg_timeout_are_refused() -> None:
 
 def test_driver_ok_starts_the_ready_queues(device: Device) -> None:
     set_up(device.bus, MEMORY_IOVA, idx=7)
-    assert states(device) == ["running", "stopped"]
+    assert states(device) == ["running", "unused"]
     assert device.state == DeviceState.RUNNING
     kick(device.bus, 0)
     assert device.bus.get_vq_state(0) == 8
@@ -150,7 +151,7 @@ def test_queue_made_ready_later_starts_with_its_first_kick(device: Device) -> No
     device.bus.set_vq(1, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA, 0)
     os.eventfd_write(device.bus.kickfd(1), 1)  # not ready yet: nothing comes of it
     time.sleep(0.05)
-    assert states(device) == ["running", "stopped"]
+    assert states(device) == ["running", "unused"]
     device.bus.set_vq_ready(1)
     os.eventfd_write(device.bus.kickfd(1), 1)
     wait_state(device, 1, VqState.RUNNING)
@@ -223,7 +224,7 @@ def test_a_queue_that_is_being_reset_is_not_started_though_it_still_shows_as_rea
 
     asyncio.run_coroutine_threadsafe(race(), device._loop).result(WAIT_S)
     assert started == [False]
-    assert states(device)[0] == "stopped"
+    assert states(device)[0] == "unused"
 
 
 def test_a_queue_made_ready_before_driver_ok_starts_with_it(device: Device) -> None:
@@ -268,10 +269,53 @@ def test_refused_start_fails_that_queue_only(device: Device, caplog: pytest.LogC
     assert states(device) == ["running", "running"]
 
 
-@pytest.mark.parametrize("size", [0, 3, 128])
+@pytest.mark.parametrize("size", [3, 65536])
 def test_impossible_queue_size_never_reaches_the_worker(device: Device, size: int) -> None:
     set_up(device.bus, MEMORY_IOVA, size=size)
-    assert f"size {size} is no power of two up to 64" in device.queues()[0].reason
+    assert f"a ring of {size} entries, which is no power of two from 1 to 32768" in device.queues()[0].reason
+
+
+@pytest.mark.parametrize("size", [1, 64, 128, 32768])
+def test_a_driver_may_set_up_a_ring_of_another_size_than_was_offered(device: Device, size: int) -> None:
+    set_up(device.bus, MEMORY_IOVA, size=size)
+    queue = device.queues()[0]
+    assert (queue.state, queue.size) == ("running", size)
+    assert device.info()["queues"][0]["size"] == size
+    kick(device.bus, 0)
+
+
+def test_a_ring_for_whose_log_there_is_no_room_is_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_fd: int, _start: int, _length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    set_up(device.bus, MEMORY_IOVA, size=2048)
+    assert "no room for the log of 2048 requests: No space left on device" in device.queues()[0].reason
+    monkeypatch.undo()
+    set_up(device.bus, MEMORY_IOVA, size=2048)
+    assert states(device)[0] == "running"
+
+
+def test_a_queue_that_the_driver_leaves_alone_is_unused(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    """QEMU makes all queues ready, and those that its firmware has not set up have size 0."""
+    with caplog.at_level(logging.WARNING, "vdusefast"):
+        device.bus.negotiate(device.bus.offered_features)
+        device.bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA, 0)
+        device.bus.set_vq(1, 0, 0, 0, 0, 0)
+        for index in range(2):
+            device.bus.set_vq_ready(index)
+        device.bus.driver_ok()
+        assert states(device) == ["running", "unused"]
+        assert device.failure is None
+        kick(device.bus, 0)
+    assert caplog.text == ""
+    device.bus.set_vq(1, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA, 0)
+    os.eventfd_write(device.bus.kickfd(1), 1)
+    wait_state(device, 1, VqState.RUNNING)
+    kick(device.bus, 1)
+    device.bus.reset()
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    assert states(device) == ["running", "running"]
 
 
 def test_a_driver_is_refused_its_features_while_a_queue_can_have_no_worker(device: Device) -> None:
@@ -294,7 +338,7 @@ def test_a_queue_taken_back_while_its_start_is_waited_for_stays_off(device: Devi
     device.bus.set_vq(1, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
     device.bus.set_vq_ready(1)  # as the kernel still shows it for a moment
     time.sleep(0.05)
-    assert states(device) == ["running", "stopped"]
+    assert states(device) == ["running", "unused"]
 
 
 def test_a_driver_may_go_on_after_asking_where_a_queue_stands(device: Device) -> None:
@@ -379,7 +423,7 @@ def test_update_iotlb_reaches_every_worker_before_its_answer(device: Device, cap
 def test_running_queue_goes_on_after_update_iotlb(device: Device) -> None:
     set_up(device.bus, MEMORY_IOVA)
     device.bus.update_iotlb(0, uapi.IOVA_LAST)
-    assert states(device) == ["running", "stopped"]
+    assert states(device) == ["running", "unused"]
     kick(device.bus, 0)
 
 

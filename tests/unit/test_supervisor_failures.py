@@ -34,9 +34,12 @@ from supervised import (
 )
 
 from vdusefast.api import Device
-from vdusefast.supervisor import DeviceState, Limits, VqState
+from vdusefast.cli import render
+from vdusefast.control import supervisor, virtqueue
+from vdusefast.control.supervisor import DeviceState, Limits, VqState
+from vdusefast.control.virtqueue import TAKE_OVER_TRIES_AT_ONCE, VqControl
 from vdusefast.transport import DeviceBrokenError, TransportError
-from vdusefast.vq_control import TAKE_OVER_TRIES_AT_ONCE
+from vdusefast.transport.loopback import LoopbackTransport
 
 
 @pytest.fixture
@@ -168,6 +171,50 @@ def test_a_worker_that_dies_again_and_again_is_tried_again_with_pauses(device: D
     wait_state(device, 0, VqState.STOPPED)
 
 
+def kill_idle_worker(device: Device) -> None:
+    """Kill the worker of queue 0 and wait for the next one."""
+    victim = device.queues()[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    wait_until(lambda: device.queues()[0].pid not in (victim.pid, -1))
+    wait_state(device, 0, VqState.RUNNING)
+
+
+def test_failure_ends_and_is_history(device: Device) -> None:
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    began_s = time.time()
+    for _ in range(TAKE_OVER_TRIES_AT_ONCE + 1):
+        assert device.last_failure is None
+        kill_idle_worker(device)
+    assert device.failure is None
+    past = device.last_failure
+    assert past is not None
+    assert "so did those before it: tried again with pauses" in str(past.error)
+    assert began_s <= past.began_s <= past.ended_s <= time.time()
+    info = device.info()
+    assert (info["failure"], info["last_failure"]["text"]) == ("", str(past.error))
+    assert render.list_text([info]).splitlines()[1].split()[:2] == ["d0", "running"]
+    shown = render.show_text(info)
+    assert "failed until" in shown
+    assert "\n  failure" not in shown
+
+
+def test_deaths_far_apart_are_no_failure(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtqueue, "TAKE_OVER_WINDOW_S", 0.0)
+    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+    for _ in range(TAKE_OVER_TRIES_AT_ONCE + 2):
+        kill_idle_worker(device)
+    assert device.last_failure is None
+
+
+def test_failure_of_a_ring_ends_with_a_reset(device: Device) -> None:
+    set_up(device.bus, fake_worker.RING_FAILED_ADDR, MEMORY_IOVA)
+    wait_until(lambda: "stopped serving" in str(device.failure))
+    device.bus.reset()
+    wait_state(device, 0, VqState.STOPPED)
+    assert device.failure is None
+    assert "stopped serving" in str(device.last_failure)
+
+
 def test_idle_worker_that_died_is_replaced_at_once(device: Device) -> None:
     bus = device.bus
     bus.negotiate(bus.offered_features)
@@ -282,7 +329,33 @@ def test_chatty_worker_is_kept_to_a_bounded_tail(device: Device) -> None:
     assert device._supervisor is not None
     worker = device._supervisor._vqs[0].worker
     assert worker is not None
+    assert worker._output is not None
     for n in range(100):
-        worker._keep_line(b"x" * 5000 + str(n).encode())
-    assert len(worker._stderr_lines) == 16
-    assert max(len(line) for line in worker._stderr_lines) == 1024
+        worker._output._keep(b"x" * 5000 + str(n).encode())
+    assert len(worker._output._kept) == 16
+    assert max(len(line) for line in worker._output._kept) == 1024
+
+
+def test_stop_that_waits_for_requests_becomes_one_by_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its driver lets go when the requests that are pending have been failed, and not before."""
+    failed = asyncio.Event()
+
+    async def fail_pending(_vq: VqControl) -> None:
+        failed.set()
+
+    async def detach(_transport: LoopbackTransport) -> None:
+        await failed.wait()
+
+    monkeypatch.setattr(supervisor, "FORCE_GRACE_S", 0.1)
+    monkeypatch.setattr(VqControl, "fail_pending", fail_pending)
+    monkeypatch.setattr(LoopbackTransport, "detach", detach)
+    device = make_device()
+    device.start()
+    stopping = threading.Thread(target=device.stop, args=(3600.0,))
+    stopping.start()
+    stopping.join(0.3)
+    assert stopping.is_alive()
+    device.force(5.0)
+    stopping.join(WAIT_S)
+    assert not stopping.is_alive()
+    device.force(5.0)  # it is over

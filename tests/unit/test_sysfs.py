@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast.transport import sysfs
+from vdusefast.host import containers, sysfs
 
 
 @pytest.fixture
@@ -76,14 +76,18 @@ def test_the_node_is_found_by_its_number(root: Path, entry: str) -> None:
     assert sysfs.node("vd1") == ""
 
 
-def test_a_stale_node_does_not_pass(root: Path) -> None:
-    add_node(root, "virtio3/block/vdq", number_of("/dev/null"), "/dev/zero")
+@pytest.mark.parametrize(("number", "target"), [(number_of("/dev/null"), "/dev/zero"), ("254:0", "nowhere")])
+def test_a_node_that_is_stale_or_not_there_yet(
+    root: Path, number: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for where the kernel makes nodes, and named where it does not, as in a container."""
+    add_node(root, "virtio3/block/vdq", number, target)
+    assert sysfs.node_here("vd0") == ""
+    assert sysfs.node_number("vd0") == number
+    monkeypatch.setattr(containers, "has_own_dev", lambda _directory: False)
     assert sysfs.node("vd0") == ""
-
-
-def test_a_node_that_is_not_there_yet(root: Path) -> None:
-    add_node(root, "virtio3/block/vdq", "254:0", "nowhere")
-    assert sysfs.node("vd0") == ""
+    monkeypatch.setattr(containers, "has_own_dev", lambda _directory: True)
+    assert sysfs.node("vd0") == str(root / "dev/vdq")
 
 
 def test_a_refused_attribute_is_named(root: Path) -> None:

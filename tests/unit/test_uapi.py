@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 from pathlib import Path
@@ -35,6 +36,14 @@ def test_layouts_are_the_system_headers(tmp_path: Path) -> None:
     structs = (uapi.REQUEST, uapi.RESPONSE, uapi.IOTLB_ENTRY, uapi.VQ_INFO, uapi.VQ_EVENTFD)
     assert sizes[:5] == [struct.size for struct in structs] == [152, 152, 32, 48, 8]
     assert sizes[5:] == [24, 28, 40, 32, 24]
+
+
+def test_feature_bits_of_the_c_code_are_ours() -> None:
+    text = (Path(__file__).parents[2] / "csrc" / "base" / "virtio_blk.h").read_text()
+    bits = re.findall(r"^#define VF_((?:BLK_|RING_)?F_\w+) (\d+)u$", text, re.M)
+    assert len(bits) == 9
+    for name, bit in bits:
+        assert getattr(uapi, f"VIRTIO_{name}") == 1 << int(bit), name
 
 
 @pytest.mark.parametrize(

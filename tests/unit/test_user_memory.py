@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast import memory_control
-from vdusefast.assembly import make_transport
 from vdusefast.config import make_config
-from vdusefast.memory_control import MemoryControl
+from vdusefast.control import user_memory_switch
+from vdusefast.control.assembly import make_transport
+from vdusefast.control.user_memory_switch import MemoryControl
 from vdusefast.transport import uapi, user_memory
 from vdusefast.transport.kernel import KernelTransport
 from vdusefast.transport.user_memory import UserMemory, UserMemoryError
@@ -241,7 +241,7 @@ class FakeVq:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOOK_MIN_S", "LOOK_MAX_S", "TRY_AGAIN_S"):
-        monkeypatch.setattr(memory_control, name, 0.001)
+        monkeypatch.setattr(user_memory_switch, name, 0.001)
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def test_a_queue_that_does_not_come_to_rest_is_not_waited_for(
     control = use(memory, FakeVq(0, logged), FakeVq(1, logged, rests=False))
     with caplog.at_level(logging.WARNING, "vdusefast"):
         asyncio.run(control.run())
-    assert logged == [*HOLDS, *BACK] * memory_control.TRY_COUNT
+    assert logged == [*HOLDS, *BACK] * user_memory_switch.TRY_COUNT
     assert control.text == "pages of the kernel; no user memory: the workers do not come to rest"
     assert [record.getMessage() for record in caplog.records] == [
         "device vd0: no user memory: the workers do not come to rest"
@@ -388,3 +388,12 @@ def test_auto_is_where_it_pays(settings: dict[str, str], wanted: bool) -> None:
     transport = make_transport(config, None)
     assert isinstance(transport, KernelTransport)
     assert transport.options.user_memory == wanted
+
+
+def test_a_kernel_that_takes_none_is_told_before_any_is_allocated(memory: UserMemory, kernel: FakeKernel) -> None:
+    """Linux 5.15 to 5.19 have neither call."""
+    kernel.info = errno.ENOTTY
+    control = use(memory)
+    asyncio.run(control.run())
+    assert control.text == "pages of the kernel; no user memory: this kernel does not take any; Linux 6.0 does"
+    assert os.fstat(memory.fd).st_blocks == 0

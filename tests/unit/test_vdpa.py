@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from vdusefast.errors import KernelSupportError
-from vdusefast.transport import genl, vdpa
+from vdusefast.host import netlink, vdpa
 
 FAMILY = 0x1D
 HEADER = struct.Struct("=IHHII")
@@ -49,7 +49,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, *answers: list[bytes]) -> Iterator[l
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    monkeypatch.setattr(genl, "open_socket", lambda: ours)
+    monkeypatch.setattr(netlink, "open_socket", lambda: ours)
     with ours, theirs:
         yield asked
         thread.join(5)
@@ -110,7 +110,7 @@ def no_netlink(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str
         tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
         return tmp_path / "words"
 
-    monkeypatch.setattr(genl, "open_socket", refuse)
+    monkeypatch.setattr(netlink, "open_socket", refuse)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return make
 

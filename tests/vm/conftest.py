@@ -17,13 +17,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
-from scenario_guest import ScenarioGuest
+from scenario_guest import RUNNER, ScenarioGuest
 
 from bench.vm import cache, machine
 from bench.vm.errors import GuestError
+
+sys.path.append(str(RUNNER.parent))
+import checks
 
 BOOT_LIMIT_S = 180  # for a test that boots a guest of its own, on a busy machine
 
@@ -36,14 +40,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fetch what no test has the time to fetch. Where that fails, the tests say why."""
-    chosen = [item for item in session.items if item.get_closest_marker("vm")]
+    """Fetch what no test has the time to fetch: kernels, and the trees that a module's TREES names (cache.tree).
+
+    Where that fails, the tests say why.
+    """
+    chosen = [i for i in session.items if isinstance(i, pytest.Function) and i.get_closest_marker("vm")]
     if not chosen or session.config.option.collectonly or machine.missing_tools():
         return
     with contextlib.suppress(GuestError):
         cache.libblkio()
         for kernel in cache.KERNELS:
             cache.kernel(kernel)
+        for suite, names in {tree for item in chosen for tree in getattr(item.module, "TREES", ())}:
+            cache.tree(suite, names)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -70,7 +79,10 @@ def guests(
         running = {}
         for kernel, modules in wanted.items():
             directory = tmp_path_factory.mktemp(f"guest-{kernel}-")
-            running[kernel] = ScenarioGuest(kernel, modules or ["kernel_log"], directory)
+            is_long = request.config.option.soak
+            skipped = () if is_long else checks.left_out(is_newest=kernel == cache.KERNELS[-1])
+            words = ["--env", "VDUSEFAST_LONG=1"] if is_long else []
+            running[kernel] = ScenarioGuest(kernel, modules or ["kernel_log"], directory, skipped, words)
             stack.callback(running[kernel].close)
         for guest in running.values():
             guest.wait_until_started()

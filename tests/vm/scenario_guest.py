@@ -21,23 +21,34 @@ LOADED = ("vduse", "virtio_vdpa", "vhost_vdpa", "virtio_blk")
 
 
 class ScenarioGuest:
-    """A guest of one kernel. It runs all checks of `modules`, and leaves results and log in `directory`."""
+    """A guest of one kernel. It runs all checks of `modules`, and leaves results and log in `directory`.
 
-    def __init__(self, kernel: str, modules: Iterable[str], directory: Path) -> None:
+    skipped: beginnings of the names of checks that are left out. more: words for bench/vm/run.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        modules: Iterable[str],
+        directory: Path,
+        skipped: Iterable[str] = (),
+        more: Iterable[str] = (),
+    ) -> None:
         self._directory = directory
         self._results = directory / "checks.jsonl"
         chosen = list(modules)
         only = [word for module in chosen for word in ("--only", f"{module}.")]
+        skip = [word for name in skipped for word in ("--skip", name)]
         # The checks of no_modules load them step by step; without these checks they have to be there.
         load = [] if "no_modules" in chosen else [word for name in LOADED for word in ("--module", name)]
         words = [
             # Ends, with its guest, when pytest is killed.
             *("setpriv", "--pdeathsig", "TERM", sys.executable, str(RUN)),
-            *("--kernel", kernel, "--timeout", str(LIMIT_S), "--verbose", *load),
+            *("--kernel", kernel, "--timeout", str(LIMIT_S), "--verbose", *load, *more),
             # Two CPUs, and two that are offline until a check needs them: drivers count what the machine may have.
             *("--cpus", "4", "--append", "maxcpus=2"),
             *("--results", str(directory), "--log", str(directory / "log")),
-            *("--", "python", str(RUNNER), machine.RESULTS, *only),
+            *("--", "python", str(RUNNER), machine.RESULTS, *only, *skip),
         ]
         with (directory / "output").open("wb") as output:
             self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output)

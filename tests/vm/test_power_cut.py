@@ -10,7 +10,7 @@ import pytest
 from bench.vm import cache, guest
 from bench.vm.errors import GuestError
 from bench.vm.machine import RESULTS, ROOT, GuestConfig
-from vdusefast import _driver
+from vdusefast.driver import _driver
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -3,10 +3,10 @@
 from cpython.ref cimport PyObject
 from libc.stdint cimport uint32_t, uintptr_t
 
-from vdusefast._csrc cimport vf_mapping
+from vdusefast.worker._csrc cimport vf_mapping
 
 cdef enum:
-    WINDOW_MAX = 1024  # VF_IOTLB_CAPACITY
+    WINDOW_MAX = 1024  # requests in regions beyond that get copies
 
 cdef struct window_entry:
     uintptr_t start  # where the loop has the region

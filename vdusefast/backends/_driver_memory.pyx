@@ -12,7 +12,12 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport uint32_t, uintptr_t
 
-from vdusefast._csrc cimport vf_mapping
+from vdusefast.worker._csrc cimport vf_mapping
+
+from vdusefast.base._build cimport vf_build_id
+from vdusefast.base.build import check_extension
+
+check_extension(__name__, vf_build_id())
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *, size_t, int, int, int, long)
@@ -27,12 +32,19 @@ cdef extern from "<sys/mman.h>" nogil:
         MAP_FIXED
     void *MAP_FAILED
 
+cdef extern from "base/core_dump.h" nogil:
+    void vf_core_exclude_driver(void *, size_t)
+
 cdef extern from "<errno.h>" nogil:
     int errno
 
 
 cdef void *put_zeroes(void *at, size_t length_bytes) noexcept nogil:
-    return mmap(at, length_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0)
+    cdef void *zeroes = mmap(
+        at, length_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0)
+    if zeroes != MAP_FAILED:
+        vf_core_exclude_driver(zeroes, length_bytes)
+    return zeroes
 
 
 cdef class Window:
@@ -84,6 +96,7 @@ cdef class Windows:
         alias = mmap(NULL, length_bytes, mapping.prot, MAP_SHARED, mapping.fd, <long> mapping.offset_bytes)
         if alias == MAP_FAILED:
             return
+        vf_core_exclude_driver(alias, length_bytes)
         window = Window.__new__(Window)
         window.alias = <char *> alias
         window.length_bytes = length_bytes

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
-from vdusefast._csrc cimport vf_engine, vf_engine_ops, vf_mapping, vf_req
+from vdusefast.worker._csrc cimport vf_engine, vf_engine_ops, vf_mapping, vf_req
 
 cdef extern from "python/handoff.h" nogil:
     enum:

@@ -10,6 +10,7 @@ class Export(TypedDict):
     block_preferred_bytes: int
     block_max_bytes: int
     read_only: bool
+    is_rotational: bool
     can_flush: bool
     can_fua: bool
     can_trim: bool
@@ -36,7 +37,10 @@ class Engine:
         read_only: bool,
         timeout_s: float,
         reconnect_s: float,
+        sole: bool = False,
         hold_fd: int = -1,
+        notes_fd: int = -1,
+        notes_offset: int = 0,
     ) -> None: ...
     @property
     def engine(self) -> object: ...

@@ -2,13 +2,18 @@
 
 from cpython.pycapsule cimport PyCapsule_New
 from libc.errno cimport errno
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from vdusefast._csrc cimport VF_ENGINE_CAPSULE, vf_engine_plugin
+from vdusefast.worker._csrc cimport VF_ENGINE_CAPSULE, vf_engine_plugin
 
 import os
 
 from vdusefast.backends.plugin import News
+
+from vdusefast.base._build cimport vf_build_id
+from vdusefast.base.build import check_extension
+
+check_extension(__name__, vf_build_id())
 
 cdef extern from "libnbd.h" nogil:
     struct nbd_handle:
@@ -27,6 +32,7 @@ cdef extern from "nbd/nbd_export.h" nogil:
         uint32_t block_preferred_bytes
         uint32_t block_max_bytes
         uint8_t read_only
+        uint8_t is_rotational
         uint8_t can_flush
         uint8_t can_fua
         uint8_t can_trim
@@ -62,14 +68,18 @@ cdef extern from "nbd/engine_nbd.h" nogil:
         uint64_t size_bytes
         uint32_t block_size_bytes
         uint8_t read_only
+        uint8_t sole
         uint64_t timeout_ns
         uint64_t reconnect_ns
         int hold_fd
+        int notes_fd
+        int64_t notes_offset
     struct vf_nbd:
-        vf_nbd_news_ring news
-        vf_engine_plugin plugin
+        pass
     vf_nbd *vf_nbd_create(const vf_nbd_config *)
     void vf_nbd_destroy(vf_nbd *)
+    const vf_engine_plugin *vf_nbd_plugin(const vf_nbd *)
+    vf_nbd_news_ring *vf_nbd_news_of(vf_nbd *)
 
 STAGES = {
     VF_NBD_STAGE_URI: "uri",
@@ -105,6 +115,7 @@ def probe(str uri, int limit_ms):
         "block_preferred_bytes": found.export_.block_preferred_bytes,
         "block_max_bytes": found.export_.block_max_bytes,
         "read_only": bool(found.export_.read_only),
+        "is_rotational": bool(found.export_.is_rotational),
         "can_flush": bool(found.export_.can_flush),
         "can_fua": bool(found.export_.can_fua),
         "can_trim": bool(found.export_.can_trim),
@@ -147,9 +158,9 @@ cdef class Engine:
 
     def __init__(
         self, str uri, *, uint64_t size_bytes, uint32_t block_size_bytes, bint read_only, double timeout_s,
-        double reconnect_s, int hold_fd=-1,
+        double reconnect_s, bint sole=False, int hold_fd=-1, int notes_fd=-1, int64_t notes_offset=0,
     ):
-        """Make it; nothing is connected before it is opened. `hold_fd` is borrowed. Raises OSError."""
+        """Make it; nothing is connected before it is opened. The descriptors are borrowed. Raises OSError."""
         cdef bytes encoded = os.fsencode(uri)
         cdef vf_nbd_config config
         if self.nbd != NULL:
@@ -158,8 +169,11 @@ cdef class Engine:
         config.size_bytes = size_bytes
         config.block_size_bytes = block_size_bytes
         config.read_only = read_only
+        config.sole = sole
         config.timeout_ns = <uint64_t> (timeout_s * 1e9)
         config.hold_fd = hold_fd
+        config.notes_fd = notes_fd
+        config.notes_offset = notes_offset
         config.reconnect_ns = <uint64_t> (reconnect_s * 1e9)
         self.nbd = vf_nbd_create(&config)
         if self.nbd == NULL:
@@ -171,17 +185,17 @@ cdef class Engine:
     @property
     def engine(self):
         """See Plugin."""
-        return PyCapsule_New(&self._open().plugin, VF_ENGINE_CAPSULE, NULL)
+        return PyCapsule_New(<void *> vf_nbd_plugin(self._open()), VF_ENGINE_CAPSULE, NULL)
 
     def fileno(self):
         """See Plugin."""
-        return self._open().news.fd
+        return vf_nbd_news_of(self._open()).fd
 
     def news(self):
         """See Plugin."""
         cdef vf_nbd_news one
         found = []
-        while vf_nbd_news_take(&self._open().news, &one):
+        while vf_nbd_news_take(vf_nbd_news_of(self._open()), &one):
             if one.size_bytes:
                 found.append(News("resized", "", one.size_bytes))
             else:

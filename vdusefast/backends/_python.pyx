@@ -10,12 +10,17 @@ from cpython.ref cimport PyObject
 from libc.errno cimport EIO
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
-from vdusefast._csrc cimport *
+from vdusefast.worker._csrc cimport *
 from vdusefast.backends._handoff cimport *
 from vdusefast.backends._python_pieces cimport PIECE_OPEN, PIECES_MAX, ROWS_MAX, TAG_BITS, Batch, Pieces, py_piece
 
 from vdusefast.backends._python_pieces import OPERATIONS
 from vdusefast.backends.python_class import overrides
+
+from vdusefast.base._build cimport vf_build_id
+from vdusefast.base.build import check_extension
+
+check_extension(__name__, vf_build_id())
 
 cdef extern from *:
     """

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from vdusefast._csrc cimport vf_req
+from vdusefast.worker._csrc cimport vf_req
 from vdusefast.backends._driver_memory cimport Window, Windows
 from vdusefast.backends._handoff cimport vf_handoff
 

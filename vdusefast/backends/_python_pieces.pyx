@@ -18,11 +18,16 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from posix.unistd cimport write
 
-from vdusefast._csrc cimport *
+from vdusefast.worker._csrc cimport *
 from vdusefast.backends._driver_memory cimport DriverMemory, Window, Windows
 from vdusefast.backends._handoff cimport *
 
 from vdusefast.backends.python_errors import Complaints
+
+from vdusefast.base._build cimport vf_build_id
+from vdusefast.base.build import check_extension
+
+check_extension(__name__, vf_build_id())
 
 cdef extern from *:
     """

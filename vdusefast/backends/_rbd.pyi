@@ -9,6 +9,7 @@ class About(TypedDict):
     exclusive_lock: int
     caches: int
     early_writes: int
+    identity: bytes
 
 class Failure(Exception):
     step: str

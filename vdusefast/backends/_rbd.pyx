@@ -9,7 +9,12 @@ import os
 from cpython.pycapsule cimport PyCapsule_New
 from libc.errno cimport ENOENT, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from vdusefast._csrc cimport VF_ENGINE_CAPSULE, vf_engine_plugin
+from vdusefast.worker._csrc cimport VF_ENGINE_CAPSULE, vf_engine_plugin
+
+from vdusefast.base._build cimport vf_build_id
+from vdusefast.base.build import check_extension
+
+check_extension(__name__, vf_build_id())
 
 
 cdef extern from "rbd/image.h" nogil:
@@ -31,6 +36,7 @@ cdef extern from "rbd/image.h" nogil:
         const char *name_space
         const char *image
         const char *snap
+        const char *wanted
         uint8_t read_only
         uint8_t early_writes
         uint32_t connect_limit_s
@@ -45,6 +51,7 @@ cdef extern from "rbd/image.h" nogil:
         uint8_t exclusive_lock
         uint8_t caches
         uint8_t early_writes
+        char identity[256]
     int vf_rbd_image_open(vf_rbd_image *, const vf_rbd_settings *, const char *, int *)
     void vf_rbd_image_close(vf_rbd_image *)
     int vf_rbd_about_image "vf_rbd_about"(const vf_rbd_image *, vf_rbd_about *)
@@ -109,9 +116,9 @@ cdef class Settings:
     cdef tuple strings
 
     def __init__(self, names, *, bint read_only, bint early_writes, uint32_t connect_limit_s, uint32_t op_limit_s):
-        """Keep `names`: conf, id, keyring, pool, namespace, image, snapshot; "" for none."""
-        self.strings = tuple(name.encode() for name in names)
-        self.c.conf, self.c.id, self.c.keyring, self.c.pool, self.c.name_space, self.c.image, self.c.snap = self.strings
+        """Keep `names`: conf, id, keyring, pool, namespace, image, snapshot, and its identity; "" for none."""
+        self.strings = tuple(os.fsencode(name) for name in names)
+        self.c.conf, self.c.id, self.c.keyring, self.c.pool, self.c.name_space, self.c.image, self.c.snap, self.c.wanted = self.strings
         self.c.read_only = read_only
         self.c.early_writes = early_writes
         self.c.connect_limit_s = connect_limit_s

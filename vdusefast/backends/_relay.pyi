@@ -1,11 +1,13 @@
 """Types of the relay's extension; see _relay.pyx for what each does."""
 
+from collections.abc import Sequence
+
 from vdusefast.backends.plugin import News, Plugin
 
 PATH_MAX_BYTES: int
 
 class Client:
-    def __init__(self, path: str, queue: int) -> None: ...
+    def __init__(self, path: str, queue: int, memory_fd: int) -> None: ...
     @property
     def engine(self) -> object: ...
     def fileno(self) -> int: ...
@@ -17,11 +19,11 @@ class Server:
         self,
         plugin: Plugin,
         *,
-        listen_fd: int,
-        queue_count: int,
+        places: Sequence[tuple[int, int]],
         slot_count: int,
         size_bytes: int,
         flushes: bool = True,
+        read_only: bool = False,
     ) -> None: ...
     def serve(self, wake_fd: int) -> bool: ...
     def close(self) -> None: ...

@@ -7,17 +7,28 @@ from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from vdusefast._csrc cimport *
+from vdusefast.worker._csrc cimport *
+
+from vdusefast.base._build cimport vf_build_id
+from vdusefast.base.build import check_extension
+
+check_extension(__name__, vf_build_id())
 
 cdef extern from "relay/relay.h" nogil:
     enum:
         VF_RELAY_NEWS
+        VF_RELAY_QUEUE_MAX
     struct vf_relay_address:
         char path[108]
         uint32_t queue
+        int memory_fd
+    struct vf_relay_place:
+        int listen_fd
+        int memory_fd
     struct vf_relay_server
     const vf_engine_ops vf_engine_relay
-    vf_relay_server *vf_relay_open(const vf_engine_plugin *, const vf_store *, int, uint32_t, uint32_t)
+    vf_relay_server *vf_relay_open(
+        const vf_engine_plugin *, const vf_store *, const vf_relay_place *, uint32_t, uint32_t, bint)
     int vf_relay_serve(vf_relay_server *, int)
     void vf_relay_close(vf_relay_server *)
 
@@ -25,18 +36,22 @@ PATH_MAX_BYTES = 107
 
 
 cdef class Client:
-    """The engine of a worker (backends.plugin.Plugin) that has the relay at the socket `path` do everything."""
+    """The engine of a worker (backends.plugin.Plugin) that has the relay at the socket `path` do everything.
+
+    memory_fd: what the two share for the queue; borrowed.
+    """
 
     cdef vf_engine_plugin plugin
     cdef vf_relay_address address
 
-    def __cinit__(self, path, uint32_t queue):
+    def __cinit__(self, path, uint32_t queue, int memory_fd):
         cdef bytes name = os.fsencode(path)
         if len(name) > PATH_MAX_BYTES:
             raise ValueError(f"the path of a socket has at most {PATH_MAX_BYTES} bytes: {path}")
         memset(&self.address, 0, sizeof(self.address))
         memcpy(self.address.path, <const char *> name, len(name))
         self.address.queue = queue
+        self.address.memory_fd = memory_fd
         self.plugin = vf_engine_plugin(
             VF_ENGINE_ABI, sizeof(vf_engine), sizeof(vf_req), &vf_engine_relay, &self.address)
 
@@ -58,16 +73,18 @@ cdef class Client:
 
 
 cdef class Server:
-    """The relay of `queue_count` queues with `slot_count` slots each, over the engine of `plugin`, which it keeps.
+    """The relay of several queues with `slot_count` slots each, over the engine of `plugin`, which it keeps.
 
-    listen_fd: a listening SOCK_SEQPACKET, borrowed. Raises OSError (EPROTO: the module was built for another version).
+    places: of each queue a listening SOCK_SEQPACKET and the memory that it shares with its worker, borrowed. read_only:
+    what would write is refused. Raises OSError (EPROTO: the module was built for another version).
     """
 
     cdef vf_relay_server *server
     cdef object plugin
 
-    def __cinit__(self, plugin, *, int listen_fd, uint32_t queue_count, uint32_t slot_count, uint64_t size_bytes,
-                  bint flushes=True):
+    def __cinit__(self, plugin, *, places, uint32_t slot_count, uint64_t size_bytes, bint flushes=True,
+                  bint read_only=False):
+        cdef vf_relay_place place[VF_RELAY_QUEUE_MAX]
         cdef vf_store store
         cdef const vf_engine_plugin *brought = <const vf_engine_plugin *> PyCapsule_GetPointer(
             plugin.engine, VF_ENGINE_CAPSULE)
@@ -77,7 +94,11 @@ cdef class Server:
         store.cache = VF_CACHE_WRITEBACK if flushes else VF_CACHE_UNSAFE
         store.size_bytes = size_bytes
         self.plugin = plugin
-        self.server = vf_relay_open(brought, &store, listen_fd, queue_count, slot_count)
+        if len(places) > VF_RELAY_QUEUE_MAX:
+            raise ValueError(f"a relay has at most {VF_RELAY_QUEUE_MAX} queues")
+        for i, (listen_fd, memory_fd) in enumerate(places):
+            place[i] = vf_relay_place(listen_fd, memory_fd)
+        self.server = vf_relay_open(brought, &store, place, len(places), slot_count, read_only)
         if self.server == NULL:
             raise OSError(errno, os.strerror(errno))
 

@@ -56,7 +56,7 @@ class Fault(NamedTuple):
     path: str = ""
 
 
-def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
+def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool = True) -> Store:
     """Open the store behind the rules. Raises ConfigError for a rule, and what opening that store does."""
     import msgspec
 
@@ -66,10 +66,15 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
     faults = to_json(*parse(rules))
     if inner.startswith("faulty:"):
         raise ConfigError("backend.uri: faulty: twice; separate the rules of one by +")
-    store = open_inner(msgspec.structs.replace(backend, uri=inner), read_only=read_only)
+    store = open_inner(msgspec.structs.replace(backend, uri=inner), read_only=read_only, claim=claim)
     store.faults = faults
     store.uri = backend.uri
     return store
+
+
+def behind(uri: str) -> str:
+    """Return the URI of the store behind the rules; see backends.store_scheme. Raises ConfigError."""
+    return split(uri.partition(":")[2])[1]
 
 
 def absolute_uri(uri: str) -> str:
@@ -161,7 +166,7 @@ def _read_delay(rule: str, key: str, value: str) -> dict[str, Any]:
 
 
 def _read_range(rule: str, key: str, value: str) -> dict[str, Any]:
-    from vdusefast.config import parse_size
+    from vdusefast.units import parse_size
 
     low, dash, high = value.partition("-")
     start, end = (parse_size(low), parse_size(high)) if dash else (0, 0)

@@ -1,25 +1,34 @@
-"""`file:PATH`: a regular file or a block device, locked against a second server."""
+"""`file:PATH[?format=raw]`: a regular file or a block device, locked against servers, QEMU and other writers.
+
+A block device that is written to is opened with O_EXCL, as mount, swapon, LVM and MD do. flock(2) is
+never used on one: udev takes that lock itself, and would finish no event of the device while we have it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
+import shlex
 import stat
 import struct
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vdusefast.backends import SECTOR_BYTES, Store
-from vdusefast.config import BackendConfig
+from vdusefast.backends import Store, content, file_locks, identity, io_limits
+from vdusefast.backends.direct import find_align, queue_limit
+from vdusefast.backends.image_format import RAW, split_path
 from vdusefast.errors import BackendError, DeviceBusyError
+from vdusefast.units import BLOCK_SIZE_MAX_BYTES, SECTOR_BYTES
+
+if TYPE_CHECKING:
+    from vdusefast.config import BackendConfig
 
 # linux/fs.h
 BLKROGET = 0x125E
 BLKSSZGET = 0x1268
-BLKIOOPT = 0x1279
 BLKPBSZGET = 0x127B
 
 # linux/falloc.h
@@ -27,25 +36,28 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
-DIRECT_ALIGN_MAX_BYTES = 4096
 PHYSICAL_BLOCK_MAX_BYTES = 4096  # of a file: st_blksize is a hint, some file systems say a megabyte
-BUSY_TRIES = 10
-BUSY_PAUSE_S = 0.05
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BUSY_TRIES = 25
+BUSY_PAUSE_S = 0.02
 
 
-def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
-    """Open and lock the file or block device at the path `rest`.
+def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool = True) -> Store:
+    """Open the file or block device that `rest` names (see image_format.split_path), and lock it with `claim`.
 
     Raises BackendError when it cannot be used, DeviceBusyError when it is mounted or another device's store.
     """
     uri = backend.uri
-    is_block = _check_type(rest, uri)
-    fd = _open(rest, uri, read_only=read_only, is_block=is_block, direct=backend.cache == "none")
+    path, said_raw = split_path(rest)
+    is_block = _check_type(path, uri)
+    exclusive = claim and is_block and not read_only
+    fd = _open(path, uri, read_only=read_only, exclusive=exclusive, direct=backend.cache == "none")
     try:
-        _lock(fd, uri, shared=read_only, tries=BUSY_TRIES if is_block else 1)
-        if is_block:
-            return _describe_block(fd, backend, read_only)
-        return _describe_file(fd, backend, read_only)
+        if claim:
+            file_locks.claim(fd, uri, read_only=read_only, is_block=is_block)
+        store = (_describe_block if is_block else _describe_file)(fd, backend, read_only)
+        store.path, store.said_raw = path, said_raw
+        return store
     except OSError as error:
         os.close(fd)
         raise BackendError(f"{uri}: {error.strerror}") from None
@@ -56,8 +68,9 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
 
 def absolute_uri(uri: str) -> str:
     """See backends.absolute_uri."""
-    scheme, _, path = uri.partition(":")
-    return f"{scheme}:{Path(path).absolute()}" if path else uri
+    scheme, _, rest = uri.partition(":")
+    path, said_raw = split_path(rest)
+    return f"{scheme}:{Path(path).absolute()}{RAW if said_raw else ''}" if path else uri
 
 
 def _check_type(path: str, uri: str) -> bool:
@@ -65,7 +78,7 @@ def _check_type(path: str, uri: str) -> bool:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise BackendError(f"{uri}: no such file; make it, for example by truncate -s 1G {path}") from None
+        raise BackendError(f"{uri}: no such file; make it, for example by truncate -s 1G {shlex.quote(path)}") from None
     except (OSError, ValueError) as error:
         raise BackendError(f"{uri}: {getattr(error, 'strerror', None) or error}") from None
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
@@ -73,38 +86,70 @@ def _check_type(path: str, uri: str) -> bool:
     return stat.S_ISBLK(mode)
 
 
-def _open(path: str, uri: str, *, read_only: bool, is_block: bool, direct: bool) -> int:
-    """Return a descriptor. O_EXCL on a block device makes the kernel refuse one that is mounted or claimed."""
+def _open(path: str, uri: str, *, read_only: bool, exclusive: bool, direct: bool) -> int:
+    """Return a descriptor. exclusive: O_EXCL on a block device makes the kernel refuse it if mounted or claimed.
+
+    Another program may claim it for a moment only, and one that has ended for as long as its last I/O takes: hence more
+    than one try.
+    """
     flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
     flags |= os.O_DIRECT if direct else 0
-    flags |= os.O_EXCL if is_block and not read_only else 0
-    try:
-        return os.open(path, flags)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise DeviceBusyError(f"{uri}: in use (mounted, or part of another device)") from None
-        if error.errno == errno.EINVAL and direct:
-            raise BackendError(f"{uri}: its file system has no O_DIRECT; use another cache mode than none") from None
-        hint = "; or set read_only" if error.errno in (errno.EACCES, errno.EROFS) and not read_only else ""
-        raise BackendError(f"{uri}: cannot be opened: {error.strerror}{hint}") from None
-
-
-def _lock(fd: int, uri: str, *, shared: bool, tries: int) -> None:
-    """Take the advisory lock. A new block device may be locked for a moment by udev: hence more than one try."""
-    for left in reversed(range(tries)):
+    flags |= os.O_EXCL if exclusive else 0
+    for left in reversed(range(BUSY_TRIES)):
         try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if not left:
-                raise DeviceBusyError(f"{uri}: another device serves this store, or a program has locked it") from None
-            time.sleep(BUSY_PAUSE_S)
+            return os.open(path, flags)
+        except OSError as error:
+            if error.errno == errno.EBUSY and left:
+                time.sleep(BUSY_PAUSE_S)
+                continue
+            if error.errno == errno.EBUSY:
+                raise DeviceBusyError(f"{uri}: in use: {_users_text(path)}; end that first") from None
+            if error.errno == errno.EINVAL and direct:
+                raise BackendError(
+                    f"{uri}: its file system has no O_DIRECT; use another cache mode than none"
+                ) from None
+            hint = "; or set read_only" if error.errno in (errno.EACCES, errno.EROFS) and not read_only else ""
+            raise BackendError(f"{uri}: cannot be opened: {error.strerror}{hint}") from None
+    raise AssertionError("not reached")
+
+
+def _users_text(path: str) -> str:
+    """Return who has a block device."""
+    from vdusefast.host import node_users
+
+    users = node_users.find_users_of_number(os.stat(path).st_rdev)
+    return node_users.describe(users) or "mounted, or part of another device, where it cannot be seen from here"
+
+
+def find_loops(store: Store) -> list[str]:
+    """Return the loop devices through which somebody may write to an open store, or read what is written to it.
+
+    The loop driver takes no lock that would keep us out, and none keeps it out.
+    """
+    from vdusefast.host import loop_devices, node_users
+
+    if store.fd < 0 or store.kind not in ("file", "blockdev"):
+        return []
+    status = os.fstat(store.fd)
+    numbers = node_users.related_numbers(status.st_rdev) if store.kind == "blockdev" else ()
+    return [
+        loop.name
+        for loop in loop_devices.find(near=store.path)
+        if not (store.read_only and loop.read_only)
+        and (
+            loop.block_device in numbers
+            if store.kind == "blockdev"
+            else (loop.file_device, loop.inode) == (status.st_dev, status.st_ino)
+        )
+    ]
 
 
 def _describe_file(fd: int, backend: BackendConfig, read_only: bool) -> Store:
     status = os.fstat(fd)
-    direct_align = _probe_direct(fd, backend.uri, SECTOR_BYTES) if backend.cache == "none" else 0
-    block = max(SECTOR_BYTES, direct_align)
+    direct_align = find_align(fd, backend.uri) if backend.cache == "none" else 0
+    granule = max(SECTOR_BYTES, direct_align)
+    block = min(granule, BLOCK_SIZE_MAX_BYTES)
+    limits = io_limits.of_file(fd)
     preferred = status.st_blksize if status.st_blksize & (status.st_blksize - 1) == 0 else block
     return Store(
         uri=backend.uri,
@@ -112,38 +157,62 @@ def _describe_file(fd: int, backend: BackendConfig, read_only: bool) -> Store:
         fd=fd,
         size_bytes=status.st_size,
         block_size_bytes=block,
-        physical_block_size_bytes=max(block, min(preferred, PHYSICAL_BLOCK_MAX_BYTES)),
-        opt_io_size_bytes=preferred if preferred > PHYSICAL_BLOCK_MAX_BYTES else 0,
+        physical_block_size_bytes=max(granule, min(preferred, PHYSICAL_BLOCK_MAX_BYTES)),
+        opt_io_size_bytes=limits.opt_io_bytes or (preferred if preferred > PHYSICAL_BLOCK_MAX_BYTES else 0),
+        min_io_size_bytes=limits.min_io_bytes,
+        discard_granularity_bytes=limits.discard_granularity_bytes,
+        rotational=limits.rotational,
         read_only=read_only,
         can_discard=not read_only and _probe_fallocate(fd, status.st_size, FALLOC_FL_PUNCH_HOLE),
         can_write_zeroes=not read_only,
         zeroes_cheaply=not read_only and _probe_fallocate(fd, status.st_size, FALLOC_FL_ZERO_RANGE),
         direct_align=direct_align,
         cache=backend.cache,
+        granule_bytes=granule,
+        content_block_bytes=_content_block(fd, status.st_size, granule, SECTOR_BYTES),
+        identity=identity.of_file(fd),
     )
 
 
 def _describe_block(fd: int, backend: BackendConfig, read_only: bool) -> Store:
     if not read_only and _ioctl_int(fd, BLKROGET):
         raise BackendError(f"{backend.uri}: the block device is read-only; set read_only")
-    logical = _ioctl_int(fd, BLKSSZGET)
-    direct_align = _probe_direct(fd, backend.uri, logical) if backend.cache == "none" else 0
-    block = max(logical, direct_align)
+    logical, size_bytes = _ioctl_int(fd, BLKSSZGET), os.lseek(fd, 0, os.SEEK_END)
+    limits = io_limits.of_block_device(fd)
+    direct_align = find_align(fd, backend.uri, logical) if backend.cache == "none" else 0
+    granule = max(logical, direct_align)
+    block = min(granule, BLOCK_SIZE_MAX_BYTES)
     return Store(
         uri=backend.uri,
         kind="blockdev",
         fd=fd,
-        size_bytes=os.lseek(fd, 0, os.SEEK_END),
+        size_bytes=size_bytes,
         block_size_bytes=block,
-        physical_block_size_bytes=max(block, _ioctl_int(fd, BLKPBSZGET)),
-        opt_io_size_bytes=_ioctl_int(fd, BLKIOOPT),
+        physical_block_size_bytes=max(granule, _ioctl_int(fd, BLKPBSZGET)),
+        opt_io_size_bytes=limits.opt_io_bytes,
+        min_io_size_bytes=limits.min_io_bytes,
+        alignment_offset_bytes=limits.alignment_offset_bytes,
+        discard_granularity_bytes=limits.discard_granularity_bytes,
+        discard_offset_bytes=limits.discard_offset_bytes,
+        rotational=limits.rotational,
         read_only=read_only,
-        can_discard=not read_only and _block_limit(os.fstat(fd).st_rdev, "discard_max_bytes") > 0,
+        can_discard=not read_only and queue_limit(os.fstat(fd).st_rdev, "discard_max_bytes") > 0,
         can_write_zeroes=not read_only,
-        zeroes_cheaply=not read_only and _block_limit(os.fstat(fd).st_rdev, "write_zeroes_max_bytes") > 0,
+        zeroes_cheaply=not read_only and queue_limit(os.fstat(fd).st_rdev, "write_zeroes_max_bytes") > 0,
         direct_align=direct_align,
         cache=backend.cache,
+        granule_bytes=granule,
+        content_block_bytes=_content_block(fd, size_bytes, granule, 0),
+        identity=identity.of_block_device(fd),
     )
+
+
+def _content_block(fd: int, size_bytes: int, granule: int, unknown_bytes: int) -> int:
+    """Return the blocks that the contents need where the store's are larger than a sector, as content.made_for().
+
+    A disk has been written to by its own blocks; a file comes from anywhere, and can be read in small ones in any case.
+    """
+    return content.made_for(fd, size_bytes, unknown_bytes=unknown_bytes) if granule > SECTOR_BYTES else 0
 
 
 def _ioctl_int(fd: int, request: int) -> int:
@@ -152,42 +221,16 @@ def _ioctl_int(fd: int, request: int) -> int:
     return int(value)
 
 
-def _block_limit(rdev: int, name: str, sysfs: Path = Path("/sys")) -> int:
-    """Return a limit of the block device's queue. A partition has no queue of its own; its disk is the parent."""
-    node = (sysfs / f"dev/block/{os.major(rdev)}:{os.minor(rdev)}").resolve()
-    for directory in (node, node.parent):
-        limit = directory / "queue" / name
-        if limit.exists():
-            return int(limit.read_text())
-    return 0
-
-
-def _probe_direct(fd: int, uri: str, smallest_bytes: int) -> int:
-    """Return the alignment that O_DIRECT needs, found by reading with no more than it: 512, else 4096."""
-    with mmap.mmap(-1, 2 * DIRECT_ALIGN_MAX_BYTES) as memory, memoryview(memory) as view:
-        for align in (SECTOR_BYTES, DIRECT_ALIGN_MAX_BYTES):
-            if align < smallest_bytes:
-                continue
-            # Offset, length and address are odd multiples of align; past the end of a small store it reads nothing.
-            with view[align : 2 * align] as buffer:
-                try:
-                    os.preadv(fd, [buffer], align)
-                except OSError as error:
-                    if error.errno == errno.EINVAL:
-                        continue
-                    raise
-            return align
-    raise BackendError(
-        f"{uri}: O_DIRECT needs more than {DIRECT_ALIGN_MAX_BYTES} bytes of alignment; use another cache"
-    )
-
-
 def _probe_fallocate(fd: int, size_bytes: int, mode: int) -> bool:
-    """Return whether the file system can do `mode` to a range, by trying it past the end, where there is nothing."""
+    """Return whether the file system can do `mode` to a range, by trying it past the end, where there is nothing.
+
+    One that is full can, too.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     offset = -(-size_bytes // 4096) * 4096
     done = libc.fallocate64(fd, mode | FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(4096)) == 0
+    error = 0 if done else ctypes.get_errno()
     if done and mode == FALLOC_FL_ZERO_RANGE:  # which allocates; give that back
         hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
         libc.fallocate64(fd, hole, ctypes.c_int64(offset), ctypes.c_int64(4096))
-    return bool(done)
+    return bool(done) or error in FULL

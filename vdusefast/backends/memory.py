@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+from typing import TYPE_CHECKING
 
-from vdusefast.backends import SECTOR_BYTES, Store
-from vdusefast.config import BackendConfig, parse_size
+from vdusefast.backends import Store
 from vdusefast.errors import BackendError
+from vdusefast.units import SECTOR_BYTES, parse_size
+
+if TYPE_CHECKING:
+    from vdusefast.config import BackendConfig
 
 
-def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
+def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool = True) -> Store:
     """Return a memfd of the size `rest` whose size is sealed. Raises ConfigError, BackendError."""
     size_bytes = parse_size(rest)
     fd = os.memfd_create("vdusefast-store", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -35,4 +39,6 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
         zeroes_cheaply=True,
         direct_align=0,
         cache=backend.cache,
+        persistent=False,
+        rotational=0,
     )

@@ -9,20 +9,20 @@ from __future__ import annotations
 import errno
 import os
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
-from vdusefast.backends.plugin import Description, Plugin, StoreSpec, Usability
+from vdusefast.backends.plugin import NOTES_BYTES, Description, Plugin, StoreSpec, Usability, extension_usability
+from vdusefast.base.secret import check_file
 from vdusefast.errors import BackendError, ConfigError, VdusefastError
+from vdusefast.units import BLOCK_SIZE_MAX_BYTES, BLOCK_SIZE_MIN_BYTES
 
 if TYPE_CHECKING:
     from vdusefast.backends._nbd import Export, ProbeError
 
 HANDSHAKE_LIMIT_S = 10
-BLOCK_SIZE_MIN_BYTES = 512
 PHYSICAL_BLOCK_MAX_BYTES = 4096
+_BYTES = "surrogateescape"  # of percent-encoded bytes that are not UTF-8, and back
 _PATHS = ("socket", "tls-certificates", "tls-psk-file")
-_WITHOUT = "vdusefast was built without libnbd"
-_REMEDY = "sudo apt-get install libnbd-dev, then install vdusefast anew"
 
 
 def describe(spec: StoreSpec) -> Description:
@@ -30,10 +30,10 @@ def describe(spec: StoreSpec) -> Description:
 
     Raises ConfigError for a URI that is none, BackendError when the server or its export cannot be used.
     """
-    try:
-        from vdusefast.backends._nbd import ProbeError, probe
-    except ImportError as error:
-        raise BackendError(f"{spec.uri}: {_WITHOUT} ({error}); {_REMEDY}") from None
+    _check_extension(spec.uri)
+    from vdusefast.backends._nbd import ProbeError, probe
+
+    _check_keys(spec.uri)
     try:
         export = probe(spec.uri, HANDSHAKE_LIMIT_S * 1000)
     except ProbeError as error:
@@ -43,30 +43,59 @@ def describe(spec: StoreSpec) -> Description:
 
 def open_engine(spec: StoreSpec) -> Plugin:
     """Return the engine for a worker; it connects while it serves. Raises BackendError."""
-    try:
-        from vdusefast.backends._nbd import Engine
-    except ImportError as error:
-        raise BackendError(f"{spec.uri}: {_WITHOUT} ({error}); {_REMEDY}") from None
+    _check_extension(spec.uri)
+    from vdusefast.backends._nbd import Engine
+
     try:
         return Engine(
             spec.uri,
             size_bytes=spec.size_bytes,
             block_size_bytes=spec.block_size_bytes,
             read_only=spec.read_only,
+            sole=spec.sole,
             timeout_s=spec.timeout_s,
             reconnect_s=spec.reconnect_s,
             hold_fd=spec.hold_fd,
+            notes_fd=spec.notes_fd,
+            notes_offset=spec.queue * NOTES_BYTES,
         )
     except OSError as error:
         raise BackendError(f"{spec.uri}: no engine could be made: {error.strerror}") from None
 
 
+def _unusable() -> Usability | None:
+    return extension_usability("_nbd", "libnbd", "libnbd-dev", "libnbd0")
+
+
+def _check_extension(uri: str) -> None:
+    """Raise BackendError where the extension cannot be used."""
+    if unusable := _unusable():
+        raise BackendError(f"{uri}: {unusable.text}; {unusable.remedy}")
+
+
+def _check_keys(uri: str) -> None:
+    """Check that the files with keys that a URI names are private. Raises BackendError."""
+    parameters = dict(parse_qsl(urlsplit(uri).query, errors=_BYTES))
+    directory = parameters.get("tls-certificates")
+    for path in (parameters.get("tls-psk-file"), directory and os.path.join(directory, "client-key.pem")):
+        if not path:
+            continue
+        try:
+            check_file(path)
+        except FileNotFoundError:
+            continue  # libnbd knows whether it needs that
+        except OSError as error:
+            raise BackendError(f"{uri}: {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise BackendError(f"{uri}: {error}") from None
+
+
 def usability() -> Usability:
     """Return whether the extension is there, with the version of its library."""
-    try:
-        from vdusefast.backends._nbd import library
-    except ImportError as error:
-        return Usability(False, f"{_WITHOUT} ({error})", _REMEDY)
+    if unusable := _unusable():
+        return unusable
+    from vdusefast.backends._nbd import library
+
     version, has_tls = library()
     return Usability(True, f"libnbd {version}, {'with' if has_tls else 'without'} TLS")
 
@@ -76,9 +105,9 @@ def absolute_uri(uri: str) -> str:
     parts = urlsplit(uri)
     parameters = [
         (key, os.path.abspath(value) if key in _PATHS and value else value)
-        for key, value in parse_qsl(parts.query, keep_blank_values=True)
+        for key, value in parse_qsl(parts.query, keep_blank_values=True, errors=_BYTES)
     ]
-    query = "&".join(f"{quote(key)}={quote(value, safe='/')}" for key, value in parameters)
+    query = urlencode(parameters, safe="/", errors=_BYTES, quote_via=quote)
     # Of scheme:///path?query, urlunsplit() drops the empty authority of schemes that it does not know.
     rest = urlunsplit(("", "", parts.path, query, parts.fragment))
     return f"{parts.scheme}://{parts.netloc}{rest}"
@@ -100,7 +129,9 @@ def _description(spec: StoreSpec, export: Export) -> Description:
         preferred = 0
     return Description(
         size_bytes=size,
-        block_size_bytes=block_min,
+        block_size_bytes=min(block_min, BLOCK_SIZE_MAX_BYTES),
+        granule_bytes=block_min,
+        rotational=int(export["is_rotational"]),
         physical_block_size_bytes=max(block_min, min(preferred, PHYSICAL_BLOCK_MAX_BYTES)),
         opt_io_size_bytes=preferred if preferred > PHYSICAL_BLOCK_MAX_BYTES else 0,
         read_only=export["read_only"],

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from vdusefast.backends import SECTOR_BYTES, Store
-from vdusefast.config import BackendConfig, parse_size
+from typing import TYPE_CHECKING
+
+from vdusefast.backends import Store
+from vdusefast.units import SECTOR_BYTES, parse_size
+
+if TYPE_CHECKING:
+    from vdusefast.config import BackendConfig
 
 
-def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
+def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool = True) -> Store:
     """Return a store of the size `rest`, without a descriptor. Raises ConfigError when that is no size."""
     return Store(
         uri=backend.uri,
@@ -22,4 +27,5 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool) -> Store:
         zeroes_cheaply=True,
         direct_align=0,
         cache=backend.cache,
+        rotational=0,
     )

@@ -23,11 +23,15 @@ class StoreSpec(NamedTuple):
     timeout_s: float = 0.0  # a request without an answer for so long ends with IOERR; 0 = it waits for ever
     reconnect_s: float = 60.0  # a store lost for less is a pause; after that requests get IOERR until it is back
     queue_count: int = 1
+    identity: str = (
+        ""  # of the store that is served: a module that knows one refuses another store. "": whichever it is
+    )
     # Of a worker:
     queue: int = 0
     slot_count: int = 0  # requests that may be in flight at once
     size_bytes: int = 0  # of the device
     block_size_bytes: int = 512  # of the device
+    sole: bool = False  # nobody else serves it: parts of blocks that are larger may be read, changed and written
     # A file that outlives the worker, with NOTES_BYTES for each queue: what a module writes there, the next worker's
     # reads. -1: none.
     notes_fd: int = -1
@@ -57,6 +61,12 @@ class Description(NamedTuple):
     can_write_zeroes: bool = False
     zeroes_cheaply: bool = False  # without writing them out
     shareable: bool = True  # several processes may serve it at once, each by itself
+    identity: str = ""  # what no other store has, also one that takes its name; "": not known
+    min_io_size_bytes: int = 0  # smaller requests cost more; 0 = physical_block_size_bytes
+    discard_granularity_bytes: int = 0  # what is freed at a time; 0 = physical_block_size_bytes
+    rotational: int = -1  # 1 or 0; -1: not known
+    # What it takes by itself, where its engine serves smaller blocks if it has the store alone; 0: it does not.
+    granule_bytes: int = 0
 
 
 class News(NamedTuple):
@@ -73,6 +83,25 @@ class Usability(NamedTuple):
     ok: bool
     text: str
     remedy: str = ""
+
+
+def extension_usability(extension: str, library: str, headers: str, package: str) -> Usability | None:
+    """Say why a module's extension cannot be used, None where it can.
+
+    headers, package: Debian's, with which it is built and runs.
+    """
+    import importlib
+    from importlib.util import find_spec
+
+    name = f"vdusefast.backends.{extension}"
+    if find_spec(name) is None:
+        remedy = f"sudo apt-get install {headers}, then make build (or install vdusefast anew)"
+        return Usability(False, f"vdusefast was built without {library}", remedy)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return Usability(False, f"its extension cannot be loaded ({error})", f"sudo apt-get install {package}")
+    return None
 
 
 class Plugin(Protocol):

@@ -1,27 +1,45 @@
 """Have a module's store described by a process of its own, which may hang, crash or print whatever it likes.
 
-The process is `python -m vdusefast.backends.probe FD`, with a StoreSpec as JSON on its standard input. It writes its
-answer to the descriptor FD: a JSON object with `description`, or with `error` and `exit_code`.
+The process is `python -m vdusefast.backends.probe PROTOCOL BUILD FD LIMIT`, with a StoreSpec as JSON on its standard
+input. It writes its answer to the descriptor FD: a JSON object with `description`, or with `error` and `exit_code`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import IO
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
 
 from vdusefast.backends import plugin_module
 from vdusefast.backends.plugin import Description, StoreSpec
+from vdusefast.base import spawn
+from vdusefast.base.build import BUILD_ID, EXIT_OTHER_BUILD, PROTOCOL_VERSION, OtherBuildError, check_process
+from vdusefast.base.child_output import Output
+from vdusefast.base.decoding import decode_json
+from vdusefast.base.time_limits import PROBE_LIMIT_S
 from vdusefast.errors import BackendError, VdusefastError, from_exit_code
+from vdusefast.units import BLOCK_SIZE_MAX_BYTES, BLOCK_SIZE_MIN_BYTES
 
-PROBE_LIMIT_S = 30
-BLOCK_SIZE_MIN_BYTES = 512
-BLOCK_SIZE_MAX_BYTES = 4096
-STDERR_MAX_BYTES = 1 << 16
+ANSWER_MAX_BYTES = 64 << 10
+IDENTITY_MAX = 1024
+REAP_S = 5.0  # a killed process that stays longer waits in the kernel
+
+
+class _Answer(msgspec.Struct):
+    """What the process says, once."""
+
+    description: dict[str, Any] = {}
+    error: str = ""
+    exit_code: int = 1
 
 
 def describe(spec: StoreSpec, limit_s: float = PROBE_LIMIT_S) -> Description:
@@ -29,49 +47,104 @@ def describe(spec: StoreSpec, limit_s: float = PROBE_LIMIT_S) -> Description:
 
     Raises what it raises, BackendError when it crashes or has not answered after `limit_s`.
     """
-    here = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), here)))}
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), spawn.HERE))),
+    }
+    with ExitStack() as opened:
+        answer_fd = _make_answer(opened)
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        opened.callback(os.close, read_fd)
+        os.set_blocking(write_fd, True)
+        words = [str(PROTOCOL_VERSION), BUILD_ID, str(answer_fd), str(limit_s)]
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-u", "-m", "vdusefast.backends.probe", *words],
+                stdin=subprocess.PIPE,
+                stdout=write_fd,
+                stderr=write_fd,
+                pass_fds=[answer_fd],
+                env=environment,
+                process_group=0,  # the terminal's Ctrl-C is for us, and ends it
+            )
+        except OSError as error:
+            raise BackendError(f"{spec.uri}: cannot be looked at: {error.strerror}") from None
+        finally:
+            os.close(write_fd)
+        output = Output(f"{spec.uri}: probe (pid {process.pid})")
+        try:
+            _tell(process, spec)
+            ended = _listen(process, read_fd, output, limit_s)
+        finally:
+            _end(process, spec.uri)
+        if not ended:
+            raise BackendError(f"{spec.uri}: has not said what it is for {limit_s:g} s; whatever serves it may hang")
+        text = os.pread(answer_fd, ANSWER_MAX_BYTES, 0).strip(b"\0")
+    return _take_answer(spec.uri, process.returncode, text, output.last_line)
+
+
+def _make_answer(opened: ExitStack) -> int:
+    """Return a file in memory for the answer: its size is fixed, and whoever writes there never waits for us."""
+    fd = os.memfd_create("vdusefast-probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    opened.callback(os.close, fd)
+    os.ftruncate(fd, ANSWER_MAX_BYTES)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+def _tell(process: subprocess.Popen[bytes], spec: StoreSpec) -> None:
+    assert process.stdin is not None
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vdusefast.backends.probe", str(write_fd), str(limit_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=[write_fd],
-            env=environment,
-            process_group=0,  # the terminal's Ctrl-C is for us, and ends it
-        )
-    except OSError as error:
-        os.close(read_fd)
-        raise BackendError(f"{spec.uri}: cannot be looked at: {error.strerror}") from None
+        process.stdin.write(spec.to_json().encode())
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # it has ended already, which shows in its status
+
+
+def _listen(process: subprocess.Popen[bytes], output_fd: int, output: Output, limit_s: float) -> bool:
+    """Log what a process writes until it ends. Returns whether that is within `limit_s`."""
+    deadline = time.monotonic() + limit_s
+    poll = select.poll()
+    pid_fd = os.pidfd_open(process.pid)
+    try:
+        poll.register(pid_fd, select.POLLIN)
+        poll.register(output_fd, select.POLLIN)
+        while (left_s := deadline - time.monotonic()) > 0:
+            ready = dict(poll.poll(left_s * 1000))
+            if output_fd in ready and not output.read(output_fd):
+                poll.unregister(output_fd)
+            if pid_fd in ready:
+                output.finish(output_fd)
+                return True
+        return False
     finally:
-        os.close(write_fd)
-    with os.fdopen(read_fd, "rb") as answer, process:
-        return _take_answer(spec, process, answer, limit_s)
+        os.close(pid_fd)
 
 
-def _take_answer(spec: StoreSpec, process: subprocess.Popen[bytes], answer: IO[bytes], limit_s: float) -> Description:
+def _end(process: subprocess.Popen[bytes], uri: str) -> None:
+    """Kill and reap a process, if it has not ended. Raises BackendError when it hangs in the kernel."""
+    process.kill()
     try:
-        # What it writes into the pipe is a line, which fits: it does not wait for us to read it.
-        _, said = process.communicate(spec.to_json().encode(), timeout=limit_s)
+        process.wait(REAP_S)
     except subprocess.TimeoutExpired:
         raise BackendError(
-            f"{spec.uri}: has not said what it is for {limit_s:g} s; whatever serves it may hang"
+            f"{uri}: the process that looks at it (pid {process.pid}) waits in the kernel and cannot be killed; see "
+            f"/proc/{process.pid}/stack"
         ) from None
-    finally:
-        process.kill()
-        process.wait()
-    text = answer.read()
+
+
+def _take_answer(uri: str, status: int, text: bytes, last_line: str) -> Description:
     if not text:
-        lines = said[-STDERR_MAX_BYTES:].decode(errors="replace").strip().splitlines()
-        ended = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
-        last = f"; its last line: {lines[-1]}" if lines else ""
-        raise BackendError(f"{spec.uri}: the process that looks at it has ended with {ended}{last}")
-    result = json.loads(text)
-    if "error" in result:
-        raise from_exit_code(result["error"], result["exit_code"], BackendError)
-    return _checked(spec.uri, Description(**result["description"]))
+        ended = f"signal {-status}" if status < 0 else f"status {status}"
+        last = f"; its last line: {last_line}" if last_line else ""
+        raise BackendError(f"{uri}: the process that looks at it has ended with {ended}{last}")
+    try:
+        answer = decode_json(text, _Answer)
+        if answer.error:
+            raise from_exit_code(answer.error, answer.exit_code, BackendError)
+        return _checked(uri, Description(**answer.description))
+    except (msgspec.DecodeError, TypeError) as error:
+        raise BackendError(f"{uri}: says what nobody understands: {error}") from None
 
 
 def _checked(uri: str, described: Description) -> Description:
@@ -81,10 +154,25 @@ def _checked(uri: str, described: Description) -> Description:
         "block size": described.block_size_bytes,
         "physical block size": described.physical_block_size_bytes,
         "best request size": described.opt_io_size_bytes,
+        "smallest good request size": described.min_io_size_bytes,
+        "discard granularity": described.discard_granularity_bytes,
+        "granule": described.granule_bytes,
     }
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
             raise BackendError(f"{uri}: says that its {name} is {value!r}; that must be a number of bytes")
+    flags = {
+        name: value
+        for name, value in described._asdict().items()
+        if isinstance(Description._field_defaults.get(name), bool)
+    }
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise BackendError(f"{uri}: says that {name} is {value!r}; that must be true or false")
+    if not isinstance(described.identity, str) or len(described.identity) > IDENTITY_MAX:
+        raise BackendError(f"{uri}: says that its identity is {described.identity!r:.100}; that must be a short text")
+    if described.rotational not in (-1, 0, 1):
+        raise BackendError(f"{uri}: says that rotational is {described.rotational!r}; that must be -1, 0 or 1")
     block = described.block_size_bytes
     if not BLOCK_SIZE_MIN_BYTES <= block <= BLOCK_SIZE_MAX_BYTES or block & (block - 1):
         raise BackendError(
@@ -96,15 +184,20 @@ def _checked(uri: str, described: Description) -> Description:
 
 def main(argv: list[str]) -> int:
     """Describe the store of the specification on standard input. Returns the exit status."""
+    protocol, build_id, answer_fd, limit_s = argv
+    try:
+        check_process(protocol, build_id)
+    except OtherBuildError as error:
+        print(f"{error}: restart it", file=sys.stderr)
+        return EXIT_OTHER_BUILD
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(int(float(argv[1])) + 1)  # should nobody be left to end us
+    signal.alarm(int(float(limit_s)) + 1)  # should nobody be left to end us
     spec = StoreSpec.from_json(sys.stdin.read())
     try:
         result: dict[str, object] = {"description": plugin_module(spec.uri).describe(spec)._asdict()}
     except VdusefastError as error:
         result = {"error": str(error), "exit_code": error.exit_code}
-    with os.fdopen(int(argv[0]), "w") as answer:
-        json.dump(result, answer, default=repr)
+    os.pwrite(int(answer_fd), json.dumps(result, default=repr).encode()[:ANSWER_MAX_BYTES], 0)
     return 0
 
 

@@ -1,4 +1,8 @@
-"""`python:PATH_OR_MODULE:Class?key=value`: a disk written as a Python class; see python_class.Backend."""
+"""`python:PATH_OR_MODULE:Class?key=value`: a disk written as a Python class; see python_class.Backend.
+
+`?key@=PATH` gives the class what the file at PATH holds, each time that a process opens the disk: for secrets, which
+have no place on a command line.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vdusefast.backends.plugin import Description, Plugin, StoreSpec, Usability
+from vdusefast.base.secret import read_file
 from vdusefast.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
     from vdusefast.backends._python import Engine
     from vdusefast.backends.python_class import Backend
 
+BYTES = "surrogateescape"  # of percent-encoded bytes that are not UTF-8, and back
 EXAMPLE = "python:/srv/disk.py:Disk?size=1G"
 
 _has_site = False
@@ -62,11 +68,18 @@ def usability() -> Usability:
 
 def absolute_uri(uri: str) -> str:
     """See backends.absolute_uri. Raises ConfigError."""
+    import re
     from pathlib import Path
+    from urllib.parse import quote, unquote
+
+    def absolute(match: re.Match[str]) -> str:
+        path = os.path.abspath(unquote(match[2], errors=BYTES))
+        return match[1] + quote(path, errors=BYTES)
 
     target, name, query = split_uri(uri)
     if is_path(target):
         target = str(Path(target).absolute())
+    query = re.sub(r"(?<=[?&])(\w+@=)([^&]+)", absolute, query)
     return f"python:{target}:{name}{query}"
 
 
@@ -85,18 +98,32 @@ def is_path(target: str) -> bool:
 
 
 def arguments_of(uri: str) -> dict[str, str]:
-    """Return the words behind "?", percent-decoded. Raises ConfigError."""
+    """Return the words behind "?", percent-decoded, and what the files that they name hold.
+
+    Raises ConfigError, BackendError for such a file.
+    """
     found: dict[str, str] = {}
     for word in split_uri(uri)[2][1:].split("&"):
         if not word:
             continue
         key, equals, value = (_decoded(part) for part in word.partition("="))
+        in_file, key = key.endswith("@"), key.removesuffix("@")
         if not equals or not key.isidentifier():
             raise ConfigError(f"{uri}: {word!r} is no key=value; write for example {EXAMPLE}")
         if key in found:
             raise ConfigError(f"{uri}: {key} is there twice; write it once")
-        found[key] = value
+        found[key] = _file_text(uri, key, value) if in_file else value
     return found
+
+
+def _file_text(uri: str, key: str, path: str) -> str:
+    """Return what a file holds that a class is to be given. Raises BackendError."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise BackendError(f"{uri}: {key}@={path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise BackendError(f"{uri}: {key}@: {error}") from None
 
 
 def _decoded(text: str) -> str:
@@ -104,7 +131,7 @@ def _decoded(text: str) -> str:
         return text
     from urllib.parse import unquote  # a worker's start need not wait for it
 
-    return unquote(text)
+    return unquote(text, errors=BYTES)
 
 
 def make_disk(spec: StoreSpec) -> Backend:

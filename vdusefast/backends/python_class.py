@@ -53,7 +53,7 @@ class Backend:
     class overrides `pread` and its like, or `submit`, which takes all requests of a round at once.
 
     An OSError gives the driver IOERR and is counted by its errno; any other exception does the same, and its traceback
-    goes to the log, as all does that a class prints on standard error. What it prints on standard output goes nowhere.
+    goes to the log, as all does that a class prints, with limits on the length and number of lines.
 
     A buffer is the driver's memory, and is released when its request is complete. Keep bytes(buffer), not the buffer, a
     slice or an array of it: those read zeroes then, and a class that keeps some gets copies from then on.

@@ -13,25 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, unquote
 
-from vdusefast.backends.plugin import NOTES_BYTES, Description, News, StoreSpec, Usability
+from vdusefast.backends.plugin import NOTES_BYTES, Description, News, StoreSpec, Usability, extension_usability
+from vdusefast.base.secret import check_file
 from vdusefast.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from vdusefast.backends._rbd import Engine, Failure, Settings
 
 CONF = "/etc/ceph/ceph.conf"
+ALLOC_BYTES = 65536  # what librbd discards at least (rbd_discard_granularity_bytes); krbd calls it alloc_size
 ID = "admin"
+_BYTES = "surrogateescape"  # of percent-encoded bytes that are not UTF-8, and back
 KEYS = ("conf", "id", "keyring")
-PACKAGE = "librbd1"
 LOOK_LIMIT_S = 10  # for the monitors, and for each operation, when an image is looked at
 CONNECT_LIMIT_S = 15  # for the monitors, each time a worker tries to open the image
 NAMES_SHOWN = 8
 _EXAMPLE = "rbd:POOL/IMAGE, rbd:POOL/NAMESPACE/IMAGE@SNAPSHOT?conf=/etc/ceph/ceph.conf&id=admin"
 _OTHER_KEY = "name another one by ?keyring=PATH, or another client by ?id=NAME"
-_NO_MODULE = (
-    "this vdusefast was built without librbd; install Debian's librbd-dev and build it anew, "
-    f"or where it was built with it, install {PACKAGE}"
-)
 
 
 class Image(NamedTuple):
@@ -61,7 +59,7 @@ def parse(uri: str) -> Image:
             raise ConfigError(f"backend.uri: {uri!r}: there is no {key!r}; there are {', '.join(KEYS)}")
         if not value:
             raise ConfigError(f"backend.uri: {uri!r}: {key} is empty; write {key}=... or leave it out")
-        options[key] = unquote(value)
+        options[key] = unquote(value, errors=_BYTES)
     if options.get("id", "").startswith("client."):
         name = options["id"].removeprefix("client.")
         raise ConfigError(f"backend.uri: {uri!r}: an id goes without 'client.'; write id={quote(name)}")
@@ -73,7 +71,8 @@ def absolute_uri(uri: str) -> str:
     parse(uri)
 
     def absolute(match: re.Match[str]) -> str:
-        return f"{match[1]}{quote(str(Path(unquote(match[2])).absolute()))}"
+        path = Path(unquote(match[2], errors=_BYTES)).absolute()
+        return f"{match[1]}{quote(str(path), errors=_BYTES)}"
 
     head, mark, query = uri.partition("?")
     return head + mark + re.sub(r"(?:(?<=^)|(?<=&))((?:conf|keyring)=)([^&]+)", absolute, query)
@@ -85,23 +84,40 @@ def describe(spec: StoreSpec) -> Description:
     if not os.access(image.conf, os.R_OK):
         reason = "not readable" if Path(image.conf).exists() else "not there"
         raise BackendError(f"{spec.uri}: its configuration {image.conf} is {reason}; name another by ?conf=PATH")
+    _check_keyring(spec.uri, image)
     module = _module(spec.uri)
     try:
         about = module.look(_settings(spec, image, connect_limit_s=LOOK_LIMIT_S, op_limit_s=LOOK_LIMIT_S))
     except module.Failure as failure:
         raise BackendError(f"{spec.uri}: {_reason(image, failure)}") from None
     read_only = bool(image.snapshot)
+    best = _best_size(about["object_bytes"], about["stripe_unit_bytes"], about["stripe_count"])
     return Description(
         size_bytes=about["size_bytes"],
         physical_block_size_bytes=4096,
-        opt_io_size_bytes=_best_size(about["object_bytes"], about["stripe_unit_bytes"], about["stripe_count"]),
+        opt_io_size_bytes=best,
+        min_io_size_bytes=min(ALLOC_BYTES, best),
+        discard_granularity_bytes=min(ALLOC_BYTES, best),
+        rotational=0,
         read_only=read_only,
         can_discard=not read_only,
         can_write_zeroes=not read_only,
         zeroes_cheaply=not read_only,
         # A lock would go to and fro between processes, and what one has in its cache another does not see.
+        identity=about["identity"].decode(),
         shareable=read_only or spec.read_only or not (about["exclusive_lock"] or about["caches"]),
     )
+
+
+def _check_keyring(uri: str, image: Image) -> None:
+    """Check that a keyring that the URI names is private. Raises BackendError."""
+    try:
+        if image.keyring:
+            check_file(image.keyring)
+    except OSError:
+        pass  # librados says so
+    except ValueError as error:
+        raise BackendError(f"{uri}: {error}") from None
 
 
 def open_engine(spec: StoreSpec) -> RbdPlugin:
@@ -111,13 +127,7 @@ def open_engine(spec: StoreSpec) -> RbdPlugin:
 
 def usability() -> Usability:
     """See plugin.PluginModule."""
-    try:
-        from vdusefast.backends import _rbd  # noqa: F401
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            return Usability(False, "built without librbd", "apt-get install librbd-dev, then build vdusefast anew")
-        return Usability(False, f"librbd cannot be loaded ({error})", f"apt-get install {PACKAGE}")
-    return Usability(True, "librbd is here")
+    return _unusable() or Usability(True, "librbd is here")
 
 
 class RbdPlugin:
@@ -190,16 +200,20 @@ class RbdPlugin:
 
 
 def _module(uri: str):  # type: ignore[no-untyped-def]
-    try:
-        from vdusefast.backends import _rbd
-    except ImportError:
-        raise BackendError(f"{uri}: {_NO_MODULE}") from None
+    if unusable := _unusable():
+        raise BackendError(f"{uri}: {unusable.text}; {unusable.remedy}")
+    from vdusefast.backends import _rbd
+
     return _rbd
+
+
+def _unusable() -> Usability | None:
+    return extension_usability("_rbd", "librbd", "librbd-dev", "librbd1")
 
 
 def _settings(spec: StoreSpec, image: Image, *, connect_limit_s: int, op_limit_s: int) -> Settings:
     settings: Settings = _module(spec.uri).Settings(
-        (image.conf, image.id, image.keyring, image.pool, image.namespace, image.image, image.snapshot),
+        (image.conf, image.id, image.keyring, image.pool, image.namespace, image.image, image.snapshot, spec.identity),
         read_only=spec.read_only or bool(image.snapshot),
         early_writes=spec.cache == "unsafe",
         connect_limit_s=connect_limit_s,
@@ -225,6 +239,11 @@ def _failed_step(image: Image, step: str, error: int) -> str:
         "image": f"image {image.image}",
         "snapshot": f"snapshot {image.snapshot}",
     }.get(step, "opening it")
+    if error == errno.ESTALE:
+        return (
+            f"{what} is another one than that which was served, whose name it has; put that one back, or take this "
+            "one: vdusefast recover NAME --other-store"
+        )
     return f"{what}: {os.strerror(error)}"
 
 

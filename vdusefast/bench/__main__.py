@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from vdusefast.bench.help import option_help
-from vdusefast.bench.jobs import parse_arguments
-from vdusefast.bench.torture_plan import RINGS
+from vdusefast.bench.fio.help import option_help
+from vdusefast.bench.fio.jobs import parse_arguments
+from vdusefast.bench.torture.plan import RINGS
 from vdusefast.errors import VdusefastError
 
 RAW = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
@@ -32,7 +32,7 @@ def fio(arguments: tuple[str, ...]) -> None:
         return
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        from vdusefast.bench.fio import run_plan
+        from vdusefast.bench.fio.command import run_plan
 
         status = run_plan(parse_arguments(arguments))
     except VdusefastError as error:
@@ -73,7 +73,7 @@ def peers(**options: Any) -> None:
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        from vdusefast.bench.peers_options import run_command
+        from vdusefast.bench.peers.options import run_command
 
         status = run_command(**options)
     except VdusefastError as error:
@@ -97,6 +97,9 @@ def peers(**options: Any) -> None:
 @click.option(
     "--depth", type=click.IntRange(1, 1024), default=16, help="Requests in flight on each queue. Default: 16."
 )
+@click.option(
+    "--load", metavar="TIME", help="Of each cycle, before all is read back. Default: 0.1s, on a kernel device 0.3s."
+)
 @click.option("--duration", metavar="TIME", help="Go on with this mix for so long, rather than once.")
 @click.option("--give-up", metavar="TIME", help="A request unanswered for so long is lost. Default: 30s.")
 @click.option("--json", "json_path", metavar="FILE", type=PATH, help="Write everything found there.")
@@ -108,6 +111,8 @@ def torture(**options: Any) -> None:
     --kills worker=N      kill a worker
             supervisor=N  kill the supervisor
             group=N       kill all of them at once
+            relay=N       kill the process that has a store for all queues
+            keeper=N      kill the process that keeps the connections to an NBD server
             stall=N       stop a worker or the supervisor for 0.1 to 2 s
             restart=N     have the server hand the device over to a new one
             resize=N      make the device larger and smaller again
@@ -119,7 +124,7 @@ def torture(**options: Any) -> None:
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        from vdusefast.bench.torture_options import run_command
+        from vdusefast.bench.torture.options import run_command
 
         status = run_command(**options)
     except VdusefastError as error:

@@ -37,6 +37,7 @@ class DeviceSpec:
     queue_size_max: int
     device_id: int = VIRTIO_ID_BLOCK
     vq_align_bytes: int = 4096
+    rotational: int = -1  # 1 or 0; -1: not known. Virtio has no word for it
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Transport(Protocol):
     kind: str
     memory_text: str  # what requests' data lies in, for people
     msg_timeout_s: float  # a message unanswered for so long breaks the device; 0 = never
+    keeps: bool  # whether the device outlives its server, so that another one can go on with it
     irq_cpus: tuple[int | None, ...]  # where each queue's interrupts go from the next `place_irqs` on; None = anywhere
 
     @property
@@ -88,6 +90,9 @@ class Transport(Protocol):
         Waits shortly while the last of its processes still hold it. Raises TransportError, DeviceBusyError when they do
         not end, DeviceBrokenError; the device is as before then, and not held.
         """
+
+    def check(self, spec: DeviceSpec) -> None:
+        """Raise what `reopen` would, as far as that shows while another server has the device."""
 
     def driver_status(self) -> int:
         """Return the device status as far as it can be told after `reopen`. Raises OSError.

@@ -13,21 +13,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from vdusefast import usage
+from vdusefast.base.deadline import limit
 from vdusefast.errors import ConfigError, DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
-from vdusefast.transport import (
-    DeviceBrokenError,
-    DeviceSpec,
-    TransportError,
-    WorkerPort,
-    kernel_control,
-    sysfs,
-    uapi,
-    vdpa,
-)
+from vdusefast.host import containers, node_users, sysfs, vdpa
+from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, kernel_control, uapi
 from vdusefast.transport.uapi import Request, Response, VqInfo
 from vdusefast.transport.user_memory import UserMemory
 
@@ -35,6 +28,12 @@ BOUNCE_PAGES = "the kernel's bounce pages"
 KERNEL_BOUNCE_SIZE_BYTES = 64 << 20
 
 REGION_COUNT_MAX = 1024
+
+NODE_OWN_DEV_WAIT_S = 0.3
+
+# A disk's driver sends no message but when it comes and goes. When it goes without our doing, most often the machine is
+# shut down: Linux 7.3 resets every device then, one after the other, and waits for servers that are dead or stopped.
+REST_MSG_TIMEOUT_S = 2
 
 DRIVER_OK_WAIT_S = 0.05  # the kernel takes our answer a moment after it was given
 
@@ -48,6 +47,7 @@ class KernelOptions:
     """How the kernel is to treat the device.
 
     bus: `virtio` for /dev/vdX, `vhost` for /dev/vhost-vdpa-N. irq_cpus: one entry a queue, None = any CPU.
+    bounce_size_min_bytes: what does where the kernel (before 6.4) has KERNEL_BOUNCE_SIZE_BYTES and no other size.
     user_memory: give it memory of ours in place of its bounce pages, where it takes that; bus `virtio` has these.
     scheduler: I/O scheduler of a disk that is new, "kernel" = whatever the kernel gives it.
     api_version, vduse_features: what a device that is reopened was created with, which the kernel does not tell.
@@ -55,7 +55,8 @@ class KernelOptions:
 
     bus: str = "virtio"
     msg_timeout_s: int = 90
-    bounce_size_bytes: int = 64 << 20
+    bounce_size_bytes: int = KERNEL_BOUNCE_SIZE_BYTES
+    bounce_size_min_bytes: int = 0
     attach_timeout_s: float = 30.0
     irq_cpus: tuple[int | None, ...] = ()
     user_memory: bool = False
@@ -68,6 +69,7 @@ class KernelTransport:
     """The device's side of a VDUSE device; see `Transport` for the methods."""
 
     kind = "kernel"
+    keeps = True
 
     def __init__(self, options: KernelOptions | None = None):
         """Prepare; nothing is opened before `create` or `reopen`."""
@@ -82,6 +84,7 @@ class KernelTransport:
         self._user_memory: UserMemory | None = None
         self._created = False
         self._attached = False
+        self._rotational = -1
 
     @property
     def node(self) -> str:
@@ -89,9 +92,20 @@ class KernelTransport:
         return sysfs.node(self.name) if self.name else ""
 
     @property
+    def node_number(self) -> str:
+        """The number of that node, such as "254:16"."""
+        return sysfs.node_number(self.name) if self.name else ""
+
+    @property
     def driver(self) -> str:
         """The bus driver that has the device, "" when none has."""
         return sysfs.bound_driver(self.name) if self.name else ""
+
+    @property
+    def bounce_size_bytes(self) -> int:
+        """How much the kernel copies data through, of a device that is there."""
+        can_choose = sysfs.has_attribute(self.name, "bounce_size")
+        return self.options.bounce_size_bytes if can_choose else KERNEL_BOUNCE_SIZE_BYTES
 
     def create(self, spec: DeviceSpec) -> None:
         """Make /dev/vduse/NAME with its queues and settings."""
@@ -100,7 +114,7 @@ class KernelTransport:
         try:
             self.api_version, self.vduse_features = kernel_control.negotiate(control)
             kernel_control.create_device(control, spec, self.api_version)
-            self.name, self._created = spec.name, True
+            self.name, self._created, self._rotational = spec.name, True, spec.rotational
         finally:
             os.close(control)
         try:
@@ -126,6 +140,13 @@ class KernelTransport:
                 raise self._set_up_error(error) from error
             raise
         self._created, self._attached = True, sysfs.attached(spec.name)
+
+    def check(self, spec: DeviceSpec) -> None:
+        """Raise what `reopen` would, as far as it shows while another server has the device."""
+        if not sysfs.created(spec.name):
+            raise TransportError(f"device {spec.name}: cannot be taken over: the kernel has no /dev/vduse/{spec.name}")
+        self.name = spec.name
+        self._check_attributes(self._settings(new=False))
 
     def driver_status(self) -> int:
         """Return what the kernel's answers tell of the device status: it has no call to ask for it.
@@ -160,7 +181,7 @@ class KernelTransport:
         limit_s = self.options.attach_timeout_s
         driver = sysfs.BUS_DRIVERS[self.options.bus]
         try:
-            async with asyncio.timeout(limit_s):
+            async with limit(limit_s):
                 new = not self._attached
                 if new:
                     await self._put_on_bus()
@@ -170,10 +191,17 @@ class KernelTransport:
                     await asyncio.sleep(kernel_control.NODE_LOOK_S)
                 if new and self.options.bus == "virtio" and self.options.scheduler != "kernel":
                     await _in_thread(sysfs.set_scheduler, self.name, self.options.scheduler)
+                if new and self.options.bus == "virtio" and self._rotational >= 0:
+                    await _in_thread(sysfs.set_rotational, self.name, self._rotational)
+                self._wait_for_messages(rest=True)
         except TimeoutError:
             raise TimedOutError(self._describe_timeout(driver, limit_s)) from None
         except OSError as error:
             raise self._attach_error(error) from error
+        # A /dev that is not the machine's never has the node, unless a program there makes it.
+        patience = time.monotonic() + NODE_OWN_DEV_WAIT_S
+        while not sysfs.node_here(self.name) and time.monotonic() < patience:
+            await asyncio.sleep(kernel_control.NODE_LOOK_S)
 
     async def detach(self) -> None:
         """Take the device from its driver, which waits for its requests, and then off the bus.
@@ -188,10 +216,11 @@ class KernelTransport:
             users = await self._vhost_users()
             if users:
                 raise DeviceBusyError(
-                    f"device {self.name}: {self.node} is {usage.describe(users)}, which the kernel would wait for: the "
-                    f"device stays in the kernel; end its client, then: vdpa dev del {self.name}"
+                    f"device {self.name}: {self.node} is {node_users.describe(users)}, which the kernel would wait "
+                    f"for: the device stays in the kernel; end its client, then: vdpa dev del {self.name}"
                 )
         try:
+            self._wait_for_messages(rest=False)
             await _in_thread(sysfs.unbind, self.name)
             await _in_thread(vdpa.device_delete, self.name)
         except OSError as error:
@@ -201,7 +230,7 @@ class KernelTransport:
 
     async def _vhost_users(self) -> list[str]:
         try:
-            return await _in_thread(usage.find_users, self.node)
+            return await _in_thread(node_users.find_users, self.node)
         except OSError as error:
             raise TransportError(f"device {self.name}: cannot see who uses it: {error.strerror}") from error
 
@@ -253,15 +282,16 @@ class KernelTransport:
         is online the injection of an interrupt loops in the kernel for ever.
         """
         online = sysfs.online_cpus()
-        for index, cpu in enumerate(self.irq_cpus):
+        placed = list(self.irq_cpus)
+        for index, cpu in enumerate(placed):
             attribute = f"vq{index}/irq_cb_affinity"
-            if cpu is not None and cpu in online:
-                sysfs.set_attribute(self.name, attribute, sysfs.pack_mask([cpu]))
-                continue
             if not sysfs.has_attribute(self.name, attribute):
-                continue  # a kernel that does not place interrupts either
-            if not sysfs.unpack_mask(sysfs.attribute(self.name, attribute)) & online:
+                placed[index] = None  # before Linux 6.4, which does not place interrupts
+            elif cpu is not None and cpu in online:
+                sysfs.set_attribute(self.name, attribute, sysfs.pack_mask([cpu]))
+            elif not sysfs.unpack_mask(sysfs.attribute(self.name, attribute)) & online:
                 sysfs.set_attribute(self.name, attribute, sysfs.pack_mask(online))
+        self.irq_cpus = tuple(placed)
 
     def inject_irq(self, index: int) -> None:
         """Interrupt the driver for queue `index`."""
@@ -307,6 +337,8 @@ class KernelTransport:
             os.close(self._fd)
             self._fd = -1
         if keep:
+            if self._attached:
+                self._wait_for_messages(rest=True)
             self._created = self._attached = False  # it is not ours any more
         if self._created and not self._attached:
             kernel_control.destroy_device(self.name)
@@ -324,7 +356,7 @@ class KernelTransport:
 
     def _make_user_memory(self) -> None:
         if self.options.user_memory:
-            self._user_memory = UserMemory(self.name, self.options.bounce_size_bytes, self._ioctl)
+            self._user_memory = UserMemory(self.name, self.bounce_size_bytes, self._ioctl)
 
     def _check_drivers(self, name: str) -> None:
         """Refuse before anything is made what could never be attached."""
@@ -347,20 +379,44 @@ class KernelTransport:
 
         new: the bounce pages can be had in another size before the device is on the bus only.
         """
+        has, needs = self.bounce_size_bytes, self.options.bounce_size_min_bytes
+        if new and has < needs:
+            raise KernelSupportError(
+                f"device {self.name}: needs bounce pages of {needs} bytes, and this kernel has {has} and cannot change "
+                f"that (Linux 6.4 can): set device.bounce_size_bytes = {has}, and lower device.size_max_bytes or "
+                "device.seg_max if that is too little for these"
+            )
+        settings = self._settings(new=new)
+        self._check_attributes(settings)
+        absent = {cpu for cpu in self.options.irq_cpus if cpu is not None} - sysfs.online_cpus()
+        if new and absent:  # that of a device that is taken over may have gone meanwhile
+            raise ConfigError(f"device {self.name}: irq_cpu: CPU {min(absent)} is not online")
+        for attribute, value in settings.items():
+            sysfs.set_attribute(self.name, attribute, value)
+        self.place_irqs()  # what is refused is better known now
+
+    def _wait_for_messages(self, *, rest: bool) -> None:
+        """Set how long the kernel waits for an answer: at rest less long, of a disk. A client may send any time."""
+        if self.options.bus == "virtio":
+            limit_s = self.options.msg_timeout_s
+            limit_s = min(limit_s or REST_MSG_TIMEOUT_S, REST_MSG_TIMEOUT_S) if rest else limit_s
+            with suppress(FileNotFoundError):  # the kernel's device is gone
+                sysfs.set_attribute(self.name, "msg_timeout", str(limit_s))
+
+    def _settings(self, *, new: bool) -> dict[str, str]:
         options = self.options
         settings = {"msg_timeout": str(options.msg_timeout_s)}
-        if new and options.bus == "virtio" and options.bounce_size_bytes != KERNEL_BOUNCE_SIZE_BYTES:
-            settings["bounce_size"] = str(options.bounce_size_bytes)
-        placed = [f"vq{index}/irq_cb_affinity" for index, cpu in enumerate(options.irq_cpus) if cpu is not None]
+        if new and options.bus == "virtio" and self.bounce_size_bytes != KERNEL_BOUNCE_SIZE_BYTES:
+            settings["bounce_size"] = str(self.bounce_size_bytes)
+        return settings
+
+    def _check_attributes(self, settings: dict[str, str]) -> None:
+        """Raise KernelSupportError where these settings, or those of interrupts, cannot be made."""
+        irq_cpus = self.options.irq_cpus
+        placed = [f"vq{index}/irq_cb_affinity" for index, cpu in enumerate(irq_cpus) if cpu is not None]
         for attribute in (*settings, *placed):
             if not sysfs.has_attribute(self.name, attribute):
                 raise KernelSupportError(f"device {self.name}: this kernel cannot set {attribute}; Linux 6.4 can")
-        for attribute, value in settings.items():
-            sysfs.set_attribute(self.name, attribute, value)
-        absent = sorted({cpu for cpu in options.irq_cpus if cpu is not None} - sysfs.online_cpus())
-        if absent:
-            raise ConfigError(f"device {self.name}: irq_cpu: CPU {absent[0]} is not online")
-        self.place_irqs()  # what is refused is better known now
 
     def _check_whole(self) -> None:
         """Raise DeviceBrokenError when the kernel has given the device up."""
@@ -371,8 +427,10 @@ class KernelTransport:
             )
 
     def _set_up_error(self, error: OSError) -> TransportError:
-        where = f" ({error.filename})" if error.filename else ""
-        return TransportError(f"device {self.name}: cannot be set up: {error.strerror}{where}")
+        path = error.filename or ""
+        if path == f"{kernel_control.DIRECTORY}/{self.name}" and error.errno in (errno.EPERM, errno.EACCES):
+            return TransportError(f"device {self.name}: {containers.refused_node_text(path, error)}")
+        return TransportError(f"device {self.name}: cannot be set up: {_told(error)}")
 
     def _describe_timeout(self, driver: str, limit_s: float) -> str:
         bound = self.driver
@@ -386,15 +444,28 @@ class KernelTransport:
 
     def _attach_error(self, error: OSError) -> VdusefastError:
         if error.errno in (errno.EPERM, errno.EACCES):
-            return KernelSupportError(
-                f"device {self.name}: not allowed to attach it: be root (CAP_NET_ADMIN is needed)"
-            )
+            if not containers.is_initial_user_namespace():
+                why = "root of this user namespace may not; run it in the machine's own"
+            else:
+                why = "be root (CAP_NET_ADMIN is needed; in a container: --cap-add=NET_ADMIN)"
+            return KernelSupportError(f"device {self.name}: not allowed to attach it: {why}")
         if error.errno == errno.EEXIST:
             return DeviceBusyError(f"device {self.name}: the vDPA bus has a device of this name; choose another name")
-        return TransportError(f"device {self.name}: the kernel refuses to attach it: {error.strerror}")
+        return TransportError(f"device {self.name}: the kernel refuses to attach it: {_told(error)}")
 
 
-async def _in_thread(function: Callable[..., _T], *args: str) -> _T:
+def _told(error: OSError) -> str:
+    """Return what the kernel says, about which file, and what to do where a container is the reason."""
+    where = f" ({error.filename})" if error.filename else ""
+    remedy = ""
+    if error.errno == errno.EROFS and where:
+        remedy = (
+            f": this container's /sys cannot be written: start it with --volume=/sys:/sys; see {containers.DOCUMENT}"
+        )
+    return f"{error.strerror}{where}{remedy}"
+
+
+async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
     """Run a call that blocks in a thread of its own, which never keeps the process from ending."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()

@@ -13,9 +13,11 @@ import struct
 import time
 
 from vdusefast.errors import DeviceBusyError, KernelSupportError
-from vdusefast.transport import DeviceSpec, TransportError, sysfs, uapi
+from vdusefast.host import containers, device_holders, sysfs
+from vdusefast.transport import DeviceSpec, TransportError, uapi
 
-CONTROL_NODE = "/dev/vduse/control"
+DIRECTORY = "/dev/vduse"
+CONTROL_NODE = f"{DIRECTORY}/control"
 # What of VDUSE's own features is of use to us, where the kernel has it.
 WANTED_FEATURES = 1 << uapi.VDUSE_F_QUEUE_READY | 1 << uapi.VDUSE_F_SUSPEND
 LATEST_API_VERSION = uapi.VDUSE_API_VERSION_1
@@ -45,13 +47,16 @@ def open_control() -> int:
     try:
         return os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
+        if sysfs.created("control"):
+            raise KernelSupportError(
+                f"no {CONTROL_NODE} here, though the kernel has it: start the container with "
+                f"--volume={DIRECTORY}:{DIRECTORY}; see {containers.DOCUMENT}"
+            ) from None
         raise KernelSupportError(
             f"no {CONTROL_NODE}: modprobe vduse (Linux 5.15 or later has it; `vdusefast check` says more)"
         ) from None
-    except PermissionError:
-        raise KernelSupportError(
-            f"no permission for {CONTROL_NODE}: be root, or change its owner by a udev rule"
-        ) from None
+    except PermissionError as error:
+        raise KernelSupportError(containers.refused_node_text(CONTROL_NODE, error)) from None
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise DeviceBusyError(f"{CONTROL_NODE} is held by another program; try again when it is done") from None
@@ -108,14 +113,17 @@ def create_device(control: int, spec: DeviceSpec, api_version: int) -> None:
 
 def open_device(name: str) -> int:
     """Return a descriptor of /dev/vduse/NAME. Raises OSError, TransportError."""
-    path = f"/dev/vduse/{name}"
+    path = f"{DIRECTORY}/{name}"
     deadline = time.monotonic() + NODE_WAIT_S
     while True:
         try:
             return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             if time.monotonic() > deadline:
-                raise TransportError(f"device {name}: no {path}; is /dev a devtmpfs here?") from None
+                raise TransportError(
+                    f"device {name}: no {path}; is {DIRECTORY} the machine's here? In a container: "
+                    f"--volume={DIRECTORY}:{DIRECTORY}; see {containers.DOCUMENT}"
+                ) from None
             time.sleep(NODE_LOOK_S)
 
 
@@ -135,10 +143,18 @@ def reopen_device(name: str) -> int:
                 ) from error
         if time.monotonic() > deadline:
             raise DeviceBusyError(
-                f"device {name}: cannot be taken over: a process holds /dev/vduse/{name} open, perhaps a worker that "
-                "waits in the kernel for its storage; try again when that has ended"
+                f"device {name}: cannot be taken over: {_holder_text(name)}; try again when that has ended"
             )
         time.sleep(NODE_LOOK_S)
+
+
+def _holder_text(name: str) -> str:
+    """Say who has the device, which its run directory does not tell."""
+    path = f"{DIRECTORY}/{name}"
+    return (
+        f"{device_holders.text(path)} holds {path} open: a worker that waits in the kernel for its storage, or a "
+        "server whose run directory is elsewhere, as in a container"
+    )
 
 
 def is_broken(fd: int) -> bool:
@@ -181,8 +197,8 @@ def destroy_device(name: str) -> None:
                         f"device {name}: cannot be destroyed: it is on the vDPA bus: vdpa dev del {name}"
                     )
                 raise DeviceBusyError(
-                    f"device {name}: cannot be destroyed: a process holds /dev/vduse/{name} open, perhaps a worker "
-                    f"that waits in the kernel for its storage; when that has ended: vdusefast del {name} --force"
+                    f"device {name}: cannot be destroyed: {_holder_text(name)}; when that has ended: "
+                    f"vdusefast del {name} --force"
                 )
             time.sleep(NODE_LOOK_S)
     finally:

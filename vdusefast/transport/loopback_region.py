@@ -9,7 +9,7 @@ from bisect import insort
 from vdusefast.transport import uapi
 from vdusefast.transport.uapi import IotlbEntry
 
-REGION_COUNT_MAX = 4096
+REGION_COUNT_MAX = 1 << 15
 
 
 class Region:
@@ -29,6 +29,7 @@ class Region:
         self.fd = fd
         try:
             self.buf = mmap.mmap(fd, size_bytes, offset=fd_offset)
+            self.buf.madvise(mmap.MADV_DONTDUMP)  # as a worker's mapping of it
         except BaseException:
             self.close()
             raise

@@ -213,12 +213,17 @@ class VqInfo(NamedTuple):
     """
 
     vq_index: int
-    size: int = 0  # descriptors; 0 where the driver does not use the queue
+    size: int = 0  # descriptors; 0 where the driver does not use the queue, also where it is ready
     desc_addr: int = 0
     driver_addr: int = 0
     device_addr: int = 0
     last_avail_idx: int = 0
     ready: bool = False
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the driver has set the queue up: SeaBIOS leaves all but the first one, and QEMU makes all ready."""
+        return self.ready and self.size > 0
 
 
 class IotlbEntry(NamedTuple):

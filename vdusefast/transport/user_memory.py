@@ -19,6 +19,7 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
+from vdusefast.base.page import PAGE_BYTES
 from vdusefast.transport import uapi
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -77,12 +78,17 @@ class UserMemory:
         self.huge = self._hugetlb or _madvise(address, length_bytes, MADV_COLLAPSE) == 0
 
     def is_due(self) -> bool:
-        """Tell whether the kernel takes it: it does once the driver has mapped something. Raises OSError."""
+        """Tell whether the kernel takes it: it does once the driver has mapped something.
+
+        Raises UserMemoryError when it never does, OSError.
+        """
         try:
             packed = self._ioctl(uapi.VDUSE_IOTLB_GET_INFO, uapi.IOVA_INFO.pack(0, self.size_bytes - 1, 0, 0))
         except OSError as error:
             if error.errno == errno.EINVAL:  # no region there yet
                 return False
+            if error.errno == errno.ENOTTY:
+                raise UserMemoryError("this kernel does not take any; Linux 6.0 does") from None
             raise
         return bool(uapi.IOVA_INFO.unpack(packed)[2] & uapi.VDUSE_IOVA_CAP_UMEM)
 
@@ -116,7 +122,7 @@ class UserMemory:
 
     def _make(self) -> tuple[int, mmap.mmap]:
         """Return a new memfd and its mapping, by which huge pages are set aside for it. Raises OSError."""
-        unit = HUGE_PAGE_BYTES if self._hugetlb else mmap.PAGESIZE
+        unit = HUGE_PAGE_BYTES if self._hugetlb else PAGE_BYTES
         file_bytes = (self.size_bytes + unit - 1) // unit * unit
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if self._hugetlb else 0)
         fd = os.memfd_create(self._name, flags)
@@ -124,7 +130,9 @@ class UserMemory:
             os.ftruncate(fd, file_bytes)
             # Pages that are registered, here and by workers, must not be cut off.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            return fd, mmap.mmap(fd, file_bytes)
+            view = mmap.mmap(fd, file_bytes)
+            view.madvise(mmap.MADV_DONTDUMP)  # as a worker's mapping of it
+            return fd, view
         except BaseException:
             os.close(fd)
             raise

@@ -7,6 +7,7 @@ without `scenario_`, a dot, and its own. Importing the scenario modules needs ne
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,14 +17,19 @@ MODULES = (
     "scenario_bad_input",
     "scenario_block",
     "scenario_filesystem",
+    "scenario_stack",
     "scenario_fio",
     "scenario_settings",
     "scenario_polling",
     "scenario_resize",
     "scenario_vhost",
+    "scenario_qemu",
     "scenario_binding",
     "scenario_delete",
+    "scenario_users",
+    "scenario_content",
     "scenario_storage",
+    "scenario_limits",
     "scenario_serve",
     "scenario_failure",
     "scenario_nbd",
@@ -32,11 +38,51 @@ MODULES = (
     "scenario_memory",
     "scenario_torture",
     "scenario_many",
+    "scenario_container",
     "scenario_documents",
     "scenario_kernel_log",
 )
 
-SLOWEST = 2.0
+# Beginnings of the names of checks that an older kernel runs in `make soak` alone: what they test is our own, or long
+# and much the same on all kernels. What the kernel takes part in (binding, rings, resizing, recovery, removal, limits
+# of the disk) is on each.
+NEWEST_KERNEL_ONLY = (
+    "no_modules.none_is_loaded",
+    "no_modules.check_says_what_to_load",
+    "no_modules.no_",
+    "bad_input.name_taken_by_us",
+    "bad_input.not_root",
+    "bad_input.root_without_",
+    "bad_input.no_",
+    "stack.",
+    "fio.",
+    "settings.pinned_workers",
+    "settings.by_options",
+    "polling.",
+    "qemu.",
+    "delete.refused_",
+    "users.",
+    "content.",
+    "storage.",
+    "limits.large_discard_",
+    "serve.",
+    "failure.idle_worker_killed",
+    "nbd.",
+    "python.",
+    "recovery.another_device_is_refused",
+    "recovery.restart_that_would_fail_",
+    "torture.",
+    "many.by_command",
+    "documents.",
+)
+# Checks with a longer form that `make soak` runs on every kernel: the same with more samples.
+WITH_LONG_FORM = ("binding.again_and_again_", "torture.", "many.")
+# Beginnings of the names of checks that `make soak` alone runs: another one is much like them.
+IN_SOAK = ("content.lvm_finds_a_volume_on_a_partition_", "content.lvm_does_not_look_")
+# In a guest of their own, by `make soak` alone.
+SOAK_ONLY = ("container",)
+
+SLOWEST = 4.0  # the suite runs other things beside the guests
 
 
 @dataclass(frozen=True)
@@ -47,6 +93,14 @@ class Check:
     function: Callable[[], object]
     limit_s: float
     keeps: bool
+
+
+LONG = os.environ.get("VDUSEFAST_LONG") == "1"  # a check runs its long form
+
+
+def times(short: int, long: int) -> int:
+    """Return how often a check does something: `long` in `make soak`."""
+    return long if LONG else short
 
 
 _found: dict[str, Check] = {}
@@ -62,6 +116,11 @@ def check(*, limit_s: float = 30.0, keeps: bool = False) -> Callable[[Callable[[
         return function
 
     return register
+
+
+def left_out(*, is_newest: bool) -> tuple[str, ...]:
+    """Return the beginnings of the names of checks that a kernel runs in `make soak` alone."""
+    return IN_SOAK if is_newest else (*IN_SOAK, *NEWEST_KERNEL_ONLY)
 
 
 def load() -> list[Check]:

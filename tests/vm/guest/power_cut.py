@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[2])]
 
 import guest  # noqa: E402
 
-from vdusefast import _driver  # noqa: E402
+from vdusefast.driver import _driver  # noqa: E402
 
 BLOCK_BYTES = 4096
 BLOCKS = 256  # of each writer

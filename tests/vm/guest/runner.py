@@ -1,6 +1,6 @@
 """Run the checks inside of a guest, as root, one after another in one process each.
 
-    runner.py RESULTS [--only TEXT]...
+    runner.py RESULTS [--only TEXT]... [--skip TEXT]...
 
 Writes one JSON object a line to RESULTS/checks.jsonl as each check ends: name, ok, seconds, detail. A check that
 takes longer than its limit is killed, and what the processes of its device wait for in the kernel is its detail. After
@@ -162,8 +162,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--only", action="append", default=[], help="run the checks whose names begin with this")
+    parser.add_argument("--skip", action="append", default=[], help="leave out those whose names begin with this")
     words = parser.parse_args()
-    chosen = [c for c in checks.load() if not words.only or any(c.name.startswith(text) for text in words.only)]
+    chosen = [c for c in checks.load() if c.name.startswith(tuple(words.only or [""]))]
+    chosen = [c for c in chosen if not c.name.startswith(tuple(words.skip))]
     guest.prepare()
     results, started_s = Results(words.results), time.monotonic()
     run_all(chosen, results)

@@ -36,7 +36,7 @@ def no_vhost_vdpa() -> str:
 @check(limit_s=90)
 def vhost_by_the_only_driver() -> None:
     """And then virtio_vdpa is loaded after vhost_vdpa: both buses can still be had, by driver_override."""
-    guest.sh("modprobe", "vhost_vdpa")
+    guest.sh("modprobe", "-a", "vduse", "virtio_blk", "vhost_vdpa")
     with guest.device("vd0", "memory:16M", bus="vhost") as node:
         assert "vhost-vdpa" in node
     guest.sh("modprobe", "virtio_vdpa")

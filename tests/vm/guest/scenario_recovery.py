@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -194,3 +195,54 @@ def broken_device_is_made_anew() -> dict[str, object]:
         delete()
     assert all("vdusefast recover vd0" in text for text in said.values()), said
     return dict(said)
+
+
+@check(limit_s=150)
+def restart_that_would_fail_changes_nothing() -> None:
+    """The new server finds out beside the old one, which serves on; then the restart works."""
+    path = guest.image("recovery.img", 32 * MIB)
+    node = guest.fork_server("vd0", f"file:{path}", queues=2)
+    server = guest.pids_of("vd0")[0]
+    away = path.rename(guest.WORK / "away.img")
+    guest.refused("restart", "vd0", status=1, says=rf"no such file.*pid {server} serves it")
+    guest.sh("dd", "if=/dev/urandom", f"of={node}", "bs=64k", "count=16", "oflag=direct")
+    assert guest.pids_of("vd0")[0] == server
+    away.rename(path)
+    assert command("restart", "vd0") == node
+    wait_for_end(server)
+    dump(node, path)
+    delete()
+
+
+@check(limit_s=200)
+def lost_run_directory_is_claimed_or_its_disk_removed() -> None:
+    """By an operator's configuration, where the kernel agrees and nothing was in flight; else all of it fails."""
+    path = guest.image("recovery.img", 32 * MIB)
+    node = guest.fork_server("vd0", f"file:{path}", queues=2)
+    guest.sh("dd", "if=/dev/urandom", f"of={node}", "bs=64k", "count=16", "oflag=direct")
+    config = guest.write_config("vd0", f"file:{path}", queues=2)
+
+    def lose() -> None:
+        kill(group=True)
+        shutil.rmtree(guest.RUN_BASE / "vd0")
+
+    lose()
+    guest.refused("del", "vd0", "--force", status=3, says=r"vdusefast add CONFIG --claim")
+    wrong = guest.write_config("vd0", f"file:{path}", queues=1)
+    guest.refused("add", wrong, "--claim", status=2, says=r"device\.queues: 2, not 1")
+    config = guest.write_config("vd0", f"file:{path}", queues=2)
+    assert command("add", config, "--claim") == node
+    dump(node, path)
+    guest.sh("dd", "if=/dev/urandom", f"of={node}", "bs=64k", "count=16", "oflag=direct")
+    dump(node, path)
+    lose()
+    words = ["dd", "if=/dev/urandom", f"of={node}", "bs=64k", "count=16", "oflag=direct"]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as dd:
+        time.sleep(0.5)
+        assert dd.poll() is None, "nobody serves it"
+        guest.refused("add", config, "--claim", status=1, says=r"requests were carried out is lost")
+        command("del", "vd0", "--force", "--claim")
+        assert dd.wait(20) != 0
+    assert not Path(node).exists()
+    with guest.device("vd0", "memory:16M"):  # and the machine's vDPA bus works
+        pass

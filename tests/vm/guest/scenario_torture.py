@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import guest
-from checks import check
+from checks import check, times
 
-from vdusefast.bench.torture import run_torture
-from vdusefast.bench.torture_plan import TortureOptions
+from vdusefast.bench.torture.command import run_torture
+from vdusefast.bench.torture.plan import TortureOptions
 
-KILLS = {"worker": 4, "supervisor": 1, "group": 1}  # a start of a server takes several seconds here
+KILLS = {"worker": times(2, 4), "supervisor": 1, "group": 1}  # a start of a server takes several seconds here
 
 
 def torture(engine: str, cache: str, kills: dict[str, int]) -> dict[str, object]:

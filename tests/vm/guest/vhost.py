@@ -20,7 +20,7 @@ F_EVENT_IDX, F_INDIRECT_DESC, F_MQ = 29, 28, 12
 BACKEND_F_IOTLB_MSG_V2, BACKEND_F_SUSPEND = 1, 4
 DESC_F_NEXT, DESC_F_WRITE = 1, 2
 QUEUE_BYTES = 1 << 16  # of the shared memory, for one queue: its rings, then its buffers
-AVAIL_AT, USED_AT, HEADER_AT, STATUS_AT, DATA_AT = 0x1000, 0x2000, 0x3000, 0x3010, 0x4000
+AVAIL_AT, USED_AT, HEADER_AT, STATUS_AT, DATA_AT = 0x4000, 0x5000, 0x7800, 0x7810, 0x8000  # rings of up to 1024
 IOVA = 0x100000000  # where the memory lies for the device: not where it lies for us
 
 
@@ -70,10 +70,16 @@ class VhostClient:
         """Set one more bit of the status."""
         fcntl.ioctl(self.fd, SET_STATUS, bytes([self.status | bit]))
 
-    def start(self, *, enabled: tuple[int, ...] = (), without_features: int = 1 << F_EVENT_IDX) -> int:
+    def start(
+        self,
+        *,
+        enabled: tuple[int, ...] = (),
+        left_alone: tuple[int, ...] = (),
+        without_features: int = 1 << F_EVENT_IDX,
+    ) -> int:
         """Negotiate, map the memory, tell every queue's place, enable those in `enabled`, and set DRIVER_OK.
 
-        Returns the features acknowledged.
+        left_alone: queues that are given neither a size nor a place. Returns the features acknowledged.
         """
         fcntl.ioctl(self.fd, SET_OWNER)
         self.add_status(0)
@@ -85,7 +91,7 @@ class VhostClient:
         fcntl.ioctl(self.fd, SET_FEATURES, struct.pack("<Q", features))
         self.add_status(FEATURES_OK)
         self.update_iotlb()
-        for queue in range(len(self.kick)):
+        for queue in set(range(len(self.kick))) - set(left_alone):
             self._set_up(queue)
         for queue in enabled:
             self.enable(queue)

@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Taking a ring over from a worker that died: where it stood, by the ring and the in-flight log (inflight.h).
+ */
+#ifndef VF_TAKEOVER_H
+#define VF_TAKEOVER_H
+
+#include "base/seed_fault.h"
+#include "ring/inflight.h"
+#include "ring/vring_format.h"
+
+/* Start a mapped split ring where all that was taken has been given back: at its used index, with an empty log. */
+static inline void vf_takeover_begin(struct vf_vring *vr, struct vf_inflight_header *header, struct vf_inflight_entry *log,
+				     uint16_t state)
+{
+	if (!vr->is_packed) {
+		vf_split_start(&vr->split, 0);
+		state = vr->split.published_used_idx;
+	}
+	vf_vring_start(vr, state);
+	vf_log_begin(header, log, vr->size, vf_vring_log_format(vr), vf_vring_avail_state(vr), vf_vring_used_state(vr));
+}
+
+/* Whether the driver waits for nothing, and the ring itself tells so. A packed ring does not: it has no index. */
+static inline int vf_takeover_is_idle(const struct vf_vring *vr)
+{
+	return !vr->is_packed && vf_split_is_idle(&vr->split);
+}
+
+/* Forget what the driver was told of: the `given_back` heads behind the used index that was noted. */
+static inline void vf_takeover_forget_told(const struct vf_split *vr, struct vf_inflight_entry *log, uint32_t entry_count,
+					   uint16_t logged_used_idx, uint32_t given_back)
+{
+	if (vr->in_order) {
+		/* The used ring names the last head of each run alone; but the order of a head is its place in the avail ring. */
+		for (uint32_t i = 0; i < entry_count; i++)
+			if (log[i].order && (uint16_t)((uint16_t)log[i].order - logged_used_idx) < given_back)
+				vf_log_set(&log[i], 0);
+		return;
+	}
+	for (uint32_t i = 0; i < given_back; i++) {
+		uint32_t head = vf_split_used_head(vr, (uint16_t)(logged_used_idx + i));
+
+		if (head < vr->size)
+			vf_log_set(&log[head], 0);
+	}
+}
+
+/*
+ * A batch that was shown to the driver may still be in the log: its note of the used index, written after the clearing, tells
+ * how far back to look. forget: whether to do so (a fault that tests build in does not).
+ */
+static inline int vf_takeover_split(struct vf_vring *vr, struct vf_inflight_header *header, struct vf_inflight_entry *log,
+				    int forget)
+{
+	struct vf_split *split = &vr->split;
+	uint16_t logged_used_idx = (uint16_t)header->last_used_idx, next_idx;
+	int given_back = vf_split_used_since(split, logged_used_idx);
+	uint32_t entry_count = header->entry_count, count = 0;
+
+	if (given_back < 0)
+		return -VF_RING_LOG;
+	if (forget)
+		vf_takeover_forget_told(split, log, entry_count, logged_used_idx, (uint32_t)given_back);
+	for (uint32_t i = 0; i < entry_count; i++) {
+		if (log[i].order == 0)
+			continue;
+		if (i >= split->size)
+			return -VF_RING_LOG;
+		count++;
+	}
+	/* Everything made available before this index was either given back or is in the log. */
+	next_idx = (uint16_t)(logged_used_idx + (uint32_t)given_back + count);
+	if (!vf_split_could_take(split, next_idx))
+		return -VF_RING_LOG;
+	vf_split_start(split, next_idx);
+	return (int)count;
+}
+
+/* All that was taken is still in the ring, and is taken again: there is nothing in flight from the log. */
+static inline int vf_takeover_packed(struct vf_vring *vr, struct vf_inflight_header *header, int forget)
+{
+	struct vf_packed *packed = &vr->packed;
+	uint16_t position = (uint16_t)header->last_used_idx;
+	uint32_t noted_slot = position & VF_PACKED_SLOT_MASK;
+	int passed = forget ? vf_packed_find_used(packed, &position, (uint16_t)header->next_used_idx) : 0;
+
+	if (passed < 0)
+		return passed;
+	if (header->working) {
+		uint32_t distance = (header->working - 1u + packed->size - noted_slot) % packed->size;
+
+		if (distance < (uint32_t)passed)
+			vf_log_work(header, 0); /* given back: nobody's fault */
+	}
+	return vf_packed_start(packed, position);
+}
+
+/*
+ * Start a mapped ring where a worker that died stood. state: where it began, for a packed ring of which nothing was taken. How
+ * many requests are to be taken from the log, or -enum vf_ring_error.
+ */
+static inline int vf_takeover(struct vf_vring *vr, struct vf_inflight_header *header, struct vf_inflight_entry *log,
+			      uint16_t state, int forget)
+{
+	int count;
+
+	if (header->state == VF_LOG_VOID) {
+		vf_takeover_begin(vr, header, log, state);
+		return 0;
+	}
+	if (!vf_log_is_ours(header, vf_vring_log_format(vr), vr->size, VF_QUEUE_SIZE_MAX))
+		return -VF_RING_LOG_FOREIGN;
+	count = vr->is_packed ? vf_takeover_packed(vr, header, forget) : vf_takeover_split(vr, header, log, forget);
+	if (count >= 0) {
+		/* In this order: between the two the note is as far behind as it was. */
+		vf_log_announce(header, vf_vring_used_state(vr));
+		vf_log_note(header, vf_vring_avail_state(vr), vf_vring_used_state(vr));
+	}
+	return count;
+}
+
+/* Turn the order of the log round before it is replayed. */
+static inline void vf_seed_disorder(struct vf_inflight_entry *entries, uint32_t count)
+{
+	uint64_t low = UINT64_MAX, high = 0;
+
+	if (VF_SEED_FAULT != VF_SEED_DISORDER)
+		return;
+	for (uint32_t i = 0; i < count; i++) {
+		uint64_t order = entries[i].order;
+
+		if (order && order < low)
+			low = order;
+		if (order > high)
+			high = order;
+	}
+	for (uint32_t i = 0; i < count; i++)
+		if (entries[i].order)
+			entries[i].order = low + (high - entries[i].order);
+}
+
+#endif

@@ -1,0 +1,105 @@
+"""Run the whole suite in parts side by side, as `make test` does. Arguments go to pytest: --durations=20, -m "not vm".
+
+Each part is a pytest of its own, `pytest --part NAME`, and each test belongs to one part. Side by side they keep the
+CPUs busy: a guest computes, while most other tests wait. What a part prints has its name in front; the report of one
+that fails is printed whole at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+NEWEST_KERNEL = "7.3"
+NOT_COLLECTED = 5  # pytest's exit status where no test was chosen
+# Where the tests of a part are; those that belong to another part are left out. The longest part is the first.
+PARTS = {
+    "newest": ("tests/vm/test_scenarios.py",),
+    "guests": ("tests/vm",),
+    "rings": ("tests/datapath",),
+    "servers": ("tests",),
+}
+
+
+def part_of(path: Path, kernel: object) -> str:
+    """Return the part of a test, by its file and the kernel that it is for, if it is for one."""
+    words = path.relative_to(TESTS).parts
+    if words == ("vm", "test_scenarios.py") and kernel == NEWEST_KERNEL:
+        return "newest"
+    if words[0] == "vm" and words[-1] != "test_rbd_guest.py":  # that one shares the Ceph cluster of tests/rbd
+        return "guests"
+    return "rings" if words[0] == "datapath" else "servers"
+
+
+class Part:
+    """A pytest that runs. What it prints appears as it comes, but for its report."""
+
+    def __init__(self, name: str, words: Sequence[str], directory: Path) -> None:
+        self.name = name
+        self.failed = False
+        self.report: list[str] = []
+        self._started_s = time.monotonic()
+        self._process = subprocess.Popen(
+            # Ends when we are killed, and with it what it has started.
+            ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "pytest", *words],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            process_group=0,  # Ctrl-C reaches us alone, and we pass it on
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if self.report or (line.startswith("=") and "test session starts" not in line):
+                self.report.append(line)
+            elif line.strip():
+                self._say(line.rstrip())
+
+    def _say(self, text: str) -> None:
+        print(f"{self.name:8}| {text}", flush=True)
+
+    def interrupt(self) -> None:
+        """Stop it as Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
+
+    def wait(self) -> None:
+        """Wait for its end, and say how it went."""
+        _, status, usage = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self._reader.join()
+        self.failed = self._process.returncode not in (0, NOT_COLLECTED)
+        minutes, seconds = divmod(int(time.monotonic() - self._started_s), 60)
+        cpu_s = usage.ru_utime + usage.ru_stime
+        said = self.report[-1].strip("=\n ") if self.report else f"exit status {self._process.returncode}"
+        self._say(f"{minutes}:{seconds:02} minutes, {cpu_s:.0f} s of CPU time: {said}")
+
+
+def run(parts: Mapping[str, Sequence[str]], directory: Path) -> int:
+    """Run pytest with the words of each part, in `directory`; returns the exit status."""
+    started: list[Part] = []
+    before = signal.signal(signal.SIGINT, lambda *_: [part.interrupt() for part in started])
+    started += [Part(name, words, directory) for name, words in parts.items()]
+    for part in started:
+        part.wait()
+    signal.signal(signal.SIGINT, before)
+    failed = [part for part in started if part.failed]
+    for part in failed:
+        print(f"\n{part.name}\n{''.join(part.report)}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run({name: ("--part", name, *where, *sys.argv[1:]) for name, where in PARTS.items()}, TESTS.parent))

@@ -1,0 +1,98 @@
+"""The suite in parts: side by side, each with its name, and one that fails makes the whole fail."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import parts
+import pytest
+
+LIMIT_S = 60
+
+
+def start(tmp_path: Path, **tests: str) -> subprocess.Popen[str]:
+    """Run each text of Python as the tests of a part with that name."""
+    for name, text in tests.items():
+        (tmp_path / f"test_{name}.py").write_text(text)
+    words = {name: ("-p", "no:cacheprovider", f"test_{name}.py") for name in tests}
+    program = f"import parts, pathlib, sys; sys.exit(parts.run({words!r}, pathlib.Path({str(tmp_path)!r})))"
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.append({str(parts.TESTS)!r}); {program}"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_one_part_that_fails_is_reported_whole_and_fails_the_run(tmp_path: Path) -> None:
+    running = start(
+        tmp_path, good="def test_it(): pass", bad="def test_it(): assert 1 == 2, 'the reason'", empty="# no test"
+    )
+    out, _ = running.communicate(timeout=LIMIT_S)
+    assert running.returncode == 1
+    lines = out.splitlines()
+    assert any(line.startswith("good    | 0:") and "1 passed" in line for line in lines), out
+    assert any(line.startswith("bad     | 0:") and "1 failed" in line for line in lines), out
+    assert out.index("the reason") > out.index("1 failed")
+    assert "FAILED test_bad.py::test_it" in out
+
+
+def test_parts_that_pass_make_a_run_that_passes(tmp_path: Path) -> None:
+    running = start(tmp_path, one="def test_it(): pass", empty="# no test")
+    assert "1 passed" in running.communicate(timeout=LIMIT_S)[0]
+    assert running.returncode == 0
+
+
+def test_interrupt_reaches_every_part_once(tmp_path: Path) -> None:
+    """So that each ends what it has started."""
+    text = f"""
+import pathlib, pytest, time
+@pytest.fixture
+def started():
+    yield
+    pathlib.Path("ended", __file__.split("_")[-1]).touch()
+def test_it(started):
+    pathlib.Path("begun", __file__.split("_")[-1]).touch()
+    time.sleep({LIMIT_S})
+"""
+    for name in ("begun", "ended"):
+        (tmp_path / name).mkdir()
+    with start(tmp_path, one=text, two=text) as running:
+        until_s = time.monotonic() + LIMIT_S / 2
+        while len(list((tmp_path / "begun").iterdir())) < 2:
+            assert time.monotonic() < until_s
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in running.communicate(timeout=LIMIT_S)[0]
+    assert running.returncode == 1
+    assert sorted(path.name for path in (tmp_path / "ended").iterdir()) == ["one.py", "two.py"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kernel", "part"),
+    [
+        ("vm/test_scenarios.py", parts.NEWEST_KERNEL, "newest"),
+        ("vm/test_scenarios.py", "6.12", "guests"),
+        ("vm/test_kit.py", parts.NEWEST_KERNEL, "guests"),
+        ("vm/test_rbd_guest.py", None, "servers"),
+        ("datapath/test_blocks.py", None, "rings"),
+        ("test_documents.py", None, "servers"),
+        ("new/test_new.py", None, "servers"),
+    ],
+)
+def test_every_test_belongs_to_one_part(path: str, kernel: str | None, part: str) -> None:
+    assert parts.part_of(parts.TESTS / path, kernel) == part
+    # And pytest looks for it there.
+    assert any(
+        (parts.TESTS.parent / where) in (parts.TESTS / path, *(parts.TESTS / path).parents)
+        for where in parts.PARTS[part]
+    )
+
+
+def test_newest_kernel_is_the_one_of_the_guests() -> None:
+    from bench.vm import cache
+
+    assert cache.KERNELS[-1] == parts.NEWEST_KERNEL

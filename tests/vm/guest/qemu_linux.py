@@ -1,0 +1,184 @@
+"""Inside of a guest, as root: a whole virtual machine with a Linux of its own on a vhost device of ours.
+
+    qemu_linux.py KERNEL
+
+It boots, uses its disk, sees it grow, goes on through the deaths of workers and of the server, reboots, powers off, and
+is started once more by QEMU's own virtio-blk over the same device. Prints how long each step took as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[2])]
+
+import guest  # noqa: E402
+from guest import MIB  # noqa: E402
+from qemu_machine import KERNEL_ARGUMENTS, Machine, initrd  # noqa: E402
+from scenario_qemu import BLOCKDEV, PCI, is_well, kill_worker  # noqa: E402
+
+from bench.vm import cache  # noqa: E402
+
+NAME, SERIAL = "vm0", "vdusefast-vm-1"
+SIZE_BYTES, GROWN_BYTES = 64 * MIB, 96 * MIB
+OFFERED = 256
+BOOT_S = 1500.0
+STEP_S = 300.0
+# Inside: /tmp/data is 8 MiB of random bytes.
+WRITE = "dd if=/tmp/data of=/dev/vda bs=1M seek={at} conv=notrunc,fsync 2>/dev/null"
+CHECK = "echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M skip={at} count=8 2>/dev/null | cmp - /tmp/data"
+# Direct writes beside write-back of the page cache, round after round until a command stops it.
+LOAD = (
+    "rm -f /tmp/stop; n=0; echo 0 >/tmp/rounds; while [ ! -e /tmp/stop ]; do"
+    " dd if=/tmp/data of=/dev/vda bs=64k seek=256 oflag=direct conv=notrunc 2>/dev/null &"
+    " dd if=/tmp/data of=/dev/vda bs=1M seek=32 conv=notrunc,fsync 2>/dev/null || break;"
+    " wait; n=$((n + 1)); echo $n >/tmp/rounds; done &"
+)
+
+
+class Steps:
+    """What has been done, and how long it took."""
+
+    def __init__(self) -> None:
+        self.times_s: dict[str, float] = {}
+
+    def do(self, name: str, step: Callable[[], object]) -> None:
+        """Do a step and note its time."""
+        began_s = time.monotonic()
+        step()
+        self.times_s[name] = round(time.monotonic() - began_s, 1)
+        print(f"{name}: {self.times_s[name]} s", file=sys.stderr, flush=True)
+
+
+def command(*words: object) -> None:
+    """Run a vdusefast command, which shares its CPUs with an emulator."""
+    guest.vdusefast(*words, timeout_s=STEP_S)
+
+
+def boot(machine: Machine) -> None:
+    """Wait until Linux obeys, and look at the device on both sides."""
+    machine.wait_for("@ready\n", BOOT_S)
+    assert machine.run("cat /sys/block/vda/serial") == SERIAL
+    machine.run("dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null", STEP_S)
+
+
+def use(path: Path, machine: Machine) -> None:
+    """Write, read back from the device, flush, discard."""
+    assert machine.run("cat /sys/block/vda/size") == str(SIZE_BYTES // 512)
+    machine.run(WRITE.format(at=1), STEP_S)
+    machine.run(CHECK.format(at=1), STEP_S)
+    assert guest.counter(NAME, "flush") > 0
+    machine.run("blkdiscard -o $((1 << 20)) -l $((4 << 20)) /dev/vda", STEP_S)
+    assert guest.counter(NAME, "discard") > 0
+    with path.open("rb") as file:
+        file.seek(MIB)
+        assert file.read(4 * MIB) == bytes(4 * MIB)
+        assert any(file.read(4 * MIB))
+
+
+def grow(machine: Machine) -> None:
+    """Give the device another size; its driver learns it."""
+    command("resize", NAME, str(GROWN_BYTES))
+    wanted = GROWN_BYTES // 512
+    machine.run(f"for i in $(seq 60); do [ $(cat /sys/block/vda/size) = {wanted} ] && break; sleep 1; done", STEP_S)
+    assert machine.run("cat /sys/block/vda/size") == str(wanted)
+
+
+def rounds_go_on(machine: Machine) -> None:
+    """Wait until the load inside has done two more rounds."""
+    first, began_s = int(machine.run("cat /tmp/rounds")), time.monotonic()
+    while int(machine.run("cat /tmp/rounds")) < first + 2:
+        assert time.monotonic() < began_s + STEP_S, "the load stands still"
+        time.sleep(1)
+
+
+def die(path: Path, machine: Machine) -> None:
+    """Kill a worker, then the server with all its processes, amid requests; nothing inside fails or is lost."""
+    machine.run(LOAD)
+    rounds_go_on(machine)
+    kill_worker()
+    rounds_go_on(machine)
+    ended = guest.pids_of(NAME)
+    os.killpg(ended[0], signal.SIGKILL)
+    guest.wait_for("the server to end", lambda: not any(map(guest.running, ended)), STEP_S)
+    time.sleep(2)  # requests wait meanwhile
+    command("recover", NAME)
+    rounds_go_on(machine)
+    machine.run("touch /tmp/stop; wait", STEP_S)
+    machine.run(CHECK.format(at=16), STEP_S)
+    machine.run(CHECK.format(at=32), STEP_S)
+    with path.open("rb") as file:
+        file.seek(16 * MIB)
+        direct = file.read(8 * MIB)
+        file.seek(32 * MIB)
+        assert any(direct)
+        assert direct == file.read(8 * MIB)
+
+
+def reboot(machine: Machine) -> None:
+    """Restart the machine from inside; what was written is there."""
+    digest = machine.run("md5sum < /tmp/data")
+    machine.begin("sync; reboot -f")
+    boot(machine)
+    assert machine.run("dd if=/dev/vda bs=1M skip=16 count=8 2>/dev/null | md5sum", STEP_S) == digest
+    assert machine.run("cat /sys/block/vda/size") == str(GROWN_BYTES // 512)
+
+
+def power_off(machine: Machine) -> None:
+    """Power off from inside: QEMU ends and lets go of the device."""
+    machine.begin("poweroff -f")
+    assert machine.ended(STEP_S) == 0, machine.said()
+    guest.wait_for("the device to be reset", lambda: guest.info(NAME)["state"] == "attached", STEP_S)
+
+
+def once_more(path: Path, machine: Machine) -> None:
+    """Use the disk through QEMU's own virtio-blk."""
+    boot(machine)
+    machine.run(WRITE.format(at=40), STEP_S)
+    machine.run(CHECK.format(at=40), STEP_S)
+    with path.open("rb") as file:
+        file.seek(40 * MIB)
+        assert any(file.read(MIB))
+    power_off(machine)
+
+
+def main(series: str) -> int:
+    """Do all steps."""
+    guest.prepare()
+    kernel, steps = cache.kernel(series), Steps()
+    start = ["-kernel", str(kernel.image), "-append", " ".join(KERNEL_ARGUMENTS)]
+    (guest.WORK / "initrd").write_bytes(initrd(kernel))
+    start += ["-initrd", str(guest.WORK / "initrd")]
+    path = guest.image("vm.img", SIZE_BYTES)
+    settings = {"bus": "vhost", "queues": 2, "queue_size": OFFERED, "serial": SERIAL}
+    command("add", guest.write_config(NAME, f"file:{path}", **settings))  # type: ignore[arg-type]
+    node = guest.node_of(NAME)
+    with Machine([*start, *(word.format(node=node) for word in PCI)], guest.WORK) as machine:
+        steps.do("boot", lambda: boot(machine))
+        sizes = [queue["size"] for queue in guest.info(NAME)["queues"]]  # type: ignore[attr-defined]
+        is_well("running", "running")
+        steps.do("use", lambda: use(path, machine))
+        steps.do("grow", lambda: grow(machine))
+        steps.do("die", lambda: die(path, machine))
+        steps.do("reboot", lambda: reboot(machine))
+        is_well("running", "running")
+        steps.do("power off", lambda: power_off(machine))
+    words = [word.format(node=node).replace("drive=disk", f"drive=disk,serial={SERIAL}") for word in BLOCKDEV]
+    with Machine([*start, *words], guest.WORK) as machine:
+        steps.do("once more", lambda: once_more(path, machine))
+    command("del", NAME)
+    print(json.dumps({"ring_sizes": sizes, "times_s": steps.times_s}))
+    return 0
+
+
+if __name__ == "__main__":
+    subprocess.run(["modprobe", "-a", "vduse", "vhost_vdpa"], check=True)
+    sys.exit(main(*sys.argv[1:]))

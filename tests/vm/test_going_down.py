@@ -1,0 +1,58 @@
+"""Poweroff and reboot of a machine whose process 1 is systemd, with devices in all states: see guest/going_down.py."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench.vm import cache, guest
+from bench.vm.kernel_log import findings
+from bench.vm.machine import GuestConfig
+
+SCRIPT = "tests/vm/guest/going_down.py"
+BOOT_LIMIT_S = 600
+# In the guest's time, which passes ten times as fast as on a machine that is not emulated. A hang costs 90 s at least.
+DOWN_LIMIT_S = 85
+SHORT = ("mounted", "held", "mounted_orphan")
+STATES = ("idle", "mounted", "busy", "held", "stopped", "orphan", "mounted_orphan")
+WITH_SERVERS = ("idle", "mounted", "busy", "held", "stopped", "orphan")
+
+
+def end_guest(kernel: str, how: str, states: tuple[str, ...], disk: Path) -> guest.Outcome:
+    """Bring devices of a guest into states and end it. The store of the first one that is mounted is `disk`."""
+    config = GuestConfig(kernel=kernel, systemd=True, timeout_s=BOOT_LIMIT_S, disk="64M", disk_image=disk)
+    outcome, out, err = guest.captured(config, ["python", SCRIPT, how, *states])
+    assert outcome.went_down == ("Power down" if how == "poweroff" else "Restarting system"), out + err
+    assert 0 < outcome.down_s < DOWN_LIMIT_S, outcome.kernel_log
+    assert findings(outcome.kernel_log) == []
+    return outcome
+
+
+@pytest.mark.vm
+@pytest.mark.timeout(BOOT_LIMIT_S + 60)
+def test_a_machine_goes_down_whatever_state_its_devices_are_in(tmp_path: Path) -> None:
+    end_guest("7.3", "poweroff", SHORT, tmp_path / "disk")
+    # Added in a login session, mounted by hand: unmounted before its server has ended.
+    shown = subprocess.run(["dumpe2fs", "-h", tmp_path / "disk"], check=True, capture_output=True, text=True).stdout
+    assert "needs_recovery" not in shown
+    subprocess.run(["e2fsck", "-fn", tmp_path / "disk"], check=True, capture_output=True)
+
+
+@pytest.mark.vm
+@pytest.mark.soak
+@pytest.mark.timeout(BOOT_LIMIT_S + 60)
+@pytest.mark.parametrize("kernel", cache.KERNELS)
+@pytest.mark.parametrize("how", ["poweroff", "reboot"])
+def test_a_machine_goes_down_in_every_way(tmp_path: Path, kernel: str, how: str) -> None:
+    end_guest(kernel, how, STATES, tmp_path / "disk")
+
+
+@pytest.mark.vm
+@pytest.mark.soak
+@pytest.mark.timeout(BOOT_LIMIT_S + 60)
+@pytest.mark.parametrize("kernel", cache.KERNELS)
+def test_a_machine_reboots_at_once_with_servers_that_are_dead_or_stopped(tmp_path: Path, kernel: str) -> None:
+    """`reboot -f` asks no service manager; it writes what file systems hold back, so each of those needs a server."""
+    end_guest(kernel, "reboot-f", WITH_SERVERS, tmp_path / "disk")

@@ -1,0 +1,54 @@
+"""How long what a server does may take, in seconds; whoever waits for it derives its own limit from these.
+
+A client that gives up before the server does reports a failure of what then succeeds.
+"""
+
+from __future__ import annotations
+
+START_TIMEOUT_S = 30.0  # for the workers to be ready: milliseconds, but a busy machine may take its time
+STOP_TIMEOUT_S = 30.0  # for requests in flight to end, unless a caller names another limit
+LETTING_GO_S = 10.0  # for the driver's side to let go of the device once nothing of it is pending any more
+RESIZE_TIMEOUT_S = 40.0  # the workers' own limit, there and back, and what a busy machine takes
+PROBE_LIMIT_S = 30  # for a plugin's store to be described
+MARGIN_S = 30.0  # beyond what the supervisor bounds by itself: killing, reaping and closing
+ANSWER_MARGIN_S = 15.0  # for a client, beyond the server's limit
+
+
+def stop_s(timeout_s: float) -> float:
+    """Return the longest that a device takes to stop that gives its requests `timeout_s`."""
+    return timeout_s + LETTING_GO_S + MARGIN_S
+
+
+def hand_over_s(timeout_s: float) -> float:
+    """Return the longest that a device takes to be left to another server."""
+    return timeout_s + MARGIN_S
+
+
+def resize_s() -> float:
+    """Return the longest that a resize takes: the store is looked at, then the workers are told."""
+    return PROBE_LIMIT_S + RESIZE_TIMEOUT_S
+
+
+def start_s(attach_timeout_s: float) -> float:
+    """Return the longest that a start takes whose driver may take `attach_timeout_s`."""
+    return PROBE_LIMIT_S + START_TIMEOUT_S + attach_timeout_s + MARGIN_S
+
+
+def undo_s() -> float:
+    """Return the longest that it takes to undo a start."""
+    return stop_s(STOP_TIMEOUT_S)
+
+
+def prove_s() -> float:
+    """Return the longest that the proof takes that a new server can take over."""
+    return PROBE_LIMIT_S + START_TIMEOUT_S + STOP_TIMEOUT_S
+
+
+def take_over_s(attach_timeout_s: float) -> float:
+    """Return the longest that it takes to replace a server: proof, hand-over, end of the old one, start."""
+    return prove_s() + client_s(hand_over_s(STOP_TIMEOUT_S)) + MARGIN_S + start_s(attach_timeout_s)
+
+
+def client_s(server_s: float) -> float:
+    """Return how long a client waits for an answer that takes its server up to `server_s`."""
+    return server_s + ANSWER_MARGIN_S

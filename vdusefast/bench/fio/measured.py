@@ -1,0 +1,91 @@
+"""What a run of `bench fio` leaves: of either transport, ready for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vdusefast.bench.fio.jobs import JobSpec
+from vdusefast.bench.fio.report import bytes_text
+from vdusefast.errors import VdusefastError
+
+if TYPE_CHECKING:
+    from vdusefast.api import Device
+    from vdusefast.bench.common.real_fio import FioOutcome
+    from vdusefast.bench.fio.run import JobRun
+    from vdusefast.control.stats import DeviceStats
+
+Json = dict[str, Any]
+COUNTERS = ("requests", "bytes_read", "bytes_written", "errors", "kicks", "irqs", "batches")
+
+
+@dataclass
+class Outcome:
+    """What is known when the device has stopped. runs: of the loopback driver. fio: of the real one."""
+
+    runs: list[JobRun] = field(default_factory=list)
+    fio: FioOutcome | None = None
+    fio_words: list[str] = field(default_factory=list)
+    node: str = ""
+    queues: list[Json] = field(default_factory=list)
+    engine_used: str = ""
+    stopped_by: str = ""
+    failure: VdusefastError | None = None
+
+
+def cpu_seconds(device: Device) -> dict[int, float]:
+    """Return the CPU time that each worker has used, by pid."""
+    import psutil
+
+    out = {}
+    for queue in device.queues():
+        try:
+            times = psutil.Process(queue.pid).cpu_times()
+            out[queue.pid] = times.user + times.system
+        except psutil.NoSuchProcess:
+            continue  # the device's failure names it
+    return out
+
+
+def queue_figures(
+    stats: DeviceStats,
+    used_before_s: Mapping[int, float],
+    used_after_s: Mapping[int, float],
+    passed_s: float,
+    counted_before: DeviceStats | None = None,
+) -> list[Json]:
+    """Return an object for each queue: worker, CPU use, counters since `counted_before` (None: since the start)."""
+    queues = []
+    for place, now in enumerate(stats.queues):
+        used_s = used_after_s.get(now.pid, 0.0) - used_before_s.get(now.pid, 0.0)
+        before = counted_before.queues[place] if counted_before is not None else None
+        queue: Json = {"index": now.index, "pid": now.pid, "cpu": now.cpu}
+        queue["cpu_percent"] = 100 * used_s / passed_s if passed_s else 0.0
+        for name in COUNTERS:
+            queue[name] = getattr(now, name) - (getattr(before, name) if before is not None else 0)
+        queues.append(queue)
+    return queues
+
+
+def queue_lines(device: Device) -> list[str]:
+    """Return a line for each queue: which process serves it, and where."""
+    return [
+        f"  queue {queue.index}: worker process {queue.pid}, "
+        + (f"pinned to CPU {queue.cpu}" if queue.cpu >= 0 else "on any CPU")
+        for queue in device.queues()
+    ]
+
+
+def job_lines(jobs: Sequence[JobSpec], capacity_bytes: int) -> list[str]:
+    """Return a line for each job: what it does, and for how long."""
+    lines = []
+    for job in jobs:
+        clones = f"{job.numjobs} x " if job.numjobs > 1 else ""
+        length = f"{job.runtime:g} s" if job.time_based else bytes_text(job.size or capacity_bytes - job.offset)
+        mix = f" ({job.rwmixread} % reads)" if job.kind == "mixed" else ""
+        verify = f", verified by {job.verify}" if job.verify != "none" else ""
+        lines.append(
+            f"job: {clones}{job.name}: {job.rw}{mix}, {job.bs} bytes, {job.iodepth} in flight, {length}{verify}"
+        )
+    return lines

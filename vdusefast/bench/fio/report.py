@@ -1,0 +1,227 @@
+"""The report for people: progress while jobs run, a table on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+from vdusefast.bench.fio.run import Progress
+
+Json = dict[str, Any]
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+UNITS_NS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"), (1.0, "ns"))
+JOB_HEADINGS = ("job", "", "IOPS", "bandwidth", "mean", "p50", "p99", "p99.9")
+QUEUE_HEADINGS = ("queue", "pid", "CPU", "CPU used", "requests", "read", "written", "req/kick", "req/irq", "errors")
+
+
+def latency_text(ns: float) -> str:
+    """Return a latency with three digits and its unit."""
+    for factor, unit in UNITS_NS:
+        if ns >= factor:
+            return f"{ns / factor:.3g} {unit}" if ns < 1000 * factor else f"{ns / factor:.0f} {unit}"
+    return "0"
+
+
+def count_text(value: float) -> str:
+    """Return a count as 1.23M, 45.6k or 789."""
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{unit}" if value < 1000 * factor else f"{value / factor:.0f}{unit}"
+    return f"{value:.0f}"
+
+
+def bytes_text(value: float) -> str:
+    """Return bytes as 1.2 GiB, 34 MiB or 567 B."""
+    for factor, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if value >= factor:
+            return f"{value / factor:.4g} {unit}"
+    return f"{value:.0f} B"
+
+
+def per_text(count: int, events: int) -> str:
+    """Return `count` for each of `events`."""
+    return f"{count / events:.1f}" if events else "none"
+
+
+class ProgressLine:
+    """A line on stderr that follows the run, when stderr is a terminal; a context manager."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._progress: Any = None
+        self._task: Any = None
+        self._before = (0.0, 0, 0)
+
+    def __enter__(self) -> ProgressLine:
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            self._progress = Bar(*columns, console=Console(file=self._stream), transient=True)
+            self._task = self._progress.add_task("starting", total=None)
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, look: Progress) -> None:
+        """Show a look at the run."""
+        if self._progress is None:
+            return
+        elapsed, requests, moved = self._before
+        passed = look.elapsed_s - elapsed
+        if 0 < passed < 0.3:
+            return
+        self._before = (look.elapsed_s, look.requests, look.bytes)
+        span = passed if passed > 0 else look.elapsed_s or 1.0
+        verb = "verifying" if look.checking else "running"
+        iops, rate = max(0, look.requests - requests) / span, max(0, look.bytes - moved) / span
+        text = f"{verb}: {count_text(iops)} IOPS, {bytes_text(rate)}/s"
+        total = look.expected_s or None
+        done = min(look.elapsed_s, look.expected_s) if total else None
+        self._progress.update(self._task, description=text, total=total, completed=done)
+
+
+def job_rows(jobs: Sequence[Json]) -> list[tuple[str, ...]]:
+    """Return a row for each direction in which a job moved anything."""
+    rows = []
+    for job in jobs:
+        for op in ("read", "write", "trim"):
+            side = job[op]
+            if not side["total_ios"] or (op == "read" and _only_verifies(job)):
+                continue
+            clat = side["clat_ns"]
+            marks = [latency_text(clat["percentile"][key]) for key in ("50.000000", "99.000000", "99.900000")]
+            figures = (count_text(side["iops"]), bytes_text(side["bw_bytes"]) + "/s", latency_text(clat["mean"]))
+            rows.append((job["jobname"], op, *figures, *marks))
+        if job["sync"]["total_ios"]:
+            sync = job["sync"]
+            rate = sync["total_ios"] * 1000 / job["job_runtime"] if job["job_runtime"] else 0.0
+            marks = [latency_text(sync["lat_ns"]["percentile"][k]) for k in ("50.000000", "99.000000", "99.900000")]
+            rows.append((job["jobname"], "flush", count_text(rate), "", latency_text(sync["lat_ns"]["mean"]), *marks))
+    return rows
+
+
+def _only_verifies(job: Json) -> bool:
+    """Return whether what a job read was for its verification: the real fio reports that as reads of the job."""
+    return job["job options"].get("rw") in ("write", "randwrite")
+
+
+def queue_rows(queues: Sequence[Json]) -> list[tuple[str, ...]]:
+    """Return a row for each queue and its worker."""
+    return [
+        (
+            str(q["index"]),
+            str(q["pid"]),
+            str(q["cpu"]) if q["cpu"] >= 0 else "any",
+            f"{q['cpu_percent']:.0f} %",
+            count_text(q["requests"]),
+            bytes_text(q["bytes_read"]),
+            bytes_text(q["bytes_written"]),
+            per_text(q["requests"], q["kicks"]),
+            per_text(q["requests"], q["irqs"]),
+            str(q["errors"]),
+        )
+        for q in queues
+    ]
+
+
+def verify_lines(checks: Sequence[Json]) -> list[str]:
+    """Return what was verified, and the first faults of each job."""
+    lines = []
+    counted = [c["blocks_verified"] for c in checks if c["verify"] != "none"]
+    verified = sum(count for count in counted if count is not None)
+    wrong = sum(c["verify_errors"] for c in checks)
+    failed = sum(c["request_errors"] for c in checks)
+    if not counted:
+        lines.append("verified: nothing (no job asks for it; --verify=crc32c does)")
+    elif counted.count(None) == len(counted):
+        lines.append(f"verified: by fio, which does not count it apart in a job that also reads, {wrong} wrong")
+    else:
+        lines.append(
+            f"verified: {verified} times a block was read and compared with what was last written to it, {wrong} wrong"
+        )
+    lines.append(f"failed requests: {failed}")
+    for check in checks:
+        lines += [f"  {check['jobname']}: {message}" for message in check.get("messages", [])]
+        for fault in check["faults"]:
+            lines.append(
+                f"  {check['jobname']}: {fault['op']} of block {fault['block']} at byte {fault['offset_bytes']}: "
+                f"{fault['kind']}: expected {fault['expected']:#x}, found {fault['found']:#x}"
+            )
+        more = check["verify_errors"] + check["request_errors"] - len(check["faults"])
+        if more > 0 and not check.get("messages"):
+            lines.append(f"  {check['jobname']}: and {more} more")
+    return lines
+
+
+def baseline_lines(baselines: Sequence[Json]) -> list[str]:
+    """Return a line for each comparison with fio."""
+    return [
+        f"fio {b['engine']}: {count_text(b['iops'])} IOPS, {bytes_text(b['bw_bytes'])}/s, "
+        f"mean {latency_text(b['clat_mean_ns'])}; vdusefast makes {b['ratio']:.2f} times its IOPS"
+        for b in baselines
+    ]
+
+
+INTRODUCTION = """\
+This starts a block device, lets jobs read and write it for a while, reads back every block that was written, and says
+how fast it was and whether every byte was right.
+"""
+EXPLANATION = """\
+What this was: each queue of the device is served by a worker process of its own, which moves data straight between the
+store and the driver's memory. The load came through the rings that a virtual machine or the kernel would use.
+IOPS: requests finished in a second. mean, p50, p99, p99.9: how long one took, from when the driver issued it until it
+saw the answer; p99 = 99 of 100 were faster. CPU used: how busy the worker kept its CPU. req/kick, req/irq: requests for
+each wake-up of the worker and of the driver; the more, the better: a wake-up costs more than a request.\
+"""
+
+
+def print_report(report: Json, stream: TextIO, *, explain: bool = False) -> None:
+    """Print the report; with `explain`, also what the figures mean."""
+    extra = report["vdusefast"]
+    tables = [(JOB_HEADINGS, job_rows(report["jobs"])), (QUEUE_HEADINGS, queue_rows(extra["queues"]))]
+    print_tables(tables, stream)
+    for line in [*verify_lines(extra["verify"]), *baseline_lines(extra["baseline"])]:
+        print(line, file=stream)
+    if extra["stopped_by"]:
+        print(f"stopped early by {extra['stopped_by']}: what was in flight has been finished", file=stream)
+    if explain:
+        print(f"\n{EXPLANATION}", file=stream)
+
+
+def print_tables(tables: Sequence[Table], stream: TextIO) -> None:
+    """Print tables: framed on a terminal, as plain columns elsewhere."""
+    if stream.isatty():
+        _print_rich(tables, stream)
+        return
+    for headings, rows in tables:
+        _print_plain(headings, rows, stream)
+
+
+def _print_rich(tables: Sequence[Table], stream: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=stream)
+    for headings, rows in tables:
+        table = Table()
+        for place, heading in enumerate(headings):
+            table.add_column(heading, justify="left" if place == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _print_plain(headings: tuple[str, ...], rows: list[tuple[str, ...]], stream: TextIO) -> None:
+    widths = [max(len(row[place]) for row in [headings, *rows]) for place in range(len(headings))]
+    for row in [headings, *rows]:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        print("  ".join(cells).rstrip(), file=stream)
+    print(file=stream)

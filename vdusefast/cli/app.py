@@ -1,0 +1,114 @@
+"""The command line. A failure is one line on stderr that says what to do, and an exit status of errors.py."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+import click
+
+import vdusefast
+from vdusefast.base.printable import printable
+from vdusefast.base.secret import redact
+from vdusefast.cli import manage, recover, serve
+from vdusefast.cli import resize as cli_resize
+from vdusefast.cli import systemd as cli_systemd
+from vdusefast.errors import KernelSupportError, VdusefastError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(vdusefast.__version__, prog_name="vdusefast", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Serve VDUSE block devices from Python at the speed of C."""
+
+
+for _command in (
+    serve.add,
+    serve.serve,
+    manage.delete,
+    manage.list_devices,
+    manage.show,
+    manage.stats,
+    recover.recover,
+    recover.restart,
+    cli_resize.resize,
+    cli_systemd.systemd_unit,
+    cli_systemd.systemd_reload,
+):
+    cli.add_command(_command)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
+def check(as_json: bool) -> None:
+    """Say what works on this machine, what does not, and the remedy.
+
+    The exit status is 0 when devices can be served over the loopback transport, which needs no kernel module, else 5.
+    """
+    from vdusefast import doctor
+
+    findings = doctor.examine()
+    if as_json:
+        click.echo(json.dumps(doctor.to_dict(findings), indent=2))
+    else:
+        for finding in findings:
+            _print_finding(finding)
+    missing = [finding.name for finding in findings if finding.needed and not finding.ok]
+    if missing:
+        raise KernelSupportError(f"devices cannot be served here: {', '.join(missing)}; see the remedies above")
+
+
+def _print_finding(finding: vdusefast.doctor.Finding) -> None:
+    mark, colour = ("ok", "green") if finding.ok else ("NO", "red") if finding.needed else ("no", "yellow")
+    click.echo(f"{click.style(f'{mark:3}', fg=colour)}{finding.name:18} {finding.text}")
+    if finding.remedy:
+        click.echo(f"{'':21} remedy: {finding.remedy}")
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status. `args` is None for the process's own."""
+    try:
+        result = cli.main(args=args, prog_name="vdusefast", standalone_mode=False)
+    except VdusefastError as error:
+        return _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return EXIT_USAGE
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except OSError as error:  # of the output, most likely
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", EXIT_FAILURE)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, exit_code: int) -> int:
+    if sys.stderr is not None:  # None when it was closed as we were started
+        with suppress(OSError):  # there is nobody left to tell
+            print(f"vdusefast: {printable(redact(message))}", file=sys.stderr)
+    return exit_code
+
+
+def main() -> None:
+    """Run the process's command line and exit with its status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may not have every character
+    status = run()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # told already; the interpreter would try again, and complain in its own way
+        null_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null_fd, sys.stdout.fileno())
+        os.close(null_fd)
+    sys.exit(status)

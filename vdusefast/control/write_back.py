@@ -1,0 +1,133 @@
+"""Failed write-backs of a file: who has still to be told of them.
+
+The kernel reports a failed write-back once for each open file description, and not at all to one that is opened after
+somebody was told. The workers share the description that they flush by. So each queue has a witness: a description of
+the same file that nothing is flushed by, which its worker asks behind each flush (csrc/queue/flush.h). The supervisor
+has one more, for what a worker was told of and died with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+from vdusefast.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vdusefast.backends import Store
+    from vdusefast.state.shared_pages import SharedPages
+
+FAR_BYTES = 1 << 62  # where no file has pages: nothing is written, and nothing waited for
+SYNC_FILE_RANGE_WAIT_BEFORE = 1
+_NO_REPORT = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
+
+_log = logging.getLogger("vdusefast")
+
+
+def take_report(fd: int) -> int:
+    """Return the errno of a failed write-back that this open file description has yet to report, 0 for none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    far = ctypes.c_int64(FAR_BYTES)
+    if libc.sync_file_range(fd, far, ctypes.c_int64(1), SYNC_FILE_RANGE_WAIT_BEFORE) == 0:
+        return 0
+    error = ctypes.get_errno()
+    return 0 if error in _NO_REPORT else error
+
+
+class WriteBack:
+    """What is known of the write-backs of one device's store. Owns the witnesses; `close` is idempotent.
+
+    `look` is called in the supervisor's loop: it does no I/O. `forgive` may be called in any thread.
+    """
+
+    def __init__(self, device: str, pages: SharedPages, store: Store, queue_count: int):
+        """Open a witness for each queue and one for ourselves, where the store is a file that is flushed.
+
+        pages, store: borrowed. Raises OSError.
+        """
+        self._device = device
+        self._pages = pages
+        self._store = store
+        self._fds: list[int] = []
+        if store.kind not in ("file", "blockdev") or store.cache == "unsafe" or store.read_only:
+            return
+        try:
+            for _ in range(queue_count + 1):
+                self._fds.append(os.open(f"/proc/self/fd/{store.fd}", os.O_RDONLY | os.O_CLOEXEC))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def queue_fds(self) -> Sequence[int]:
+        """The witness of each queue; none where the store needs none."""
+        return self._fds[:-1]
+
+    def look(self) -> None:
+        """Have all flushes fail if a write-back has failed: a worker that died may have been told of it."""
+        error = take_report(self._fds[-1]) if self._fds else 0
+        if error:
+            self._pages.fail_flushes(error)
+
+    def failure(self) -> BackendError | None:
+        """Return why every flush fails, and what to do; None when none does. For any thread."""
+        try:
+            failure = self._pages.flush_failure()
+        except ValueError:  # the pages have just been closed
+            return None
+        if failure is None:
+            return None
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(failure.since_s))
+        return BackendError(
+            f"device {self._device}: data that was written to its store is lost ({os.strerror(failure.errno)}, "
+            f"{since}): every flush fails. Mend {self._store.uri}, check what is on it, then: vdusefast recover "
+            f"{self._device}"
+        )
+
+    def begin(self, *, is_left: bool, forgive: bool) -> None:
+        """Take note of what was before us. is_left: the device was served before, and is gone on with.
+
+        forgive: an operator says that its flushes are to be carried out again. What others wrote to a store that no
+        device had is none of the driver's: that it may be lost is in the log.
+        """
+        if is_left and not forgive:
+            self._tell_cut_off()
+            self.look()
+        elif error := self.forgive():
+            _log.warning(
+                "device %s: %s: what was written to it before may be lost (%s), which nobody was told of: check it",
+                *(self._device, self._store.uri, os.strerror(error)),
+            )
+
+    def forgive(self) -> int:
+        """Have flushes be carried out again. Returns the errno of a failure that nobody was told of, 0 for none.
+
+        Pages of the cache that the store never got are dropped: what is read from now on is what the store has.
+        """
+        fds = [self._store.fd, *self._fds] if self._fds else []
+        errors = [take_report(fd) for fd in fds]  # of all: each has its own
+        if self._fds and self._pages.flush_failure() is not None:
+            os.posix_fadvise(self._store.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._pages.forgive_flushes()
+        return max(errors, default=0)
+
+    def close(self) -> None:
+        """Close the witnesses."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _tell_cut_off(self) -> None:
+        """Say which flushes the processes before us were at: should one have failed, nobody knows any more."""
+        queues = [queue for queue in range(self._pages.queue_count) if self._pages.status(queue).flushing]
+        if queues and self._fds:
+            _log.warning(
+                "device %s: all its processes were killed during a flush of queue %s, which is carried out again; if "
+                "the kernel log has write errors of %s from then, data is lost",
+                *(self._device, ", ".join(map(str, queues)), self._store.uri),
+            )

@@ -1,0 +1,1 @@
+"""This machine: its CPUs, processes, mounts and devices."""

@@ -1,0 +1,63 @@
+"""The machine's processes as /proc shows them: their names, their namespaces, and whether all can be seen from here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+# linux/proc_ns.h: the number of the first PID namespace, whose processes are all that there are.
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
+
+
+def sees_all(root: Path = ROOT) -> bool:
+    """Return whether /proc shows every process of the machine, rather than those of one PID namespace.
+
+    A process in a PID namespace of its own may have the machine's /proc: then process 1 is the machine's.
+    """
+    return _FIRST_PID_NAMESPACE in (_link(root / "proc/self/ns/pid"), _link(root / "proc/1/ns/pid"))
+
+
+def is_in_first_namespace(pid: int, root: Path = ROOT) -> bool:
+    """Return whether a process, by its number in our own PID namespace, sees every process of the machine."""
+    return pid > 0 and _link(root / f"proc/{pid}/ns/pid") == _FIRST_PID_NAMESPACE
+
+
+def list_processes(root: Path = ROOT) -> Iterator[Path]:
+    """Return the directories of all processes in /proc."""
+    for entry in os.listdir(root / "proc"):
+        if entry.isdecimal():
+            yield root / "proc" / entry
+
+
+def command(process: Path) -> str:
+    """Return "pid N (command)" for a directory of /proc."""
+    name = read(process / "comm").strip()
+    return f"pid {process.name} ({name})" if name else f"pid {process.name}"
+
+
+def parent_pid(process: Path) -> int:
+    """Return the parent of a process, 0 where it has ended."""
+    words = read(process / "stat").rpartition(")")[2].split()
+    return int(words[1]) if len(words) > 1 else 0
+
+
+def mount_namespace(process: Path) -> str:
+    """Return which mount namespace a process is in; its pid where that is hidden."""
+    return _link(process / "ns/mnt") or process.name
+
+
+def read(path: Path) -> str:
+    """Return a file's text, "" when the process or device is gone or hides it."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""A served device as a process."""

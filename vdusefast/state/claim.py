@@ -1,0 +1,144 @@
+"""Kernel devices whose run directory is lost: going on with one by a configuration that an operator gives.
+
+The kernel keeps the device, and shows what its driver was offered by the limits of the disk. It does not tell who made
+it, nor which requests are in flight: so it takes an explicit `--claim`, and a queue is gone on with only where its ring
+shows that its driver waits for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from vdusefast.config import QUEUE_SIZE_MAX, Config, make_config, resolve_cpus
+from vdusefast.errors import ConfigError, DeviceBusyError, DeviceNotFoundError, VdusefastError
+from vdusefast.host import sysfs
+from vdusefast.state import saved_state
+from vdusefast.transport import kernel_control
+from vdusefast.transport.kernel import KernelOptions, KernelTransport
+from vdusefast.transport.virtio_blk import config_fields
+from vdusefast.units import SECTOR_BYTES
+
+if TYPE_CHECKING:
+    from vdusefast.control.device_model import BlockDevice
+    from vdusefast.state.run_dir import RunDirectory
+    from vdusefast.state.saved_state import SavedState
+
+ANY_FEATURES = (1 << 64) - 1
+UNKNOWN_SIZE_BYTES = 1 << 20
+
+
+class _Limit(NamedTuple):
+    """One thing that the kernel shows of a disk, and what of the configuration it has to fit."""
+
+    key: str
+    shown: int
+    configured: int
+    exact: bool  # else the driver may have been offered less
+
+    @property
+    def fits(self) -> bool:
+        """Whether a driver that was shown this can be served by the configuration."""
+        return self.shown == self.configured if self.exact else self.shown <= self.configured
+
+
+def check(directory: RunDirectory, *, any_driver: bool) -> None:
+    """Check that there is a device to be claimed. Nothing is touched.
+
+    directory: held by us. any_driver: it is only to be removed. Raises DeviceNotFoundError, DeviceBusyError for one
+    that has a state or is broken, VdusefastError for one that the kernel tells too little of.
+    """
+    name = directory.path.name
+    if not sysfs.created(name) or not sysfs.attached(name):
+        raise DeviceNotFoundError(f"{name}: the kernel has no device of this name in use: there is nothing to claim")
+    if saved_state.load(directory.state_path) is not None:
+        raise DeviceBusyError(
+            f"{name}: needs no --claim, as its state is in {directory.path}: vdusefast recover {name}"
+        )
+    if kernel_control.is_left_broken(name):
+        raise DeviceBusyError(f"{name}: is broken, so that nobody can go on with it: vdusefast del {name} --force")
+    if not any_driver and not sysfs.disk_path(name):
+        raise VdusefastError(
+            f"{name}: is no disk of this machine, so that nothing tells whether a configuration is the right one: end "
+            f"its client, then: vdusefast del {name} --force --claim"
+        )
+
+
+def removal_config(name: str) -> Config:
+    """Return a configuration to remove the device by: every request is answered with an error."""
+    if not sysfs.created(name) or not sysfs.attached(name):
+        raise DeviceNotFoundError(f"{name}: the kernel has no device of this name in use: there is nothing to claim")
+    disk = sysfs.disk_path(name)
+    size_bytes = sysfs.number(disk, "size") * SECTOR_BYTES if disk else 0
+    return resolve_cpus(
+        make_config(
+            name=name,
+            uri=f"null:{size_bytes or UNKNOWN_SIZE_BYTES}",
+            transport="kernel",
+            bus="vhost" if sysfs.bound_driver(name) == sysfs.BUS_DRIVERS["vhost"] else "virtio",
+            queues=sysfs.queue_count(name),
+            queue_size=QUEUE_SIZE_MAX,
+            user_memory="off",
+        )
+    )
+
+
+def make_state(config: Config, model: BlockDevice, *, any_driver: bool) -> SavedState:
+    """Return the state that is lost, as far as the configuration and the kernel tell.
+
+    any_driver: the device is only to be removed, whatever its driver was offered. Raises ConfigError for each key that
+    cannot be as configured, KernelSupportError.
+    """
+    if any_driver:
+        model.offered_features = ANY_FEATURES
+    else:
+        wrong = [limit for limit in _limits(model) if not limit.fits]
+        if wrong:
+            told = "; ".join(f"{limit.key}: {limit.shown}, not {limit.configured}" for limit in wrong)
+            raise ConfigError(
+                f"{model.name}: this is not how the device was made, as the kernel shows: {told}; give the "
+                "configuration that it was served by"
+            )
+    # The protocol is not told: it is what a server of this version would have made the device by, on this kernel.
+    api_version, vduse_features = kernel_control.probe_control()
+    transport = KernelTransport(KernelOptions(api_version=api_version, vduse_features=vduse_features))
+    return saved_state.make_state(config, model.spec(), transport)
+
+
+def _limits(model: BlockDevice) -> list[_Limit]:
+    name, space = model.name, config_fields(model.config_space)
+    disk = sysfs.disk_path(name)
+
+    def limit(key: str, attribute: str, configured: int, *, exact: bool = False) -> _Limit:
+        return _Limit(key, sysfs.number(disk, attribute), configured, exact)
+
+    return [
+        _Limit("device.queues", sysfs.queue_count(name), model.queue_count, True),
+        limit("size in sectors", "size", space["capacity"], exact=True),
+        limit("device.block_size_bytes", "queue/logical_block_size", space["blk_size"], exact=True),
+        limit("device.read_only", "ro", int(model.read_only), exact=True),
+        limit("backend.cache is not writethrough", "queue/write_cache", int(model.writeback), exact=True),
+        limit("device.size_max_bytes", "queue/max_segment_size", space["size_max"]),
+        limit("device.seg_max", "queue/max_segments", space["seg_max"]),
+        limit("bytes of a discard", "queue/discard_max_hw_bytes", space["max_discard_sectors"] * SECTOR_BYTES),
+        limit(
+            "bytes of a write-zeroes",
+            "queue/write_zeroes_max_bytes",
+            space["max_write_zeroes_sectors"] * SECTOR_BYTES,
+        ),
+    ]
+
+
+def unclean_text(name: str, why: str) -> str:
+    """Return what is to be said of a device that was claimed, and whose rings do not tell what is in flight."""
+    return (
+        f"{name}: cannot be gone on with: {why}; which of its requests were carried out is lost with its run "
+        f"directory: vdusefast del {name} --force --claim removes it and fails them"
+    )
+
+
+def advice(name: str) -> str:
+    """Return what can be done about a device of the kernel that has no state."""
+    return (
+        "if it was vdusefast's, and its run directory was lost: vdusefast add CONFIG --claim goes on with it if "
+        f"nothing was in flight, vdusefast del {name} --force --claim removes it"
+    )

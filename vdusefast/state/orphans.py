@@ -1,0 +1,162 @@
+"""Kernel devices whose server has ended: whether there is one, what can be done with it, and removing a broken one.
+
+A server that is killed, or hands its device over, leaves it in the kernel, where requests wait for the next server.
+What it left for that is in its run directory. Nothing here serves: what has requests pending is left alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vdusefast.errors import DeviceBusyError, DeviceNotFoundError
+from vdusefast.host import node_users, run_dirs, sysfs
+from vdusefast.state import run_dir, saved_state
+from vdusefast.state.saved_state import SavedState
+from vdusefast.transport import TransportError, kernel_control
+
+if TYPE_CHECKING:
+    from vdusefast.config import Config
+
+
+def in_kernel(name: str) -> bool:
+    """Return whether the kernel has a VDUSE device of that name, or a device on the vDPA bus."""
+    return sysfs.created(name) or sysfs.attached(name)
+
+
+def is_left(path: Path) -> bool:
+    """Return whether the kernel has the device of the run directory at `path`, and nobody serves it.
+
+    Raises VdusefastError when its lock cannot be opened.
+    """
+    return run_dirs.holder_transport(path) == "kernel" and in_kernel(path.name) and not run_dirs.is_held(path)
+
+
+def is_lost(path: Path) -> bool:
+    """Return whether the kernel has a device of the run directory's name in use, and nothing is written down of it."""
+    return sysfs.attached(path.name) and not (path / "state").exists()
+
+
+def is_broken(name: str) -> bool:
+    """Return whether the kernel has given up a device that nobody serves."""
+    return sysfs.created(name) and kernel_control.is_left_broken(name)
+
+
+def is_attached(name: str) -> bool:
+    """Return whether the vDPA bus has a device of that name."""
+    return sysfs.attached(name)
+
+
+def choose(directory: run_dir.RunDirectory, config: Config, transport: str, recover: bool | None) -> SavedState | None:
+    """Return the state of the device that is to be taken over, None when one is to be created.
+
+    directory: held by us, with what its last holder has left. transport: the kind that is to be used. recover: True
+    must find one, False takes none, None takes what the kernel has. A kernel device that nothing uses and nobody could
+    go on with is destroyed. Raises DeviceNotFoundError, ConfigError for another device than that which was left,
+    DeviceBusyError for one that cannot be taken over or is not to be, VdusefastError, OSError.
+    """
+    name = directory.path.name
+    was_kernel = directory.transport == "kernel" and in_kernel(name)
+    if recover is None:
+        recover = was_kernel and (directory.state_path.exists() or sysfs.attached(name))
+    if recover:
+        state = saved_state.load(directory.state_path)
+        if state is not None:
+            saved_state.check_config(state, config, transport)
+            return state
+        if not was_kernel:
+            raise DeviceNotFoundError(f"{name}: there is nothing to go on with: no server has left a device")
+        if sysfs.attached(name):
+            raise DeviceBusyError(lost_text(name))
+    elif was_kernel and sysfs.attached(name):
+        raise DeviceBusyError(advice(name))
+    if was_kernel:
+        destroy(name)
+    directory.state_path.unlink(missing_ok=True)  # that of a device which is no more
+    return None
+
+
+def load_state(path: Path) -> SavedState:
+    """Return what the last server of the run directory at `path` has written down. Raises VdusefastError."""
+    state = saved_state.load(path / "state")
+    if state is None:
+        raise DeviceBusyError(lost_text(path.name) if sysfs.attached(path.name) else advice(path.name))
+    return state
+
+
+def advice(name: str) -> str:
+    """Return what is to be done about a device that has lost its server."""
+    if not sysfs.attached(name):
+        return f"{name}: its server has ended and left /dev/vduse/{name}, which nothing uses: vdusefast del {name}"
+    node = sysfs.node(name)
+    waits = f"{name}: its server has ended, and the kernel still has the device{f' as {node}' if node else ''}"
+    if is_broken(name):
+        return (
+            f"{waits}, which is broken: a message was not answered within its msg_timeout: "
+            f"vdusefast recover {name} makes it anew when nobody uses it"
+        )
+    return f"{waits}, where requests wait: vdusefast recover {name} goes on with it, vdusefast del {name} removes it"
+
+
+def lost_text(name: str) -> str:
+    """Return what is to be said of a device that nobody can go on with."""
+    from vdusefast.state import claim
+
+    node = sysfs.node(name)
+    return (
+        f"{name}: the kernel has the device{f' as {node}' if node else ''}, but what its last server wrote down about "
+        f"it is not there; {claim.advice(name)}"
+    )
+
+
+def destroy(name: str) -> bool:
+    """Destroy a kernel device that has no place on the bus. Returns whether there is such a one.
+
+    Raises DeviceBusyError when a process holds it.
+    """
+    if not sysfs.created(name) or sysfs.attached(name):
+        return False
+    kernel_control.destroy_device(name)
+    return True
+
+
+def refuse_users(name: str) -> None:
+    """Raise DeviceBusyError while somebody uses the node of a broken device, or has requests pending in it.
+
+    Those never end, and taking the device from its driver would wait for them in the kernel, for ever.
+    """
+    node = sysfs.node(name)
+    waiting = node_users.pending_requests(node)
+    if waiting:  # looked at first, as opening such a node may wait as well
+        raise DeviceBusyError(
+            f"{name}: it is broken, and {waiting} of {node}'s requests wait in it, which nobody can end: to remove it "
+            "would hang in the kernel, and every vDPA command of this machine after it. Reboot (`sync` hangs, too)"
+        )
+    users = node_users.find_users(node)
+    if users:
+        raise DeviceBusyError(
+            f"{name}: it is broken and cannot be made anew while {node} is in use: {node_users.describe(users)}; "
+            f"end that, then: vdusefast recover {name}"
+        )
+
+
+def remove_broken(path: Path) -> None:
+    """Remove a broken device that nobody serves from the kernel; its run directory stays.
+
+    Its messages fail at once, so that nobody has to answer them while it is taken from its driver. Raises
+    DeviceBusyError when somebody uses it or serves it, VdusefastError.
+    """
+    name = path.name
+    from vdusefast.host import vdpa
+
+    directory = run_dir.RunDirectory(name, path.parent)
+    try:
+        refuse_users(name)
+        sysfs.unbind(name)
+        if sysfs.attached(name):
+            vdpa.device_delete(name)
+        destroy(name)
+    except OSError as error:
+        raise TransportError(f"device {name}: cannot be detached: {error.strerror}") from error
+    finally:
+        directory.release()
