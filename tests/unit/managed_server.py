@@ -4,13 +4,15 @@
     managed_server.py reload BASE CONFIG        # ExecReload
     managed_server.py replace BASE WORD...      # what a reload starts, in place of vdusefast.server.launch
 
-While BASE/missing is there, the store cannot be opened.
+While BASE/missing is there, the store cannot be opened. While BASE/slow is there, a server needs a second to let go of
+its device, and notes in it that it has.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from vdusefast.config import Config, load_config  # noqa: E402
 from vdusefast.server import launch  # noqa: E402
 from vdusefast.server import service as daemon  # noqa: E402
 
+LETTING_GO_S = 1.0
+
 
 class ManagedDevice(FakeDevice):
     """One over a store that may be missing."""
@@ -35,6 +39,12 @@ class ManagedDevice(FakeDevice):
         self._missing = base / "missing"
         if self._missing.exists():
             self.start_error = self.proof_error = errors.BackendError("vd0: the store is missing")
+
+    def hand_over(self, timeout_s: float = 30.0) -> None:
+        if (note := self._base / "slow").exists():
+            time.sleep(LETTING_GO_S)
+            note.write_text(f"pid {os.getpid()} has let go")
+        super().hand_over(timeout_s)
 
     def info(self) -> dict[str, Any]:
         return {**super().info(), "transport": "kernel"}

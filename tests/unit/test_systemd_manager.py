@@ -187,6 +187,20 @@ def test_reloaded_server_is_the_main_process_in_every_respect(manager: Manager) 
     assert manager.show("ActiveState") == "inactive"  # what was deleted is not served again
 
 
+def test_reloaded_server_is_asked_to_stop_and_not_killed(manager: Manager) -> None:
+    manager.systemctl("start", "vd0")
+    old = manager.served_by()
+    assert manager.systemctl("reload", "vd0").returncode == 0, manager.log()
+    new = manager.served_by(but=old)
+    wait_for(lambda: not Path(f"/proc/{old}").exists())
+    note = manager.base / "slow"
+    note.touch()
+    assert manager.systemctl("stop", "vd0").returncode == 0
+    wait_for(lambda: not Path(f"/proc/{new}").exists())
+    assert note.read_text() == f"pid {new} has let go", manager.log()
+    assert manager.show("Result") == "success"
+
+
 def test_reload_that_is_refused_changes_nothing(manager: Manager) -> None:
     manager.systemctl("start", "vd0")
     pid = manager.served_by()

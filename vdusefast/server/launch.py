@@ -27,9 +27,11 @@ from vdusefast.base.decoding import decode_json
 from vdusefast.config import Config
 from vdusefast.errors import EXIT_DELETED, TimedOutError, VdusefastError, from_exit_code
 from vdusefast.host import run_dirs
-from vdusefast.server import registry
+from vdusefast.server import foreign_process, registry
+from vdusefast.server.foreign_process import ForeignProcess
 from vdusefast.server.sd_notify import is_service
 from vdusefast.server.signals import PatientStopSignals
+from vdusefast.server.systemd import manager as service_manager
 from vdusefast.server.systemd import start_file, transient_unit
 from vdusefast.state import orphans
 
@@ -50,7 +52,7 @@ _OUTCOME_TAKE_OVER = "left to its old server, unless the new one serves it alrea
 _ASKING = {False: (signal.SIGINT, signal.SIGTERM), True: (signal.SIGTERM,)}
 
 Json = dict[str, Any]
-Process = subprocess.Popen[bytes] | transient_unit.ServiceProcess
+Process = subprocess.Popen[bytes] | ForeignProcess
 
 
 class _Report(msgspec.Struct):
@@ -202,41 +204,40 @@ def _default_command(function: str) -> list[str]:
     return spawn.command("server.launch", function)
 
 
-def _spawn(
-    command: list[str], config: Config, mode: Mode, write_fd: int, output_fd: int | None
-) -> subprocess.Popen[bytes]:
+def _spawn(command: list[str], config: Config, mode: Mode, write_fd: int, output_fd: int | None) -> Process:
     """Start the process in a session of its own and hand it the configuration.
 
-    output_fd: for what it prints; None makes it a main process of our service, with our output. Raises VdusefastError.
+    output_fd: for its output. None makes it the main process of our service: with our output, and with systemd as its
+    parent. Raises VdusefastError.
     """
-    service = output_fd is None
-    hidden = set(SERVICE_VARIABLES) - set(MAIN_PROCESS_VARIABLES if service else ())
-    journal_fd = 2 if logs.is_journal(2) and not service else -1
-    kept = os.dup(journal_fd) if journal_fd >= 0 else -1
-    pass_fds = [fd for fd in (write_fd, kept) if fd >= 0]
+    name = config.device.name
+    hidden = set(SERVICE_VARIABLES) - set(MAIN_PROCESS_VARIABLES if output_fd is None else ())
+    # Those of a service that runs this command are for that one's own processes.
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    kept = -1
     try:
-        process = subprocess.Popen(
-            [*command, config.device.name, str(write_fd), str(kept), mode],
-            stdin=subprocess.PIPE,
-            stdout=output_fd,
-            stderr=output_fd,
-            pass_fds=pass_fds,
-            start_new_session=True,
-            # Those of a service that runs this command are for that one's own processes.
-            env={key: value for key, value in os.environ.items() if key not in hidden},
-        )
-    except OSError as error:
-        raise VdusefastError(f"{config.device.name}: its server cannot be started: {error}") from None
+        with open(os.memfd_create("vdusefast-config", os.MFD_CLOEXEC), "w+b") as file:
+            file.write(msgspec.json.encode(config))
+            file.seek(0)
+            if output_fd is None:
+                words = [*command, name, str(write_fd), "-1", mode]
+                return foreign_process.start(words, stdin=file, pass_fds=[write_fd], environment=environment)
+            if logs.is_journal(2):
+                kept = os.dup(2)
+            return subprocess.Popen(
+                [*command, name, str(write_fd), str(kept), mode],
+                stdin=file,
+                stdout=output_fd,
+                stderr=output_fd,
+                pass_fds=[fd for fd in (write_fd, kept) if fd >= 0],
+                start_new_session=True,
+                env=environment,
+            )
+    except (OSError, VdusefastError) as error:
+        raise VdusefastError(f"{name}: its server cannot be started: {error}") from None
     finally:
         if kept >= 0:
             os.close(kept)
-    assert process.stdin is not None
-    try:
-        process.stdin.write(msgspec.json.encode(config))
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # it has ended already, which shows in its report
-    return process
 
 
 def _wait(read_fd: int, signals: PatientStopSignals, name: str, until: float, outcome: str) -> bytes:
@@ -276,9 +277,11 @@ def _judge(line: bytes, process: Process, name: str, log_fd: int, asking: tuple[
         _end(process, name, asking, ask=False)
         raise from_exit_code(report.error, report.exit_code)
     _end(process, name, asking, ask=False)
-    if isinstance(process, transient_unit.ServiceProcess):
-        unit = transient_unit.unit_name(name)
-        raise VdusefastError(f"{name}: its server ended before the device was usable: journalctl -u {unit} says why")
+    if isinstance(process, ForeignProcess):
+        is_own = isinstance(process, transient_unit.ServiceProcess)
+        unit = transient_unit.unit_name(name) if is_own else service_manager.own_unit()
+        where = f": journalctl -u {unit} says why" if unit else ""
+        raise VdusefastError(f"{name}: its server ended before the device was usable{where}")
     text = os.pread(log_fd, ERROR_TEXT_BYTES, max(0, os.fstat(log_fd).st_size - ERROR_TEXT_BYTES))
     lines = text.decode(errors="replace").strip().splitlines()
     status = process.returncode

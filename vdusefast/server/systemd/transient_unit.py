@@ -7,9 +7,7 @@ device are unmounted, and nobody would start it again after a crash.
 from __future__ import annotations
 
 import os
-import select
 import shutil
-import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vdusefast.errors import VdusefastError
 from vdusefast.host.shutdown import SYSTEMD_IS_INIT
+from vdusefast.server.foreign_process import ForeignProcess
 from vdusefast.server.systemd.unit import needed_units
 
 if TYPE_CHECKING:
@@ -123,30 +122,8 @@ def stop_unit(unit: str, *, wait: bool = True) -> None:
     _run("systemctl", "stop", *([] if wait else ["--no-block"]), unit)
 
 
-class ServiceProcess:
-    """The main process of a service, with what is needed of subprocess.Popen. It is a child of systemd's."""
-
-    def __init__(self, pid: int) -> None:
-        """Watch a process that lives. Raises ProcessLookupError."""
-        self.pid = pid
-        self.returncode: int | None = None
-        self._fd = os.pidfd_open(pid)
-
-    def __del__(self) -> None:
-        os.close(self._fd)
-
-    def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal; none to a process that has ended."""
-        try:
-            signal.pidfd_send_signal(self._fd, number)
-        except ProcessLookupError:
-            self.returncode = 0
-
-    def wait(self, timeout_s: float) -> None:
-        """Wait for its end, whose status systemd alone knows. Raises subprocess.TimeoutExpired."""
-        if not select.select([self._fd], [], [], timeout_s)[0]:
-            raise subprocess.TimeoutExpired("a service", timeout_s)
-        self.returncode = 0
+class ServiceProcess(ForeignProcess):
+    """The main process of a device's own service."""
 
 
 def _caller_properties() -> list[str]:
