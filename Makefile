@@ -45,4 +45,4 @@ soak: ## The long tests, ten minutes for each measure of time (make soak SECONDS
 clean: ## Remove what was built; .venv stays
 	@rm -rf build dist *.egg-info vdusefast/*/*.so tests/fuzz/build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@rm -f .venv/.vdusefast-build
-	@find vdusefast tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find vdusefast tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

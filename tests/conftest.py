@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Compile what guests and servers import: many Pythons start, most of them below an emulator."""
     if not session.config.option.collectonly:
-        for name in ("vdusefast", "bench", "tests"):
+        for name in ("vdusefast", "bench", "examples", "tests"):
             compileall.compile_dir(str(session.config.rootpath / name), quiet=2)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/**/*.md", "bench/**/*.md", "tools/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "bench/**/*.md", "examples/**/*.md")
     for path in ROOT.glob(pattern)
     if path.name != "CHANGELOG.md"  # it tells what was, too
 )

@@ -1,4 +1,7 @@
-"""The plugin of nbdkit that bench/disks/ram_disk.py is compared with: the same lines for a read, over the same file."""
+"""The plugin of nbdkit that examples/disks/ram_disk.py is compared with.
+
+It has the same lines for a read, over the same file.
+"""
 
 import io
 import mmap

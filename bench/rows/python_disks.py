@@ -1,4 +1,4 @@
-"""The Python class of bench/disks against nbdkit's Python plugin with the same line for a read, over the same file.
+"""The Python class of examples/disks against nbdkit's Python plugin with the same line for a read, over the same file.
 
 Each server has the worker's CPU, each client the driver's. Before it is timed each is asked for blocks at random, which
 must be those of the file.
@@ -38,8 +38,8 @@ def check_blocks(setup: Setup, read: Callable[[int], bytes], whose: str) -> None
 
 
 def python_disk(setup: Setup, name: str) -> float:
-    """Return IOPS of a class of bench/disks/ram_disk.py that maps the file on tmpfs."""
-    uri = f"python:{ROOT}/bench/disks/ram_disk.py:{name}?path={setup.tmpfs_file}&size={FILE_BYTES}"
+    """Return IOPS of a class of examples/disks/ram_disk.py that maps the file on tmpfs."""
+    uri = f"python:{ROOT}/examples/disks/ram_disk.py:{name}?path={setup.tmpfs_file}&size={FILE_BYTES}"
     with Device(device_config(setup, uri)) as device, device.driver() as driver:
         check_blocks(setup, lambda offset_bytes: driver.read(offset_bytes, BLOCK_BYTES), name)
     return vdusefast(setup, uri)

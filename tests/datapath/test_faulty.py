@@ -81,7 +81,7 @@ def test_failed_write_does_not_reach_the_store_and_others_do(image: Path, engine
 
 
 def test_rules_are_for_a_modules_engine_as_well(tmp_path: Path) -> None:
-    disk = Path(__file__).parents[2] / "bench" / "disks" / "ram_disk.py"
+    disk = Path(__file__).parents[2] / "examples" / "disks" / "ram_disk.py"
     rules = "op=write,error=EIO,every=2+op=read,delay=20ms"
     with served(rules, f"python:{disk}:RamDisk?size=8M&path={tmp_path}/memory") as driver:
         assert outcomes(driver, 4, write=True) == "E.E."

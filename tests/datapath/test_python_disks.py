@@ -1,4 +1,4 @@
-"""The disks of bench/disks, and Python classes in workers: over loopback, killed, hanging, several at once."""
+"""The disks of examples/disks, and Python classes in workers: over loopback, killed, hanging, several at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from test_under_load import Load
 import vdusefast
 from vdusefast.driver.loopback_driver import LoopbackDriver
 
-DISKS = Path(__file__).parents[2] / "bench" / "disks"
+DISKS = Path(__file__).parents[2] / "examples" / "disks"
 MIB = 1 << 20
 SIZE = 16 * MIB
 

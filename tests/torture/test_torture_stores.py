@@ -54,13 +54,13 @@ def test_nothing_is_lost_on_an_nbd_server_that_carries_out_writes_late(
 
 def test_nothing_is_lost_on_a_python_class_whatever_dies(tmp_path: Path) -> None:
     """Its memory is that of a file, which both workers map and none takes with it."""
-    disk = ROOT / "bench" / "disks" / "ram_disk.py"
+    disk = ROOT / "examples" / "disks" / "ram_disk.py"
     torture_store(tmp_path, ["--backend", f"python:{disk}:RamDisk?size=8M&path={tmp_path / 'memory'}"])
 
 
 def test_nothing_is_lost_on_a_python_class_of_one_instance_whatever_dies(tmp_path: Path) -> None:
     """A relay has it; what it holds in its memory is made anew from its file by the next one."""
-    uri = f"python:{ROOT / 'bench' / 'disks' / 'thin_disk.py'}:ThinDisk?size=8M&path={tmp_path / 'thin'}"
+    uri = f"python:{ROOT / 'examples' / 'disks' / 'thin_disk.py'}:ThinDisk?size=8M&path={tmp_path / 'thin'}"
     torture_store(tmp_path, ["--backend", uri, "--size", "1M"], "worker=2,supervisor=1,group=1,relay=4")
 
 

@@ -13,7 +13,7 @@ from checks import check
 from guest import MIB
 from scenario_filesystem import MOUNT, differences, fill, mounted
 
-DISKS = Path(__file__).resolve().parents[3] / "bench" / "disks"
+DISKS = Path(__file__).resolve().parents[3] / "examples" / "disks"
 KILLS = 2
 
 

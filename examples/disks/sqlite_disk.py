@@ -1,6 +1,6 @@
 """A disk over an SQLite file: a row for each block of 4 KiB that is not zero.
 
-    vdusefast serve: uri = "python:bench/disks/sqlite_disk.py:SqliteDisk?path=/srv/disk.db&size=1G"
+    vdusefast serve: uri = "python:examples/disks/sqlite_disk.py:SqliteDisk?path=/srv/disk.db&size=1G"
 
 Several queues may serve it: SQLite's own locks keep their processes apart. Each write is a transaction, in the log of
 the database (WAL) when it is answered, and on the disk after a flush.

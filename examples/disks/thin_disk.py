@@ -1,6 +1,6 @@
 """A compressed thin disk: blocks of 64 KiB in a log, packed by zlib; what was never written takes no room.
 
-    vdusefast serve: uri = "python:bench/disks/thin_disk.py:ThinDisk?path=/srv/thin.vft&size=64G"
+    vdusefast serve: uri = "python:examples/disks/thin_disk.py:ThinDisk?path=/srv/thin.vft&size=64G"
 
 The file has records (block number, length, checksum, packed bytes); a block of zeroes is one without bytes. Where each
 block's last record lies is a NumPy array, made anew from the log when the disk is opened, which cuts off a record that

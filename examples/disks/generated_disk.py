@@ -1,6 +1,6 @@
 """A read-only disk of any size that is computed: the 64-bit word at byte N is a hash of N and a seed.
 
-    vdusefast serve: uri = "python:bench/disks/generated_disk.py:GeneratedDisk?size=16T&seed=7"
+    vdusefast serve: uri = "python:examples/disks/generated_disk.py:GeneratedDisk?size=16T&seed=7"
 
 Whoever reads it can check every word, and two who read the same place get the same. It has all requests of a round in
 one NumPy expression, and any number of queues, since there is nothing to share.

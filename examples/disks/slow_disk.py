@@ -1,6 +1,6 @@
 """A disk with a latency, by asyncio: each request waits for itself, and all of them wait at once.
 
-    vdusefast serve: uri = "python:bench/disks/slow_disk.py:SlowDisk?path=/srv/disk.img&delay_ms=2"
+    vdusefast serve: uri = "python:examples/disks/slow_disk.py:SlowDisk?path=/srv/disk.img&delay_ms=2"
 
 What a class does that asks a server for its data looks like this: an `await` where this one sleeps.
 """

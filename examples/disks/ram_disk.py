@@ -1,7 +1,7 @@
 """A disk in memory, twice: a call for each request, and all requests of a round at once.
 
-    vdusefast serve: uri = "python:bench/disks/ram_disk.py:RamDisk?size=256M"
-    vdusefast serve: uri = "python:bench/disks/ram_disk.py:BatchRamDisk?path=/dev/shm/disk"
+    vdusefast serve: uri = "python:examples/disks/ram_disk.py:RamDisk?size=256M"
+    vdusefast serve: uri = "python:examples/disks/ram_disk.py:BatchRamDisk?path=/dev/shm/disk"
 
 The bytes lie in a file on a tmpfs that every process maps: several queues are several processes, and one that dies is
 replaced by another, which must find what the first one has answered for.
