@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -147,6 +149,27 @@ def served(uri: str, **options: object) -> Iterator[tuple[vdusefast.Device, Loop
     config = vdusefast.make_config(name="nbd", uri=uri, **options)
     with vdusefast.Device(config) as device, device.driver() as driver:
         yield device, driver
+
+
+def verified_fio(uri: str, *options: str, seconds: float = 1.0) -> None:
+    """Load the store with `bench fio` and have every block compared."""
+    words = [
+        "--name=v",
+        "--rw=randrw",
+        "--verify=crc32c",
+        "--bs=4k",
+        "--iodepth=32",
+        "--size=8M",
+        "--output-format=json",
+    ]
+    command = [sys.executable, "-m", "vdusefast.bench", "fio", *words, f"--runtime={seconds * 1000:g}ms", *options]
+    done = subprocess.run(
+        [*command, f"--backend={uri}"], capture_output=True, text=True, timeout=50, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = json.loads(done.stdout)["jobs"][0]
+    assert job["error"] == 0
+    assert job["write"]["total_ios"] > 50
 
 
 @dataclass

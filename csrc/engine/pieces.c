@@ -10,16 +10,16 @@
 uint64_t vf_piece_bytes(const struct vf_pieces *pieces, const struct vf_req *req, uint64_t wanted)
 {
 	uint64_t unit = pieces->unit_bytes;
-	uint64_t start = req->offset_bytes;
-	uint64_t rest;
+	uint64_t beyond;
 
 	if (wanted >= req->left_bytes)
 		return req->left_bytes;
-	if (!unit || start + wanted < pieces->offset_bytes)
+	if (!unit)
 		return wanted;
-	/* Back to the end of a unit; a piece that lies within one goes on to its end. */
-	rest = (start + wanted - pieces->offset_bytes) % unit;
-	wanted = rest < wanted ? wanted - rest : wanted + unit - rest;
+	/* How far the piece reaches into its last unit. It cannot overflow: a unit has 32 bits, and an off_t 63. */
+	beyond = (req->offset_bytes + wanted + unit - pieces->offset_bytes % unit) % unit;
+	/* Cut at the last boundary before that, or at the next one where the whole piece lies within one unit. */
+	wanted = beyond < wanted ? wanted - beyond : wanted + unit - beyond;
 	return wanted < req->left_bytes ? wanted : req->left_bytes;
 }
 

@@ -27,13 +27,13 @@ struct vf_store;
 /* Of a store. */
 struct vf_pieces {
 	uint64_t unit_bytes; /* what the store frees at a time; 0 = any number of bytes */
-	uint64_t offset_bytes; /* where the first unit begins */
+	uint64_t offset_bytes; /* where a unit begins: others do at multiples of unit_bytes from there, before it and after it */
 	uint64_t bytes; /* of the next piece */
 	uint64_t last_bytes; /* of the piece before, and how long it took */
 	uint64_t last_ns;
 };
 
-/* How much of what is left of a discard or a write of zeroes is the next piece, of about `wanted` bytes: 1 or more. */
+/* The bytes of the next piece, about `wanted`. All but the first begin where a unit does, and all but the last end where one does. */
 uint64_t vf_piece_bytes(const struct vf_pieces *pieces, const struct vf_req *req, uint64_t wanted);
 
 /* The requests that an engine has begun, or is to begin: each has its turn. Pieces take half of the time at most, unless there is

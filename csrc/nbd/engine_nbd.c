@@ -108,6 +108,8 @@ static void vf_nbd_aim_range(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, uint64_
 	const struct vf_req *req = cmd->req;
 	uint64_t max = VF_NBD_RANGE_MAX_BYTES;
 
+	/* Cut at a multiple of all that a server may free at a time: it would keep a unit that is cut. */
+	max -= req->offset_bytes & (max - 1u);
 	if (req->op == VF_OP_WRITE_ZEROES && !export->can_zero) { /* it could, when the device was made: write them */
 		max = VF_NBD_BOUNCE_BYTES < export->block_max_bytes ? VF_NBD_BOUNCE_BYTES : export->block_max_bytes;
 		cmd->kind = VF_NBD_WRITE;

@@ -1,14 +1,12 @@
-"""The NBD engine over servers that do what they should: data, flags, block sizes, TLS, loss and return."""
+"""The NBD engine over servers that do what they should: data, flags, block sizes, loss and return."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +34,7 @@ from nbd_rig import (
     qemu_nbd,
     served,
     simple_reply,
-    unix_uri,
+    verified_fio,
 )
 from verified_load import Load
 
@@ -72,27 +70,6 @@ def kill_worker(device: Device) -> None:
     assert pid > 0
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: device.queues()[0].pid not in (pid, -1), "another worker")
-
-
-def verified_fio(uri: str, *options: str, seconds: float = 1.0) -> None:
-    """Load the store with `bench fio` and have every block compared."""
-    words = [
-        "--name=v",
-        "--rw=randrw",
-        "--verify=crc32c",
-        "--bs=4k",
-        "--iodepth=32",
-        "--size=8M",
-        "--output-format=json",
-    ]
-    command = [sys.executable, "-m", "vdusefast.bench", "fio", *words, f"--runtime={seconds * 1000:g}ms", *options]
-    done = subprocess.run(
-        [*command, f"--backend={uri}"], capture_output=True, text=True, timeout=50, env=dict(os.environ)
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    job = json.loads(done.stdout)["jobs"][0]
-    assert job["error"] == 0
-    assert job["write"]["total_ios"] > 50
 
 
 @pytest.mark.parametrize(
@@ -431,70 +408,6 @@ def test_export_that_has_changed_is_refused_until_it_is_right_again(
         server.behave(Behaviour())
         assert driver.read(0, BLOCK) == b"a" * BLOCK
         assert device.failure is None
-
-
-def make_psk(directory: Path) -> Path:
-    path = directory / "keys.psk"
-    path.write_text("alice:" + os.urandom(32).hex() + "\n")
-    path.chmod(0o600)
-    return path
-
-
-def make_certificates(directory: Path) -> Path:
-    """Make a CA and a server's certificate for localhost, as both sides look for them. Returns the directory."""
-
-    def certtool(*words: str) -> None:
-        subprocess.run(["certtool", *words], check=True, capture_output=True, cwd=directory)
-
-    (directory / "ca.info").write_text("cn = test\nca\ncert_signing_key\n")
-    (directory / "server.info").write_text(
-        "organization = test\ncn = localhost\ndns_name = localhost\ntls_www_server\n"
-    )
-    for name in ("ca", "server"):
-        certtool("--generate-privkey", "--ecc", f"--outfile={name}-key.pem")
-    certtool("--generate-self-signed", "--load-privkey=ca-key.pem", "--template=ca.info", "--outfile=ca-cert.pem")
-    signer = ("--load-ca-certificate=ca-cert.pem", "--load-ca-privkey=ca-key.pem", "--template=server.info")
-    certtool("--generate-certificate", "--load-privkey=server-key.pem", *signer, "--outfile=server-cert.pem")
-    return directory
-
-
-@pytest.mark.parametrize("queues", ["1", "2"])
-def test_tls_with_a_shared_key(sock: Path, tmp_path: Path, queues: str) -> None:
-    keys = make_psk(tmp_path)
-    with nbdkit(sock, "memory", "8M", options=("--tls=require", f"--tls-psk={keys}")):
-        uri = f"nbds+unix://alice@/?socket={sock}&tls-psk-file={keys}"
-        verified_fio(uri, f"--queues={queues}")
-        with pytest.raises(VdusefastError, match=r"TLS.*; write nbds://"), served(unix_uri(sock)):
-            pass
-
-
-@pytest.mark.parametrize("mode", [0o644, 0o660])
-def test_tls_key_that_others_may_read_is_refused(sock: Path, tmp_path: Path, mode: int) -> None:
-    keys = make_psk(tmp_path)
-    with nbdkit(sock, "memory", "8M", options=("--tls=require", f"--tls-psk={keys}")):
-        keys.chmod(mode)
-        uri = f"nbds+unix://alice@/?socket={sock}&tls-psk-file={keys}"
-        with pytest.raises(VdusefastError, match=rf"keys.psk has mode {mode:04o}: .*; chmod 0600"), served(uri):
-            pass
-
-
-def test_tls_connection_that_dies_is_replaced(sock: Path, tmp_path: Path, image: Path) -> None:
-    keys = make_psk(tmp_path)
-    server = nbdkit(sock, "file", f"file={image}", options=("--tls=require", f"--tls-psk={keys}"))
-    with server, served(f"nbds+unix://alice@/?socket={sock}&tls-psk-file={keys}") as (device, driver):
-        load = Load(driver, seconds=1.5)
-        for _ in range(2):
-            time.sleep(0.3)
-            server.stop()
-            server.start()
-        load.check()
-        assert device.failure is None
-
-
-def test_tls_with_certificates_over_tcp(tmp_path: Path) -> None:
-    pki = make_certificates(tmp_path)
-    with nbdkit_tcp("memory", "8M", options=("--tls=require", f"--tls-certificates={pki}")) as server:
-        verified_fio(f"nbds://localhost:{server.port}/?tls-certificates={pki}")
 
 
 def test_plain_tcp(image: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -166,3 +167,18 @@ def test_writes_of_several_queues_to_one_block_are_all_kept(server: Server, vict
         assert device.stats().errors == 0
     assert not victim or kills
     assert image_of(server)[: len(wanted)] == wanted
+
+
+def test_discard_of_more_than_one_command_is_cut_where_units_of_a_server_end(tmp_path: Path) -> None:
+    """A command has at most 1 GiB. What a server frees at a time has a power of two of bytes."""
+    log = tmp_path / "log"
+    start, length = 3 * 512, (2 << 30) - 512
+    running = kept_nbdkit(tmp_path / "sock", "memory", "4G", f"logfile={log}", options=("--filter=log",))
+    with running, served(running.uri) as (_, driver):
+        driver.discard(start, length)
+        driver.write_zeroes(start, length, unmap=True)
+    cuts = re.findall(r" (Trim|Zero) id=\d+ offset=0x([0-9a-f]+) count=0x([0-9a-f]+)", log.read_text())
+    for kind in ("Trim", "Zero"):
+        ranges = [(int(offset, 16), int(count, 16)) for name, offset, count in cuts if name == kind]
+        assert [offset for offset, _ in ranges] == [start, 1 << 30, 2 << 30]
+        assert [offset + count for offset, count in ranges] == [1 << 30, 2 << 30, start + length]

@@ -49,8 +49,7 @@ def of_block_device(fd: int, sysfs: Path = Path("/sys")) -> IoLimits:
         opt_io_bytes=_ioctl_int(fd, BLKIOOPT),
         alignment_offset_bytes=max(0, _ioctl_int(fd, BLKALIGNOFF)),  # -1: its blocks lie across those of a disk below
         discard_granularity_bytes=granularity,
-        # Of a partition this is where the first unit begins, counted from the partition's own start.
-        discard_offset_bytes=_read_number(node / "discard_alignment", 0) % granularity if granularity else 0,
+        discard_offset_bytes=discard_offset(node, granularity),
         rotational=_rotational(rdev, sysfs),
     )
 
@@ -66,6 +65,15 @@ def of_file(fd: int, sysfs: Path = Path("/sys"), mounts: Path = Path("/proc/self
         discard_granularity_bytes=unit if unit & (unit - 1) == 0 and unit <= DISCARD_UNIT_MAX_BYTES else 0,
         rotational=_rotational(status.st_dev, sysfs),
     )
+
+
+def discard_offset(node: Path, granularity_bytes: int) -> int:
+    """Return where the first unit begins that a block device frees, counted from the start of the device or partition.
+
+    node: its directory in sysfs. A stacked device says -1 where the units of its parts do not fit together: 0 then.
+    """
+    alignment = _read_number(node / "discard_alignment", 0)
+    return alignment % granularity_bytes if granularity_bytes and alignment > 0 else 0
 
 
 def _ioctl_int(fd: int, request: int) -> int:
