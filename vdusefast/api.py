@@ -22,8 +22,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vdusefast.backends import Store, look_again
-from vdusefast.base import logs, time_limits
+from vdusefast.base import logs, start_mode, time_limits
 from vdusefast.base.guard import Guard, Part
+from vdusefast.base.start_mode import StartMode
 from vdusefast.base.time_limits import MARGIN_S, RESIZE_TIMEOUT_S, START_TIMEOUT_S, STOP_TIMEOUT_S
 from vdusefast.config import Config, check_cpus, override, resolve_cpus, validate
 from vdusefast.control.assembly import make_keeper, make_relay, make_transport, open_device_store, worker_specs
@@ -112,6 +113,7 @@ class Device:
         self,
         timeout_s: float = START_TIMEOUT_S,
         *,
+        mode: StartMode | None = None,
         recover: bool | None = None,
         fail_requests: bool = False,
         claim: bool = False,
@@ -119,23 +121,24 @@ class Device:
     ) -> None:
         """Open the store, start the workers and show the device to its driver.
 
-        timeout_s: for the workers to be ready; a kernel device also has `attach_timeout_s` for its driver. recover:
-        whether to go on with the device that a server which has ended left; None: if there is one. fail_requests: such
-        a device's store is not opened, and all requests are answered with IOERR, so that it can be removed. claim: go
-        on with a device of the kernel of which no run directory tells, if it is as configured and nothing is in flight.
-        forgive: as `forgive_store`, for a device that was left.
+        timeout_s: for the workers to be ready; a kernel device also has `attach_timeout_s` for its driver. mode: a new
+        device, or which one that was there before; None: as the keywords after it say. recover: True adopts an orphan,
+        False creates a device, None does what there is. fail_requests: an orphan's store is not opened, and all
+        requests are answered with IOERR, so that it can be removed. claim: adopt a device of the kernel whose run
+        directory is lost, if it is as configured and nothing is in flight. forgive: as `forgive_store`, for an orphan.
         Raises VdusefastError: ConfigError, also for a device that was left and is another than the configured one,
         BackendError, DeviceBusyError for the name or the store, DeviceNotFoundError with nothing to go on with,
         TimedOutError, WorkerError, KernelSupportError, TransportError. Nothing is left behind then, and a device that
         was to be taken over is left as it was.
         """
+        mode = mode or start_mode.of_flags(recover=recover, fail_requests=fail_requests, claim=claim)
         with self._lock:
             if self._supervisor is not None:
                 raise VdusefastError(f"device {self.name} has been started already")
             for warning in self._warnings:
                 _log.warning("%s", warning)
             try:
-                self._start(timeout_s, recover, fail_requests, claim, forgive)
+                self._start(timeout_s, mode, forgive or mode.forgives)
             except OSError as error:
                 self._undo_start()
                 raise VdusefastError(f"device {self.name}: cannot start: {error.strerror or error}") from error
@@ -340,12 +343,13 @@ class Device:
 
     # -- inside
 
-    def _start(self, timeout_s: float, recover: bool | None, fail_requests: bool, claim: bool, forgive: bool) -> None:
+    def _start(self, timeout_s: float, mode: StartMode, forgive: bool) -> None:
+        fail_requests, claim = mode.fails_requests, mode.claims
         directory = self._directory = RunDirectory(self.name, self._run_dir)
         self._keep = True  # until it is known that nobody needs what is in it
         self._resources.callback(self._leave_directory, directory)
         try:
-            state = self._state = self._choose(directory, recover, fail_requests, claim)
+            state = self._state = self._choose(directory, mode)
         except DeviceNotFoundError:
             self._keep = False
             raise
@@ -449,16 +453,14 @@ class Device:
         for text in self._emulated:
             _log.warning("device %s: emulates %s", self.name, text)
 
-    def _choose(
-        self, directory: RunDirectory, recover: bool | None, fail_requests: bool, claim: bool
-    ) -> SavedState | None:
+    def _choose(self, directory: RunDirectory, mode: StartMode) -> SavedState | None:
         """Return the state of the device that is to be taken over, None for a new one, or one that is claimed."""
-        if not claim:
-            return orphans.choose(directory, self.config, self._kind, recover)
+        if not mode.claims:
+            return orphans.choose(directory, self.config, self._kind, mode)
         from vdusefast.state import claim as claiming
 
         self._keep = directory.state_path.exists()
-        claiming.check(directory, any_driver=fail_requests)
+        claiming.check(directory, any_driver=mode.fails_requests)
         return None
 
     def _place(self, supervisor: Supervisor, foreseen: Placement) -> None:

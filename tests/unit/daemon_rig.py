@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vdusefast import errors
+from vdusefast.base.start_mode import StartMode
 from vdusefast.config import Config, make_config
 from vdusefast.server.rpc_client import NoServerError, RpcClient
 from vdusefast.server.service import Service
@@ -28,7 +29,7 @@ class FakeDevice:
         self.start_takes_s = 0.0
         self.stops: list[tuple[float, bool]] = []
         self.hand_overs: list[float] = []
-        self.starts: list[tuple[bool | None, bool]] = []
+        self.starts: list[StartMode] = []
         self.recovered = False
         self.upgraded = ""
         self.outlives_server = config.device.transport == "kernel" and "memory:" not in config.backend.uri
@@ -42,15 +43,8 @@ class FakeDevice:
         self._base = base
         self._directory: RunDirectory | None = None
 
-    def start(
-        self,
-        *,
-        recover: bool | None = None,
-        fail_requests: bool = False,
-        claim: bool = False,
-        forgive: bool = False,
-    ) -> None:
-        self.starts.append((recover, fail_requests))
+    def start(self, *, mode: StartMode = StartMode.ADD) -> None:
+        self.starts.append(mode)
         directory = RunDirectory(self.name, self._base)
         try:
             time.sleep(self.start_takes_s)
@@ -115,16 +109,14 @@ class Rig:
         base: Path,
         *,
         uri: str = "null:1M",
-        take_over: bool = False,
-        fail_requests: bool = False,
+        mode: StartMode = StartMode.ADD,
         **overrides: Any,
     ) -> None:
         self.base = base
         self.device: FakeDevice
         # The service would lock the memory of this process, and all of its threads would stay marked.
         config = make_config(name="vd0", uri=uri, **({"lock_memory": "off"} | overrides))
-        modes = {"take_over": take_over, "fail_requests": fail_requests}
-        self.service = Service(config, base, make_device=self._make, **modes)
+        self.service = Service(config, base, mode, make_device=self._make)
         self.path = base / "vd0"
         self.result: Any = None
         self.error: BaseException | None = None

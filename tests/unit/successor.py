@@ -17,6 +17,7 @@ import msgspec
 
 from vdusefast.api import Device
 from vdusefast.base import logs, time_limits
+from vdusefast.base.start_mode import StartMode
 from vdusefast.bench.torture.loopback_host import RemoteLoopbackTransport
 from vdusefast.config import Config
 from vdusefast.errors import VdusefastError
@@ -41,7 +42,9 @@ def main(bus: str, base: str, text: str, which: str, wrong: str, limit_s: str) -
 
     time_limits.start_s = lambda attach_timeout_s: float(limit_s)
     with logs.log_to_stderr():
-        service = Service(config, Path(base), take_over=which == "next", make_device=make_device)
+        service = Service(
+            config, Path(base), StartMode.TAKE_OVER if which == "next" else StartMode.ADD, make_device=make_device
+        )
         try:
             service.run(lambda info: print(info["pid"], flush=True))
         except VdusefastError as error:

@@ -17,13 +17,13 @@ import pytest
 
 from vdusefast import errors
 from vdusefast.api import Device
+from vdusefast.base.start_mode import StartMode
 from vdusefast.bench.torture.loopback_host import LoopbackHost, RemoteLoopbackTransport
 from vdusefast.cli import app as cli
 from vdusefast.config import Config, make_config, resolve_cpus
 from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.host import sysfs
 from vdusefast.server import launch, lifecycle, registry
-from vdusefast.server.launch import Mode
 from vdusefast.state import claim as claiming
 from vdusefast.state.run_dir import RunDirectory
 from vdusefast.state.shared_pages import SharedPages
@@ -209,10 +209,10 @@ def test_log_that_is_disowned_says_that_requests_may_be_in_flight() -> None:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Mode]]:
-    asked: list[tuple[Config, Mode]] = []
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, StartMode]]:
+    asked: list[tuple[Config, StartMode]] = []
 
-    def start(config: Config, *, mode: Mode = Mode.ADD) -> dict[str, Any]:
+    def start(config: Config, *, mode: StartMode = StartMode.ADD) -> dict[str, Any]:
         asked.append((config, mode))
         return {"name": "vd0", "node": "/dev/vdx", "pid": 5, "transport": "kernel"}
 
@@ -222,7 +222,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Mode]]:
 
 def test_commands_claim_only_when_they_are_told_to(
     machine: Machine,
-    started: list[tuple[Config, Mode]],
+    started: list[tuple[Config, StartMode]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -238,14 +238,14 @@ def test_commands_claim_only_when_they_are_told_to(
     assert started == []
     assert cli.run(["del", "vd0", "--force", "--claim"]) == 0
     config, mode = started.pop()
-    assert (mode, deleted) == (Mode.CLAIM_FAIL, ["vd0"])
+    assert (mode, deleted) == (StartMode.CLAIM_FAIL, ["vd0"])
     assert (config.backend.uri, config.device.queues, config.device.bus) == ("null:1048576", 2, "virtio")
     assert cli.run(["add", "vd0", "--backend", "null:1M", "--claim"]) == 0
-    assert started.pop()[1] == Mode.CLAIM
+    assert started.pop()[1] == StartMode.CLAIM
 
 
 def test_run_directory_without_a_state_is_no_better_than_none(
-    machine: Machine, started: list[tuple[Config, Mode]], monkeypatch: pytest.MonkeyPatch
+    machine: Machine, started: list[tuple[Config, StartMode]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lifecycle, "delete_served", lambda client, path, force, timeout_s: None)
     directory = RunDirectory("vd0", registry.base_directory(), "kernel")
@@ -254,7 +254,7 @@ def test_run_directory_without_a_state_is_no_better_than_none(
     assert claiming.removal_config("vd0").device.queue_size == 32768
     monkeypatch.setattr("vdusefast.server.lifecycle.RpcClient", _Nobody(directory.path))
     assert cli.run(["del", "vd0", "--force", "--claim"]) == 0
-    assert started[-1][1] == Mode.CLAIM_FAIL
+    assert started[-1][1] == StartMode.CLAIM_FAIL
     RunDirectory("vd0", registry.base_directory()).close()
 
 

@@ -17,6 +17,7 @@ from served import BASE, CONFIG, vdusefast
 
 from vdusefast import api, errors
 from vdusefast.base import time_limits
+from vdusefast.base.start_mode import StartMode
 from vdusefast.cli import app as cli
 from vdusefast.cli import serve
 from vdusefast.config import load_config
@@ -234,7 +235,7 @@ def test_server_whose_adder_is_gone_ends(config: str) -> None:
     """As when `add` is killed: nobody reads the report, and nobody would know of the device."""
     read_fd, write_fd = os.pipe()
     os.close(read_fd)
-    command = [*launch._default_command("main"), "vd0", str(write_fd), "-1", launch.Mode.ADD]
+    command = [*launch._default_command("main"), "vd0", str(write_fd), "-1", StartMode.ADD]
     text = msgspec.json.encode(load_config(config))
     done = subprocess.run(command, input=text, pass_fds=[write_fd], capture_output=True, check=False, timeout=30)
     os.close(write_fd)

@@ -15,6 +15,7 @@ from daemon_rig import Rig
 
 from vdusefast import errors
 from vdusefast.base import time_limits
+from vdusefast.base.start_mode import StartMode
 from vdusefast.cli import app as cli
 from vdusefast.host import node_users
 from vdusefast.server import service
@@ -405,23 +406,23 @@ def test_new_server_takes_over_from_the_old_one(tmp_path: Path, monkeypatch: pyt
 
     server = RpcServer(tmp_path / "run/vd0", {"hand_over": Method(service.HandOverParams, hand_over)})
     with server:
-        rig = Rig(tmp_path / "run", transport="kernel", take_over=True)
+        rig = Rig(tmp_path / "run", transport="kernel", mode=StartMode.TAKE_OVER)
         assert asked == []
         rig.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert asked == [service.STOP_TIMEOUT_S]
-    assert (rig.device.starts, len(rig.device.hand_overs)) == ([(True, False)], 1)
+    assert (rig.device.starts, len(rig.device.hand_overs)) == ([StartMode.TAKE_OVER], 1)
 
 
 def test_old_server_that_cannot_be_asked_keeps_its_device(tmp_path: Path) -> None:
     with RunDirectory("vd0", tmp_path / "run"):
-        rig = Rig(tmp_path / "run", transport="kernel", take_over=True)
+        rig = Rig(tmp_path / "run", transport="kernel", mode=StartMode.TAKE_OVER)
         with pytest.raises(errors.DeviceBusyError, match=f"held by pid {os.getpid()}, which takes no commands"):
             rig.service.run(lambda _: pytest.fail("not ready"))
     assert rig.device.starts == []
 
 
 def test_server_for_a_removal_fails_requests(kernel_rig: Rig) -> None:
-    rig = Rig(kernel_rig.base, transport="kernel", fail_requests=True)
+    rig = Rig(kernel_rig.base, transport="kernel", mode=StartMode.FAIL)
     rig.run(lambda: rig.call("delete"))
     assert rig.error is None
-    assert rig.device.starts == [(True, True)]
+    assert rig.device.starts == [StartMode.FAIL]

@@ -13,6 +13,7 @@ import pytest
 from daemon_rig import Rig
 
 from vdusefast import errors
+from vdusefast.base.start_mode import StartMode
 from vdusefast.host import node_users, run_dirs
 from vdusefast.server import hand_over, sd_notify
 from vdusefast.server import service as daemon
@@ -72,7 +73,7 @@ def test_service_goes_on_with_the_server_that_has_taken_over(
     manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It becomes the main process before the old one can see that it serves; the old one does not end the service."""
-    rig = Rig(tmp_path / "run", uri="file:/nowhere", transport="kernel", take_over=True)
+    rig = Rig(tmp_path / "run", uri="file:/nowhere", transport="kernel", mode=StartMode.TAKE_OVER)
     served: list[bool] = []
     notify = rig.service._notifier.send
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vdusefast import errors
+from vdusefast.base.start_mode import StartMode
 from vdusefast.config import make_config
 from vdusefast.server import foreign_process, launch
 
@@ -98,6 +99,6 @@ def test_result_of_a_successor_is_learned(
     config = make_config(name="vd0", uri="null:1M", transport="kernel")
     command = [sys.executable, "-c", f"import os, sys; fd = int(sys.argv[2]); print('seen', flush=True); {code}"]
     with pytest.raises(kind, match=f"^{text}") as caught:
-        launch.start(config, LIMIT_S, command, mode=launch.Mode.TAKE_OVER, service=True)
+        launch.start(config, LIMIT_S, command, mode=StartMode.TAKE_OVER, service=True)
     assert type(caught.value) is kind
     assert capfd.readouterr().out == "seen\n"  # where our output goes

@@ -18,6 +18,7 @@ from daemon_rig import Rig
 
 import vdusefast
 from vdusefast.base import build, handed
+from vdusefast.base.start_mode import StartMode
 from vdusefast.cli import render
 from vdusefast.server import upgrade
 
@@ -198,6 +199,21 @@ def test_tables_say_what_to_do() -> None:
     assert "running, files upgraded" in render.list_text([info])
     assert "the files were upgraded: vdusefast restart d0" in render.show_text(info)
     assert "upgrade" not in render.show_text({**info, "upgraded": ""})
+
+
+def test_words_between_builds_stay() -> None:
+    """A server starts the one that serves after it from the files that are on disk then."""
+    assert {mode.name: mode.value for mode in StartMode} == {
+        "ADD": "add",
+        "NEW": "new",
+        "ADOPT": "adopt",
+        "RECOVER": "recover",
+        "FAIL": "fail",
+        "CLAIM": "claim",
+        "CLAIM_FAIL": "claim to fail",
+        "TAKE_OVER": "take over",
+        "TAKE_OVER_UNSEEN": "take over unseen",
+    }
 
 
 def upgrader(tmp_path: Path, code: str) -> upgrade.Upgrader:

@@ -108,6 +108,7 @@ def add(
     The device is what CONFIG.toml says, with the options in place of the file's keys, or NAME with --backend. A device
     of that name whose server has ended is gone on with, if it is the same one.
     """
+    from vdusefast.base.start_mode import StartMode
     from vdusefast.server import launch, lifecycle, registry
 
     fill_standard_descriptors()
@@ -116,7 +117,7 @@ def add(
         print_plan(config, as_json)
         return
     with lifecycle.accepting(registry.base_directory() / config.device.name, other_store):
-        info = launch.start(config, mode=launch.Mode.CLAIM if claim else launch.Mode.ADD)
+        info = launch.start(config, mode=StartMode.CLAIM if claim else StartMode.ADD)
     for note in () if as_json else info.get("notes", ()):
         click.echo(f"vdusefast: {info['name']}: {printable(note)}", err=True)
     print_ready(info, as_json, explain=explain)
@@ -137,6 +138,7 @@ def serve(
     it is in use.
     """
     from vdusefast.base import logs
+    from vdusefast.base.start_mode import StartMode
     from vdusefast.server import lifecycle, registry
     from vdusefast.server.service import Service
 
@@ -146,7 +148,7 @@ def serve(
         print_plan(config, as_json)
         return 0
     with logs.log_to_stderr():
-        service = Service(config, registry.base_directory(), claim=claim)
+        service = Service(config, registry.base_directory(), StartMode.CLAIM if claim else StartMode.ADD)
         with lifecycle.accepting(service.path, other_store):
             service.run(lambda info: print_ready(info, as_json, explain=explain))
     return service.exit_status

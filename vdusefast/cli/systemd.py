@@ -41,6 +41,7 @@ def systemd_reload(target: str) -> None:
 
     TARGET is the configuration file, or the name of a device that goes on with the configuration that it has.
     """
+    from vdusefast.base.start_mode import StartMode
     from vdusefast.cli.serve import fill_standard_descriptors, read_config
     from vdusefast.server import launch, registry
     from vdusefast.server.lifecycle import refuse_restart, who_serves
@@ -60,7 +61,7 @@ def systemd_reload(target: str) -> None:
         refuse_restart(info)
         # systemd tells the watchdog's limit to the processes alone that it starts itself as main ones.
         os.environ["WATCHDOG_USEC"] = str(int(info.get("watchdog_s", 0) * 1e6))
-        launch.start(config, limit_s, mode=launch.Mode.TAKE_OVER, service=True)
+        launch.start(config, limit_s, mode=StartMode.TAKE_OVER, service=True)
     except VdusefastError as error:
         text = f"{error}; {who_serves(registry.base_directory() / name)}"
         manager.send(STATUS=f"reload failed: {text}")

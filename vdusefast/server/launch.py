@@ -17,13 +17,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from enum import StrEnum
 from typing import Any
 
 import msgspec
 
 from vdusefast.base import logs, spawn, time_limits
 from vdusefast.base.decoding import decode_json
+from vdusefast.base.start_mode import StartMode
 from vdusefast.config import Config
 from vdusefast.errors import EXIT_DELETED, TimedOutError, VdusefastError, from_exit_code
 from vdusefast.host import run_dirs
@@ -63,28 +63,6 @@ class _Report(msgspec.Struct):
     exit_code: int = 1
 
 
-class Mode(StrEnum):
-    """What the process is to do."""
-
-    ADD = "add"  # create the device, or go on with one of that name that was left
-    TAKE_OVER = "take over"  # the same, once the server that it has now has handed it over
-    TAKE_OVER_UNSEEN = "take over unseen"  # the same, without a look at a plugin's store first
-    CLAIM = "claim"  # go on with one of the kernel whose run directory is lost
-    CLAIM_FAIL = "claim to fail"  # the same, to answer its requests with errors until it is removed
-    RECOVER = "recover"  # as ADD, and flush its store again although that has lost data
-    FAIL = "fail"  # go on with one that was left, to answer its requests with errors until it is removed
-
-    @property
-    def may_be_service(self) -> bool:
-        """Whether the server is there to stay. One that takes over stays in the service of its predecessor."""
-        return self in (Mode.ADD, Mode.CLAIM, Mode.RECOVER)
-
-    @property
-    def takes_over(self) -> bool:
-        """Whether there is a server already, which serves on until the new one does."""
-        return self in (Mode.TAKE_OVER, Mode.TAKE_OVER_UNSEEN)
-
-
 class InterruptedStartError(VdusefastError):
     """A signal came before the device was usable."""
 
@@ -99,7 +77,7 @@ def start(
     timeout_s: float | None = None,
     command: Sequence[str] | None = None,
     *,
-    mode: Mode = Mode.ADD,
+    mode: StartMode = StartMode.ADD,
     service: bool = False,
     own_service: bool = True,
 ) -> Json:
@@ -113,7 +91,7 @@ def start(
     process that takes over is not ended: it ends by itself where it has not taken over yet, and serves on where it has.
     """
     name = config.device.name
-    keeps = mode != Mode.ADD or orphans.is_left(registry.base_directory() / name)
+    keeps = mode != StartMode.ADD or orphans.is_left(registry.base_directory() / name)
     outcome = _OUTCOME_TAKE_OVER if mode.takes_over else _OUTCOME[keeps]
     if timeout_s is None:
         server_s = time_limits.take_over_s if mode.takes_over else time_limits.start_s
@@ -156,7 +134,7 @@ def _starts_service(config: Config) -> bool:
 
 
 def _spawn_service(
-    config: Config, mode: Mode, signals: PatientStopSignals, until: float, outcome: str
+    config: Config, mode: StartMode, signals: PatientStopSignals, until: float, outcome: str
 ) -> tuple[transient_unit.ServiceProcess, int]:
     """Start the process as a service. Returns it with a descriptor of its report, once it has begun.
 
@@ -204,7 +182,7 @@ def _default_command(function: str) -> list[str]:
     return spawn.command("server.launch", function)
 
 
-def _spawn(command: list[str], config: Config, mode: Mode, write_fd: int, output_fd: int | None) -> Process:
+def _spawn(command: list[str], config: Config, mode: StartMode, write_fd: int, output_fd: int | None) -> Process:
     """Start the process in a session of its own and hand it the configuration.
 
     output_fd: for its output. None makes it the main process of our service: with our output, and with systemd as its
@@ -348,7 +326,7 @@ def main(words: Sequence[str]) -> int:
         logs.log_to_journal(journal_fd)
     with logs.log_to_stderr() if log is None else nullcontext():
         try:
-            return _serve(_read_config(), Mode(words[3]), log, report_fd)
+            return _serve(_read_config(), StartMode(words[3]), log, report_fd)
         except VdusefastError as error:
             _tell(report_fd, _Report(error=str(error), exit_code=error.exit_code))
             return error.exit_code
@@ -377,7 +355,7 @@ def main_of_service(words: Sequence[str]) -> int:
         if report_fd < 0 and not orphans.is_left(path):
             return EXIT_DELETED
         config = start.config if report_fd >= 0 else orphans.load_state(path).config
-        _serve(config, Mode(start.mode) if report_fd >= 0 else Mode.ADD, log, report_fd)
+        _serve(config, StartMode(start.mode) if report_fd >= 0 else StartMode.ADD, log, report_fd)
     except VdusefastError as error:
         if report_fd >= 0:
             _tell(report_fd, _Report(error=str(error), exit_code=error.exit_code))
@@ -406,7 +384,7 @@ def _read_config() -> Config:
     return msgspec.json.decode(text, type=Config)
 
 
-def _serve(config: Config, mode: Mode, log: logs.LogFile | None, report_fd: int) -> int:
+def _serve(config: Config, mode: StartMode, log: logs.LogFile | None, report_fd: int) -> int:
     """Serve to the end. Returns the exit status."""
     from vdusefast.server.service import Service
 
@@ -422,12 +400,8 @@ def _serve(config: Config, mode: Mode, log: logs.LogFile | None, report_fd: int)
     service = Service(
         config,
         registry.base_directory(),
-        take_over=mode.takes_over,
-        look=mode != Mode.TAKE_OVER_UNSEEN,
+        mode,
         before_take_over=refuse_unheard,
-        fail_requests=mode in (Mode.FAIL, Mode.CLAIM_FAIL),
-        claim=mode in (Mode.CLAIM, Mode.CLAIM_FAIL),
-        forgive=mode == Mode.RECOVER,
     )
 
     def on_ready(info: Json) -> None:

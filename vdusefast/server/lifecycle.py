@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vdusefast.base.start_mode import StartMode
 from vdusefast.base.time_limits import STOP_TIMEOUT_S, client_s, start_s, stop_s, take_over_s
 from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
 from vdusefast.host import node_users, processes, run_dirs
 from vdusefast.host.containers import pid_text
 from vdusefast.server import launch, registry
 from vdusefast.server.hand_over import serving_pid
-from vdusefast.server.launch import InterruptedStartError, Mode
+from vdusefast.server.launch import InterruptedStartError
 from vdusefast.server.rpc_client import NoServerError, RpcClient
 from vdusefast.server.systemd import manager as service_manager
 from vdusefast.state import claim, orphans, saved_state
@@ -104,7 +105,7 @@ def refuse_restart(info: Json) -> None:
 def _replace_server(path: Path, _info: Json, unseen: bool) -> Json:
     """Have a new process in the background take a device over. Returns the device's info."""
     try:
-        return _serve(path, Mode.TAKE_OVER_UNSEEN if unseen else Mode.TAKE_OVER)
+        return _serve(path, StartMode.TAKE_OVER_UNSEEN if unseen else StartMode.TAKE_OVER)
     except InterruptedStartError:
         raise
     except VdusefastError as error:
@@ -167,10 +168,10 @@ def recover_dead(path: Path, *, other_store: bool = False, forgive: bool = False
             f"{path.name}: its server has ended and left nothing to go on with: vdusefast del {path.name}, then add it"
         )
     with accepting(path, other_store):
-        return _serve(path, Mode.RECOVER if forgive else Mode.ADD)
+        return _serve(path, StartMode.RECOVER if forgive else StartMode.ADD)
 
 
-def _serve(path: Path, mode: Mode) -> Json:
+def _serve(path: Path, mode: StartMode) -> Json:
     """Serve a device by the configuration that it was served by, in the background, and return its info."""
     config = orphans.load_state(path).config
     return launch.start(config, mode=mode)
@@ -200,7 +201,7 @@ def _delete_dead(path: Path, force: bool, timeout_s: float) -> None:
     """
     if orphans.is_left(path) and orphans.is_attached(path.name):
         if not orphans.is_broken(path.name):
-            _serve(path, Mode.FAIL if force else Mode.ADD)
+            _serve(path, StartMode.FAIL if force else StartMode.ADD)
             try:
                 with RpcClient(path) as client:
                     delete_served(client, path, force, timeout_s)
@@ -213,7 +214,7 @@ def _delete_dead(path: Path, force: bool, timeout_s: float) -> None:
 
 def _delete_claimed(name: str, timeout_s: float) -> None:
     """Remove a device of the kernel whose run directory is lost: serve it with errors, and have that removed."""
-    launch.start(claim.removal_config(name), mode=launch.Mode.CLAIM_FAIL)
+    launch.start(claim.removal_config(name), mode=StartMode.CLAIM_FAIL)
     path = registry.base_directory() / name
     with RpcClient(path) as client:
         delete_served(client, path, True, timeout_s)

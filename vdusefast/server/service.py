@@ -20,6 +20,7 @@ import msgspec
 
 import vdusefast
 from vdusefast.base import build, time_limits
+from vdusefast.base.start_mode import StartMode
 from vdusefast.base.time_limits import STOP_TIMEOUT_S
 from vdusefast.config import Config
 from vdusefast.errors import EXIT_DELETED, DeviceBusyError, TimedOutError, VdusefastError
@@ -73,9 +74,7 @@ class ServedDevice(Protocol):
     def prove(self, *, look: bool = ...) -> None:
         """Show that it could be taken over from the server that it has."""
 
-    def start(
-        self, *, recover: bool | None = ..., fail_requests: bool = ..., claim: bool = ..., forgive: bool = ...
-    ) -> None:
+    def start(self, *, mode: StartMode = ...) -> None:
         """Return once the node is usable."""
 
     def forgive_store(self) -> None:
@@ -131,32 +130,20 @@ class Service:
         self,
         config: Config,
         base: Path,
+        mode: StartMode = StartMode.ADD,
         *,
-        take_over: bool = False,
-        look: bool = True,
         before_take_over: Callable[[], None] | None = None,
-        fail_requests: bool = False,
-        claim: bool = False,
-        forgive: bool = False,
         make_device: Callable[[Config, Path], ServedDevice] | None = None,
     ):
         """Prepare; see `run`. base: where run directories live.
 
-        take_over: have the server that the device has now hand it over, once it is proved that we can serve it. look:
-        the proof includes a look at a plugin's store. before_take_over: called between proof and hand-over; may raise.
-        fail_requests: go on with a device that was left, and answer its requests with errors. claim: one whose run
-        directory is lost. forgive: flush the store of one that was left again, although it has lost data. Raises
-        ConfigError.
+        mode: what is done first. before_take_over: called between proof and hand-over; may raise. Raises ConfigError.
         """
         self.name = config.device.name
         self.path = base / self.name
         self._config = config
-        self._take_over = take_over
-        self._look = look
+        self._mode = mode
         self._before_take_over = before_take_over or (lambda: None)
-        self._fail_requests = fail_requests
-        self._claim = claim
-        self._forgive = forgive
         self._make_device: Callable[[], ServedDevice] = lambda: (make_device or _make_device)(config, base)
         self._device = self._make_device()
         self.deleted = False  # by a command, in contrast to a signal
@@ -189,7 +176,9 @@ class Service:
         found: a device that waits in the kernel for a server waits on.
         """
         with self._signals:
-            starting = {} if self._take_over else {"STATUS": "starting"}  # until then the old server is the service
+            starting = (
+                {} if self._mode.takes_over else {"STATUS": "starting"}
+            )  # until then the old server is the service
             self._notifier.send(**starting, **self._start_extension())
             if self._device.outlives_server:
                 final_kill.survive()
@@ -251,7 +240,7 @@ class Service:
     def _serve_once(self, on_ready: Callable[[Json], None]) -> None:
         server = RpcServer(self.path, self._methods())
         try:
-            if self._take_over or self._ready:
+            if self._mode.takes_over or self._ready:
                 # Before the other server can see that we serve, and ends: a service ends with its main process.
                 self._notifier.send(MAINPID=os.getpid())
             server.start()
@@ -287,7 +276,7 @@ class Service:
             try:
                 with self._signals.interrupting():
                     device = self._device = self._make_device()
-                    device.start(recover=True)
+                    device.start(mode=StartMode.ADOPT)
                 break
             except StopRequestedError as stop:
                 _log.warning("%s: %s: left in the kernel: vdusefast recover %s", self.name, stop, self.name)
@@ -423,17 +412,14 @@ class Service:
 
     def _start(self) -> None:
         """Start the device, or go on with the one that was left. One that the kernel has given up is made anew."""
-        if self._take_over:
-            self._device.prove(look=self._look)
+        if self._mode.takes_over:
+            self._device.prove(look=self._mode.proves_store)
             self._before_take_over()
             hand_over.ask(self.path)
-        recover = True if self._fail_requests or self._take_over else None
         try:
-            self._device.start(
-                recover=recover, fail_requests=self._fail_requests, claim=self._claim, forgive=self._forgive
-            )
+            self._device.start(mode=self._mode)
         except DeviceBrokenError as error:
-            if self._claim:
+            if self._mode.claims:
                 raise
             _log.warning("%s", error)
             orphans.remove_broken(self.path)
@@ -534,7 +520,7 @@ class Service:
         self._stopping = False
         self._deleting.release()
         try:
-            launch.start(self._config, mode=launch.Mode.TAKE_OVER_UNSEEN)
+            launch.start(self._config, mode=StartMode.TAKE_OVER_UNSEEN)
         except VdusefastError as error:
             _log.error("%s", error)
             if self._deleting.acquire(blocking=False):  # it still has the device

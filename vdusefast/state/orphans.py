@@ -16,6 +16,7 @@ from vdusefast.state.saved_state import SavedState
 from vdusefast.transport import TransportError, kernel_control
 
 if TYPE_CHECKING:
+    from vdusefast.base.start_mode import StartMode
     from vdusefast.config import Config
 
 
@@ -47,19 +48,18 @@ def is_attached(name: str) -> bool:
     return sysfs.attached(name)
 
 
-def choose(directory: run_dir.RunDirectory, config: Config, transport: str, recover: bool | None) -> SavedState | None:
+def choose(directory: run_dir.RunDirectory, config: Config, transport: str, mode: StartMode) -> SavedState | None:
     """Return the state of the device that is to be taken over, None when one is to be created.
 
-    directory: held by us, with what its last holder has left. transport: the kind that is to be used. recover: True
-    must find one, False takes none, None takes what the kernel has. A kernel device that nothing uses and nobody could
-    go on with is destroyed. Raises DeviceNotFoundError, ConfigError for another device than that which was left,
-    DeviceBusyError for one that cannot be taken over or is not to be, VdusefastError, OSError.
+    directory: held by us, with what its last holder has left. transport: the kind that is to be used. mode: not one
+    that claims. A kernel device that nothing uses and nobody could adopt is destroyed. Raises DeviceNotFoundError,
+    ConfigError for another device than that which was left, DeviceBusyError for one that cannot be adopted or is not
+    to be, VdusefastError, OSError.
     """
     name = directory.path.name
     was_kernel = directory.transport == "kernel" and in_kernel(name)
-    if recover is None:
-        recover = was_kernel and (directory.state_path.exists() or sysfs.attached(name))
-    if recover:
+    is_orphan = was_kernel and (directory.state_path.exists() or sysfs.attached(name))
+    if mode.must_adopt or (mode.may_adopt and is_orphan):
         state = saved_state.load(directory.state_path)
         if state is not None:
             saved_state.check_config(state, config, transport)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from vdusefast.backends.image_format import path_of
+from vdusefast.base.start_mode import StartMode
 from vdusefast.bench.torture.disk import DiskLoad
 from vdusefast.bench.torture.plan import RINGS, TortureOptions
 from vdusefast.bench.torture.report import Findings
@@ -106,7 +107,7 @@ class KernelServer(TorturedServer):
 
         self.start_count += 1
         try:
-            info = launch.start(self._config, mode=launch.Mode.TAKE_OVER)
+            info = launch.start(self._config, mode=StartMode.TAKE_OVER)
         except VdusefastError as error:
             raise ServerError(str(error)) from error
         self.reap()

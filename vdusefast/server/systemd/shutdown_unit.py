@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vdusefast.base import spawn
+from vdusefast.base.start_mode import StartMode
 from vdusefast.errors import VdusefastError
 
 if TYPE_CHECKING:
@@ -137,10 +138,10 @@ class Orphans:
 
         config = left.load_state(path).config
         try:
-            launch.start(config, START_LIMIT_S, mode=launch.Mode.ADD, own_service=False)
+            launch.start(config, START_LIMIT_S, mode=StartMode.ADD, own_service=False)
         except launch.InterruptedStartError:
             raise
         except VdusefastError as error:
             _log.warning("%s: its requests fail", error)
-            launch.start(config, mode=launch.Mode.FAIL, own_service=False)
+            launch.start(config, mode=StartMode.FAIL, own_service=False)
         self._served.add(path.name)
