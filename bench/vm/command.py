@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from bench.vm import cache, guest
+from bench.vm import cache, guest, machine
 from bench.vm.errors import GuestError
 from bench.vm.kernel_log import findings
 from bench.vm.machine import ROOT, GuestConfig
@@ -39,7 +39,10 @@ def parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=120, metavar="SECONDS", help="for all of it; default: %(default)s")
     add("--disk", default="", metavar="SIZE", help="add an empty virtio-blk disk, for example 1G")
     add("--network", action="store_true", help="add a network card; 127.0.0.1 of this machine is 10.0.2.2 in the guest")
-    add("--icount", action="store_true", help="time is a count of instructions, on one CPU of the host")
+    add(
+        "--clock", choices=machine.CLOCKS, default="steady", help="how time passes: see README.md; default: %(default)s"
+    )
+    add("--icount", dest="clock", action="store_const", const="counted", help="the same as --clock counted")
     add("--systemd", action="store_true", help="systemd is process 1; the command is a service, and may end the guest")
     add("--before", default="", metavar="COMMANDS", help="shell commands to run before systemd starts")
     add("--accel", choices=("tcg", "kvm"), default="tcg", help="default: tcg, software emulation")
@@ -64,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser().error(f"{options.results} is no directory")
     if options.before and not options.systemd:
         parser().error("--before is what is done before systemd starts; add --systemd")
-    if options.icount and options.accel != "tcg":
-        parser().error("--icount counts the instructions of software emulation; leave --accel out")
+    if options.clock == "counted" and options.accel != "tcg":
+        parser().error("--clock counted counts the instructions of software emulation; leave --accel out")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     try:
@@ -89,7 +92,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         timeout_s=options.timeout,
         disk=options.disk,
         network=options.network,
-        icount=options.icount,
+        clock=options.clock,
         accel=options.accel,
         kernel_arguments=tuple(options.append),
         modules=tuple(options.module),

@@ -27,7 +27,7 @@ from bench.vm.machine import GuestConfig
 
 END_LIMIT_S = 10.0  # what the guest may need to pass on the rest of the output after its command has ended
 LAST_LINES = 25
-BOOT_TRIES = 3  # emulated CPUs that run side by side let a kernel that patches itself die at times, while it boots
+BOOT_TRIES = 3  # with the clock "host" a kernel that patches itself while it boots dies at times
 READ_BYTES = 1 << 16
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

@@ -81,7 +81,8 @@ def guests(
             directory = tmp_path_factory.mktemp(f"guest-{kernel}-")
             is_long = request.config.option.soak
             skipped = () if is_long else checks.left_out(is_newest=kernel == cache.KERNELS[-1])
-            words = ["--env", "VDUSEFAST_LONG=1"] if is_long else []
+            # The long form has CPUs that really run side by side.
+            words = ["--env", "VDUSEFAST_LONG=1", "--clock", "host"] if is_long else []
             running[kernel] = ScenarioGuest(kernel, modules or ["kernel_log"], directory, skipped, words)
             stack.callback(running[kernel].close)
         for guest in running.values():

@@ -134,7 +134,7 @@ def _boot(options: PeersOptions, kernel: str, icount: bool, signals: PatientStop
     with tempfile.TemporaryDirectory(prefix="vdusefast-peers-") as directory:
         words = [str(KIT), "--kernel", kernel, "--timeout", f"{limit_s:.0f}", "--results", directory]
         words += [f"--disk={disk_mib(options)}M"] if on_disk else []
-        words += [*(["--icount"] if icount else []), "--", "sh", "-c", command]
+        words += ["--clock", "counted" if icount else "host", "--", "sh", "-c", command]
         # A group of its own: a terminal's Ctrl-C is ours to pass on. The guest's tables go unread, its report is read.
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
         try:
