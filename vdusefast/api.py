@@ -251,6 +251,11 @@ class Device:
         return transport_keeps and (self._store is None or self._store.persistent)
 
     @property
+    def supervisor(self) -> Supervisor | None:
+        """The control plane in this process, None while the device is not served. For tests and tools."""
+        return self._supervisor
+
+    @property
     def state(self) -> DeviceState:
         """Where the device stands."""
         return self._supervisor.state if self._supervisor is not None else DeviceState.CREATED

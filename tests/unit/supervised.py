@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import fake_worker
 import pytest
@@ -17,11 +19,13 @@ import pytest
 from vdusefast.api import Device
 from vdusefast.config import make_config
 from vdusefast.control.supervisor import Limits, QueueInfo, VqState
+from vdusefast.control.virtqueue import VqControl
 from vdusefast.transport.loopback import LoopbackBus
 
 QUICK = Limits(hello_s=8.0, quiesce_s=0.3, start_grace_s=0.25)
 MEMORY_IOVA = 0x10000
 WAIT_S = 10.0
+T = TypeVar("T")
 
 
 def make_device(behaviour: str = "normal", queues: int = 2, limits: Limits = QUICK, *, packed: bool = False) -> Device:
@@ -76,3 +80,16 @@ def paused(pid: int) -> Iterator[None]:
     finally:
         with suppress(ProcessLookupError):  # it was killed meanwhile, as it should
             os.kill(pid, signal.SIGCONT)
+
+
+def control(device: Device, index: int = 0) -> VqControl:
+    """Return a queue as the supervisor has it; to be used in the loop's thread."""
+    assert device.supervisor is not None
+    return device.supervisor.vqs[index]
+
+
+def in_loop(device: Device, work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in the supervisor's loop, and return its result."""
+    assert device.supervisor is not None
+    assert device.supervisor.loop is not None
+    return asyncio.run_coroutine_threadsafe(work, device.supervisor.loop).result(WAIT_S)

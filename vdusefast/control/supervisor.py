@@ -25,7 +25,8 @@ from vdusefast.control.device_model import BlockDevice, StatusChange, StatusRefu
 from vdusefast.control.failures import Failures, PastFailure
 from vdusefast.control.stall_watch import LOOK_S, QueueWatch
 from vdusefast.control.user_memory_switch import MemoryControl
-from vdusefast.control.virtqueue import Limits, VqControl, VqState
+from vdusefast.control.virtqueue import Limits, VqControl
+from vdusefast.control.vq_states import VqState
 from vdusefast.control.worker_process import Pages, WorkerProcess, default_command
 from vdusefast.control.write_back import WriteBack
 from vdusefast.errors import DeviceBusyError, TimedOutError, VdusefastError
@@ -144,6 +145,7 @@ class Supervisor:
         self._stopping = False
         self._features_asked = False  # FEATURES_OK may have been asked for, and not been answered
         self._ended = asyncio.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None  # since `start`
         self._forced = asyncio.Event()
         self._deadline = 0.0  # of a stop
         self._refusal = ""  # why the driver and we could not agree, last time it tried
@@ -167,6 +169,7 @@ class Supervisor:
         Raises VdusefastError: what a worker reported, TimedOutError when one is not ready after `timeout_s`,
         TransportError. Nothing is left behind then; a device that was to be taken over is left as it was found.
         """
+        self.loop = asyncio.get_running_loop()
         for vq in self._vqs:
             vq.follow(self._cpus.cpus.allowed)
         try:
@@ -204,7 +207,7 @@ class Supervisor:
         self._unwatch_messages()
         try:
             for vq in self._vqs:
-                vq.closing = True
+                vq.begin_close()
             await asyncio.gather(*(vq.stop(timeout_s) for vq in self._vqs))
         finally:
             await self._end(keep=True)
@@ -228,7 +231,7 @@ class Supervisor:
         try:
             await self._detach(timeout_s)
             for vq in self._vqs:
-                vq.closing = True
+                vq.begin_close()
             left_s = max(self._deadline - loop.time(), min(timeout_s, UNDO_TIMEOUT_S))
             await asyncio.gather(*(vq.stop(left_s) for vq in self._vqs))
         finally:
@@ -308,6 +311,11 @@ class Supervisor:
     def upgraded(self) -> str:
         """Why a queue has no worker and can get none, where that is because the files are of another build by now."""
         return next((vq.upgraded for vq in self._vqs if vq.upgraded), "")
+
+    @property
+    def vqs(self) -> tuple[VqControl, ...]:
+        """The queues, for the loop's thread."""
+        return tuple(self._vqs)
 
     def queues(self) -> list[QueueInfo]:
         """Return one line for each queue."""

@@ -1,9 +1,8 @@
-"""One virtqueue's lifecycle: its states, its worker, and the replacement of a worker that fails.
+"""One virtqueue and its worker: start, quiesce, reset, and the replacement of a worker that dies or hangs.
 
-    stopped -> running -> quiescing -> stopped, plus recovering (its worker died) and failed (a named reason)
-
-A worker that dies is replaced at once; the next one goes on by the in-flight log that the dead one has kept.
-Operations on one queue exclude each other; those on different queues run side by side. Ring memory is never read here.
+The states of a queue and their transitions are in vq_states.py. A worker that dies is replaced at once. The next one
+continues by the in-flight log of the dead one. Operations on one queue exclude each other; those on different queues
+run side by side. Ring memory is never read here.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import os
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from vdusefast.base import build
 from vdusefast.base.deadline import limit
 from vdusefast.base.guard import PAUSE_S, Guard, Part
+from vdusefast.control.vq_states import Position, VqEvent, VqLife, VqStage, VqState
 from vdusefast.control.worker_process import REAP_TIMEOUT_S, Pages, RefusedError, WorkerProcess
 from vdusefast.errors import TimedOutError, UpgradedError, VdusefastError, WorkerError
 from vdusefast.host import cpu_topology
@@ -55,20 +54,6 @@ def _check_ring_size(size: int, acked_features: int) -> str:
         return ""
     kind = "size" if is_packed(acked_features) else "power of two"
     return f"its driver has set up a ring of {size} entries, which is no {kind} from 1 to {shared_pages.RING_SIZE_MAX}"
-
-
-class VqState(StrEnum):
-    """Where a queue stands."""
-
-    UNUSED = "unused"  # as shown to people: stopped, and the driver runs without it
-    STOPPED = "stopped"
-    RUNNING = "running"
-    QUIESCING = "quiescing"
-    RECOVERING = "recovering"
-    FAILED = "failed"
-
-
-_UNWELL = (VqState.RECOVERING, VqState.FAILED)
 
 
 @dataclass(frozen=True)
@@ -110,12 +95,10 @@ class VqControl:
         before each worker is started.
         """
         self.index = spec.queue
-        self._state = VqState.STOPPED
         self.reason = ""
         self.worker: WorkerProcess | None = None
         self.restart_count = 0  # workers that had to be replaced
         self.upgraded = ""  # why none can be, as build.upgraded() has it
-        self.closing = False  # no worker is replaced any more
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._spec = spec._replace(kick_fd=self.kick_fd)
         self._transport = transport
@@ -127,17 +110,16 @@ class VqControl:
         self._on_well = on_well
         self._on_store_size = on_store_size
         self._before_spawn = before_spawn
-        self._failure_count = 0
         self.stop_count = 0  # changes with resets and quiesces; a start asked for before does not count
-        # Where a quiesced queue stands, as VqInfo.last_avail_idx; None = as the driver has set it up.
-        self._last_avail_idx: int | None = None
-        self._serving = False  # the worker alone knows where the queue stands
-        self._lost = ""  # why nobody knows any more; only a reset helps
-        self._served: ToWorker | None = None  # the last START
+        self._life = VqLife()
+        # Where a queue of known position stands, as VqInfo.last_avail_idx; None = as the driver has set it up.
+        self._noted_idx: int | None = None
+        self._lost_reason = ""  # why nobody knows where the queue stands, in VqStage.LOST
+        self._set_up: ToWorker | None = None  # START for the rings that the driver has set up since its last reset
         self._hanging: list[WorkerProcess] = []  # killed, waiting in the kernel for their storage
         self._lock = asyncio.Lock()
         self._watching = False
-        self._given_up = False  # the worker has been killed for what nobody expected, and not been waited for
+        self._unreaped: WorkerProcess | None = None  # killed by `give_up`, and not waited for
         self._take_over_task: asyncio.Task[None] | None = None
         self._tries = 0  # take-overs since a request was last completed, or none was needed for long
         self._tried_at = -1  # how many had been completed then
@@ -147,20 +129,19 @@ class VqControl:
 
     @property
     def state(self) -> VqState:
-        """Where the queue stands."""
-        return self._state
+        """The state of the queue, for people."""
+        return self.stage.shown
 
-    @state.setter
-    def state(self, state: VqState) -> None:
-        was, self._state = self._state, state
-        if was in _UNWELL and state not in _UNWELL and not self.closing:  # what fails at the end stays
-            self._on_well()
+    @property
+    def stage(self) -> VqStage:
+        """The state of the queue."""
+        return self._life.state
 
     @property
     def ring_size(self) -> int:
         """The entries of the ring that the driver has set up since its last reset, 0 when it has not."""
-        served = self._served  # another thread may ask
-        return 0 if served is None else served.queue_size
+        set_up = self._set_up  # another thread may ask
+        return 0 if set_up is None else set_up.queue_size
 
     @property
     def spec(self) -> WorkerSpec:
@@ -231,9 +212,9 @@ class VqControl:
     async def prepare(self) -> bool:
         """Be ready for a driver that is about to start. Returns whether there is a worker; a failure is reported."""
         async with self._lock:
-            if not self._serving:
+            if self.stage.position is Position.KNOWN:
                 self._pages.void_log(self.index)  # the rings will be new ones
-            return self.closing or await self._revive()
+            return self.stage.is_closing or await self._revive()
 
     async def kill(self) -> None:
         """Kill and reap the worker if there still is one. One that hangs in the kernel has been waited for already."""
@@ -258,12 +239,12 @@ class VqControl:
         async with self._lock:
             self.unwatch_kick()
             await self._reap_given_up()
-            if self.state == VqState.RUNNING:
+            if self.stage is VqStage.RUNNING:
                 return True
-            if self.closing or stop_count != self.stop_count:
+            if self.stage.is_closing or stop_count != self.stop_count:
                 return False
             # Known from here on: should it never run, its requests can still be failed.
-            self._served = start = ToWorker(
+            self._set_up = start = ToWorker(
                 Command.START,
                 0,
                 acked_features=acked_features,
@@ -271,8 +252,8 @@ class VqControl:
                 driver_addr=info.driver_addr,
                 device_addr=info.device_addr,
                 queue_size=info.size,
-                last_avail_idx=info.last_avail_idx if self._last_avail_idx is None else self._last_avail_idx,
-                recover=int(recover or self._serving),
+                last_avail_idx=info.last_avail_idx if self._noted_idx is None else self._noted_idx,
+                recover=int(recover or self.stage.position is not Position.KNOWN),
             )
             if why := _check_ring_size(info.size, acked_features):
                 return self._refuse(why)
@@ -285,8 +266,8 @@ class VqControl:
                 # written its own log must not leave that of an earlier one.
                 log_format = _log_format(acked_features)
                 self._pages.begin_log(self.index, start.last_avail_idx, log_format, info.size)
-            if self._lost:
-                return self._refuse(f"{self._lost}; reset the device")
+            if self.stage is VqStage.LOST:
+                return self._refuse(f"{self._lost_reason}; reset the device")
             if not await self._revive():
                 return False
             return await self._serve(start)
@@ -311,37 +292,36 @@ class VqControl:
                     self._on_failure(WorkerError(why))
             self.worker = None
             self._spec = self._spec._replace(engine="fail", store_fd=-1, store="null")
-            if self._served is None or not await self._revive():
+            if self._set_up is None or not await self._revive():
                 return
-            await self._serve(self._served._replace(recover=1))
+            await self._serve(self._set_up._replace(recover=1))
 
     async def quiesce(self) -> int | None:
         """Stop the queue once it has finished what is in flight. Returns where it stands, None when that is lost."""
         async with self._stopping():
             self.unwatch_kick()
-            if self._lost:
+            if self.stage.position is Position.LOST:
                 return None
-            if not self._serving:
-                if self._last_avail_idx is None:
+            if self.stage.position is Position.KNOWN:
+                if self._noted_idx is None:
                     return self._transport.vq_info(self.index).last_avail_idx
-                return self._last_avail_idx
+                return self._noted_idx
             event = await self._settle(Command.QUIESCE) if self._usable_worker() is not None else None
             if event is None and self._may_take_over() and await self._take_over():
                 event = await self._settle(Command.QUIESCE)  # with what the dead one had in flight
             if event is None:
                 return None
-            self._last_avail_idx, self._serving = event.last_avail_idx, False
-            if self.state == VqState.QUIESCING:
-                self.state = VqState.STOPPED
-            return self._last_avail_idx
+            self._noted_idx = event.last_avail_idx
+            self._apply(VqEvent.QUIESCED)
+            return self._noted_idx
 
     async def invalidate(self, start: int, last: int) -> bool:
         """Have mappings of IOVA [start, last] dropped; a running queue goes on. Returns whether they are gone."""
         async with self._lock:
             if self._usable_worker() is not None:
                 await self._settle(Command.INVALIDATE, start, last)
-                if self.state == VqState.QUIESCING:
-                    self.state = VqState.RUNNING
+                if self.stage is VqStage.QUIESCING:
+                    self._apply(VqEvent.RESUMED)
             return not self._hangs()
 
     async def lock(self) -> None:
@@ -383,16 +363,17 @@ class VqControl:
         async with self._stopping():
             self.unwatch_kick()
             await self._reap_given_up()
-            drained = not self._serving
+            drained = self.stage.position is Position.KNOWN
             if self._usable_worker() is not None:
                 drained = await self._settle_reset() is not None or drained
-            self._last_avail_idx, self._serving, self._served, self._lost = None, False, None, ""
+            self._noted_idx = self._set_up = None
+            self._apply(VqEvent.RESET)
             if self._hangs():
                 return False
             if drained:  # else the log is needed, should we end before the driver has our answer
                 self._pages.void_log(self.index)
-            if self.closing or await self._revive():
-                self.state, self.reason = VqState.STOPPED, ""
+            if self.stage.is_closing or await self._revive():
+                self._apply(VqEvent.READY, "")
             return True
 
     async def resize(self, capacity_sectors: int) -> None:
@@ -422,27 +403,29 @@ class VqControl:
                 raise
             # The one that takes its place is told at its start.
 
+    def begin_close(self) -> None:
+        """Replace no worker any more, and start no queue: the device stops."""
+        self._apply(VqEvent.CLOSE)
+
     async def stop(self, timeout_s: float) -> None:
         """End the worker once it has finished what is in flight; kill it after `timeout_s`. A failure is reported."""
-        self.closing = True
+        self.begin_close()
         self.unwatch_kick()
         if self._take_over_task is not None:
             self._take_over_task.cancel()
         deadline = asyncio.get_running_loop().time() + timeout_s
         try:
             async with limit(deadline - asyncio.get_running_loop().time()), self._lock:
-                if self._usable_worker() is not None and self.state == VqState.RUNNING:
-                    self.state = VqState.QUIESCING
+                pass  # the operation before this one has ended
         except TimeoutError:
-            pass  # another operation waits for the same worker: it is killed below
+            pass  # it waits for the same worker, which is killed below
         worker = self._usable_worker()
         if worker is not None:
             try:
                 await worker.stop(max(0.0, deadline - asyncio.get_running_loop().time()))
             except WorkerError as error:
                 self._fail(error)
-        if self.state == VqState.QUIESCING:
-            self.state = VqState.STOPPED
+        self._apply(VqEvent.ENDED)
 
     def close(self) -> None:
         """Close every descriptor; a second call does nothing."""
@@ -494,29 +477,28 @@ class VqControl:
 
     async def _serve(self, start: ToWorker) -> bool:
         """Have the worker serve as `start` says. Returns whether it does; a failure is reported."""
-        failures = self._failure_count
-        self._serving = True
+        self._apply(VqEvent.SERVE)
         event = await self._request(start)
         # A ring found bad at once is reported before we get here.
-        if event is None or failures != self._failure_count:
+        if event is None or self.stage.position is Position.LOST:
             return False
         if event.text:
             _log.warning("device %s: queue %d: %s", self._spec.device, self.index, event.text)
-        self.state, self.reason = VqState.RUNNING, ""
+        self._apply(VqEvent.STARTED, "")
         return True
 
     def _can_stand_at(self, last_avail_idx: int) -> bool:
         """Return whether a worker may say this: a position of a split ring has 16 bits."""
-        return last_avail_idx <= 0xFFFF or (self._served is not None and is_packed(self._served.acked_features))
+        return last_avail_idx <= 0xFFFF or (self._set_up is not None and is_packed(self._set_up.acked_features))
 
     def _usable_worker(self) -> WorkerProcess | None:
         worker = self.worker
-        return worker if worker is not None and worker.alive and not worker.hung else None
+        return worker if worker is not None and worker.usable else None
 
     async def _settle(self, command: Command, start: int = 0, last: int = 0) -> FromWorker | None:
         """Send a command that waits for storage. Returns what `_request` does."""
-        if self.state == VqState.RUNNING:
-            self.state = VqState.QUIESCING
+        if self.stage is VqStage.RUNNING:
+            self._apply(VqEvent.QUIESCE)
         return await self._request(ToWorker(command, 0, start=start, last=last))
 
     async def _settle_reset(self) -> FromWorker | None:
@@ -554,10 +536,9 @@ class VqControl:
             why = f"says that the queue stands at {answer.last_avail_idx:#x}, where none can"
         except RefusedError as error:
             if message.command == Command.START:
-                self._serving = False
                 if message.recover:
-                    self._lost = f"its worker died, and where it stood is not known: {error}"
-                self._refuse(str(error))
+                    self._lost_reason = f"its worker died, and where it stood is not known: {error}"
+                self._refuse(str(error), VqEvent.LOSE if message.recover else VqEvent.REFUSED)
                 return None
             why = f"refused to {Command(message.command).name.lower()}: {error}"
         except TimeoutError:
@@ -579,7 +560,7 @@ class VqControl:
 
     async def _respawn(self) -> WorkerError | None:
         """Start a worker unless there is one. Returns why that could not be done, where it was tried."""
-        if self._usable_worker() is not None or self.closing or (self.worker is not None and self.worker.hung):
+        if self._usable_worker() is not None or self.stage.is_closing or (self.worker is not None and self.worker.hung):
             return None
         try:
             await self.spawn(self._limits.hello_s)
@@ -592,18 +573,18 @@ class VqControl:
         self.upgraded = ""
         return None
 
-    def _refuse(self, why: str) -> bool:
-        self._fail(WorkerError(f"device {self._spec.device}: queue {self.index}: cannot start: {why}"))
+    def _refuse(self, why: str, event: VqEvent = VqEvent.FAIL) -> bool:
+        self._fail(WorkerError(f"device {self._spec.device}: queue {self.index}: cannot start: {why}"), event)
         return False
 
     def _died(self, error: WorkerError) -> None:
         """Have a worker that died replaced, by one that goes on where it stood."""
-        if self.closing or self._lost:
+        if self.stage.is_closing or self.stage is VqStage.LOST:
             self._fail(error)
             return
         _log.warning("%s; it is replaced", error)
         self.restart_count += 1
-        self.state, self.reason = VqState.RECOVERING, str(error)
+        self._apply(VqEvent.DIED, str(error))
         if self._take_over_task is None:
             self._begin_take_over(0.0)
 
@@ -614,25 +595,25 @@ class VqControl:
     def _take_over_again(self) -> None:
         """Go on replacing the worker after what nobody expected."""
         self._take_over_task = None
-        if self.state == VqState.RECOVERING and not self.closing:
+        if self.stage.waits_for_worker:
             self.abort()  # whatever has become of it
             self._begin_take_over(PAUSE_S)
 
     def give_up(self) -> None:
-        """Serve the queue no more after what nobody expected; a reset begins anew."""
+        """Serve the queue no more after what nobody expected; a reset starts it again."""
         self.unwatch_kick()
         self.abort()
-        self._given_up = True
-        self.state, self.reason = VqState.FAILED, "an internal failure, see the log"
+        self._unreaped = self.worker
+        self._apply(VqEvent.FAIL, "an internal failure, see the log")
 
     async def _reap_given_up(self) -> None:
         """Wait for the end of the worker that `give_up` has killed: only one that hangs in its storage stays."""
-        if self._given_up:
-            self._given_up = False
-            await self.kill()
+        worker, self._unreaped = self._unreaped, None
+        if worker is not None:
+            await worker.kill()
 
     def _may_take_over(self) -> bool:
-        return self._serving and not self.closing and not self._lost and not self._hangs()
+        return self.stage.is_logged and not self.stage.is_closing and not self._hangs()
 
     async def _take_over_until_done(self, pause_s: float) -> None:
         """Try until the queue is served again, or is to be served no more. Others may do the same meanwhile."""
@@ -646,7 +627,7 @@ class VqControl:
                 if self.worker is not None and self.worker.hung:
                     await self.worker.wait_gone()  # until then it may still write what is to be written again
                 async with self._lock:
-                    if self.closing or self._lost or self.state != VqState.RECOVERING or await self._take_over():
+                    if not self.stage.waits_for_worker or await self._take_over():
                         return
         finally:
             self._take_over_task = None
@@ -663,10 +644,10 @@ class VqControl:
             self.reason = str(error)
         if self._usable_worker() is None:
             return False
-        if not self._serving or self._served is None:
-            self.state, self.reason = VqState.STOPPED, ""
+        if not self.stage.is_logged or self._set_up is None:
+            self._apply(VqEvent.READY, "")
             return True
-        return await self._serve(self._served._replace(recover=1))
+        return await self._serve(self._set_up._replace(recover=1))
 
     def _pause_s(self) -> float:
         """Return how long to wait before the next worker: nothing if requests were completed since, or time went by."""
@@ -682,10 +663,17 @@ class VqControl:
     def _ring_failed(self, reason: str) -> None:
         pid = self.worker.pid if self.worker is not None else -1
         where = f"device {self._spec.device}: queue {self.index}: worker (pid {pid})"
-        self._lost = "its ring was found bad"  # where it stands may be what is wrong
-        self._fail(WorkerError(f"{where} stopped serving: {reason}"))
+        self._lost_reason = "its ring was found bad"  # where it stands may be what is wrong
+        self._fail(WorkerError(f"{where} stopped serving: {reason}"), VqEvent.LOSE)
 
-    def _fail(self, error: WorkerError) -> None:
-        self._failure_count += 1
-        self.state, self.reason = VqState.FAILED, str(error)
+    def _fail(self, error: WorkerError, event: VqEvent = VqEvent.FAIL) -> None:
+        self._apply(event, str(error))
         self._on_failure(error)
+
+    def _apply(self, event: VqEvent, reason: str | None = None) -> None:
+        """Enter the state that follows from `event`. reason: the new one; None = it stays."""
+        before, now = self._life.apply(event)
+        if reason is not None:
+            self.reason = reason
+        if before.is_unwell and not now.is_unwell and not now.is_closing:  # what fails at the end stays
+            self._on_well()

@@ -22,6 +22,7 @@ from vdusefast.base.deadline import limit
 from vdusefast.base.guard import Guard, Part
 from vdusefast.base.handed import write_words
 from vdusefast.base.printable import printable
+from vdusefast.control.worker_states import WorkerEvent, WorkerLife, WorkerState
 from vdusefast.errors import TimedOutError, VdusefastError, WorkerError, from_exit_code
 from vdusefast.transport import WorkerPort
 from vdusefast.worker.protocol import (
@@ -114,10 +115,8 @@ class WorkerProcess:
         self._seq = 0
         self._answers: dict[int, asyncio.Future[FromWorker]] = {}
         self._hello: asyncio.Future[str] = self._loop.create_future()
-        self._exited = asyncio.Event()
-        self._end_expected = False
-        self._killed = False
-        self.reaped = False  # the process has ended; storage I/O that it began may go on
+        self._life = WorkerLife()
+        self._gone = asyncio.Event()
         self._end_reason = ""  # why we killed it
 
     @classmethod
@@ -140,6 +139,7 @@ class WorkerProcess:
         try:
             worker._start(command)
         except OSError as error:
+            worker._life.apply(WorkerEvent.SPAWN_FAILED)
             worker.close()
             raise WorkerError(f"{worker.title}: cannot be started: {error}") from error
         finally:
@@ -152,14 +152,29 @@ class WorkerProcess:
         return self._process.pid if self._process else -1
 
     @property
+    def state(self) -> WorkerState:
+        """The state of its life."""
+        return self._life.state
+
+    @property
     def alive(self) -> bool:
-        """Whether the process is there, or storage I/O that it began is still going on."""
-        return self._process is not None and not self._exited.is_set()
+        """Whether the process is there, or storage I/O that it began still runs."""
+        return self.state is not WorkerState.GONE
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be sent a command: the process is there, and nobody has killed it."""
+        return self.state in (WorkerState.STARTING, WorkerState.READY, WorkerState.STOPPING)
 
     @property
     def hung(self) -> bool:
-        """Whether the process has been killed or has ended, but the kernel still waits for its storage."""
-        return self.alive and (self._killed or self.reaped)
+        """Whether the process was killed or has ended, and the kernel may still wait for its storage."""
+        return self.alive and not self.usable
+
+    @property
+    def reaped(self) -> bool:
+        """Whether the process has ended; storage I/O that it began may still run."""
+        return self.state in (WorkerState.DIED, WorkerState.REAPED, WorkerState.GONE)
 
     @property
     def title(self) -> str:
@@ -213,13 +228,13 @@ class WorkerProcess:
         """
         if not self.alive:
             return
-        self._end_expected = True
+        self._life.apply(WorkerEvent.STOP)
         try:
             async with limit(timeout_s):
                 # The answer may be overtaken by the end, which is an answer as well.
                 with contextlib.suppress(WorkerError):
                     await self.request(ToWorker(Command.STOP, 0), timeout_s)
-                await self._exited.wait()
+                await self._gone.wait()
         except (TimeoutError, RefusedError) as error:
             why = f"refused to stop: {error}" if isinstance(error, RefusedError) else f"did not stop in {timeout_s:g} s"
             await self.kill(why)
@@ -230,7 +245,7 @@ class WorkerProcess:
     def abort(self, why: str = "") -> None:
         """Kill the process without waiting for its end, which is then not reported as a death."""
         if self._process is not None and self.alive:
-            self._end_expected = self._killed = True
+            self._life.apply(WorkerEvent.KILL)
             self._end_reason = why or self._end_reason
             self._process.kill()
 
@@ -243,7 +258,7 @@ class WorkerProcess:
 
     async def wait_gone(self) -> None:
         """Wait until the process has ended, and all storage I/O that it began: without any limit."""
-        await self._exited.wait()
+        await self._gone.wait()
 
     def cause(self) -> str:
         """Return why the process ended, as the rest of a sentence that begins with its name."""
@@ -282,7 +297,7 @@ class WorkerProcess:
     async def _wait_exit(self, timeout_s: float) -> bool:
         try:
             async with limit(timeout_s):
-                await self._exited.wait()
+                await self._gone.wait()
         except TimeoutError:
             return False
         return True
@@ -375,9 +390,11 @@ class WorkerProcess:
         event = event._replace(text=printable(event.text))
         if event.event == Event.HELLO:
             if not self._hello.done():
+                self._life.apply(WorkerEvent.HELLO)
                 self._hello.set_result(event.text)
         elif event.event == Event.STARTUP_FAILED:
             if not self._hello.done():
+                self._life.apply(WorkerEvent.STARTUP_FAILED)
                 told = f"device {self.spec.device}: queue {self.spec.queue}: {event.text}"
                 self._fail_hello(from_exit_code(told, event.exit_code, WorkerError))
         elif event.event == Event.RING_FAILED:
@@ -405,7 +422,7 @@ class WorkerProcess:
             self._wait_last_io()
 
     def _wait_last_io(self) -> None:
-        self.reaped = True
+        self._life.apply(WorkerEvent.EXIT)
         self._loop.remove_reader(self._pid_fd)
         self._guard.reader(self._life_fd, Part.WORKER_END, self._on_exit, self._tell_end)
 
@@ -419,12 +436,13 @@ class WorkerProcess:
 
     def _tell_end(self) -> None:
         """Tell who waits that the process has ended."""
-        if self._exited.is_set():
+        if self.state is WorkerState.GONE:
             return
+        before, _ = self._life.apply(WorkerEvent.LAST_IO)
         self.close()
         if self._process is not None:
             self._process.poll()  # which has been done already, unless that failed
-        self._exited.set()
+        self._gone.set()
         error = WorkerError(f"{self.title} {self.cause()}")
         ready = self._hello.done()
         if not ready:
@@ -432,6 +450,5 @@ class WorkerProcess:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)
-        # A failed start is reported to who waits for the HELLO.
-        if ready and not self._hello.exception() and not self._end_expected:
+        if ready and before is WorkerState.DIED:  # else a failed start, which `wait_hello` raises, or an expected end
             self._on_death(error)
