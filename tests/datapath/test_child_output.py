@@ -184,12 +184,13 @@ def test_malformed_event_of_a_relay_is_seen_and_the_next_one_serves(tmp_path: Pa
     with device_of(tmp_path, written=once(tmp_path, f"forge({packet!r})")) as device, device.driver() as driver:
         pid = device.info()["relay_pid"]
         driver.write(0, b"a" * BLOCK)
-        driver.write(0, b"b" * BLOCK, queue=1)
-        assert driver.read(0, BLOCK) == b"b" * BLOCK
         deadline = time.monotonic() + 20
         while device.failure is None or device.info()["relay_pid"] in (pid, -1):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        # Written only now: what this class holds ends with its process.
+        driver.write(0, b"b" * BLOCK, queue=1)
+        assert driver.read(0, BLOCK) == b"b" * BLOCK
         assert f"device out: the relay of its store (pid {pid}) sent a malformed event (" in device.info()["failure"]
         assert device.info()["size_bytes"] == SIZE
 
