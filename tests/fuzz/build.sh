@@ -31,10 +31,12 @@ read -r include libdir ldversion < <($python -c 'import sysconfig as s
 print(s.get_path("include"), s.get_config_var("LIBDIR"), s.get_config_var("LDVERSION"))')
 # The code under test guides the fuzzer; what only keeps the books does not.
 flags=(-std=gnu11 -O1 -g -w -DVF_FUZZ -fno-omit-frame-pointer -Icsrc -Itests/fuzz -I"$include")
-"$cc" "${flags[@]}" "${sanitize[@]/fuzzer,/}" -c -o $out/fuzz_world.o tests/fuzz/fuzz_world.c
+for name in fuzz_world fuzz_memory; do
+    "$cc" "${flags[@]}" "${sanitize[@]/fuzzer,/}" -c -o $out/$name.o tests/fuzz/$name.c
+done
 # The Python library only satisfies references of the module's never-called initialisation.
 "$cc" "${flags[@]}" "${sanitize[@]}" -include tests/fuzz/fuzz_hooks.h \
-    -o "$target.new" $out/_fuzz.c $out/fuzz_world.o tests/fuzz/fuzz_input.c tests/fuzz/fuzz_queue.c \
+    -o "$target.new" $out/_fuzz.c $out/fuzz_world.o $out/fuzz_memory.o tests/fuzz/fuzz_input.c tests/fuzz/fuzz_queue.c \
     $(find csrc/{base,memory,ring,engine,queue} -name '*.c' | sort) \
     -L"$libdir" -Wl,-rpath,"$libdir" -lpython"$ldversion" -luring
 mv "$target.new" "$target"

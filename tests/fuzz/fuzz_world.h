@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What surrounds the device in the fuzz harness: the driver's memory, a store, an engine that completes in any order,
- * and the invariants. fuzz_world.c holds them, fuzz_input.c reads the
- * input, and fuzz_queue.c plays the driver.
+ * and the invariants. fuzz_memory.c holds the memory, fuzz_world.c the rest, fuzz_input.c reads the input, and fuzz_queue.c
+ * plays the driver.
  */
 #ifndef FUZZ_WORLD_H
 #define FUZZ_WORLD_H
@@ -10,12 +10,22 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 
 #include "queue/queue.h"
 
 #define FUZZ_REGION_MAX 12u
 #define FUZZ_QUEUE_MAX 128u
 #define FUZZ_CAPACITY_SECTORS 16u
+
+#define FUZZ_ASSERT(condition)                                                                                         \
+	do {                                                                                                           \
+		if (!(condition)) {                                                                                    \
+			fprintf(stderr, "%s:%d: invariant broken: %s\n", __FILE__, __LINE__, #condition);               \
+			abort();                                                                                       \
+		}                                                                                                      \
+	} while (0)
 
 /* A region of the IOTLB, allocated to its exact size so that the sanitizer sees any access beyond it. */
 struct fuzz_region {
@@ -66,6 +76,10 @@ uint64_t fuzz_u64(void);
 uint32_t fuzz_region_add(uint64_t start, uint32_t len, uint32_t perm);
 void fuzz_region_remove(uint32_t index);
 void fuzz_write(uint64_t iova, const void *from, size_t len);
+/* The region that holds len bytes at an address of ours; NULL: none. */
+struct fuzz_region *fuzz_region_of_address(const void *address, size_t len);
+/* Forget what was read last: it belongs to the previous input. */
+void fuzz_memory_forget(void);
 
 void fuzz_world_open(uint8_t which_queue, uint8_t device_bits);
 void fuzz_world_round(void);

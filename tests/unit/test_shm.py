@@ -19,7 +19,7 @@ import pytest
 from vdusefast.base.page import PAGE_BYTES
 from vdusefast.errors import DeviceBusyError, VdusefastError
 from vdusefast.host import run_dirs
-from vdusefast.state import shared_pages
+from vdusefast.state import histogram, shared_pages
 from vdusefast.state.run_dir import RunDirectory
 from vdusefast.state.shared_pages import SharedPages
 from vdusefast.worker import _datapath
@@ -113,7 +113,7 @@ def test_magic_is_the_headers(c_program: str) -> None:
 
 
 def test_every_value_falls_into_the_bucket_whose_bounds_hold_it(c_program: str) -> None:
-    first, last = shared_pages.bucket_bounds_ns()
+    first, last = histogram.bucket_bounds_ns()
     seen = re.findall(r"bucket (\d+) (\d+)", c_program)
     assert len(seen) == 192
     for ns, bucket in ((int(a), int(b)) for a, b in seen):
@@ -124,7 +124,7 @@ def test_every_value_falls_into_the_bucket_whose_bounds_hold_it(c_program: str) 
 
 
 def test_buckets_follow_each_other_without_a_gap() -> None:
-    first, last = shared_pages.bucket_bounds_ns()
+    first, last = histogram.bucket_bounds_ns()
     assert first[0] == 0
     assert (first[1:] == last[:-1] + 1).all()
     assert last[-1] == (1 << shared_pages.HIST_MAX_BITS) - 1
@@ -163,10 +163,10 @@ def test_blocks_are_apart_and_aligned() -> None:
 
 def test_percentile_is_the_middle_of_its_bucket() -> None:
     hist = np.zeros(shared_pages.HIST_BUCKET_COUNT, np.uint64)
-    assert shared_pages.percentile_ns(hist, [0.5, 0.99]).tolist() == [0, 0]
+    assert histogram.percentile_ns(hist, [0.5, 0.99]).tolist() == [0, 0]
     hist[10], hist[20], hist[64] = 50, 49, 1  # 10 ns, 20 ns, 64 to 65 ns
-    assert shared_pages.percentile_ns(hist, [0, 0.5, 0.51, 0.99, 0.995, 1]).tolist() == [10, 10, 20, 20, 64.5, 64.5]
-    assert shared_pages.percentile_ns(hist, 0.5) == 10
+    assert histogram.percentile_ns(hist, [0, 0.5, 0.51, 0.99, 0.995, 1]).tolist() == [10, 10, 20, 20, 64.5, 64.5]
+    assert histogram.percentile_ns(hist, 0.5) == 10
 
 
 def test_counters_status_and_histograms_are_read(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ _LATEST = ("last_host_errno",)
 
 @dataclass(frozen=True)
 class OpStats:
-    """One kind of operation. `hist` counts latencies in nanoseconds, in the buckets of shm.bucket_bounds_ns."""
+    """One kind of operation. `hist` counts latencies in nanoseconds, in the buckets of histogram.bucket_bounds_ns."""
 
     requests: int
     bytes: int
@@ -32,7 +32,7 @@ class OpStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Return counters, and latencies as percentiles in nanoseconds."""
-        from vdusefast.state.shared_pages import percentile_ns
+        from vdusefast.state.histogram import percentile_ns
 
         latency_ns = percentile_ns(self.hist, PERCENTILES)
         named = {f"p{fraction * 100:g}": float(ns) for fraction, ns in zip(PERCENTILES, latency_ns, strict=True)}

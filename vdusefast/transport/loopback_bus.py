@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from vdusefast.errors import DeviceBusyError
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, uapi
+from vdusefast.transport.loopback_queue import EVENTFD_FLAGS, BusQueue
 from vdusefast.transport.loopback_region import Region, RegionTable
 from vdusefast.transport.uapi import IotlbEntry, Request, Response, VqInfo
 
@@ -32,55 +33,12 @@ MSG_TIMEOUT_S = 30.0  # as /sys/class/vduse/NAME/msg_timeout
 _PORT_QUERY = struct.Struct("=QQ")  # start, last
 _PORT_ANSWER = struct.Struct("=iI")  # errno or 0, padding; an IotlbEntry follows
 _NO_ENTRY = IotlbEntry(0, 0, 0, 0)
-_EVENTFD_FLAGS = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 
 _log = logging.getLogger("vdusefast")
 
 
 def _fail(error: int) -> NoReturn:
     raise OSError(error, os.strerror(error))
-
-
-class _Queue:
-    """What the bus knows of one queue.
-
-    `kickfd` keeps its number for the life of the bus: it is a duplicate of the device's eventfd, or of `idle_fd`
-    while the device has set none, so that a driver may go on holding the number.
-    """
-
-    def __init__(self, index: int):
-        with ExitStack() as opened:  # a failure half-way leaves nothing open
-            self.idle_fd = os.eventfd(0, _EVENTFD_FLAGS)
-            opened.callback(os.close, self.idle_fd)
-            self.kickfd = os.dup(self.idle_fd)
-            opened.callback(os.close, self.kickfd)
-            self.irqfd = os.eventfd(0, _EVENTFD_FLAGS)
-            opened.pop_all()
-        self.kickfd_set = False
-        self.info = VqInfo(index)
-
-    def set_kickfd(self, fd: int) -> None:
-        """Let kicks go to `fd` (borrowed), -1 for nowhere. Passes on one that came too early."""
-        os.dup2(self.idle_fd if fd < 0 else fd, self.kickfd, inheritable=False)
-        self.kickfd_set = fd >= 0
-        if fd >= 0 and self._take_early_kick() and self.info.ready:
-            os.eventfd_write(fd, 1)
-
-    def reset(self) -> None:
-        """Forget what the driver set up."""
-        self.set_kickfd(-1)
-        self._take_early_kick()
-        self.info = VqInfo(self.info.vq_index)
-
-    def close(self) -> None:
-        for fd in (self.idle_fd, self.kickfd, self.irqfd):
-            os.close(fd)
-
-    def _take_early_kick(self) -> bool:
-        try:
-            return os.eventfd_read(self.idle_fd) > 0
-        except BlockingIOError:
-            return False
 
 
 class _Pending:
@@ -113,14 +71,14 @@ class LoopbackBus:
         self._regions = RegionTable(spec.name)
         self._messages: socket.socket | None = None  # while a server has the device
         self._ports: dict[int, socket.socket] = {}
-        self._queues: list[_Queue] = []
+        self._queues: list[BusQueue] = []
         with ExitStack() as opened:  # a failure half-way leaves nothing open
             for index in range(spec.queue_count):
-                self._queues.append(_Queue(index))
+                self._queues.append(BusQueue(index))
                 opened.callback(self._queues[-1].close)
-            self.config_irqfd = os.eventfd(0, _EVENTFD_FLAGS)
+            self.config_irqfd = os.eventfd(0, EVENTFD_FLAGS)
             opened.callback(os.close, self.config_irqfd)
-            self._wake_fd = os.eventfd(0, _EVENTFD_FLAGS)
+            self._wake_fd = os.eventfd(0, EVENTFD_FLAGS)
             opened.callback(os.close, self._wake_fd)
             self._epoll = select.epoll()
             opened.pop_all()

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from vdusefast import __version__
 from vdusefast.bench.fio.jobs import Plan
 from vdusefast.bench.fio.run import JobRun
-from vdusefast.state.shared_pages import HIST_BUCKET_COUNT, bucket_bounds_ns, percentile_ns
+from vdusefast.state.histogram import bucket_bounds_ns, percentile_ns
+from vdusefast.state.shared_pages import HIST_BUCKET_COUNT
 
 if TYPE_CHECKING:
     from vdusefast.driver._driver import OpResults
