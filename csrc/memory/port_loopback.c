@@ -10,7 +10,7 @@
 
 #include "memory/port.h"
 
-#define VF_BUS_ANSWER_MS 5000 /* a bus that is silent for so long is gone */
+#define VF_BUS_ANSWER_MS 5000 /* a queue waits meanwhile: less than quiesce_s, after which its worker is killed */
 
 struct vf_bus_query {
 	uint64_t start;

@@ -28,7 +28,6 @@ from vdusefast.transport.uapi import Request, Response, VqInfo
 
 PACKET_MAX_BYTES = 65536
 DESCRIPTORS_MAX = 2
-ANSWER_TIMEOUT_S = 30.0  # a bus that is silent for so long is gone
 
 _ERRORS: dict[str, type[TransportError] | type[DeviceBusyError]] = {
     "busy": DeviceBusyError,
@@ -365,7 +364,7 @@ class RemoteLoopbackTransport:
         if self._host is not None:
             raise TransportError(f"device {self._name} is open already")
         self._host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._host.settimeout(ANSWER_TIMEOUT_S)
+        self._host.settimeout(MSG_TIMEOUT_S)  # the bus waits as long for us
         try:
             self._host.connect(os.fspath(self._path))
         except OSError as error:
