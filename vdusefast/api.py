@@ -88,7 +88,7 @@ class Device:
         self._resizing = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._transport = transport
-        self._kind = transport.kind if transport else "kernel" if config.device.transport == "kernel" else "loopback"
+        self._kind = transport.kind if transport else config.device.transport.resolved
         self._directory: RunDirectory | None = None
         self._keep = False  # the run directory, for whoever goes on with the device
         self._state: SavedState | None = None  # that of a device that was left, while it is taken over
@@ -428,7 +428,7 @@ class Device:
             self._resources.callback(lambda: self._call(relay.stop(), MARGIN_S))  # behind the workers
             loop.call_soon_threadsafe(relay.start)
         self._starting = supervisor
-        attach_s = device.attach_timeout_s if device.transport == "kernel" else 0
+        attach_s = device.attach_timeout_s if device.is_in_kernel else 0
         whole = claim and not fail_requests
         if whole:
             self._save_state()  # whatever becomes of us: from now on the pages say what is in flight
@@ -506,7 +506,7 @@ class Device:
         model = supervisor.device
         before_bytes, present = model.capacity_sectors * SECTOR_BYTES, present_bytes(store)
         size_bytes = choose_bytes(store, before_bytes, model.block_size_bytes, wanted_bytes, force=force)
-        config = override(self.config, uri=f"null:{size_bytes}") if store.kind == "null" else self.config
+        config = override(self.config, uri=f"null:{size_bytes}") if store.is_null else self.config
         grows = size_bytes >= before_bytes
         # Whatever is interrupted here, the server that goes on finds a store at least as large as it is told, serves at
         # least what the driver has been shown, and then shows it just that.

@@ -13,8 +13,10 @@ import msgspec
 from vdusefast.backends import check_text
 from vdusefast.base.decoding import decode_toml
 from vdusefast.base.engines import IO_URING, EngineName
+from vdusefast.base.kinds import Bus, CacheMode, TransportKind
 from vdusefast.base.page import PAGE_BYTES
 from vdusefast.base.secret import find_ambiguous
+from vdusefast.base.toml_lines import line_of
 from vdusefast.errors import ConfigError
 from vdusefast.units import BLOCK_SIZE_MAX_BYTES, BLOCK_SIZE_MIN_BYTES
 from vdusefast.units import parse_size as parse_size
@@ -51,9 +53,6 @@ BOUNCE_SIZE_DEFAULT_BYTES = 64 << 20  # the kernel's
 BOUNCE_STEP_BYTES = 1 << 20
 CONFIG_MAX_BYTES = 1 << 20
 
-TransportName = Literal["auto", "loopback", "kernel"]
-CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
-BusName = Literal["virtio", "vhost"]
 SchedulerName = Literal["none", "kernel"]
 PollMode = Literal["adaptive", "always", "never"]
 MapMode = Literal["auto", "off"]
@@ -68,8 +67,10 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     name: str
     serial: str = ""
-    transport: TransportName = "auto"  # kernel for the commands `add` and `serve`, loopback for the Python API
-    bus: BusName = "virtio"  # kernel transport: virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N
+    transport: TransportKind = (
+        TransportKind.AUTO
+    )  # kernel for the commands `add` and `serve`, loopback for the Python API
+    bus: Bus = Bus.VIRTIO  # kernel transport: virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N
     queues: int = 1
     queue_size: int = 0  # as offered to the driver; 0 = 1024 for the kernel transport, else 256
     read_only: bool = False
@@ -91,19 +92,24 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     lock_memory: LockMemoryMode = "auto"
 
     @property
+    def is_in_kernel(self) -> bool:
+        """Whether the device is on the kernel's vDPA bus, where it outlives its server."""
+        return self.transport == TransportKind.KERNEL
+
+    @property
     def is_kernel_disk(self) -> bool:
         """Whether the driver is the kernel's own: it makes a /dev/vdX, and maps each descriptor that it uses."""
-        return self.transport == "kernel" and self.bus == "virtio"
+        return self.is_in_kernel and self.bus == Bus.VIRTIO
 
     @property
     def locks_memory(self) -> bool:
         """Return lock_memory with its default filled in: a device of the kernel can be a disk of this machine."""
-        return self.lock_memory == "on" or (self.lock_memory == "auto" and self.transport == "kernel")
+        return self.lock_memory == "on" or (self.lock_memory == "auto" and self.is_in_kernel)
 
     @property
     def effective_queue_size(self) -> int:
         """Return queue_size with its default filled in."""
-        return self.queue_size or (QUEUE_SIZE_KERNEL if self.transport == "kernel" else QUEUE_SIZE_DEFAULT)
+        return self.queue_size or (QUEUE_SIZE_KERNEL if self.is_in_kernel else QUEUE_SIZE_DEFAULT)
 
     @property
     def effective_indirect(self) -> bool:
@@ -146,7 +152,7 @@ class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """What holds the bytes, and how a worker reaches it."""
 
     uri: str
-    cache: CacheMode = "writeback"
+    cache: CacheMode = CacheMode.WRITEBACK
     engine: EngineName = "auto"
     map: MapMode = "auto"  # engine sync: read a file on tmpfs through a mapping
     merge: bool = True  # engines sync and cached: adjacent requests of a batch become one preadv or pwritev
@@ -158,6 +164,11 @@ class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     reconnect_s: float = (
         60.0  # stores behind a network: lost for less is a pause, lost for longer is IOERR until it is back
     )
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether I/O goes past the page cache."""
+        return self.cache == CacheMode.NONE
 
     @property
     def keeps_zeroes(self) -> bool:
@@ -201,12 +212,12 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         validate(config)
     except msgspec.ValidationError as error:
         key, problem = _explain(str(error))
-        raise ConfigError(f"{where}{_line_of(text, key)}: {problem}") from None
+        raise ConfigError(f"{where}{line_of(text, key)}: {problem}") from None
     except msgspec.DecodeError as error:
         raise ConfigError(f"{where}: not TOML: {error}") from None
     except ConfigError as error:
         key = str(error).partition(":")[0]
-        raise ConfigError(f"{where}{_line_of(text, key)}: {error}") from None
+        raise ConfigError(f"{where}{line_of(text, key)}: {error}") from None
     return config
 
 
@@ -363,7 +374,7 @@ def _check_kernel(device: DeviceConfig) -> None:
     _check_range(key, bounce, BOUNCE_SIZE_MIN_BYTES, BOUNCE_SIZE_MAX_BYTES)
     if bounce % PAGE_BYTES:  # the kernel would cut it to whole pages
         raise ConfigError(f"{key}: {bounce} is no multiple of {PAGE_BYTES}")
-    if device.user_memory == "on" and device.bus != "virtio":
+    if device.user_memory == "on" and not device.bus.copies_data:
         raise ConfigError(
             'device.user_memory: only bus "virtio" copies data; the client of "vhost" gives its own memory'
         )
@@ -471,25 +482,3 @@ def _explain(message: str) -> tuple[str, str]:
         struct = _STRUCTS.get(re.sub(r"\[.*", "", place), Config)
         return key, f"{key}: unknown key; known here: {', '.join(struct.__struct_fields__)}"
     return place, f"{place or 'configuration'}: {problem[:1].lower()}{problem[1:]}"
-
-
-def _line_of(text: str, key: str) -> str:
-    """Return ":LINE" of a key such as `device.queues` or `queue[1].cpu`, "" when it is not written as one.
-
-    The table's header stands in for a key that is missing.
-    """
-    match = re.fullmatch(r"(?:([a-z_]+)(?:\[(\d+)\])?\.)?([^.]+)", key)
-    if not match:
-        return ""
-    table, index, field = match.groups()
-    table = table or field
-    seen, inside, found = -1, False, ""
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[+\s*([^\]\s]+)\s*\]+", line)
-        if header:
-            seen += header[1] == table
-            inside = header[1] == table and seen == int(index or 0)
-            found = f":{number}" if inside else found
-        elif inside and re.match(rf"\s*[\"']?{re.escape(field)}[\"']?\s*=", line):
-            return f":{number}"
-    return found

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import recipes
 
-ROOT = Path(__file__).parents[2]
 EDITS = {
     "csrc/engine/engines.c": [
         ("static const struct vf_engine_ops *const", "extern const struct vf_engine_ops vf_engine_dummy;\n\n"),
@@ -57,17 +56,9 @@ with vdusefast.Device(config, run_dir=sys.argv[2]) as device, device.driver() as
 @pytest.mark.timeout(600)
 def test_an_engine_is_a_file_and_two_edits(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    for name in ("csrc", "vdusefast"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "bench"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
+    recipes.copy_package(tree, built=False)
     (tree / "csrc" / "engine" / "engine_dummy.c").write_text(DUMMY)
-    for name, inserted in EDITS.items():
-        text = (tree / name).read_text()
-        for before, new in inserted:
-            assert text.count(before) == 1, (name, before)
-            text = text.replace(before, new + before)
-        (tree / name).write_text(text)
+    recipes.follow(tree, EDITS)
     built = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
         cwd=tree,
@@ -80,13 +71,4 @@ def test_an_engine_is_a_file_and_two_edits(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
-    used = subprocess.run(
-        [sys.executable, "-c", USE, disk, tmp_path / "run"],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=90,
-    )
-    assert used.returncode == 0, used.stderr
+    recipes.use(tree, USE, disk, tmp_path / "run")

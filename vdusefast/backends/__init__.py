@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, field
+from enum import StrEnum
 from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -60,12 +61,21 @@ BACKENDS = (
 )
 
 
+class StoreKind(StrEnum):
+    """How the core's engines reach a store (enum vf_store_kind). One with an engine of its own has its first scheme."""
+
+    FILE = "file"
+    BLOCKDEV = "blockdev"
+    MEMORY = "memory"
+    NULL = "null"
+
+
 @dataclass
 class Store:
     """An open store. Owns its descriptor; `close` is idempotent."""
 
     uri: str
-    kind: str  # file, blockdev, memory, null, or the first scheme of a plugin
+    kind: str  # a StoreKind, or the first scheme of a plugin
     fd: int  # -1 for null, for plugins, and once closed
     size_bytes: int
     block_size_bytes: int  # the smallest unit it takes
@@ -97,6 +107,31 @@ class Store:
     discard_granularity_bytes: int = 0  # 0 = physical_block_size_bytes
     discard_offset_bytes: int = 0
     rotational: int = -1
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a regular file, which may be made longer, and end within a block."""
+        return self.kind == StoreKind.FILE
+
+    @property
+    def is_block_device(self) -> bool:
+        """Whether it is a block device, which has a size of its own."""
+        return self.kind == StoreKind.BLOCKDEV
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether it is one of these two: there is a path to it, others may have it, and the kernel writes it back."""
+        return self.is_file or self.is_block_device
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether its bytes are in memory that ends with the server."""
+        return self.kind == StoreKind.MEMORY
+
+    @property
+    def is_null(self) -> bool:
+        """Whether it keeps nothing."""
+        return self.kind == StoreKind.NULL
 
     def close(self) -> None:
         """Close the descriptor, and with the last copy of it give up the lock. Idempotent."""
@@ -253,7 +288,7 @@ def block_size(store: Store, wanted_bytes: int = 0) -> int:
             f"device.block_size_bytes: {wanted_bytes}, but {store.uri} takes no blocks below {store.block_size_bytes}"
         )
     # A file may end within a block: its last one becomes whole when it is written to.
-    _check_multiple(store, block_bytes if store.kind == "file" else max(block_bytes, store.block_size_bytes))
+    _check_multiple(store, block_bytes if store.is_file else max(block_bytes, store.block_size_bytes))
     return block_bytes
 
 
@@ -263,7 +298,7 @@ def _check_engine(backend: BackendConfig, registration: Registration) -> None:
     if registration.plugin:
         if backend.engine != "auto":
             raise ConfigError(f"backend.engine: {backend.uri} brings its own engine; leave {backend.engine!r} out")
-        if backend.cache == "none":
+        if backend.is_direct:
             raise ConfigError(
                 f'backend.cache: "none" is O_DIRECT, which is for files and block devices, not for {backend.uri}'
             )

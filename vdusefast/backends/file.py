@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vdusefast.backends import Store, content, file_locks, identity, io_limits
+from vdusefast.backends import Store, StoreKind, content, file_locks, identity, io_limits
 from vdusefast.backends.direct import find_align, queue_limit
 from vdusefast.backends.image_format import RAW, split_path
 from vdusefast.errors import BackendError, DeviceBusyError
@@ -51,7 +51,7 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool =
     path, said_raw = split_path(rest)
     is_block = _check_type(path, uri)
     exclusive = claim and is_block and not read_only
-    fd = _open(path, uri, read_only=read_only, exclusive=exclusive, direct=backend.cache == "none")
+    fd = _open(path, uri, read_only=read_only, exclusive=exclusive, direct=backend.is_direct)
     try:
         if claim:
             file_locks.claim(fd, uri, read_only=read_only, is_block=is_block)
@@ -128,17 +128,17 @@ def find_loops(store: Store) -> list[str]:
     """
     from vdusefast.host import loop_devices, node_users
 
-    if store.fd < 0 or store.kind not in ("file", "blockdev"):
+    if store.fd < 0 or not store.is_on_disk:
         return []
     status = os.fstat(store.fd)
-    numbers = node_users.related_numbers(status.st_rdev) if store.kind == "blockdev" else ()
+    numbers = node_users.related_numbers(status.st_rdev) if store.is_block_device else ()
     return [
         loop.name
         for loop in loop_devices.find(near=store.path)
         if not (store.read_only and loop.read_only)
         and (
             loop.block_device in numbers
-            if store.kind == "blockdev"
+            if store.is_block_device
             else (loop.file_device, loop.inode) == (status.st_dev, status.st_ino)
         )
     ]
@@ -146,14 +146,14 @@ def find_loops(store: Store) -> list[str]:
 
 def _describe_file(fd: int, backend: BackendConfig, read_only: bool) -> Store:
     status = os.fstat(fd)
-    direct_align = find_align(fd, backend.uri) if backend.cache == "none" else 0
+    direct_align = find_align(fd, backend.uri) if backend.is_direct else 0
     granule = max(SECTOR_BYTES, direct_align)
     block = min(granule, BLOCK_SIZE_MAX_BYTES)
     limits = io_limits.of_file(fd)
     preferred = status.st_blksize if status.st_blksize & (status.st_blksize - 1) == 0 else block
     return Store(
         uri=backend.uri,
-        kind="file",
+        kind=StoreKind.FILE,
         fd=fd,
         size_bytes=status.st_size,
         block_size_bytes=block,
@@ -179,12 +179,12 @@ def _describe_block(fd: int, backend: BackendConfig, read_only: bool) -> Store:
         raise BackendError(f"{backend.uri}: the block device is read-only; set read_only")
     logical, size_bytes = _ioctl_int(fd, BLKSSZGET), os.lseek(fd, 0, os.SEEK_END)
     limits = io_limits.of_block_device(fd)
-    direct_align = find_align(fd, backend.uri, logical) if backend.cache == "none" else 0
+    direct_align = find_align(fd, backend.uri, logical) if backend.is_direct else 0
     granule = max(logical, direct_align)
     block = min(granule, BLOCK_SIZE_MAX_BYTES)
     return Store(
         uri=backend.uri,
-        kind="blockdev",
+        kind=StoreKind.BLOCKDEV,
         fd=fd,
         size_bytes=size_bytes,
         block_size_bytes=block,

@@ -133,7 +133,7 @@ def check(store: Store) -> None:
 
     Notes at the store what else is to be told of it. Raises ConfigError, OSError.
     """
-    if store.said_raw or store.kind not in ("file", "blockdev") or store.size_bytes <= 0:
+    if store.said_raw or not store.is_on_disk or store.size_bytes <= 0:
         return
     name = find_format(store.fd, store.size_bytes, store.granule_bytes)
     if name in _SERVED:

@@ -50,7 +50,7 @@ def find_volumes(store: Store) -> dict[str, str]:
 
     Raises OSError.
     """
-    if store.kind != "blockdev" or _is_logical_volume(store):
+    if not store.is_block_device or _is_logical_volume(store):
         return {}
     status = os.fstat(store.fd)
     entry = (SYS / "dev/block" / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}").resolve()

@@ -6,7 +6,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from vdusefast.backends import Store
+from vdusefast.backends import Store, StoreKind
 from vdusefast.errors import BackendError
 from vdusefast.units import SECTOR_BYTES, parse_size
 
@@ -27,7 +27,7 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool =
         raise BackendError(f"{backend.uri}: cannot be made: {error.strerror}") from None
     return Store(
         uri=backend.uri,
-        kind="memory",
+        kind=StoreKind.MEMORY,
         fd=fd,
         size_bytes=size_bytes,
         block_size_bytes=SECTOR_BYTES,

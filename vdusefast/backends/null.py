@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vdusefast.backends import Store
+from vdusefast.backends import Store, StoreKind
 from vdusefast.units import SECTOR_BYTES, parse_size
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool =
     """Return a store of the size `rest`, without a descriptor. Raises ConfigError when that is no size."""
     return Store(
         uri=backend.uri,
-        kind="null",
+        kind=StoreKind.NULL,
         fd=-1,
         size_bytes=parse_size(rest),
         block_size_bytes=SECTOR_BYTES,

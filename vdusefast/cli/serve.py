@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vdusefast.base.engines import FILE_CHOICES
+from vdusefast.base.kinds import Bus, TransportKind
 from vdusefast.base.printable import printable
 from vdusefast.cli.recover import other_store_option
 from vdusefast.errors import ConfigError, VdusefastError
@@ -32,7 +33,7 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
         str,
         "What holds the bytes: file:PATH, memory:SIZE, nbd://..., rbd:..., python:FILE:CLASS; see docs/stores.md.",
     ),
-    (("--bus",), click.Choice(["virtio", "vhost"]), "virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N."),
+    (("--bus",), click.Choice([bus.value for bus in Bus]), "virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N."),
     (("--queues",), int, "Virtqueues, each with a worker process of its own."),
     (("--queue-size",), int, "Entries of a virtqueue, as offered to the driver; a power of two."),
     (("--packed/--split", "packed"), bool, "Whether packed rings are offered, or split ones alone."),
@@ -170,8 +171,8 @@ def read_config(target: str, options: dict[str, Any]) -> Config:
         config = configuration.load_config(target)
     else:
         config = configuration.make_config(name=target, uri=overrides.pop("uri"))
-    if config.device.transport == "auto":
-        overrides["transport"] = "kernel"
+    if config.device.transport == TransportKind.AUTO:
+        overrides["transport"] = TransportKind.KERNEL
     config = configuration.override(config, **overrides)
     if irq_cpus is not None:
         config = _with_irq_cpus(config, irq_cpus)

@@ -125,7 +125,7 @@ def _check_store(state: SavedState, store: Store) -> None:
 def make_transport(config: Config, state: SavedState | None) -> Transport:
     """Return the transport that `config` asks for. state: that of a device that is to be taken over."""
     device = config.device
-    if device.transport != "kernel":
+    if not device.is_in_kernel:
         return LoopbackTransport()
     from vdusefast.transport.kernel import KernelOptions, KernelTransport
 
@@ -147,10 +147,10 @@ def make_transport(config: Config, state: SavedState | None) -> Transport:
 
 def _wants_user_memory(config: Config) -> bool:
     """Tell whether memory of ours is to take the place of the kernel's bounce pages."""
-    if config.device.bus != "virtio":  # a client's memory is used as it is
+    if not config.device.bus.copies_data:  # a client's memory is used as it is
         return False
     if config.device.user_memory == "auto":
-        return config.backend.cache == "none" and config.backend.engine in ("auto", "uring")
+        return config.backend.is_direct and config.backend.engine in ("auto", "uring")
     return config.device.user_memory == "on"
 
 

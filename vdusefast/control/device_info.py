@@ -120,6 +120,6 @@ def _kernel_only(config: Config, transport: Transport) -> dict[str, Any]:
         "api_version": transport.api_version,
         "vduse_features": uapi.vduse_feature_names(transport.vduse_features),
         "msg_timeout_s": config.device.msg_timeout_s,
-        "bounce_size_bytes": transport.bounce_size_bytes if config.device.bus == "virtio" else 0,
+        "bounce_size_bytes": transport.bounce_size_bytes if config.device.bus.copies_data else 0,
         "regions": transport.region_count(),
     }

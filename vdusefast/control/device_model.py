@@ -51,7 +51,7 @@ def completes_in_order(backend: BackendConfig, store: Store) -> bool:
     if store.faults or store.spec is not None:
         return False
     if backend.engine == "auto":
-        return store.kind in ("memory", "null")
+        return store.is_memory or store.is_null
     return ENGINES[backend.engine].completes_in_order
 
 

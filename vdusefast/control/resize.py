@@ -23,9 +23,9 @@ def present_bytes(store: Store) -> int:
     if store.spec is not None:
         return store.present_size_bytes
     try:
-        if store.kind == "file":
+        if store.is_file:
             return os.fstat(store.fd).st_size
-        if store.kind == "blockdev":
+        if store.is_block_device:
             return os.lseek(store.fd, 0, os.SEEK_END)
     except OSError as error:
         raise BackendError(f"{store.uri}: {error.strerror}") from None
@@ -48,12 +48,12 @@ def choose_bytes(store: Store, device_bytes: int, block_bytes: int, wanted_bytes
     wanted_bytes: None for what the store has now. force: also when that is less. Nothing is changed. Raises
     ConfigError for a size that cannot be, VdusefastError for a smaller one without `force`, BackendError.
     """
-    if store.kind == "memory":
+    if store.is_memory:
         raise ConfigError(
             f"{store.uri} cannot be resized: its workers have mapped it once and for all; "
             "use a file on a tmpfs, or remove the device and add a larger one"
         )
-    if store.kind == "null" and store.faults:
+    if store.is_null and store.faults:
         raise ConfigError(f"{store.uri} cannot be resized: its size is part of its name")
     present = present_bytes(store)
     size_bytes = present if wanted_bytes is None else wanted_bytes
@@ -68,12 +68,12 @@ def choose_bytes(store: Store, device_bytes: int, block_bytes: int, wanted_bytes
             f"{store.uri} has {present} bytes, and is not resized from here: do that by its own means; a device that "
             "does not follow by itself is then resized without a SIZE"
         )
-    if size_bytes != present and store.kind == "blockdev":
+    if size_bytes != present and store.is_block_device:
         raise ConfigError(
             f"{store.uri} has {present} bytes, and a block device is not resized from here: do that by its own means "
             "(lvextend, for example), then resize without a SIZE"
         )
-    if size_bytes != present and store.read_only and store.kind == "file":
+    if size_bytes != present and store.read_only and store.is_file:
         raise ConfigError(f"{store.uri} is served read-only and has {present} bytes: resize it, then without a SIZE")
     before = max(device_bytes, present)  # a file that was made longer may hold something there
     if size_bytes < before and not force:
@@ -86,11 +86,11 @@ def choose_bytes(store: Store, device_bytes: int, block_bytes: int, wanted_bytes
 
 def set_bytes(store: Store, size_bytes: int) -> None:
     """Give the store that size, which `choose_bytes` has allowed; a file grows by a hole. Raises BackendError."""
-    if present_bytes(store) != size_bytes and store.kind == "file":
+    if present_bytes(store) != size_bytes and store.is_file:
         try:
             os.ftruncate(store.fd, size_bytes)
         except OSError as error:
             raise BackendError(f"{store.uri}: cannot have {size_bytes} bytes: {error.strerror}") from None
     store.size_bytes = size_bytes
-    if store.kind == "null":
+    if store.is_null:
         store.uri = f"null:{size_bytes}"

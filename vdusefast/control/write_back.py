@@ -55,7 +55,7 @@ class WriteBack:
         self._pages = pages
         self._store = store
         self._fds: list[int] = []
-        if store.kind not in ("file", "blockdev") or store.cache == "unsafe" or store.read_only:
+        if not store.is_on_disk or store.cache == "unsafe" or store.read_only:
             return
         try:
             for _ in range(queue_count + 1):

@@ -6,6 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from vdusefast.base.kinds import TransportKind
 from vdusefast.base.printable import is_utf8
 from vdusefast.errors import VdusefastError
 from vdusefast.host import containers
@@ -92,6 +93,11 @@ def holder_pid(path: Path) -> int:
 def holder_transport(path: Path) -> str:
     """Return the transport of the device that has or had the run directory at `path`, "" where that is not known."""
     return _read_holder(path)[1]
+
+
+def was_in_kernel(path: Path) -> bool:
+    """Return whether the device of the run directory at `path` is, or was, one of the kernel transport."""
+    return holder_transport(path) == TransportKind.KERNEL
 
 
 def _read_holder(path: Path) -> tuple[int, str]:

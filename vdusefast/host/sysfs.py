@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from vdusefast.base.kinds import Bus
 from vdusefast.host import containers
 
 SYS = Path("/sys")
 DEV = Path("/dev")
 
 # The driver of the vDPA bus for each of a device's faces, and the kernel module it is in.
-BUS_DRIVERS = {"virtio": "virtio_vdpa", "vhost": "vhost_vdpa"}
+BUS_DRIVERS: dict[str, str] = {Bus.VIRTIO: "virtio_vdpa", Bus.VHOST: "vhost_vdpa"}
 
 
 def bus_loaded() -> bool:

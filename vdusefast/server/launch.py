@@ -130,7 +130,7 @@ def _starts_service(config: Config) -> bool:
     """Return whether the server is to be a service. One that cannot come to serve says why as a child of ours."""
     path = registry.base_directory() / config.device.name
     held = path.is_dir() and run_dirs.is_held(path)
-    return config.device.transport == "kernel" and not held and not transient_unit.refusal()
+    return config.device.is_in_kernel and not held and not transient_unit.refusal()
 
 
 def _spawn_service(

@@ -222,7 +222,7 @@ def _delete_claimed(name: str, timeout_s: float) -> None:
 
 def delete_served(client: RpcClient, path: Path, force: bool, timeout_s: float) -> None:
     """Have the server remove its device, and wait until all of it is gone. Raises VdusefastError."""
-    in_kernel = run_dirs.holder_transport(path) == "kernel"
+    in_kernel = run_dirs.was_in_kernel(path)
     pid = client.server_pid
     pid_fd = _open_process(pid)
     try:

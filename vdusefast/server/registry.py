@@ -181,7 +181,7 @@ def remove_dead(path: Path) -> None:
     directory = run_dir.RunDirectory(name, path.parent)
     try:
         # A device of another transport has nothing in the kernel: one of its name there is somebody else's.
-        if directory.transport == "kernel":
+        if directory.was_in_kernel:
             if sysfs.attached(name):
                 from vdusefast.state import orphans
 

@@ -370,7 +370,7 @@ class Service:
         return bool(select.select([self._deleted_fd], [], [], 0)[0])
 
     def _tell_deleted(self) -> Json:
-        if self._config.device.transport == "kernel" and orphans.in_kernel(self.name):
+        if self._config.device.is_in_kernel and orphans.in_kernel(self.name):
             raise self._device.failure or VdusefastError(f"{self.name}: the kernel still has the device; see its log")
         return {"name": self.name, "pid": os.getpid()}
 
@@ -563,7 +563,7 @@ class Service:
     def _start_extension(self) -> dict[str, int]:
         """Return what lets the service manager wait for a driver as long as we do."""
         device = self._config.device
-        if device.transport != "kernel":
+        if not device.is_in_kernel:
             return {}
         return {"EXTEND_TIMEOUT_USEC": int((device.attach_timeout_s + EXTEND_S) * 1e6)}
 

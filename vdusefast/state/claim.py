@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vdusefast.base.kinds import Bus, TransportKind
 from vdusefast.config import QUEUE_SIZE_MAX, Config, make_config, resolve_cpus
 from vdusefast.errors import ConfigError, DeviceBusyError, DeviceNotFoundError, VdusefastError
 from vdusefast.host import sysfs
@@ -73,8 +74,8 @@ def removal_config(name: str) -> Config:
         make_config(
             name=name,
             uri=f"null:{size_bytes or UNKNOWN_SIZE_BYTES}",
-            transport="kernel",
-            bus="vhost" if sysfs.bound_driver(name) == sysfs.BUS_DRIVERS["vhost"] else "virtio",
+            transport=TransportKind.KERNEL,
+            bus=Bus.VHOST if sysfs.bound_driver(name) == sysfs.BUS_DRIVERS[Bus.VHOST] else Bus.VIRTIO,
             queues=sysfs.queue_count(name),
             queue_size=QUEUE_SIZE_MAX,
             user_memory="off",

@@ -30,7 +30,7 @@ def is_left(path: Path) -> bool:
 
     Raises VdusefastError when its lock cannot be opened.
     """
-    return run_dirs.holder_transport(path) == "kernel" and in_kernel(path.name) and not run_dirs.is_held(path)
+    return run_dirs.was_in_kernel(path) and in_kernel(path.name) and not run_dirs.is_held(path)
 
 
 def is_lost(path: Path) -> bool:
@@ -57,7 +57,7 @@ def choose(directory: run_dir.RunDirectory, config: Config, transport: str, mode
     to be, VdusefastError, OSError.
     """
     name = directory.path.name
-    was_kernel = directory.transport == "kernel" and in_kernel(name)
+    was_kernel = directory.was_in_kernel and in_kernel(name)
     is_orphan = was_kernel and (directory.state_path.exists() or sysfs.attached(name))
     if mode.must_adopt or (mode.may_adopt and is_orphan):
         state = saved_state.load(directory.state_path)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from vdusefast.base.kinds import TransportKind
 from vdusefast.errors import DeviceBusyError, VdusefastError
 from vdusefast.host import containers, run_dirs
 
@@ -126,6 +127,11 @@ class RunDirectory:
         finally:
             self.release()
             self._remove_private()
+
+    @property
+    def was_in_kernel(self) -> bool:
+        """Whether the device of this directory is, or was, one of the kernel transport."""
+        return self.transport == TransportKind.KERNEL
 
     def note_transport(self, transport: str) -> None:
         """Note the transport for those who find the directory of a dead process. Raises OSError."""

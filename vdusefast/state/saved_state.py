@@ -18,6 +18,7 @@ from vdusefast.backends import store_scheme
 from vdusefast.backends.identity import Identity, is_same, text_of
 from vdusefast.backends.plugin import Description
 from vdusefast.base.decoding import decode_json
+from vdusefast.base.kinds import CacheMode, TransportKind
 from vdusefast.config import Config
 from vdusefast.errors import BackendError, ConfigError, VdusefastError
 from vdusefast.state import state_file
@@ -77,7 +78,7 @@ def make_state(
     described: its store, of a backend whose module brings the engine. identity: of its store.
     """
     api_version = vduse_features = 0
-    if transport.kind == "kernel":
+    if transport.kind == TransportKind.KERNEL:
         from vdusefast.transport.kernel import KernelTransport
 
         if isinstance(transport, KernelTransport):
@@ -193,14 +194,15 @@ def check_config(state: SavedState, config: Config, transport: str) -> None:
     old, new = state.config.device, config.device
     _check(new.name, "device.transport", state.transport, transport)
     # The bus first: defaults of others come from it.
-    keys = [*(["bus"] if transport == "kernel" else []), "queues", "effective_queue_size", "read_only"]
-    keys += ["effective_bounce_size_bytes"] if transport == "kernel" and new.bus == "virtio" else []
+    in_kernel = transport == TransportKind.KERNEL
+    keys = [*(["bus"] if in_kernel else []), "queues", "effective_queue_size", "read_only"]
+    keys += ["effective_bounce_size_bytes"] if in_kernel and new.bus.copies_data else []
     for key in keys:
         _check(new.name, f"device.{key.removeprefix('effective_')}", getattr(old, key), getattr(new, key))
     _check_keys(state, config)
     # A driver keeps a cache of its own in mind, or none.
     old_cache, new_cache = state.config.backend.cache, config.backend.cache
-    if "writethrough" in (old_cache, new_cache):
+    if CacheMode.WRITETHROUGH in (old_cache, new_cache):
         _check(new.name, "backend.cache", old_cache, new_cache)
     # The same size does not make it the same disk.
     old_uri, new_uri = state.config.backend.uri, config.backend.uri

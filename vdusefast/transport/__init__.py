@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from vdusefast.base.kinds import TransportKind
 from vdusefast.errors import VdusefastError
 from vdusefast.transport.uapi import VIRTIO_ID_BLOCK, Request, Response, VqInfo
 
@@ -67,7 +68,7 @@ class WorkerPort:
 class Transport(Protocol):
     """The device's side of one device. All methods are called in the supervisor's thread."""
 
-    kind: str
+    kind: TransportKind
     memory_text: str  # what requests' data lies in, for people
     msg_timeout_s: float  # a message unanswered for so long breaks the device; 0 = never
     keeps: bool  # whether the device outlives its server, so that another one can go on with it

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vdusefast.base.deadline import limit
+from vdusefast.base.kinds import Bus, TransportKind
 from vdusefast.errors import ConfigError, DeviceBusyError, KernelSupportError, TimedOutError, VdusefastError
 from vdusefast.host import containers, node_users, sysfs, vdpa
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, kernel_control, uapi
@@ -53,7 +54,7 @@ class KernelOptions:
     api_version, vduse_features: what a device that is reopened was created with, which the kernel does not tell.
     """
 
-    bus: str = "virtio"
+    bus: Bus = Bus.VIRTIO
     msg_timeout_s: int = 90
     bounce_size_bytes: int = KERNEL_BOUNCE_SIZE_BYTES
     bounce_size_min_bytes: int = 0
@@ -68,13 +69,13 @@ class KernelOptions:
 class KernelTransport:
     """The device's side of a VDUSE device; see `Transport` for the methods."""
 
-    kind = "kernel"
+    kind = TransportKind.KERNEL
     keeps = True
 
     def __init__(self, options: KernelOptions | None = None):
         """Prepare; nothing is opened before `create` or `reopen`."""
         self.options = options or KernelOptions()
-        self.memory_text = BOUNCE_PAGES if self.options.bus == "virtio" else "the client's own"
+        self.memory_text = BOUNCE_PAGES if self.options.bus == Bus.VIRTIO else "the client's own"
         self.msg_timeout_s = float(self.options.msg_timeout_s)
         self.api_version = self.options.api_version
         self.vduse_features = self.options.vduse_features
@@ -161,7 +162,7 @@ class KernelTransport:
         deadline = time.monotonic() + DRIVER_OK_WAIT_S
         while True:
             try:
-                self.inject_config_irq() if self.options.bus == "vhost" else self.inject_irq(0)
+                self.inject_config_irq() if self.options.bus == Bus.VHOST else self.inject_irq(0)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -189,9 +190,9 @@ class KernelTransport:
                     await _in_thread(sysfs.bind, self.name, driver)
                 while not self.node:
                     await asyncio.sleep(kernel_control.NODE_LOOK_S)
-                if new and self.options.bus == "virtio" and self.options.scheduler != "kernel":
+                if new and self.options.bus == Bus.VIRTIO and self.options.scheduler != "kernel":
                     await _in_thread(sysfs.set_scheduler, self.name, self.options.scheduler)
-                if new and self.options.bus == "virtio" and self._rotational >= 0:
+                if new and self.options.bus == Bus.VIRTIO and self._rotational >= 0:
                     await _in_thread(sysfs.set_rotational, self.name, self._rotational)
                 self._wait_for_messages(rest=True)
         except TimeoutError:
@@ -211,7 +212,7 @@ class KernelTransport:
         """
         if not self._attached:
             return
-        if self.driver == sysfs.BUS_DRIVERS["vhost"]:
+        if self.driver == sysfs.BUS_DRIVERS[Bus.VHOST]:
             # Not in this thread: to look at such a node may reset the device, which this thread answers.
             users = await self._vhost_users()
             if users:
@@ -362,7 +363,7 @@ class KernelTransport:
         """Refuse before anything is made what could never be attached."""
         driver = sysfs.BUS_DRIVERS[self.options.bus]
         missing = [] if sysfs.driver_loaded(self.options.bus) else [driver]
-        if self.options.bus == "virtio" and not sysfs.virtio_blk_loaded():
+        if self.options.bus == Bus.VIRTIO and not sysfs.virtio_blk_loaded():
             missing.append("virtio_blk")
         if not os.path.exists(kernel_control.CONTROL_NODE):
             missing.insert(0, "vduse")
@@ -397,7 +398,7 @@ class KernelTransport:
 
     def _wait_for_messages(self, *, rest: bool) -> None:
         """Set how long the kernel waits for an answer: at rest less long, of a disk. A client may send any time."""
-        if self.options.bus == "virtio":
+        if self.options.bus == Bus.VIRTIO:
             limit_s = self.options.msg_timeout_s
             limit_s = min(limit_s or REST_MSG_TIMEOUT_S, REST_MSG_TIMEOUT_S) if rest else limit_s
             with suppress(FileNotFoundError):  # the kernel's device is gone
@@ -406,7 +407,7 @@ class KernelTransport:
     def _settings(self, *, new: bool) -> dict[str, str]:
         options = self.options
         settings = {"msg_timeout": str(options.msg_timeout_s)}
-        if new and options.bus == "virtio" and self.bounce_size_bytes != KERNEL_BOUNCE_SIZE_BYTES:
+        if new and options.bus == Bus.VIRTIO and self.bounce_size_bytes != KERNEL_BOUNCE_SIZE_BYTES:
             settings["bounce_size"] = str(self.bounce_size_bytes)
         return settings
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import time
 
+from vdusefast.base.kinds import TransportKind
 from vdusefast.errors import DeviceBusyError
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, uapi
 from vdusefast.transport.loopback_bus import MSG_TIMEOUT_S, LoopbackBus
@@ -23,7 +24,7 @@ REOPEN_PAUSE_S = 0.005
 class LoopbackTransport:
     """The device's side of a loopback device; see `Transport` for the methods."""
 
-    kind = "loopback"
+    kind = TransportKind.LOOPBACK
     keeps = False
     memory_text = "the driver's own"
     node = ""

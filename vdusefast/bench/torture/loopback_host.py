@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from vdusefast.base.decoding import decode_json
+from vdusefast.base.kinds import TransportKind
 from vdusefast.errors import DeviceBusyError
 from vdusefast.transport import DeviceBrokenError, DeviceSpec, TransportError, WorkerPort, uapi
 from vdusefast.transport.loopback import REOPEN_PAUSE_S, REOPEN_TIMEOUT_S
@@ -235,7 +236,7 @@ class RemoteLoopbackTransport:
     As with /dev/vduse, the death of this process lets go of the device and leaves everything else as it is.
     """
 
-    kind = "loopback"
+    kind = TransportKind.LOOPBACK
     keeps = True
     memory_text = "the driver's own"
     node = ""

@@ -1,0 +1,42 @@
+"""What a configuration, the saved state and messages name by a word, as types: transports, buses, cache modes.
+
+Each member is the word itself, a string. What follows from it is asked of the type, or of what has it.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class TransportKind(StrEnum):
+    """How a device meets its driver."""
+
+    AUTO = "auto"  # in a configuration: kernel for the commands `add` and `serve`, loopback for the Python API
+    LOOPBACK = "loopback"
+    KERNEL = "kernel"  # the device is in the kernel, and stays there when its server ends
+
+    @property
+    def resolved(self) -> TransportKind:
+        """What a device of the Python API has."""
+        return TransportKind.LOOPBACK if self is TransportKind.AUTO else self
+
+
+class Bus(StrEnum):
+    """What the kernel makes of a device on its vDPA bus."""
+
+    VIRTIO = "virtio"  # a disk of this machine, /dev/vdX: data is copied through bounce pages
+    VHOST = "vhost"  # /dev/vhost-vdpa-N, whose client gives its own memory
+
+    @property
+    def copies_data(self) -> bool:
+        """Whether the kernel copies data through bounce pages."""
+        return self is Bus.VIRTIO
+
+
+class CacheMode(StrEnum):
+    """When what is written is durable, and whether it goes through the page cache."""
+
+    WRITEBACK = "writeback"  # at the next flush
+    WRITETHROUGH = "writethrough"  # when the write is complete
+    NONE = "none"  # O_DIRECT; at the next flush
+    UNSAFE = "unsafe"  # some time: a flush does nothing
