@@ -15,7 +15,7 @@ import supervised
 from vdusefast import api
 from vdusefast.cli import render
 from vdusefast.config import Config, make_config
-from vdusefast.control import placement
+from vdusefast.control import device_parts, placement
 from vdusefast.control.placement import Placement, QueuePlace, place
 from vdusefast.host import queue_map, sysfs
 from vdusefast.host.cpu_topology import CAPACITY_FULL, Distance, Topology, read_topology
@@ -225,7 +225,7 @@ def test_workers_are_moved_when_requests_come_from_elsewhere(monkeypatch: pytest
     allowed = sorted(os.sched_getaffinity(0))
     cpus = [allowed[-1], allowed[0]]
     seen = Placement(tuple(QueuePlace(i, "", cpu, "why", cpu, "") for i, cpu in enumerate(cpus)), "seen")
-    monkeypatch.setattr(api, "observe", lambda config, node: seen)
+    monkeypatch.setattr(device_parts, "observe", lambda config, node: seen)
     with api.Device(make_config(name="d0", uri="memory:1M", queues=2)) as device:
         assert device.info()["placement"]["source"] == "seen"
         queues = device.queues()

@@ -6,6 +6,7 @@ The device itself learns of it from `Supervisor.resize`; between the two, nothin
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vdusefast.backends.identity import path_is_other
@@ -94,3 +95,34 @@ def set_bytes(store: Store, size_bytes: int) -> None:
     store.size_bytes = size_bytes
     if store.is_null:
         store.uri = f"null:{size_bytes}"
+
+
+def change_bytes(
+    store: Store,
+    before_bytes: int,
+    size_bytes: int,
+    *,
+    note: Callable[[int, bool], None],
+    show: Callable[[], None],
+) -> None:
+    """Change store and device to the size that `choose_bytes` has allowed, in the order that is safe at every step.
+
+    before_bytes: the device's size. note: writes a size down for the next server, and whether a resize is under way.
+    show: has the driver see the new size. Wherever this is interrupted, the next server finds a store that is at least
+    as large as the size that is noted. It serves what the driver has been shown, and then shows the noted size.
+    """
+    present = present_bytes(store)
+    grows = size_bytes >= before_bytes
+    try:
+        if size_bytes > present:
+            set_bytes(store, size_bytes)
+        note(size_bytes if grows else before_bytes, True)
+        show()
+    except BaseException:
+        if grows:
+            note(before_bytes, False)
+        if size_bytes > present:
+            set_bytes(store, present)
+        raise
+    note(size_bytes, False)
+    set_bytes(store, size_bytes)
