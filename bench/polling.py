@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -31,6 +30,7 @@ sys.path[:0] = [str(ROOT)]
 import msgspec  # noqa: E402 (needs the path set above)
 
 from vdusefast.api import Device  # noqa: E402
+from vdusefast.base.json_types import Json  # noqa: E402
 from vdusefast.bench.peers.variants import parse_settings  # noqa: E402
 from vdusefast.config import Config, QueueConfig, make_config, validate  # noqa: E402
 from vdusefast.control.stats import QueueStats  # noqa: E402
@@ -42,7 +42,6 @@ QUEUES = 2  # the last one is the driver's for polling
 DEVICE_BYTES = 64 << 20
 ATTACH_S = 20.0
 SHARE_MAX = 0.001  # of requests that take a kick, an interrupt or a system call
-Json = dict[str, Any]
 
 
 def device_config(settings: Json) -> Config:

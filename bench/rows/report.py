@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TextIO
+from typing import TextIO
 
 from rows.table import Figures, Result
+from vdusefast.base.json_types import Json
 from vdusefast.bench.common.rounds import summarize
 from vdusefast.bench.fio.figures import host
-
-Json = dict[str, Any]
 
 
 def spread_text(spread: float) -> str:

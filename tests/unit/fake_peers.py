@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.peers import options as peers_options
 from vdusefast.bench.peers.peer import Peer
-
-Json = dict[str, Any]
 
 
 def run(peer: str, number: int, iops: float, job: str = "j") -> Json:

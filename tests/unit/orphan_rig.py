@@ -114,7 +114,7 @@ class FakeServer:
         self.refusal: errors.VdusefastError | None = None
         self.directory = RunDirectory("vd0", BASE, "kernel")
         self.info = {"name": "vd0", "state": "running", "pid": 7, "transport": "kernel", "systemd": False, **info}
-        from vdusefast.server.service import DeleteParams
+        from vdusefast.server.served_device import DeleteParams
 
         methods = {"info": Method(NoParams, lambda _: self.info), "delete": Method(DeleteParams, self._delete)}
         self.rpc = RpcServer(self.directory.path, methods)

@@ -9,7 +9,6 @@ import struct
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import fake_fio
 import pytest
@@ -23,7 +22,6 @@ from vdusefast.errors import TimedOutError, VdusefastError
 from vdusefast.host import netlink
 
 MIB = 1 << 20
-Json = dict[str, Any]
 
 
 # -- servers and tools

@@ -143,7 +143,7 @@ def test_systemd_waits_as_long_as_we_do(
     in_use = ["open in qemu"]
     monkeypatch.setattr(node_users, "find_users", lambda node: list(in_use))
     monkeypatch.setattr(daemon, "CLIENT_LOOK_S", 0.02)
-    monkeypatch.setattr(daemon, "EXTEND_EVERY_S", 0.05)
+    monkeypatch.setattr("vdusefast.server.sd_notify.EXTEND_EVERY_S", 0.05)
     monkeypatch.setattr(orphans, "in_kernel", lambda name: False)
     rig = Rig(tmp_path / "run", uri="memory:1M", transport="kernel", attach_timeout_s=300)
     rig.device.node = "/dev/vhost-vdpa-0"

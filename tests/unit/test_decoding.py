@@ -21,7 +21,7 @@ from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.server import launch
 from vdusefast.server.rpc import Method, NoParams, RpcServer
 from vdusefast.server.rpc_client import RpcClient
-from vdusefast.server.service import ResizeParams
+from vdusefast.server.served_device import ResizeParams
 from vdusefast.state import saved_state
 
 DEEP = b"[" * 30000 + b"]" * 30000

@@ -26,7 +26,8 @@ from vdusefast.control.resize import choose_bytes, present_bytes, set_bytes
 from vdusefast.control.supervisor import VqState
 from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.errors import BackendError, ConfigError
-from vdusefast.server.service import ResizeParams, Service
+from vdusefast.server.served_device import ResizeParams
+from vdusefast.server.service import Service
 from vdusefast.state import saved_state
 from vdusefast.transport.loopback import LoopbackTransport
 

@@ -12,6 +12,10 @@ RESIZE_TIMEOUT_S = 40.0  # the workers' own limit, there and back, and what a bu
 PROBE_LIMIT_S = 30  # for a plugin's store to be described
 MARGIN_S = 30.0  # beyond what the supervisor bounds by itself: killing, reaping and closing
 ANSWER_MARGIN_S = 15.0  # for a client, beyond the server's limit
+EXTEND_S = 90.0  # that a service manager grants each time it is asked: for a stop, or for the start of the workers
+EXTEND_EVERY_S = 10.0  # how often it is asked
+TAKE_BACK_LIMIT_S = 60.0  # for an old server to get its device back when the new one has failed
+TAKEN_BACK_TIMEOUT_S = 60.0  # for a command to see that it has
 
 
 def stop_s(timeout_s: float) -> float:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from vdusefast.base.json_types import Json
 from vdusefast.base.printable import printable
 from vdusefast.host import containers
 from vdusefast.units import duration_text, size_text
-
-Json = dict[str, Any]
 
 LINE_COLUMNS = 100
 LABEL_COLUMNS = 12

@@ -17,12 +17,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from typing import Any
 
 import msgspec
 
 from vdusefast.base import logs, spawn, time_limits
 from vdusefast.base.decoding import decode_json
+from vdusefast.base.json_types import Json
 from vdusefast.base.start_mode import StartMode
 from vdusefast.config import Config
 from vdusefast.errors import EXIT_DELETED, TimedOutError, VdusefastError, from_exit_code
@@ -51,7 +51,6 @@ _OUTCOME_TAKE_OVER = "left to its old server, unless the new one serves it alrea
 # second signal is for a process that was started with the first one ignored, and has not set that right yet.
 _ASKING = {False: (signal.SIGINT, signal.SIGTERM), True: (signal.SIGTERM,)}
 
-Json = dict[str, Any]
 Process = subprocess.Popen[bytes] | ForeignProcess
 
 

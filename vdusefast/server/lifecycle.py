@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vdusefast.base.start_mode import StartMode
-from vdusefast.base.time_limits import STOP_TIMEOUT_S, client_s, start_s, stop_s, take_over_s
+from vdusefast.base.time_limits import STOP_TIMEOUT_S, TAKEN_BACK_TIMEOUT_S, client_s, start_s, stop_s, take_over_s
 from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
 from vdusefast.host import node_users, processes, run_dirs
 from vdusefast.host.containers import pid_text
@@ -25,10 +25,9 @@ from vdusefast.server.systemd import manager as service_manager
 from vdusefast.state import claim, orphans, saved_state
 
 if TYPE_CHECKING:
-    from vdusefast.server.launch import Json
+    from vdusefast.base.json_types import Json
 
 REBUILD_TIMEOUT_S = 30.0
-TAKEN_BACK_TIMEOUT_S = 60.0  # for an old server to serve again
 TAKEN_BACK_LOOK_S = 0.1
 END_TIMEOUT_S = 10.0
 END_LOOK_S = 0.02

@@ -6,14 +6,12 @@ import os
 import stat
 import time
 from pathlib import Path
-from typing import Any
 
+from vdusefast.base.json_types import Json
 from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
 from vdusefast.host import run_dirs, sysfs
 from vdusefast.server.rpc_client import HungUpError, NoServerError, RpcClient
 from vdusefast.state import run_dir
-
-Json = dict[str, Any]
 
 LIST_TIMEOUT_S = 2.0  # for all devices together
 DYING_S, DYING_PAUSE_S = 5.0, 0.05  # how long a server that was killed may take to end

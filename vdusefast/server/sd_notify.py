@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
+
+from vdusefast.base.time_limits import EXTEND_EVERY_S, EXTEND_S
 
 _log = logging.getLogger("vdusefast")
 
@@ -27,6 +30,7 @@ class Notifier:
         # An abstract name is written with @ in place of its zero byte.
         self._address = "\0" + address[1:] if address.startswith("@") else address
         meant = not watchdog_pid or watchdog_pid == str(os.getpid())
+        self._alive_s = self._extended_s = 0.0  # when the manager last had such a message
         self.watchdog_s = int(watchdog_us) / 1e6 if self._address and meant and watchdog_us.isdecimal() else 0.0
 
     @property
@@ -45,3 +49,17 @@ class Notifier:
                 connection.sendto(text.encode(), self._address)
         except OSError as error:
             _log.warning("cannot tell the service manager %s: %s", text.partition("\n")[0], error.strerror)
+
+    def keep_alive(self) -> None:
+        """Send the watchdog's message, if it is time for one. Call it again and again."""
+        now_s = time.monotonic()
+        if self.watchdog_s and now_s - self._alive_s >= self.watchdog_s / 3:
+            self._alive_s = now_s
+            self.send(WATCHDOG=1)
+
+    def extend(self) -> None:
+        """Have the manager wait longer for a stop, if it was asked long ago. Call it again and again."""
+        now_s = time.monotonic()
+        if not self._extended_s or now_s - self._extended_s >= EXTEND_EVERY_S:
+            self._extended_s = now_s
+            self.send(EXTEND_TIMEOUT_USEC=int(EXTEND_S * 1e6))

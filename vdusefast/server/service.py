@@ -14,113 +14,32 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, Protocol
-
-import msgspec
+from typing import Any
 
 import vdusefast
 from vdusefast.base import build, time_limits
+from vdusefast.base.json_types import Json
 from vdusefast.base.start_mode import StartMode
-from vdusefast.base.time_limits import STOP_TIMEOUT_S
+from vdusefast.base.time_limits import EXTEND_S, STOP_TIMEOUT_S, TAKE_BACK_LIMIT_S
 from vdusefast.config import Config
 from vdusefast.errors import EXIT_DELETED, DeviceBusyError, TimedOutError, VdusefastError
 from vdusefast.host import final_kill, node_users, reclaim, run_dirs, shutdown
 from vdusefast.server import hand_over, upgrade
 from vdusefast.server.rpc import Method, NoParams, RpcServer, caller_pid
 from vdusefast.server.sd_notify import Notifier, is_service
+from vdusefast.server.served_device import DeleteParams, HandOverParams, ResizeParams, ServedDevice
 from vdusefast.server.signals import PatientStopSignals, StopRequestedError
 from vdusefast.server.systemd import manager as service_manager
 from vdusefast.server.systemd import shutdown_unit
 from vdusefast.state import orphans
 from vdusefast.transport import DeviceBrokenError
 
-SIZE_MAX_BYTES = (1 << 63) - 1
 TICK_S = 1.0  # how often a service manager is told of failures, and new files are looked for that are needed
 CLIENT_LOOK_S = 0.5
-EXTEND_EVERY_S = 10.0
-# What a service manager grants us anew each time: enough for the stop that follows, or for the start of the workers.
-EXTEND_S = 90.0
 DELETE_LOOK_S = 0.1
-TAKE_BACK_LIMIT_S = 60.0  # for what a new server has left behind to end
 TAKE_BACK_PAUSE_S = 0.5
 
-Json = dict[str, Any]
 _log = logging.getLogger("vdusefast")
-
-
-class ServedDevice(Protocol):
-    """What is needed of api.Device."""
-
-    @property
-    def node(self) -> str:
-        """The node by which the device is used, "" while there is none."""
-
-    @property
-    def failure(self) -> VdusefastError | None:
-        """What is wrong now."""
-
-    @property
-    def recovered(self) -> bool:
-        """Whether it was taken over from a server before."""
-
-    @property
-    def outlives_server(self) -> bool:
-        """Whether another server can go on with it."""
-
-    @property
-    def upgraded(self) -> str:
-        """Why only a new server can serve all of it, "" where this one can."""
-
-    def prove(self, *, look: bool = ...) -> None:
-        """Show that it could be taken over from the server that it has."""
-
-    def start(self, *, mode: StartMode = ...) -> None:
-        """Return once the node is usable."""
-
-    def forgive_store(self) -> None:
-        """Have flushes be carried out again that fail since the store has lost data."""
-
-    def stop(self, timeout_s: float = ..., *, force: bool = ...) -> None:
-        """Detach, drain and destroy."""
-
-    def force(self, timeout_s: float = ...) -> None:
-        """Make a `stop` that another thread waits in one by force."""
-
-    def hand_over(self, timeout_s: float = ...) -> None:
-        """Drain, and leave the device in the kernel for the next server."""
-
-    def info(self) -> Json:
-        """Return all that is to be shown."""
-
-    def resize(self, size_bytes: int | None = ..., *, force: bool = ...) -> int:
-        """Change the size and return it."""
-
-    def stats(self) -> Any:
-        """Return counters with a method to_dict."""
-
-    def responds(self, timeout_s: float) -> bool:
-        """Return whether its loop answers within `timeout_s`."""
-
-
-class DeleteParams(msgspec.Struct, forbid_unknown_fields=True):
-    """Parameters of the method `delete`."""
-
-    force: bool = False
-    timeout_s: float = STOP_TIMEOUT_S
-    is_unused: bool = False  # the caller has looked, and sees more processes than this one
-
-
-class HandOverParams(msgspec.Struct, forbid_unknown_fields=True):
-    """Parameters of the method `hand_over`."""
-
-    timeout_s: float = STOP_TIMEOUT_S
-
-
-class ResizeParams(msgspec.Struct, forbid_unknown_fields=True):
-    """Parameters of the method `resize`; without a size the store's present one is taken."""
-
-    size_bytes: Annotated[int, msgspec.Meta(ge=0, le=SIZE_MAX_BYTES)] | None = None
-    force: bool = False
 
 
 class Service:
@@ -158,7 +77,6 @@ class Service:
         self._successor: hand_over.Successor | None = None  # who has asked for the device, and been given it
         self._deleted_fd = -1
         self._since_s = 0.0
-        self._alive_s = 0.0  # when the watchdog was last told while nobody serves
         self._last_info: Json = {}
         self._refused: list[str] = []  # what prepares this process for memory reclaim
 
@@ -230,7 +148,7 @@ class Service:
         self._serve_once(on_ready)
         while self._successor is not None:
             try:
-                why = self._successor.wait(self._signals.fileno(), self._keep_alive)
+                why = self._successor.wait(self._signals.fileno(), self._notifier.keep_alive)
             finally:
                 self._successor.close()
                 self._successor = None
@@ -257,13 +175,6 @@ class Service:
                 self._stop_for_signal()
             finally:
                 server.close()
-
-    def _keep_alive(self) -> None:
-        """Tell the watchdog that the service is well, if it is time for that."""
-        now_s = time.monotonic()
-        if self._notifier.watchdog_s and now_s - self._alive_s >= self._notifier.watchdog_s / 3:
-            self._alive_s = now_s
-            self._notifier.send(WATCHDOG=1)
 
     def _take_back(self, why: str) -> bool:
         """Serve the device again that was handed over. Returns whether it is: not if others have it, or a signal comes.
@@ -463,16 +374,15 @@ class Service:
         A signal cannot be refused: where the device cannot be left, its users lose the disk. While the
         machine goes down nobody comes to serve the device after us: it is served as long as it is used.
         """
-        extended_s = 0.0
         while not self._deleting.acquire(timeout=DELETE_LOOK_S):
             if self._is_deleted():
                 return  # the thread in `delete` or `hand_over` has done it
-            extended_s = self._extend(extended_s)
+            self._notifier.extend()
         self._stopping = True
         if not self._ready:
             self._give_up()
         elif self._device.outlives_server and self._signals.requested and shutdown.is_going_down():
-            self._see_out(extended_s)
+            self._see_out()
         elif (
             self._device.outlives_server
             and not self._final_stage
@@ -480,7 +390,7 @@ class Service:
         ):
             self._leave()
         else:
-            self._remove(extended_s)
+            self._remove()
 
     def _is_perhaps_used(self) -> bool:
         node = self._device.node
@@ -489,7 +399,7 @@ class Service:
     def _users(self) -> list[str]:
         return node_users.find_users(self._device.node)
 
-    def _see_out(self, extended_s: float) -> None:
+    def _see_out(self) -> None:
         """Serve until nobody uses the device, and remove it then; to the very end where nothing else ends that.
 
         A broken device is left: the kernel waits for nobody then.
@@ -498,14 +408,17 @@ class Service:
             self._leave()
             return
 
-        def extend(users: list[str]) -> None:
-            nonlocal extended_s
-            if not extended_s:
-                _log.info("%s: the machine goes down: served while in use: %s", self.name, node_users.describe(users))
-            extended_s = self._extend(extended_s)
+        is_said = False
 
-        if shutdown.wait_until_unused(self._users, extend, give_up=self._systemd):
-            self._remove(extended_s)
+        def wait_on(users: list[str]) -> None:
+            nonlocal is_said
+            if not is_said:
+                _log.info("%s: the machine goes down: served while in use: %s", self.name, node_users.describe(users))
+                is_said = True
+            self._notifier.extend()
+
+        if shutdown.wait_until_unused(self._users, wait_on, give_up=self._systemd):
+            self._remove()
         else:
             self._serve_to_the_end()
 
@@ -543,11 +456,10 @@ class Service:
             *(self.name, f" as {node}" if node else "", self.name, self.name),
         )
 
-    def _remove(self, extended_s: float) -> None:
+    def _remove(self) -> None:
         """Stop the device. A client of vhost-vdpa is waited for, and served on meanwhile.
 
-        The kernel would wait for it too, and neither its end nor a later one could be had then. extended_s: when the
-        service manager was last told to wait.
+        The kernel would wait for it too, and neither its end nor a later one could be had then.
         """
         node = self._device.node
         users = node_users.find_users(node)
@@ -555,7 +467,7 @@ class Service:
             wait = "; waiting for that to end" if node_users.is_vhost(node) else ""
             _log.warning("%s: %s is still in use: %s%s", self.name, node, node_users.describe(users), wait)
         while users and node_users.is_vhost(node):
-            extended_s = self._extend(extended_s)
+            self._notifier.extend()
             time.sleep(CLIENT_LOOK_S)
             users = node_users.find_users(node)
         self._device.stop(STOP_TIMEOUT_S)
@@ -566,14 +478,6 @@ class Service:
         if not device.is_in_kernel:
             return {}
         return {"EXTEND_TIMEOUT_USEC": int((device.attach_timeout_s + EXTEND_S) * 1e6)}
-
-    def _extend(self, last_s: float) -> float:
-        """Have the service manager wait on, if `last_s`, the time of the last such message, is long ago."""
-        now_s = time.monotonic()
-        if last_s and now_s - last_s < EXTEND_EVERY_S:
-            return last_s
-        self._notifier.send(EXTEND_TIMEOUT_USEC=int(EXTEND_S * 1e6))
-        return now_s
 
 
 def _make_device(config: Config, base: Path) -> ServedDevice:

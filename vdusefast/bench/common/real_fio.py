@@ -15,11 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
+from vdusefast.base.json_types import Json
 from vdusefast.errors import ConfigError, VdusefastError
-
-Json = dict[str, Any]
 
 SYS_IO_URING_SETUP = 425  # the same on every architecture
 IO_URING_PARAMS_BYTES = 120

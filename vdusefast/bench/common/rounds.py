@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-Json = dict[str, Any]
+from vdusefast.base.json_types import Json
+
 _T = TypeVar("_T")
 
 

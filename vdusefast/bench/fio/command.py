@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from vdusefast.api import Device
 from vdusefast.backends import store_scheme
+from vdusefast.base.json_types import Json
 from vdusefast.bench.common.real_fio import find_fio
 from vdusefast.bench.fio import figures
 from vdusefast.bench.fio.baseline import NULL_ENGINE, run_baseline
@@ -31,8 +32,6 @@ from vdusefast.transport import uapi
 
 if TYPE_CHECKING:
     from vdusefast.driver.loopback_driver import LoopbackDriver
-
-Json = dict[str, Any]
 
 
 def choose_transport(wanted: str) -> tuple[str, str]:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from vdusefast import __version__
+from vdusefast.base.json_types import Json
 from vdusefast.bench.fio.jobs import Plan
 from vdusefast.bench.fio.run import JobRun
 from vdusefast.state.histogram import bucket_bounds_ns, percentile_ns
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from vdusefast.driver._driver import OpResults
 
 PERCENTILES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 99.5, 99.9, 99.95, 99.99)
-Json = dict[str, Any]
 
 
 def latency(ops: Sequence[OpResults], *, percentiles: bool = True) -> Json:

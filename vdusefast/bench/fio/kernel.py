@@ -6,10 +6,10 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from vdusefast.api import Device
 from vdusefast.backends import store_scheme
+from vdusefast.base.json_types import Json
 from vdusefast.bench.common import block_node
 from vdusefast.bench.common.real_fio import KILL_S, FioOutcome, FioStuckError, choose_engine, find_fio, problem, run_fio
 from vdusefast.bench.fio.fio_words import device_words
@@ -23,7 +23,6 @@ from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.host.cpu_topology import parse_cpu_list
 from vdusefast.server.signals import StopSignals
 
-Json = dict[str, Any]
 Say = Callable[[str], None]
 
 MARGIN_S = 600.0  # beyond the jobs' own time: emulated machines are slow

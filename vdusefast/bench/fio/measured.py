@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.fio.jobs import JobSpec
 from vdusefast.bench.fio.report import bytes_text
 from vdusefast.errors import VdusefastError
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from vdusefast.bench.fio.run import JobRun
     from vdusefast.control.stats import DeviceStats
 
-Json = dict[str, Any]
 COUNTERS = ("requests", "bytes_read", "bytes_written", "errors", "kicks", "irqs", "batches")
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.fio.run import Progress
 
-Json = dict[str, Any]
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 UNITS_NS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"), (1.0, "ns"))
 JOB_HEADINGS = ("job", "", "IOPS", "bandwidth", "mean", "p50", "p99", "p99.9")

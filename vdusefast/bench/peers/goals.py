@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.common.rounds import verdict
 from vdusefast.bench.fio.report import Table
-
-Json = dict[str, Any]
 
 JOB = re.compile(r"rand(?:read|write) 4k qd(\d+) x[12]")
 

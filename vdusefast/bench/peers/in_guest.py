@@ -9,8 +9,8 @@ import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.common import rounds
 from vdusefast.bench.fio.jobs import JobSpec
 from vdusefast.bench.peers import variants as peers_variants
@@ -18,8 +18,6 @@ from vdusefast.bench.peers.report import OURS
 from vdusefast.bench.peers.session import MARGIN_S, PeersOptions, check_outputs, emit, job_limit_s, say, standard_jobs
 from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.server.signals import PatientStopSignals
-
-Json = dict[str, Any]
 
 KIT = Path(__file__).resolve().parents[3] / "bench" / "vm" / "run"
 REPORT = "peers.json"

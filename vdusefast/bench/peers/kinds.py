@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.peers import kernel_nbd as nbd
-from vdusefast.bench.peers.peer import Json, Peer, ServerProcess, first_line, run_tool
+from vdusefast.bench.peers.peer import Peer, ServerProcess, first_line, run_tool
 from vdusefast.errors import VdusefastError
 
 if TYPE_CHECKING:

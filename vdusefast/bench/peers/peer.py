@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.common import block_node
 from vdusefast.errors import TimedOutError, VdusefastError
 from vdusefast.host.cpu_topology import format_cpu_list
 
-Json = dict[str, Any]
 _T = TypeVar("_T")
 
 START_S = 60.0  # for a server to be ready; emulated machines are slow

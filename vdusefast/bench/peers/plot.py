@@ -6,11 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.fio.report import count_text
 from vdusefast.bench.peers.report import OURS
 from vdusefast.errors import ConfigError
-
-Json = dict[str, Any]
 
 COLUMN_COUNT = 4
 PANEL_INCHES = (3.4, 2.6)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.common import rounds
 from vdusefast.bench.fio.report import Table, bytes_text, count_text, latency_text, print_tables
 from vdusefast.bench.peers.goals import goals_table
-
-Json = dict[str, Any]
 
 OURS = "vdusefast"
 FLOOR = "null_blk"  # what a request costs without any server

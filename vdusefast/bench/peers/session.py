@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.common import rounds
 from vdusefast.bench.common.real_fio import (
     KILL_S,
@@ -37,7 +37,6 @@ from vdusefast.errors import BackendError, ConfigError, KernelSupportError, Vdus
 from vdusefast.host.cpu_topology import check_cpu, parse_cpu_list, read_topology
 from vdusefast.server.signals import PatientStopSignals
 
-Json = dict[str, Any]
 Say = Callable[[str], None]
 
 MARGIN_S = 120.0  # for fio to start and to end on a slow machine

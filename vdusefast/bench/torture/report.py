@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from vdusefast.base.json_types import Json
 from vdusefast.bench.fio.figures import host
 from vdusefast.bench.fio.report import count_text
 from vdusefast.bench.torture.load import ERRORS, Lost
 
-Json = dict[str, Any]
 LOST_SHOWN_MAX = 20
 HEADINGS = ("what was done", "times", "pause p50", "p99", "max", "others p99", "max", "lost", "errors")
 
