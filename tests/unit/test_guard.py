@@ -246,6 +246,29 @@ def test_messages_that_can_never_be_read_break_the_device(injector: Injector, ca
         assert sum(Part.QUEUE_RESET.what in record.getMessage() for record in caplog.records) >= 2
 
 
+class EagerLoop:
+    """A loop that has done what it is asked for before the caller goes on, as on a machine that is busy elsewhere."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *words: Any) -> None:
+        self._loop.call_soon_threadsafe(callback, *words)
+        for _ in range(3):  # also what that has started
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(30)
+
+
+def test_relay_that_fails_before_the_start_goes_on_is_seen(
+    tmp_path: Path, injector: Injector, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_loop = Device._start_loop
+    monkeypatch.setattr(Device, "_start_loop", lambda device: EagerLoop(start_loop(device)))
+    (tmp_path / "disk.py").write_text(CLASS)
+    injector.left[Part.RELAY] = 1
+    with Device(vdusefast.make_config(name="d0", uri=f"python:{tmp_path}/disk.py:Disk", queues=2)) as device:
+        check_seen(device, Part.RELAY, caplog)
+
+
 @pytest.mark.parametrize("part", [Part.RELAY, Part.RELAY_EVENTS, Part.RELAY_OUTPUT])
 def test_relay_that_fails_is_seen_and_the_device_serves_on(
     tmp_path: Path, part: Part, injector: Injector, caplog: pytest.LogCaptureFixture
