@@ -26,6 +26,7 @@
 
 #define DEPTH_MAX 1024u
 #define WARM_UP_NS 200000000ull
+#define EMPTY_NS 30000000000ull /* a run in which the device side has answered nothing ends after this */
 
 struct header {
 	uint32_t type;
@@ -124,7 +125,8 @@ struct measurement {
 	uint64_t done; /* requests */
 };
 
-/* Whether the measured time is over. turn: how often the loop has come here; the clock is read now and then. */
+/* Whether the measured time is over and has at least one request in it. turn: how often the loop has come here; the
+ * clock is read now and then. */
 static inline int is_over(struct measurement *m, uint32_t turn)
 {
 	if (turn & 1023u)
@@ -135,7 +137,7 @@ static inline int is_over(struct measurement *m, uint32_t turn)
 		m->done = 0;
 	}
 	m->measured_ns = now - m->begin_ns;
-	return m->begin_ns && m->measured_ns > m->run_ns;
+	return m->begin_ns && m->measured_ns > m->run_ns && (m->done || m->measured_ns > EMPTY_NS);
 }
 
 /* 0, or -1 when a status byte was wrong. */
