@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -47,15 +48,32 @@ def test_bytes_written_through_the_driver_are_in_the_file(tmp_path: Path) -> Non
     assert device.failure is None
 
 
-def test_device_starts_within_half_a_second() -> None:
-    config = make_config(name="d0", uri="null:1G", queues=2)
-    best_s = 10.0
-    for _ in range(3):
-        device = Device(config)
-        began = time.monotonic()
-        with device:
-            best_s = min(best_s, time.monotonic() - began)
-    assert best_s < 0.5
+def test_start_needs_a_process_for_each_queue_and_no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device is there as soon as its workers are: every pause of its loop would last for ever here."""
+    started: list[list[str]] = []
+    pauses: list[float] = []
+    begin_process, sleep, pause = subprocess.Popen.__init__, time.sleep, asyncio.sleep
+
+    def note_process(process: subprocess.Popen[bytes], command: list[str], **words: Any) -> None:
+        started.append(command)
+        begin_process(process, command, **words)
+
+    def note_sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        sleep(seconds)
+
+    async def pause_for_ever(seconds: float) -> None:
+        await (asyncio.Event().wait() if seconds else pause(0))
+
+    device = Device(make_config(name="d0", uri="null:1G", queues=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", note_process)
+        patch.setattr(time, "sleep", note_sleep)
+        patch.setattr(asyncio, "sleep", pause_for_ever)
+        device.start()
+    device.stop()
+    assert ["worker" in " ".join(command) for command in started] == [True, True]
+    assert pauses == []
 
 
 def test_serving_does_not_import_what_it_does_not_need() -> None:
