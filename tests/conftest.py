@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import ceph_rig
 
 RUN_DIR_KEY = pytest.StashKey[str]()
-SETTLE_S = 1.0  # how long a process or thread that was told to end may take
+SETTLE_S = 10.0  # how long a process or thread that was told to end may take, where others have the CPUs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -233,11 +233,12 @@ def test_loss_beyond_the_limit_is_an_error_and_the_return_of_the_server_ends_it(
         began = time.monotonic()
         with pytest.raises(OSError, match="request type 0"):
             driver.read(0, BLOCK)
-        assert 0.4 < time.monotonic() - began < 5
+        assert time.monotonic() - began > 0.4
         began = time.monotonic()
-        with pytest.raises(OSError, match="request type 0"):
-            driver.read(0, BLOCK)
-        assert time.monotonic() - began < 0.4
+        for _ in range(20):  # each of them would wait, too
+            with pytest.raises(OSError, match="request type 0"):
+                driver.read(0, BLOCK)
+        assert time.monotonic() - began < 20 * 0.5 / 2
         server.start()
         wait_until(lambda: "connected again" in caplog.text, "the device finds its server")
         assert driver.read(0, BLOCK) == b"a" * BLOCK
@@ -324,7 +325,7 @@ def test_request_without_an_answer_ends_with_an_error_after_its_time(
 
     def late(connection: socket.socket, request: Request) -> bool:
         if request.kind == READ and request.offset == BLOCK:
-            answers.wait(5)
+            answers.wait(20)
         return False
 
     behaviours = (
@@ -332,16 +333,17 @@ def test_request_without_an_answer_ends_with_an_error_after_its_time(
         Behaviour(on_request=late),
         Behaviour(),
     )  # of the probe's connection, the first, the next
-    with FakeServer(sock, *behaviours) as server, served(server.uri, timeout_s=0.5) as (_, driver):
+    # Time enough for the request that is answered, by a server that is a thread of a busy machine.
+    with FakeServer(sock, *behaviours) as server, served(server.uri, timeout_s=3.0) as (_, driver):
         server.data[0:BLOCK] = b"x" * BLOCK
         began = time.monotonic()
         with pytest.raises(OSError, match="request type 0"):
             driver.read(BLOCK, BLOCK)
-        assert 0.4 < time.monotonic() - began < 3
+        assert time.monotonic() - began > 2.9
         answers.set()
         assert driver.read(0, BLOCK) == b"x" * BLOCK
         assert server.connection_count == 3
-    assert "had no answer for 0.5 s" in caplog.text
+    assert "had no answer for 3.0 s" in caplog.text
 
 
 def test_qcow2_of_qemu_nbd_is_right_and_stays_sound(sock: Path, tmp_path: Path) -> None:

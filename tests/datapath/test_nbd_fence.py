@@ -243,9 +243,9 @@ def test_write_without_an_answer_fails_once_its_connection_has_ended(tmp_path: P
     """It may land until then, over what is written once the driver knows of its failure."""
     order: list[str] = []
     fake: list[FakeServer] = []
-    with FakeServer(tmp_path / "s", Behaviour(on_request=slow_first_write(fake, order, 1.5))) as nbd:
+    with FakeServer(tmp_path / "s", Behaviour(on_request=slow_first_write(fake, order, 4.0))) as nbd:
         fake.append(nbd)
-        with served(nbd.uri, timeout_s=0.3) as (_, driver):
+        with served(nbd.uri, timeout_s=2.0) as (_, driver):
             with pytest.raises(OSError, match="request type 1"):
                 driver.write(0, b"a" * BLOCK)
             assert order == ["slow begins", "slow ends"]

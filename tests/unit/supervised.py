@@ -22,13 +22,18 @@ from vdusefast.control.supervisor import Limits, QueueInfo, VqState
 from vdusefast.control.virtqueue import VqControl
 from vdusefast.transport.loopback import LoopbackBus
 
-QUICK = Limits(hello_s=8.0, quiesce_s=0.3, start_grace_s=0.25)
+# No worker that runs is given up by these, however busy the machine is.
+PATIENT = Limits(reset_s=10.0)
+# For tests that stop a worker, which is to be given up soon; the other ones have to answer within this time, too.
+QUICK = Limits(quiesce_s=1.0, reset_s=1.0)
 MEMORY_IOVA = 0x10000
 WAIT_S = 10.0
 T = TypeVar("T")
 
 
-def make_device(behaviour: str = "normal", queues: int = 2, limits: Limits = QUICK, *, packed: bool = False) -> Device:
+def make_device(
+    behaviour: str = "normal", queues: int = 2, limits: Limits = PATIENT, *, packed: bool = False
+) -> Device:
     config = make_config(name="d0", uri="memory:1M", queues=queues, queue_size=64, packed=packed)
     return Device(config, limits=limits, worker_command=[sys.executable, fake_worker.__file__, behaviour])
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +241,10 @@ def test_next_server_is_told_of_a_size_that_its_driver_may_have_been_shown(
         assert saved >= shown, (step, seen)
 
 
-def test_resize_that_fails_leaves_the_next_server_what_it_was_told(device: Device, impatient: None) -> None:
+def test_resize_that_fails_leaves_the_next_server_what_it_was_told(device: Device) -> None:
     pid = device.queues()[0].pid
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(TimedOutError):
+    with impatient(), pytest.raises(TimedOutError):
         device.resize(4 * MIB)
     os.kill(pid, signal.SIGCONT)
     assert saved_bytes(device) == 2 * MIB
@@ -285,17 +286,20 @@ def test_null_device_is_gone_on_with_in_its_last_size() -> None:
 # -- a worker that hangs
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(virtqueue, "RESIZE_S", 0.2)
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Give a worker that hangs little time. One that runs may need more, where others have the CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(virtqueue, "RESIZE_S", 0.2)
+        yield
 
 
-def test_device_whose_worker_hangs_does_not_grow(device: Device, image: Path, impatient: None) -> None:
+def test_device_whose_worker_hangs_does_not_grow(device: Device, image: Path) -> None:
     """And is grown by the next try, once that goes on: no worker serves less than the driver sees."""
     with device.driver() as driver:
         pid = device.queues()[1].pid
         os.kill(pid, signal.SIGSTOP)
-        with pytest.raises(TimedOutError, match=r"queue 1: the worker .* waits for its storage"):
+        with impatient(), pytest.raises(TimedOutError, match=r"queue 1: the worker .* waits for its storage"):
             device.resize(4 * MIB)
         os.kill(pid, signal.SIGCONT)
         assert image.stat().st_size == 2 * MIB
@@ -305,12 +309,12 @@ def test_device_whose_worker_hangs_does_not_grow(device: Device, image: Path, im
     assert [queue.restarts for queue in device.queues()] == [0, 0]
 
 
-def test_file_is_not_cut_before_every_worker_has_agreed(device: Device, image: Path, impatient: None) -> None:
+def test_file_is_not_cut_before_every_worker_has_agreed(device: Device, image: Path) -> None:
     with device.driver() as driver:
         pid = device.queues()[0].pid
         os.kill(pid, signal.SIGSTOP)
         for _ in range(2):
-            with pytest.raises(TimedOutError, match="queue 0"):
+            with impatient(), pytest.raises(TimedOutError, match="queue 0"):
                 device.resize(MIB, force=True)
             assert image.stat().st_size == 2 * MIB
             assert driver.capacity_bytes == MIB
@@ -320,14 +324,14 @@ def test_file_is_not_cut_before_every_worker_has_agreed(device: Device, image: P
         assert_ends_at(driver, MIB)
 
 
-def test_messages_are_answered_and_others_refused_meanwhile(device: Device, impatient: None) -> None:
-    results: list[BaseException] = []
+def test_messages_are_answered_and_others_refused_meanwhile(device: Device) -> None:
+    errors: list[BaseException] = []
 
     def resize() -> None:
         try:
             device.resize(4 * MIB)
         except VdusefastError as error:
-            results.append(error)
+            errors.append(error)
 
     pid = device.queues()[0].pid
     os.kill(pid, signal.SIGSTOP)
@@ -337,11 +341,12 @@ def test_messages_are_answered_and_others_refused_meanwhile(device: Device, impa
         time.sleep(0.001)
     with pytest.raises(DeviceBusyError, match="is being resized"):
         device.resize(4 * MIB)
-    assert device.responds(1.0)
+    assert device.responds(20)
     assert device.info()["size_bytes"] == 2 * MIB
-    thread.join()
     os.kill(pid, signal.SIGCONT)
-    assert isinstance(results[0], TimedOutError)
+    thread.join()
+    assert errors == []
+    assert device.info()["size_bytes"] == 4 * MIB
 
 
 # -- the store

@@ -51,7 +51,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(directory: Path) -> Iterator[RpcServer]:
-    with RpcServer(directory, METHODS, idle_timeout_s=0.5) as server:
+    with RpcServer(directory, METHODS) as server:
         yield server
 
 
@@ -157,16 +157,15 @@ def test_two_calls_in_one_packet_are_both_answered(server: RpcServer, directory:
         assert [json.loads(lines.read(5) or b"")["result"] for _ in range(2)] == ["1", "2"]
 
 
-def test_silent_and_slow_clients_are_hung_up_on(server: RpcServer, directory: Path) -> None:
+def test_silent_and_slow_clients_are_hung_up_on(directory: Path) -> None:
     """A byte now and then does not keep a place: the limit is for a whole message."""
-    with raw(directory) as silent, raw(directory) as slow:
+    with RpcServer(directory, METHODS, idle_timeout_s=0.5), raw(directory) as silent, raw(directory) as slow:
         began = time.monotonic()
         with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012
-            while time.monotonic() < began + 5:
+            while time.monotonic() < began + 20:
                 slow.sendall(b"x")
                 time.sleep(0.05)
         assert silent.recv(1) == b""
-        assert time.monotonic() - began < 3
 
 
 def test_client_that_does_not_read_disturbs_nobody(directory: Path) -> None:
@@ -259,7 +258,9 @@ def test_call_that_runs_is_answered_although_the_server_closes(directory: Path) 
         RpcClient(directory)
 
 
-def test_close_hangs_up_on_idle_clients_at_once(directory: Path) -> None:
+def test_close_hangs_up_on_idle_clients_at_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait for them, as it does for a call that runs."""
+    monkeypatch.setattr(rpc, "JOIN_TIMEOUT_S", 50.0)
     server = RpcServer(directory, METHODS)
     server.start()
     with raw(directory) as connection:
@@ -267,7 +268,7 @@ def test_close_hangs_up_on_idle_clients_at_once(directory: Path) -> None:
         began = time.monotonic()
         server.close()
         server.close()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < rpc.JOIN_TIMEOUT_S / 2
         assert connection.recv(1) == b""
 
 

@@ -21,6 +21,7 @@ import fake_worker
 import pytest
 from supervised import (
     MEMORY_IOVA,
+    QUICK,
     WAIT_S,
     errors_logged,
     kick,
@@ -359,13 +360,15 @@ def test_a_device_that_cannot_be_suspended_goes_on(device: Device) -> None:
     wait_state(device, 1, VqState.RUNNING)
 
 
-def test_a_device_is_suspended_though_a_worker_has_to_be_replaced_for_it(device: Device) -> None:
-    set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    with paused(device.queues()[0].pid):
-        assert device.bus._call("SUSPEND", uapi.Suspend).ok
-    assert device.state == DeviceState.SUSPENDED
-    assert states(device) == ["stopped", "stopped"]
-    assert device.queues()[0].restarts == 1
+def test_a_device_is_suspended_though_a_worker_has_to_be_replaced_for_it() -> None:
+    with make_device(limits=QUICK) as device:
+        device.bus.add_region(MEMORY_IOVA, 4096)
+        set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
+        with paused(device.queues()[0].pid):
+            assert device.bus._call("SUSPEND", uapi.Suspend).ok
+        assert device.state == DeviceState.SUSPENDED
+        assert states(device) == ["stopped", "stopped"]
+        assert device.queues()[0].restarts == 1
 
 
 # -- where a queue stands

@@ -49,22 +49,31 @@ def device() -> Iterator[Device]:
         yield made
 
 
+@pytest.fixture
+def impatient() -> Iterator[Device]:
+    """Return a device that soon gives up a worker, for tests that stop one."""
+    with make_device(limits=QUICK) as made:
+        made.bus.add_region(MEMORY_IOVA, 4096)
+        yield made
+
+
 # -- storage that does not return
 
 
-def test_reset_replaces_a_worker_that_does_not_finish(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+def test_reset_replaces_a_worker_that_does_not_finish(impatient: Device, caplog: pytest.LogCaptureFixture) -> None:
+    device = impatient
     set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
     stuck, other = device.queues()
     with paused(stuck.pid):
         began = time.monotonic()
         device.bus.reset()
-        assert QUICK.quiesce_s <= time.monotonic() - began < 5
+        assert time.monotonic() - began >= QUICK.quiesce_s
     fresh, same = device.queues()
     assert fresh.pid != stuck.pid
     assert (fresh.engine, fresh.state, fresh.restarts) == ("fake", VqState.STOPPED, 1)
     assert same.pid == other.pid
     assert not os.path.exists(f"/proc/{stuck.pid}")
-    message = f"device d0: queue 0: worker (pid {stuck.pid}) did not finish its requests within 0.3 s and was killed"
+    message = f"device d0: queue 0: worker (pid {stuck.pid}) did not finish its requests within 1 s and was killed"
     assert sum(record.getMessage().startswith(message) for record in caplog.records) == 1
     assert device.failure is None
     set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
@@ -72,7 +81,7 @@ def test_reset_replaces_a_worker_that_does_not_finish(device: Device, caplog: py
 
 
 def test_other_messages_are_answered_while_one_waits_for_storage() -> None:
-    with make_device(limits=Limits(quiesce_s=2.0)) as device:
+    with make_device() as device:
         bus = device.bus
         bus.add_region(MEMORY_IOVA, 4096)
         set_up(bus, MEMORY_IOVA, MEMORY_IOVA)
@@ -80,10 +89,9 @@ def test_other_messages_are_answered_while_one_waits_for_storage() -> None:
             waiting = threading.Thread(target=bus.get_vq_state, args=(0,))
             waiting.start()
             wait_state(device, 0, VqState.QUIESCING)
-            began = time.monotonic()
             assert bus.get_vq_state(1) == 0
             bus.set_status(0xF)  # starts queue 1 again; queue 0 is being quiesced
-            assert time.monotonic() - began < 1.0
+            assert device.queues()[0].state == VqState.QUIESCING
             assert waiting.is_alive()
         waiting.join()
         assert device.failure is None
@@ -100,7 +108,8 @@ def test_lost_position_is_said_to_be_lost(device: Device) -> None:
     kick(device.bus, 0)
 
 
-def test_a_worker_killed_for_a_message_is_replaced_and_tells_where_it_stands(device: Device) -> None:
+def test_a_worker_killed_for_a_message_is_replaced_and_tells_where_it_stands(impatient: Device) -> None:
+    device = impatient
     set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
     with paused(device.queues()[0].pid):
         device.bus.update_iotlb(0, 0xFFF)  # answered: the killed worker's mappings are gone
@@ -114,16 +123,11 @@ def test_driver_ok_is_answered_though_a_worker_is_late(device: Device) -> None:
     device.bus.negotiate(device.bus.offered_features)
     device.bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
     device.bus.set_vq_ready(0)
-    limits = Limits(quiesce_s=5.0, start_grace_s=0.05)
-    assert device._supervisor is not None
-    for vq in device._supervisor._vqs:
-        vq._limits = limits
-    with paused(device.queues()[0].pid):
-        began = time.monotonic()
+    late = device.queues()[0].pid
+    with paused(late):
         device.bus.driver_ok()
-        assert time.monotonic() - began < 1.0
         os.eventfd_write(device.bus.kickfd(0), 1)
-    wait_state(device, 0, VqState.RUNNING)
+    assert (wait_state(device, 0, VqState.RUNNING).pid, device.queues()[0].restarts) == (late, 0)
     assert select.select([device.bus.irqfd(0)], [], [], WAIT_S)[0]
 
 
@@ -306,7 +310,8 @@ def test_stop_kills_what_does_not_drain(device: Device) -> None:
     assert "did not stop in" in str(device.failure)
 
 
-def test_stop_during_a_message_is_bounded(device: Device) -> None:
+def test_stop_during_a_message_is_bounded(impatient: Device) -> None:
+    device = impatient
     set_up(device.bus, MEMORY_IOVA)
     errors: list[Exception] = []
 
