@@ -75,7 +75,7 @@ class StaleCookies:
         for before, request in stale:
             self._kept.remove((before, request))
             self.answered_count += 1
-            # One byte less than was asked for: whoever believes it goes on waiting, and says nothing.
+            # One byte less than was asked for: a client that believes it waits for ever, and says nothing.
             connection.sendall(simple_reply(request, 0) + b"E" * (request.length - 1))
         return bool(stale)
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The bare ring exchange: what two CPUs can pass between them through a virtqueue when nobody does anything else.
- * Two processes, a CPU each; requests of three descriptors (header, data, status), written anew each time as a driver
+ * Two processes, a CPU each; requests of three descriptors (header, data, status), written again each time as a driver
  * does; the device side reads descriptors and header and writes the status byte. Both sides spin. One JSON line.
  *
  *   ring_exchange [-p] [-t seconds] [-d iodepth] [-c driver_cpu] [-C device_cpu] [-q queue_size]

@@ -1,9 +1,9 @@
 """What a worker does for one request, counted and not timed: instructions by callgrind, system calls by perf or strace.
 
-The same load runs twice on a device made anew, the second time with more requests. The difference of the two counts is
-what the further requests took: start, end and all that happens once cancel out. The driver runs as it is, on a CPU of
-its own. A worker under valgrind or strace is much slower, so the driver is always ahead and the worker does not spin;
-the turns in which it found nothing are counted all the same.
+The same load runs twice, each time on a new device, the second time with more requests. The difference of the two
+counts is what the further requests took: start, end and all that happens once cancel out. The driver runs as it is, on
+a CPU of its own. A worker under valgrind or strace is much slower, so the driver is always ahead and the worker does
+not spin; the turns in which it found nothing are counted all the same.
 """
 
 from __future__ import annotations

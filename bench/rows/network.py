@@ -1,4 +1,4 @@
-"""Stores behind a server: ours and fio's own client of the same one, which each measurement starts anew."""
+"""Stores behind a server: ours and fio's own client of the same one, which each measurement restarts."""
 
 from __future__ import annotations
 

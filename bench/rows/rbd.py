@@ -1,7 +1,7 @@
 """Ceph RBD: our device and fio's own engine on the same image, of a cluster that is made for it.
 
-The cluster shares the CPUs with whoever is measured, and so do librbd's threads. The driver does not spin therefore,
-which it does on a CPU of its own: it and the worker have one CPU, and the rest goes wherever there is room.
+The cluster and librbd's threads share the CPUs with the processes that are measured. So the driver does not spin, as it
+does on a CPU of its own: it and the worker have one CPU, and the rest goes wherever there is room.
 """
 
 from __future__ import annotations

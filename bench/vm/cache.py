@@ -122,7 +122,7 @@ def _entry(name: str, make: Callable[[Path], None], recipe: str) -> Path:
         if entry.is_dir():
             return entry
         for left_over in directory().glob(f".{name}-*"):
-            shutil.rmtree(left_over)  # of a process that was killed: whoever makes one holds the lock
+            shutil.rmtree(left_over)  # of a process that was killed: one that makes it holds the lock
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=directory()) as making:
             whole = Path(making) / "entry"
             whole.mkdir()

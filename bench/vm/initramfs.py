@@ -1,4 +1,4 @@
-"""The guest's initramfs: a cpio archive, made anew for each boot, since it also carries the command."""
+"""The guest's initramfs: a cpio archive, made for each boot, since it also carries the command."""
 
 from __future__ import annotations
 

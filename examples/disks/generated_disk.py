@@ -2,7 +2,7 @@
 
     vdusefast serve: uri = "python:examples/disks/generated_disk.py:GeneratedDisk?size=16T&seed=7"
 
-Whoever reads it can check every word, and two who read the same place get the same. It has all requests of a round in
+A reader can check every word, and two readers of the same place get the same. It has all requests of a round in
 one NumPy expression, and any number of queues, since there is nothing to share.
 """
 

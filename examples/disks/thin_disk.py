@@ -3,7 +3,7 @@
     vdusefast serve: uri = "python:examples/disks/thin_disk.py:ThinDisk?path=/srv/thin.vft&size=64G"
 
 The file has records (block number, length, checksum, packed bytes); a block of zeroes is one without bytes. Where each
-block's last record lies is a NumPy array, made anew from the log when the disk is opened, which cuts off a record that
+block's last record lies is a NumPy array, made from the log when the disk is opened, which cuts off a record that
 a crash has left half-written. Two processes would not know of each other's records: one serves all queues.
 """
 

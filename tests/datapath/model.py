@@ -176,7 +176,7 @@ class Ring:
         return head, length
 
     def reap(self, *, in_order: bool = False) -> list[tuple[int, int | None]]:
-        """(head, used.len) of what was given back since; None where an entry stands for others, too."""
+        """(head, used.len) of what was pushed since; None where an entry stands for others, too."""
         found: list[tuple[int, int | None]] = []
         while self.reaped_idx != self.used_idx:
             head, length = self.used_elem(self.reaped_idx)

@@ -109,7 +109,7 @@ class PackedRing:
         return (buffer_id, length) if flags & (AVAIL | USED) == bits else None
 
     def reap(self, *, in_order: bool = False) -> list[tuple[int, int | None]]:
-        """(id, used.len) of what was given back since; None where an element stands for others, too."""
+        """(id, used.len) of what was pushed since; None where an element stands for others, too."""
         found: list[tuple[int, int | None]] = []
         while element := self.used_here():
             run = self.outstanding.index(element[0]) + 1 if in_order else 1
@@ -146,7 +146,7 @@ class PackedInterrupts(Interrupts):
 
 
 class PackedDeviceModel(DeviceModel):
-    """One packed virtqueue, given back in order; an element is shown when the next chain is done, or with the batch."""
+    """One packed virtqueue, completed in order; an element is shown when the next chain is done, or with the batch."""
 
     def __init__(self, params: Params, ring: PackedRing, store: bytearray, batch: int) -> None:
         self.params, self.ring, self.store, self.batch = params, ring, store, batch  # type: ignore[assignment]
@@ -156,7 +156,7 @@ class PackedDeviceModel(DeviceModel):
         self.run: list[tuple[int, int, int, bool]] = []  # (id, descriptors, used.len, whether all was written)
 
     def take_given(self, which: PackedInterrupts) -> int:
-        """Descriptors given back since that one decided last."""
+        """Descriptors pushed since that one decided last."""
         count, self.given[id(which)] = self.given[id(which)], 0
         return count
 

@@ -1,4 +1,4 @@
-"""Core dumps: what a driver or a store has in memory is in none of them, whoever had it mapped."""
+"""Core dumps: what a driver or a store has in memory is in none of them, whichever process had it mapped."""
 
 from __future__ import annotations
 

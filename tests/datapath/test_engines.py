@@ -162,7 +162,7 @@ def test_cached_engine_is_not_for_tmpfs() -> None:
 
 
 def populate(rig: Rig) -> None:
-    """Bring all pages of the regions into being, and map them anew."""
+    """Bring all pages of the regions into being, and map them again."""
     for iova in (IN_IOVA, OUT_IOVA):
         rig.memory.write(iova, bytes(REGION_BYTES))
         rig.queue.invalidate(iova, iova + REGION_BYTES - 1)

@@ -137,7 +137,7 @@ class Victim(Rig):
             self.ring.put_desc(3 * place + i, Desc(part.addr, part.len, flags, self.heads[place]))
 
     def offer_more(self) -> None:
-        """The driver's second turn, once the first three are given back."""
+        """The driver's second turn, once the first three are completed."""
         self.memory.write(IN_IOVA + 16, self.D)
         self.memory.write(OUT_IOVA, b"\xff")
         self.offer(3, 2)

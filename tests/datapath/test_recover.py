@@ -68,7 +68,7 @@ class Crashed(Rig):
         self.pages[at : at + LOG_HEADER.size] = LOG_HEADER.pack(*fields)
 
     def recover(self) -> list[int]:
-        """Start from the log; the writes given back by that, in order."""
+        """Start from the log; the writes completed by that, in order."""
         before = self.ring.used_idx
         self.queue.start(**self.start_words(DOES_NOT_COUNT), recover=True)
         return self.given_back(before)
@@ -150,7 +150,7 @@ def test_new_requests_are_logged_behind_those_done_again() -> None:
 
 def test_a_log_that_does_not_fit_the_ring_is_refused() -> None:
     with Crashed(used=[], logged={}) as rig:
-        rig.ring.put_u16(rig.ring.used + 2, 17)  # more given back than the ring holds
+        rig.ring.put_u16(rig.ring.used + 2, 17)  # more completed than the ring holds
         with pytest.raises(RingError, match="in-flight log"):
             rig.recover()
 

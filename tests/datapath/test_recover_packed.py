@@ -129,7 +129,7 @@ def test_a_foreign_log_is_refused_as_a_packed_ring_has_no_index(other: dict[str,
 def test_a_void_log_starts_where_the_ring_began() -> None:
     with Crashed(shown=2) as rig:
         rig.put_log(noted=6, announced=6, state=shared_pages.LogState.VOID)
-        rig.ring.put_desc(0, Desc(IN_IOVA, 16, NEXT | USED, 0))  # nothing was given back
+        rig.ring.put_desc(0, Desc(IN_IOVA, 16, NEXT | USED, 0))  # nothing was completed
         rig.recover()
         assert rig.queue.note == ""
         assert rig.queue.poll() > 0
@@ -144,7 +144,7 @@ def test_the_third_death_answers_the_request_with_an_error_and_the_others_are_do
         rig.queue.poll()
         assert rig.statuses() == bytes([0, 1, 0, 0, 0])
         assert rig.store_bytes()[SECTOR_BYTES : 2 * SECTOR_BYTES] != b"\x41" * SECTOR_BYTES
-        assert rig.deaths(1) == 0  # what comes to that slot next begins anew
+        assert rig.deaths(1) == 0  # what comes to that slot next begins again
 
 
 def test_a_second_death_is_no_reason_yet() -> None:

@@ -1,4 +1,4 @@
-"""The relay: several queues over a store that takes one client, whoever dies, and whoever knocks at its socket."""
+"""The relay: several queues over a store that takes one client, whichever process dies or knocks at its socket."""
 
 from __future__ import annotations
 

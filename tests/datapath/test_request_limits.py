@@ -93,7 +93,7 @@ def test_a_big_request_ends_its_round(engine: str) -> None:
 
 @pytest.mark.parametrize(("engine", "batch"), [("memory", 8), ("sync", 4)])
 def test_a_message_ends_the_round(engine: str, batch: int) -> None:
-    """Whoever waits for a worker does not wait for the rest of the round."""
+    """A message to a worker does not wait for the rest of the round."""
     with big_rig(engine) as rig:
         offer_reads(rig, 60, 4 * KIB)
         rig.pages[0:4] = (1).to_bytes(4, "little")  # vf_shm_ctl.ctl_seq

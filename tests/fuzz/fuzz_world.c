@@ -21,7 +21,7 @@ static uint8_t *store_bytes; /* FUZZ_CAPACITY_SECTORS, exactly */
 static uint8_t store_before[FUZZ_CAPACITY_SECTORS * 512u];
 
 static struct {
-	bool out; /* taken and not yet given back */
+	bool out; /* popped and not yet completed */
 	uint64_t writable_bytes;
 } head_state[FUZZ_QUEUE_MAX];
 

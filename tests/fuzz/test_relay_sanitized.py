@@ -55,14 +55,14 @@ class Worker:
         self.memory.close()
 
     def connect(self) -> None:
-        """Connect anew, without a hello."""
+        """Connect again, without a hello."""
         self.sock.close()
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(WAIT_S)
         self.sock.connect(self._address)
 
     def greet(self) -> None:
-        """Connect anew and be welcome."""
+        """Connect again and be welcome."""
         self.connect()
         self.sock.send(struct.pack("=III", MAGIC, self.queue, SLOTS))
         assert self.sock.recv(100) == struct.pack("=I", MAGIC)
@@ -205,7 +205,7 @@ def test_worker_that_takes_no_answers_holds_nobody_up(binary: Path, tmp_path: Pa
 
 
 def test_next_worker_waits_for_what_the_last_one_has_asked(binary: Path, tmp_path: Path) -> None:
-    """Whoever comes while a worker is served is heard when that one has gone, the newest of several."""
+    """One that comes while a worker is served is heard when that one has gone, the newest of several."""
     with served(binary, tmp_path) as (_, other):
         other.greet()
         first = other.sock.dup()

@@ -59,7 +59,7 @@ def test_nothing_is_lost_on_a_python_class_whatever_dies(tmp_path: Path) -> None
 
 
 def test_nothing_is_lost_on_a_python_class_of_one_instance_whatever_dies(tmp_path: Path) -> None:
-    """A relay has it; what it holds in its memory is made anew from its file by the next one."""
+    """A relay has it; the next one makes what it holds in its memory from its file again."""
     uri = f"python:{ROOT / 'examples' / 'disks' / 'thin_disk.py'}:ThinDisk?size=8M&path={tmp_path / 'thin'}"
     torture_store(tmp_path, ["--backend", uri, "--size", "1M"], "worker=2,supervisor=1,group=1,relay=4")
 

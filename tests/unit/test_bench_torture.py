@@ -153,7 +153,7 @@ def test_a_load_in_peace_finds_nothing(load: DriverLoad, store: Path) -> None:
     pause_s, others_s = load.gaps_s(0)
     assert 0 < pause_s < 10
     assert others_s is not None
-    assert load.gaps_s(None) == (0.0, None)  # begun anew
+    assert load.gaps_s(None) == (0.0, None)  # begun again
 
 
 def test_what_a_cycle_has_written_is_known_to_the_next(load: DriverLoad, store: Path) -> None:

@@ -118,7 +118,7 @@ def test_new_device_without_space_is_one_error_and_leaves_nothing(small: Path, t
 
 
 def test_pages_and_notes_never_fault_for_lack_of_space(small: Path) -> None:
-    """A page of a tmpfs that cannot be had would be a SIGBUS in whoever touches it."""
+    """A page of a tmpfs that cannot be had would be a SIGBUS in the process that touches it."""
     with RunDirectory("vd0", small) as directory:
         notes_fd = directory.open_store_notes(2 * 4096)
         with SharedPages.create(directory.pages_path, "vd0", 2, 256) as pages:

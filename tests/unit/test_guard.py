@@ -102,7 +102,7 @@ def injector(monkeypatch: pytest.MonkeyPatch) -> Injector:
 
 
 def served(device: Device) -> None:
-    """Check that the device serves a driver that begins anew."""
+    """Check that the device serves a driver that begins again."""
     device.bus.reset()
     set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
     for queue in (0, 1):

@@ -74,7 +74,7 @@ LOOP = {"kind": "block device", "number": "7:0", "diskseq": "4"}
         (SHARE, {"device": "0:41", "handle": None}, False),
         (SHARE, {"device": "8:1"}, False),
         (DISK, {}, True),
-        (DISK, {"diskseq": "9", "number": "8:16"}, True),  # plugged in anew
+        (DISK, {"diskseq": "9", "number": "8:16"}, True),  # plugged in again
         (DISK, {"name": "wwid=naa.5001"}, False),
         (DISK, {"start": "2048"}, False),  # a partition of it
         ({**DISK, "start": "2048"}, {"start": "4096"}, False),

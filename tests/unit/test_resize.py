@@ -108,7 +108,7 @@ def test_store_that_somebody_has_grown_is_looked_at_again(device: Device, image:
 
 
 def test_file_that_was_grown_is_not_cut_without_force(device: Device, image: Path) -> None:
-    """What lies behind the device's end may be dear to whoever has made the file longer."""
+    """The data behind the device's end may be dear to the one who made the file longer."""
     os.truncate(image, 8 * MIB)
     with pytest.raises(VdusefastError, match=r"from 8 MiB to 4 MiB loses"):
         device.resize(4 * MIB)

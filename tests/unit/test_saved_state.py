@@ -1,4 +1,4 @@
-"""What a server leaves written for the next one: the state file, and every difference that it refuses to go on with."""
+"""What a server leaves written for the next one: the state file, and every difference that it refuses."""
 
 from __future__ import annotations
 

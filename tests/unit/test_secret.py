@@ -17,7 +17,7 @@ from vdusefast.server import launch
 
 SECRET = "hunter2-secret"
 
-# Whoever makes a disk notes what everybody can read about its process, and whether it was given the secret.
+# The code that makes a disk notes what everybody can read about its process, and whether it was given the secret.
 DISK = f"""
 import os
 import vdusefast

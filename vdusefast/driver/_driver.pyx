@@ -2,7 +2,7 @@
 """The driver's side of a device at C speed: owner classes around csrc/driver/.
 
 A `Ring` is one vq, a `Job` one benchmark job, a `DriverThread` runs jobs on rings with the GIL released. Memory that the
-device shares is borrowed as plain addresses: whoever mapped it keeps it mapped while a ring or job uses it.
+device shares is borrowed as plain addresses: the caller keeps it mapped while a ring or job uses it.
 """
 import os
 

@@ -190,7 +190,7 @@ class LoopbackDriver:
             for region in self._regions:
                 self.bus.remove_region(region.iova)
         except TransportError:
-            return  # the device is gone or broken; whoever runs it reports why, and the memory goes with the bus
+            return  # the device is gone or broken; its server reports why, and the memory goes with the bus
         finally:
             for ring in self._rings:
                 ring.close()

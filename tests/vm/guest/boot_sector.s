@@ -1,5 +1,5 @@
 # A boot sector that shows that firmware reads and writes the disk: it prints the text in sector 1 on the serial port,
-# writes sector 2 with a copy of it, prints "written", and starts the machine anew for each byte that it is sent.
+# writes sector 2 with a copy of it, prints "written", and restarts the machine for each byte that it is sent.
 # Sectors are addressed by the extended calls of int 13h (EDD); a failed call prints "failed".
 
     .intel_syntax noprefix

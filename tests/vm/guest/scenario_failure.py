@@ -1,4 +1,4 @@
-"""A worker dies: another one goes on with its queue, and nobody but the log notices."""
+"""A worker dies: another one takes its queue over, and nobody but the log notices."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def a_limit_that_is_too_small_costs_nothing_else() -> str:
     """The device is served from the kernel's pages, and says why."""
     path = guest.image("memory.img", 16 * MIB)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (MEMLOCK_BYTES, MEMLOCK_BYTES))
-    drop_capability(CAP_SYS_RESOURCE)  # whoever has it raises the limit by himself
+    drop_capability(CAP_SYS_RESOURCE)  # a process that has it raises the limit by itself
     with guest.device("vd0", f"file:{path}", user_memory="on") as node:
         guest.wait_for("a refusal", lambda: "no user memory" in memory())
         said = memory()

@@ -60,7 +60,7 @@ def dump(node: str, path: Path) -> None:
 
 @check(limit_s=150)
 def killed_under_verified_load() -> dict[str, float]:
-    """All at once and the supervisor alone; gone on with by `recover`, and by adding the same device again."""
+    """All at once and the supervisor alone; adopted by `recover`, and by adding the same device again."""
     path = guest.image("recovery.img", 64 * MIB)
     node = guest.fork_server("vd0", f"file:{path}", queues=2)
     with verified_fio(node) as found:
@@ -117,7 +117,7 @@ def refused_to_serve(path: Path, what: str, **settings: object) -> str:
 
 @check(limit_s=120)
 def another_device_is_refused() -> list[str]:
-    """With nothing touched: the right one goes on with it afterwards."""
+    """With nothing touched: the right one adopts it afterwards."""
     path = guest.image("recovery.img", 32 * MIB)
     node = guest.fork_server("vd0", f"file:{path}")
     guest.sh("dd", "if=/dev/urandom", f"of={node}", "bs=64k", "count=16", "oflag=direct")
@@ -137,7 +137,7 @@ def another_device_is_refused() -> list[str]:
 
 @check(limit_s=150)
 def dead_device_is_deleted() -> None:
-    """Its requests are finished first, or failed by force; whoever uses it is not robbed of it otherwise."""
+    """Its requests are finished first, or failed by force; its users are not robbed of it otherwise."""
     path = guest.image("recovery.img", 32 * MIB)
     node = guest.fork_server("vd0", f"file:{path}")
     fd = os.open(node, os.O_RDWR | os.O_CLOEXEC)

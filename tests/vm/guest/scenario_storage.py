@@ -1,4 +1,4 @@
-"""Storage in trouble: a full file system, and one that does not answer. The device says so, and goes on with it."""
+"""Storage in trouble: a full file system, and one that does not answer. The device says so, and continues."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> O
 
 
 def _still_trimmed(before: list[tuple[int, int]], runs: Sequence[JobRun]) -> list[tuple[int, int]]:
-    """Return the windows whose content nobody knows after `runs`: trimmed ones that no job has written anew."""
+    """Return the windows whose content is not known after `runs`: trimmed ones that no job has written since."""
     now = list(before)
     for run in runs:
         one = run.instance

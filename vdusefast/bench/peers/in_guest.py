@@ -78,7 +78,7 @@ def _counted(options: PeersOptions, kernel: str, signals: PatientStopSignals) ->
 
 
 def merge(reports: list[Json], options: PeersOptions) -> Json:
-    """Return one report over those of single boots: each peer once, all runs, the table anew."""
+    """Return one report over those of single boots: each peer once, all runs, a new table."""
     merged: Json = json.loads(json.dumps(reports[0]))
     jobs = [job.name for job in options.jobs]
     kinds = [kind.name for kind in peers_variants.kinds(options.peers, options.variants)]

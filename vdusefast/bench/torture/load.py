@@ -68,7 +68,7 @@ class DriverLoad:
         self._give_up_s = give_up_s
         self._seen = [(0, 0)] * driver.queue_count
         self._block_bytes = block_bytes
-        self._seed = int.from_bytes(os.urandom(4), "little") | 1  # what an earlier run has left never passes for ours
+        self._seed = int.from_bytes(os.urandom(4), "little") | 1  # the blocks of an earlier run never pass for ours
         slice_bytes = area_bytes // driver.queue_count // block_bytes * block_bytes
         self._offsets = [queue * slice_bytes for queue in range(driver.queue_count)]
         self._jobs = [

@@ -68,7 +68,7 @@ class TorturedServer(ABC):
 
     @abstractmethod
     def start(self, *, recover: bool) -> None:
-        """Start a server that makes the device, or takes the one over that was left; see `wait_ready`."""
+        """Start a server that makes the device, or adopts the orphan; see `wait_ready`."""
 
     @abstractmethod
     def wait_ready(self) -> None:
