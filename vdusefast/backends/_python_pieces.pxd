@@ -76,7 +76,6 @@ cdef class Pieces:
     cdef uint32_t open_index(self, int64_t tag) except? 0xffffffff
     cdef object buffer_of(self, uint32_t index)
     cdef object copy_of(self, py_piece *piece)
-    cdef void move_piece(self, const py_piece *piece, char *memory, bint into_driver) noexcept nogil
     cdef void finish(self, uint32_t index, int32_t code)
     cdef bint take_away(self, uint32_t index, int32_t code)
     cdef void condemn(self, Window window)
@@ -90,9 +89,5 @@ cdef class Pieces:
     cdef int complete_strided(self, const char *at, Py_ssize_t count, Py_ssize_t stride, int32_t code) except -1
     cdef void expire(self)
     cdef object move(self, Batch batch, store, at, uint8_t op)
-    cdef object move_rows(self, Batch batch, const Py_buffer *store, const int64_t *at, uint8_t op)
-    cdef int plan_moves(self, Batch batch, const Py_buffer *store, const int64_t *at, uint8_t op, uint64_t *bytes_moved) except -1
-    cdef char *private_memory(self, uint32_t index)
-    cdef void carry_out(self, const py_move *moves, uint32_t count, uint8_t op) noexcept nogil
     cdef int32_t failed(self, str what, error)
     cdef int32_t result_of(self, error) except 1

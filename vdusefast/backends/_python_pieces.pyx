@@ -15,12 +15,12 @@ from cpython.ref cimport PyObject
 from libc.errno cimport EIO, ETIMEDOUT
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
 from posix.unistd cimport write
 
 from vdusefast.worker._csrc cimport *
 from vdusefast.backends._driver_memory cimport DriverMemory, Window, Windows
 from vdusefast.backends._handoff cimport *
+from vdusefast.backends._python_moves cimport move_piece, move_rows
 
 from vdusefast.backends.python_errors import Complaints
 
@@ -39,7 +39,6 @@ cdef extern from "<pthread.h>" nogil:
     pthread_t pthread_self()
 
 cdef enum:
-    NOGIL_BYTES = 1 << 17  # moving less takes less than letting go of the lock does
     ZERO_BYTES = 1 << 20  # of one write of zeroes by a class that has no way for that
 
 OPERATIONS = ("pread", "pwrite", "flush", "discard", "write_zeroes")
@@ -277,28 +276,8 @@ cdef class Pieces:
         if piece.op == VF_OP_READ:
             return bytearray(piece.length_bytes)
         copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> piece.length_bytes)
-        self.move_piece(piece, <char *> <bytes> copy, False)
+        move_piece(self, piece, <char *> <bytes> copy, False)
         return copy
-
-    cdef void move_piece(self, const py_piece *piece, char *memory, bint into_driver) noexcept nogil:
-        """Copy between memory of ours and the driver's, however many pieces that is in."""
-        cdef vf_req *req = self.handoff.records[piece.slot].req
-        cdef uint64_t left = piece.length_bytes, length
-        cdef uint32_t i
-        if not piece.whole:
-            if into_driver:
-                memcpy(piece.address, memory, left)
-            else:
-                memcpy(memory, piece.address, left)
-            return
-        for i in range(req.iov_count):
-            length = req.iov[i].iov_len if req.iov[i].iov_len < left else left
-            if into_driver:
-                memcpy(req.iov[i].iov_base, memory, length)
-            else:
-                memcpy(memory, req.iov[i].iov_base, length)
-            memory += length
-            left -= length
 
     cdef void finish(self, uint32_t index, int32_t code):
         """Complete a piece that is open: take its buffer away, and settle its request when that was the last one."""
@@ -325,7 +304,7 @@ cdef class Pieces:
         self.memories[index] = None
         if type(owner) is not DriverMemory:
             if piece.op == VF_OP_READ and code == 0:
-                self.move_piece(piece, <char *> <bytearray> owner, True)
+                move_piece(self, piece, <char *> <bytearray> owner, True)
             _release(view)
             return False
         memory = <DriverMemory> owner
@@ -478,83 +457,17 @@ cdef class Pieces:
         PyObject_GetBuffer(store, &view, PyBUF_WRITABLE if op == VF_OP_WRITE else PyBUF_SIMPLE)
         try:
             if at is None:
-                return self.move_rows(batch, &view, NULL, op)
+                return move_rows(self, batch, &view, NULL, op)
             array = _int64_array(at)
             PyObject_GetBuffer(array, &places, PyBUF_SIMPLE)
             try:
                 if places.len != 8 * batch.count:
                     raise ValueError(f"{places.len // 8} places for {batch.count} requests")
-                return self.move_rows(batch, &view, <const int64_t *> places.buf, op)
+                return move_rows(self, batch, &view, <const int64_t *> places.buf, op)
             finally:
                 PyBuffer_Release(&places)
         finally:
             PyBuffer_Release(&view)
-
-    cdef object move_rows(self, Batch batch, const Py_buffer *store, const int64_t *at, uint8_t op):
-        cdef uint32_t count = 0, i, moved
-        cdef uint64_t bytes_moved = 0
-        if batch.move_count:
-            raise ValueError("bytes of this batch are being moved by another thread")
-        try:
-            count = self.plan_moves(batch, store, at, op, &bytes_moved)
-            if bytes_moved >= NOGIL_BYTES:
-                with nogil:
-                    self.carry_out(batch.moves, count, op)
-            else:
-                self.carry_out(batch.moves, count, op)
-        finally:
-            moved, batch.move_count = batch.move_count, 0
-            for i in range(moved):
-                self.pieces[batch.moves[i].index].state = PIECE_OPEN
-            for i in range(moved):
-                if self.pieces[batch.moves[i].index].doomed:  # its submit() has raised meanwhile
-                    self.finish(batch.moves[i].index, self.pieces[batch.moves[i].index].doomed)
-        return count
-
-    cdef int plan_moves(self, Batch batch, const Py_buffer *store, const int64_t *at, uint8_t op,
-                        uint64_t *bytes_moved) except -1:
-        """Note what is to be copied, all of it within `store`; nobody completes it meanwhile."""
-        cdef uint32_t i, index
-        cdef py_piece *piece
-        cdef py_move *move
-        cdef int64_t offset
-        for i in range(batch.count):
-            index = <uint32_t> batch.tags[i] & ((1 << TAG_BITS) - 1)
-            piece = &self.pieces[index]
-            if piece.tag != batch.tags[i] or piece.state != PIECE_OPEN or piece.op != op:
-                continue
-            offset = at[i] if at != NULL else <int64_t> piece.offset_bytes
-            if offset < 0 or offset > store.len or <uint64_t> (store.len - offset) < piece.length_bytes:
-                raise IndexError(f"a request for {piece.length_bytes} bytes at {offset} lies outside of {store.len} bytes")
-            move = &batch.moves[batch.move_count]
-            move.store = <char *> store.buf + offset
-            move.index = index
-            move.memory = self.private_memory(index)
-            piece.state = PIECE_BUSY
-            batch.move_count += 1
-            bytes_moved[0] += piece.length_bytes
-        return <int> batch.move_count
-
-    cdef char *private_memory(self, uint32_t index):
-        """Where the bytes of a piece are that has a buffer of its own; NULL: in the driver's memory."""
-        cdef object owner = self.memories[index]
-        if owner is None or type(owner) is DriverMemory:
-            return NULL
-        if type(owner) is bytearray:
-            return <char *> <bytearray> owner
-        return <char *> <bytes> owner if type(owner) is bytes else NULL
-
-    cdef void carry_out(self, const py_move *moves, uint32_t count, uint8_t op) noexcept nogil:
-        cdef uint32_t i
-        cdef const py_piece *piece
-        for i in range(count):
-            piece = &self.pieces[moves[i].index]
-            if moves[i].memory == NULL:
-                self.move_piece(piece, moves[i].store, op == VF_OP_READ)
-            elif op == VF_OP_READ:
-                memcpy(moves[i].memory, moves[i].store, piece.length_bytes)
-            else:
-                memcpy(moves[i].store, moves[i].memory, piece.length_bytes)
 
     cdef int32_t failed(self, str what, error):
         """Say what a class has raised; the -errno that its request gets."""

@@ -9,8 +9,11 @@ from libc.string cimport memcpy, memset
 
 from vdusefast.worker._virtio_blk cimport *
 from vdusefast.worker._csrc cimport *
+from vdusefast.worker._layout cimport shm_layout
 from vdusefast.worker._loop cimport *
 from vdusefast.worker._recover cimport *
+from vdusefast.worker._ring_errors cimport poison_text, ring_error_text
+from vdusefast.worker._store cimport *
 
 from vdusefast.base._build cimport vf_build_id
 from vdusefast.base.build import check_extension
@@ -29,55 +32,12 @@ PERM_RW = VF_PERM_RW
 SLOT_MAX = VF_SLOT_MAX
 HEADER_BYTES = vf_shm_layout_of().header_bytes
 
-cdef int RWF_DSYNC = os.RWF_DSYNC
-
-
-_RING_ERRORS = {
-    VF_RING_OK: "",
-    VF_RING_AVAIL_OVERRUN: "the driver's avail index is more than the queue size ahead",
-    VF_RING_HEAD_RANGE: "an avail ring entry names a descriptor outside the table",
-    VF_RING_NEXT_RANGE: "a descriptor's next field is outside the table",
-    VF_RING_CHAIN_TOO_LONG: "a descriptor chain loops or is longer than the queue allows",
-    VF_RING_INDIRECT_NOT_OFFERED: "an indirect descriptor without VIRTIO_F_INDIRECT_DESC",
-    VF_RING_INDIRECT_NESTED: "an indirect descriptor inside an indirect table",
-    VF_RING_INDIRECT_NEXT: "a descriptor with both INDIRECT and NEXT",
-    VF_RING_INDIRECT_SIZE: "an indirect table whose length is zero, too large or no multiple of 16",
-    VF_RING_INDIRECT_UNMAPPED: "an indirect table outside the mapped memory",
-    VF_RING_HEAD_BUSY: "an avail ring entry names a chain that is still in flight",
-    VF_RING_UNMAPPED: "a ring area is not mapped by one region with the permissions it needs",
-    VF_RING_MISALIGNED: "a ring area is not aligned as VIRTIO asks",
-    VF_RING_MEMORY_GONE: "pages of the driver's memory vanished while in use",
-    VF_RING_LOG: "the in-flight log of the worker before it does not fit the ring",
-    VF_RING_LOG_FOREIGN: "the in-flight log is none, or of another version or geometry",
-    VF_RING_POISON: f"{VF_LOG_HOPELESS} workers have died of one request, even of refusing it",
-}
-
-_OPS = ("read", "write", "flush", "discard", "write zeroes", "get id", "other")
-
-_STORE_KINDS = {
-    "file": VF_STORE_FILE,
-    "blockdev": VF_STORE_BLOCKDEV,
-    "memory": VF_STORE_MEMORY,
-    "null": VF_STORE_NULL,
-}
-
-_STORE_CACHES = {
-    "writeback": VF_CACHE_WRITEBACK,
-    "writethrough": VF_CACHE_WRITETHROUGH,
-    "none": VF_CACHE_NONE,
-    "unsafe": VF_CACHE_UNSAFE,
-}
-
 
 cdef int _check(int rc, str what) except -1:
     """Turn -errno into an OSError: the one place that does."""
     if rc < 0:
         raise OSError(-rc, f"{os.strerror(-rc)}: {what}")
     return rc
-
-
-cdef int _publish_during_call(void *context) noexcept nogil:
-    return queue_publish_during_call(<vf_queue *> context)
 
 
 def install_stop(int wake_fd):
@@ -230,7 +190,7 @@ cdef class Queue:
         """
         cdef vf_store described
         cdef vf_queue *q = self._open()
-        cdef vf_store_kind kind = _STORE_KINDS.get(store, VF_STORE_PLUGIN)
+        cdef vf_store_kind kind = store_kind(store)
         cdef bytes encoded = name.encode()
         cdef const vf_engine_ops *ops = vf_engine_find(encoded)
         if ops == NULL:
@@ -239,25 +199,20 @@ cdef class Queue:
             raise ValueError(f"engine {name!r} cannot serve a store of kind {store!r}")
         if store == "memory" and size_bytes < q.device.capacity_sectors * VF_SECTOR_BYTES:
             raise ValueError(f"a memory of {size_bytes} bytes is smaller than the device")  # no read would notice
-        self._describe_store(&described, kind, size_bytes, cache)
+        store_describe(&described, q, kind, size_bytes, cache)
         described.fd = fd
         described.witness_fd = witness_fd
         described.direct_align = direct_align
         described.granule = max(granule, direct_align)
+        store_check_granule(described.granule)
         described.emulates = described.granule > q.device.block_sectors * VF_SECTOR_BYTES
-        if described.granule & (described.granule - 1) or described.granule > 65536:
-            raise ValueError(f"blocks of {described.granule} bytes are no power of two up to 65536")
         described.pieces.unit_bytes = max(discard_unit, described.granule)
         described.pieces.offset_bytes = discard_offset
         described.lock_fd = lock_fd
         described.map_reads = map_reads
         described.sqpoll = sqpoll
         described.merge = merge and VF_SEED_FAULT != VF_SEED_WRITE_EARLY  # it answers what would be held
-        for hold_fd in hold_fds:
-            if described.hold_count == 2:
-                raise ValueError("more than two descriptors to hold")
-            described.hold_fds[described.hold_count] = hold_fd
-            described.hold_count += 1
+        store_hold(&described, hold_fds)
         _check(vf_engine_open(self._place(), ops, &described, q.slot_count), f"engine {name}")
         self._opened()
 
@@ -270,7 +225,7 @@ cdef class Queue:
         cdef vf_queue *q = self._open()
         cdef const vf_engine_plugin *brought = <const vf_engine_plugin *> PyCapsule_GetPointer(
             plugin.engine, VF_ENGINE_CAPSULE)
-        self._describe_store(&described, VF_STORE_PLUGIN, size_bytes, cache)
+        store_describe(&described, q, VF_STORE_PLUGIN, size_bytes, cache)
         _check(vf_engine_open_plugin(self._place(), brought, &described, q.slot_count), "the engine of a backend's module")
         self.plugin = plugin
         self._opened()
@@ -286,33 +241,10 @@ cdef class Queue:
 
     def inject_faults(self, faults, *, uint64_t seed=1):
         """Put rules (backends.faulty.Fault, at most 16) in front of the engine that is opened next. Raises OSError, ValueError."""
-        cdef vf_fault rules[VF_FAULT_MAX]
         cdef vf_queue *q = self._open()
-        cdef uint32_t count = 0
-        cdef bytes path
         if q.engine.ops != NULL or self.faulty != NULL:
             raise ValueError("an engine is open already, or has rules")
-        memset(rules, 0, sizeof(rules))
-        for fault in faults:
-            if count == VF_FAULT_MAX:
-                raise ValueError(f"more than {VF_FAULT_MAX} rules")
-            path = os.fsencode(fault.path)
-            if len(path) >= VF_FAULT_PATH_BYTES:
-                raise ValueError(f"a path of {len(path)} bytes")
-            rules[count].ops = fault.ops
-            rules[count].err = fault.err
-            rules[count].delay_ns = fault.delay_ns
-            rules[count].start = fault.start
-            rules[count].last = fault.last
-            rules[count].skip = fault.skip
-            rules[count].every = fault.every
-            rules[count].limit = fault.limit
-            rules[count].chance = fault.chance
-            memcpy(rules[count].path, <const char *> path, len(path))
-            count += 1
-        self.faulty = vf_faulty_new(rules, count, seed, q.slot_count)
-        if self.faulty == NULL:
-            raise MemoryError
+        self.faulty = store_faults([(fault, os.fsencode(fault.path)) for fault in faults], seed, q.slot_count)
 
     cdef vf_engine *_place(self) noexcept:
         """Where the next engine is to be opened; _opened() comes when it is."""
@@ -322,18 +254,6 @@ cdef class Queue:
         if self.faulty != NULL:
             vf_faulty_attach(&self.q.engine, self.faulty)
             self.faulty = NULL
-
-    cdef int _describe_store(self, vf_store *store, vf_store_kind kind, uint64_t size_bytes, str cache) except -1:
-        """Fill in what every store has."""
-        if self.q.engine.ops != NULL:
-            raise ValueError("an engine is open already")
-        memset(store, 0, sizeof(store[0]))
-        store.fd = store.lock_fd = store.witness_fd = -1
-        store.kind = kind
-        store.cache = _STORE_CACHES[cache]
-        store.size_bytes = size_bytes
-        store.publisher = &self.q.publisher
-        return 0
 
     def set_port_kernel(self, int fd, uint32_t api_version, uint32_t index):
         """Fetch regions and interrupt through `fd`, a descriptor of /dev/vduse/NAME, which is borrowed."""
@@ -411,7 +331,7 @@ cdef class Queue:
         _check(vf_queue_fit(q, size), "descriptor chains")
         err = vf_vring_map(&q.vring, &q.tlb)
         if err:
-            raise RingError(_RING_ERRORS[-err])
+            raise RingError(ring_error_text(-err))
         q.faults_seen = q.counters.memory_faults  # a fault from here on fails the queue
         self.note = ""
         if q.vring.is_packed and last_avail_idx >> 16 != last_avail_idx & 0xFFFF:
@@ -421,13 +341,8 @@ cdef class Queue:
         else:
             err = queue_begin_log(q, last_avail_idx & 0xFFFF)
             if err:
-                raise RingError(_RING_ERRORS[-err])
-        vf_queue_limit(q, acked_features)
-        q.device.discard = vf_has_feature(acked_features, VF_BLK_F_DISCARD)
-        q.device.write_zeroes = vf_has_feature(acked_features, VF_BLK_F_WRITE_ZEROES)
-        # Without FLUSH the driver cannot ask for durability, so that every write has it (VIRTIO 1.3, 5.2.6.2).
-        through = q.engine.store.cache == VF_CACHE_WRITETHROUGH or not vf_has_feature(acked_features, VF_BLK_F_FLUSH)
-        q.engine.store.write_flags = RWF_DSYNC if through and q.engine.store.cache != VF_CACHE_UNSAFE else 0
+                raise RingError(ring_error_text(-err))
+        store_use_features(q, acked_features)
         q.ring_error = VF_RING_OK
         q.shm_status.fail_reason = VF_RING_OK
         self.started = True
@@ -438,7 +353,7 @@ cdef class Queue:
                 if err:
                     queue_fail(q, err)
             if q.poison.count:
-                self._note_poison()
+                self.note = poison_text(&q.poison)
 
     cdef int _adopt(self, uint16_t state) except -1:
         """Go on where the log says; from the ring alone where nothing is outstanding. Requests in flight. RingError."""
@@ -447,18 +362,10 @@ cdef class Queue:
         if err >= 0:
             return err
         if err == -VF_RING_POISON or not vf_takeover_is_idle(&q.vring):
-            raise RingError(_RING_ERRORS[-err])
+            raise RingError(ring_error_text(-err))
         vf_takeover_begin(&q.vring, q.inflight, q.inflight_log, state)
         queue_align_order(q)
-        self.note = f"{_RING_ERRORS[-err]}; no request was outstanding, so that the ring itself says where to go on"
-        return 0
-
-    cdef int _note_poison(self):
-        cdef vf_poison *poison = &self.q.poison
-        operation = _OPS[poison.op]
-        more = f" (and {poison.count - 1} more)" if poison.count > 1 else ""
-        self.note = (f"request at head {poison.head} ({operation} at byte {poison.offset_bytes}){more} has ended "
-                     f"{poison.deaths} workers: answered with IOERR")
+        self.note = f"{ring_error_text(-err)}; no request was outstanding, so that the ring itself says where to go on"
         return 0
 
     def run(self, int kick_fd, int ctl_fd, int wake_fd, int64_t poll_us, uint64_t irq_delay_us=0):
@@ -470,22 +377,15 @@ cdef class Queue:
         """
         cdef vf_queue *q = self._open()
         cdef loop_waits waits
-        cdef int reason, err
+        cdef int reason
         waits.fds[0], waits.fds[1], waits.fds[2] = kick_fd, ctl_fd, wake_fd
         waits.poll_ns = UINT64_MAX if poll_us < 0 else <uint64_t> poll_us * 1000  # 584 years: no spin is in vain
         waits.irq_delay_ns = irq_delay_us * 1000
-        if not self.started:
-            raise ValueError("the queue is not started")
-        if q.ring_error:
-            return FAILED
-        err = self._remap()
-        if err == -VF_RING_UNMAPPED:
-            return UNMAPPED
-        if err:
-            queue_fail(q, err)
-            return FAILED
+        reason = self._reason_to_wait()
+        if reason:
+            return reason
         if not q.engine.ops.instant:
-            _check(vf_publisher_start(&q.publisher, _publish_during_call, q), "the thread that publishes while storage hangs")
+            _check(vf_publisher_start(&q.publisher, queue_publish_during_call, q), "the thread that publishes while storage hangs")
         with nogil:
             reason = queue_run(q, &waits)
         return reason
@@ -496,26 +396,27 @@ cdef class Queue:
         Does nothing while the rings are unmapped.
         """
         cdef vf_queue *q = self._open()
-        cdef int moved, err
-        if not self.started:
-            raise ValueError("the queue is not started")
-        if q.ring_error:
-            return -1
-        err = self._remap()
-        if err == -VF_RING_UNMAPPED:
-            return 0
-        if err:
-            queue_fail(q, err)
-            return -1
+        cdef int moved, reason = self._reason_to_wait()
+        if reason:
+            return 0 if reason == RUN_UNMAPPED else -1
         with nogil:
             moved = queue_round(q)
             if moved < 0:
                 queue_fail(q, moved)
         return moved if moved >= 0 else -1
 
-    cdef int _remap(self):
-        """Map the rings again after an invalidation. 0, or -enum vf_ring_error: UNMAPPED may pass."""
-        return 0 if self.q.vring.mapped else vf_vring_map(&self.q.vring, &self.q.tlb)
+    cdef int _reason_to_wait(self) except -1:
+        """Map the rings again after an invalidation. 0; RUN_UNMAPPED, which may pass; or RUN_FAILED. Raises ValueError."""
+        cdef int err
+        if not self.started:
+            raise ValueError("the queue is not started")
+        if self.q.ring_error:
+            return RUN_FAILED
+        err = 0 if self.q.vring.mapped else vf_vring_map(&self.q.vring, &self.q.tlb)
+        if err and err != -VF_RING_UNMAPPED:
+            queue_fail(self.q, err)
+            return RUN_FAILED
+        return RUN_UNMAPPED if err else 0
 
     def quiesce(self):
         """Finish what is in flight and stop; kicks are asked for again.
@@ -557,7 +458,7 @@ cdef class Queue:
     @property
     def failure(self):
         """Why the ring was given up, or an empty string."""
-        return _RING_ERRORS[self._open().ring_error]
+        return ring_error_text(self._open().ring_error)
 
     @property
     def inflight_count(self):
@@ -591,32 +492,7 @@ class RingError(Exception):
 
 def layout():
     """Return the layout of the shared pages as C sees it, for the test that compares it with shared_pages.py."""
-    cdef vf_shm_layout offsets = vf_shm_layout_of()
-    return {
-        "constants": {
-            "version": VF_SHM_VERSION,
-            "hist_sub_bits": VF_HIST_SUB_BITS,
-            "hist_max_bits": VF_HIST_MAX_BITS,
-            "hist_bucket_count": VF_HIST_BUCKET_COUNT,
-            "op_count": VF_OP_COUNT,
-        },
-        "sizes": {
-            "vf_counters": sizeof(vf_counters),
-            "vf_op_counters": sizeof(vf_op_counters),
-            "vf_hist": sizeof(vf_hist),
-            "vf_shm_ctl": sizeof(vf_shm_ctl),
-            "vf_shm_status": sizeof(vf_shm_status),
-            "vf_inflight_header": sizeof(vf_inflight_header),
-            "vf_inflight_entry": sizeof(vf_inflight_entry),
-        },
-        "offsets": {
-            "header": offsets.header_bytes,
-            "counters": offsets.counters_offset,
-            "hist": offsets.hist_offset,
-            "inflight": offsets.inflight_offset,
-            "stride": offsets.stride_bytes,
-        },
-    }
+    return shm_layout()
 
 
 def hist_bucket(uint64_t ns):

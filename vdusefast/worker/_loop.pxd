@@ -105,12 +105,13 @@ cdef inline void queue_flush(vf_queue *q) noexcept nogil:
         queue_call_end(q)
 
 
-cdef inline int queue_publish_during_call(vf_queue *q) noexcept nogil:
+cdef inline int queue_publish_during_call(void *context) noexcept nogil:
     """Do what the loop would, in the thread of publisher.h, while it waits in a call: see vf_publisher_publish.
 
     Merged requests that have been carried out are reaped here, without what is still to come of their engine's batch: the
     loop waits inside of a call of the store's (queue_call_begin), where the lists of these do not change.
     """
+    cdef vf_queue *q = <vf_queue *> context
     cdef vf_req *done[64]
     cdef uint32_t i, count
     while vf_merge_has_done(&q.engine):
