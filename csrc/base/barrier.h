@@ -76,7 +76,7 @@ static inline void vf_store_release_u64(uint64_t *p, uint64_t v)
 	__atomic_store_n(p, v, __ATOMIC_RELEASE);
 }
 
-/* Store v where there is 0, whoever else tries the same. */
+/* Store v where there is 0, whatever other threads try the same. */
 static inline void vf_set_once_u64(uint64_t *p, uint64_t v)
 {
 	uint64_t none = 0;

@@ -55,7 +55,7 @@ struct vf_shm_header {
 	uint64_t created_ns; /* CLOCK_REALTIME */
 	char name[64];
 	/* Why every flush fails: errno in the low 16 bits, since when in seconds of CLOCK_REALTIME above. 0 = none. Set once by
-	 * whoever meets the first failure, cleared by the supervisor for an operator. See flush.h. */
+	 * the queue that meets the first failure, cleared by the supervisor for an operator. See flush.h. */
 	uint64_t flush_failure;
 };
 

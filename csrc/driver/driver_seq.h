@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * In which order a job visits its blocks: in sequence, in a random order that visits each block once a pass (as fio
- * does unless told norandommap), or drawn anew each time.
+ * does unless told norandommap), or drawn each time.
  */
 #ifndef VF_DRIVER_SEQ_H
 #define VF_DRIVER_SEQ_H

@@ -86,7 +86,7 @@ static inline bool vf_drv_vq_has_used(const struct vf_drv_vq *vq)
 	return vq->is_packed ? vf_drv_packed_has_used(vq) : vf_drv_split_used_count(vq) != 0;
 }
 
-/* Take up to `max` finished chains. Returns how many, or -EPROTO when the device gives back what is not in flight, or what
+/* Pop up to `max` finished chains. Returns how many, or -EPROTO when the device completes what is not in flight, or what
  * is not next under IN_ORDER; chains before that are returned first. */
 static inline int vf_drv_vq_reap(struct vf_drv_vq *vq, struct vf_drv_used *out, uint32_t max)
 {

@@ -21,8 +21,8 @@ struct vf_req {
 	uint8_t unmap; /* write zeroes: deallocating is welcome */
 	uint8_t blk_status;
 	uint8_t retry_count; /* of transfers that came back empty-handed */
-	uint8_t held; /* it has its slot until it is given back: it was in flight */
-	uint8_t queued; /* it waits for its turn to be given back: struct vf_queue.fifo */
+	uint8_t held; /* it has its slot until it is completed: it was in flight */
+	uint8_t queued; /* it waits for its turn to be completed: struct vf_queue.fifo */
 	uint8_t finished; /* while it does: its turn is all that it waits for */
 	uint8_t refused; /* by the ring: it is carried out by hand */
 	int32_t result; /* 0 or -errno, once finished */

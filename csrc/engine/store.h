@@ -45,7 +45,7 @@ struct vf_store {
 	int lock_fd; /* where such blocks are locked; borrowed; -1 = nobody else serves the store */
 	uint64_t size_bytes;
 	int write_flags; /* RWF_DSYNC or 0 */
-	/* Borrowed. An engine whose requests can outlive its process keeps them open until the last one has ended: whoever
+	/* Borrowed. An engine whose requests can outlive its process keeps them open until the last one has ended: a process that
 	 * waits for their other end, or for the file behind them, knows then that nothing is written any more. */
 	int hold_fds[VF_HOLD_MAX];
 	uint32_t hold_count;

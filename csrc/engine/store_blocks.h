@@ -18,7 +18,7 @@
  * process's own: it has at most one of these locks at a time, so that no two processes wait for each other.
  *
  * A worker that died holding a lock leaves the block as it was before or after its write, as a disk writes a block: the
- * replay of its request by the log locks anew. A server that takes over does so behind the last write of the one before.
+ * replay of its request by the log locks them again. A server that adopts does so after the previous one's last write.
  */
 #ifndef VF_STORE_BLOCKS_H
 #define VF_STORE_BLOCKS_H

@@ -18,7 +18,7 @@
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
 #endif
 
-/* mincore() tells the truth to a file's owner and to who may write it; everybody else is told that all is present. */
+/* mincore() tells the truth to a file's owner and to who may write it; to everybody else it says that all is present. */
 static int vf_map_may_ask(int fd, const struct stat *status)
 {
 	char path[32];

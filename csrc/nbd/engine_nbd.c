@@ -211,7 +211,7 @@ void vf_nbd_answer(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int err)
 	nbd->answered[at >= nbd->slot_count ? at - nbd->slot_count : at] = (uint16_t)(cmd - nbd->cmds);
 }
 
-/* Take the success of a command into its request, and go on with that. */
+/* Note the success of a command in its request, and continue with that. */
 static void vf_nbd_advance(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 {
 	struct vf_req *req = cmd->req;

@@ -2,7 +2,7 @@
  *
  * A connection in the making, by a thread: what it waits for has no limit that we set. The name service may be gone, and files of
  * keys lie on storage that hangs; a loop that waited for these would answer nobody, not even the supervisor. Each attempt has a
- * thread, resolves the name anew, tries all its addresses, and ends when it hands its connection over.
+ * thread, resolves the name again, tries all its addresses, and ends when it hands its connection over.
  */
 #define _GNU_SOURCE
 #include "nbd/internal.h"

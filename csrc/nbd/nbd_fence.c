@@ -4,7 +4,7 @@
  * again and the driver has written something newer there. It closes its end of a connection once it has finished what came
  * by it. So nothing that modifies is sent again before we have seen that end.
  *
- * For that the socket has to outlive whoever made it: it waits in a message that nobody has read, in a datagram socket that
+ * For that the socket has to outlive the process that made it: it waits in a message that nobody has read, in a datagram socket that
  * is connected to itself and that the supervisor and its keeper have open. The next worker shuts its sending half, and waits
  * for the end without a limit. A note in a file beside it says whether there is such a socket. Where it is lost, or the kernel
  * gave the connection up without having heard of its end, the requests that modify and whose fate is not known are in doubt:

@@ -311,7 +311,7 @@ static void vf_nbd_look_connecting(struct vf_nbd *nbd)
 }
 
 /* End requests that have been without an answer for too long, and the connection with them: a late answer must find no
- * buffer. What modifies may still be carried out: its end is told with that of the connection, before which nothing that is
+ * buffer. What modifies may still be carried out: it has ended when the connection has, before which nothing that is
  * newer is written. */
 static void vf_nbd_scan(struct vf_nbd *nbd, uint64_t now_ns)
 {

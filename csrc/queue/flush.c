@@ -35,7 +35,7 @@ int vf_flush_end(struct vf_queue *q, int result)
 		vf_flush_keep(q->flush_failure, result);
 	if (result == 0) /* another queue may have met one meanwhile */
 		result = -vf_flush_failure_errno(vf_load_relaxed_u64(q->flush_failure));
-	/* Behind what was kept: whoever finds no flush under way knows that none has failed unseen. */
+	/* After what was kept: a reader that finds no flush under way knows that none has failed unseen. */
 	vf_store_release_u32(&q->shm_status->flushing, q->shm_status->flushing - 1u);
 	return result;
 }

@@ -7,7 +7,7 @@
  * processes after them see it. Who learns of it, and what if the process is killed before it can tell:
  *
  *   a flush fails                       It is kept before the flush is answered. Killed in between: the supervisor, which has a
- *                                       witness of its own, is told by that once more (write_back.py), before a successor starts.
+ *                                       witness of its own, learns it from that once more (write_back.py), before a successor starts.
  *   another queue's flush took it       All queues share one description. Each has a witness beside it: a description of the same
  *                                       file that is never synced, so that the failure is still to be reported there.
  *   two flushes of a queue at once      The same witness: it is asked behind every flush that went well, by one thread.

@@ -52,7 +52,7 @@ struct vf_poison {
 
 #define VF_TALLY_MAX 16u
 
-/* Requests that are given back and not yet counted: of one kind, begun at one moment. */
+/* Requests that are completed and not yet counted: of one kind, begun at one moment. */
 struct vf_tally {
 	uint64_t start_ns;
 	uint64_t bytes;
@@ -82,7 +82,7 @@ struct vf_queue {
 	struct vf_tally *tally_last; /* tally[0] to this one are in use */
 	struct vf_tally tally[VF_TALLY_MAX];
 
-	/* Of a ring whose chains are given back in order: requests in that order, from the first one that the engine had not
+	/* Of a ring whose chains are completed in order: requests in that order, from the first one that the engine had not
 	 * finished when it was submitted. A circle of slot_count places. */
 	struct vf_req **fifo;
 	uint32_t fifo_head;
@@ -157,7 +157,7 @@ int vf_die_with_parent(int parent_pid);
  * limit knows of none: EDK2 reads a file by one descriptor, however large it is. */
 void vf_queue_limit(struct vf_queue *q, uint64_t acked_features);
 
-/* Have room in the IOTLB again. Nothing is in flight: a request refers to memory of the driver's until it is given back. The
+/* Have room in the IOTLB again. Nothing is in flight: a request refers to memory of the driver's until it is completed. The
  * rings stay where they are. */
 void vf_queue_evict(struct vf_queue *q);
 
@@ -196,13 +196,13 @@ static inline void vf_queue_free(struct vf_queue *q, struct vf_req *req)
 	q->next_req = req;
 }
 
-/* Count what has been given back: requests, bytes, and how long they took up to now. */
+/* Count what has been completed: requests, bytes, and how long they took up to now. */
 void vf_queue_count(struct vf_queue *q, uint64_t now_ns);
 
-/* Note a request that is given back and is of another kind, or was begun at another moment, than the one before. */
+/* Note a request that is completed and is of another kind, or was begun at another moment, than the one before. */
 void vf_queue_tally_new(struct vf_queue *q, const struct vf_req *req, uint64_t bytes);
 
-/* Note a request that is given back, for vf_queue_count(): most are like the one before. */
+/* Note a request that is completed, for vf_queue_count(): most are like the one before. */
 static inline void vf_queue_tally(struct vf_queue *q, const struct vf_req *req, uint64_t bytes)
 {
 	struct vf_tally *tally = q->tally_last;

@@ -45,7 +45,7 @@ static void vf_rbd_set_threads(rados_t cluster)
 }
 
 /* A write that was answered must be there after the death of this process, which a driver does not learn of, so that it does
- * not write anew. The default policy is for writes alone, so that reads stay as they are without a cache; another one keeps
+ * not write again. The default policy is for writes alone, so that reads stay as they are without a cache; another one keeps
  * its cache for reads. An image may have a configuration of its own, over this one: see vf_rbd_about(). */
 static void vf_rbd_set_cache(rados_t cluster)
 {
@@ -163,7 +163,7 @@ static int vf_rbd_enter(struct vf_rbd_image *image, const struct vf_rbd_settings
 		return 0;
 	image->reached = VF_RBD_NAMESPACE;
 	err = rbd_namespace_exists(image->pool, settings->name_space, &exists);
-	/* Whoever may look into one namespace only is not told which there are. */
+	/* A user with access to one namespace only cannot list them. */
 	if (err != -EPERM && (err || !exists))
 		return err ? err : -ENOENT;
 	rados_ioctx_set_namespace(image->pool, settings->name_space);

@@ -126,7 +126,7 @@ static int vf_rbd_opener_try(struct vf_rbd_opener *opener)
 		return err;
 	if (fenced != VF_RBD_NOBODY)
 		vf_rbd_event_put(opener, (struct vf_rbd_event){ .kind = VF_RBD_EVENT_FENCED, .err = fenced });
-	/* Before the first request of ours: whoever comes next shuts us out. */
+	/* Before our first request: the next worker shuts us out. */
 	err = vf_rbd_client(&opener->image, client);
 	if (err == 0)
 		err = vf_rbd_notes_write(opener, client);
@@ -218,7 +218,7 @@ static void vf_rbd_opener_close(struct vf_rbd_opener *opener)
 	vf_rbd_notes_write(opener, "");
 }
 
-/* The worker is tied to one CPU, and threads take over where they may run from whoever makes them: those of librbd, which
+/* The worker is tied to one CPU, and threads inherit where they may run from the thread that makes them: those of librbd, which
  * do the larger part of the work, are to use whatever this process may use. */
 static void vf_rbd_opener_untie(void)
 {

@@ -43,7 +43,7 @@ struct vf_rbd_opener {
 	struct vf_rbd_settings settings;
 	struct vf_rbd_image image; /* the thread's, until `phase` says that it is open */
 	uint64_t device_bytes; /* what the device has now, as far as events have told */
-	int notes_fd; /* borrowed; -1: none. The client that has the image is noted there, for whoever comes after it */
+	int notes_fd; /* borrowed; -1: none. The client that has the image is noted there, for the next worker */
 	uint32_t notes_offset;
 	int wake_fd; /* an eventfd: completions of the image, and its opening */
 	int news_fd; /* an eventfd: readable while there are events */

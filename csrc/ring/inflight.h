@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The in-flight log: which heads a queue has taken and not yet given back, and in which order. It lies in the shared
+ * The in-flight log: which heads a queue has popped and not yet completed, and in which order. It lies in the shared
  * pages, behind the histograms of its queue, so that it outlives the worker that writes it. With the used index, which
  * lies in the driver's memory and outlives us as well, it tells the next worker where this one stood.
  *
- * Whoever reads the log does so when its writer is dead. A process that is killed has carried out its stores up to
+ * The log is read when its writer is dead. A process that is killed has carried out its stores up to
  * some instruction and none behind it, so that the order of the stores in the program is what counts; every store here
  * is a release, which the compiler does not move earlier stores behind, and which is free on x86. The order is
  *
@@ -13,22 +13,22 @@
  *   2. the request is carried out       Killed from here to 4: it is carried out again, whole. The driver has not been
  *                                       told of its end, so that it may not have used what it was reading from or into.
  *   3. used ring entry                  not yet visible: as 2.
- *   4. used index                       the driver is told, of a whole batch by one store.
+ *   4. used index                       published, of a whole batch by one store.
  *   5. entry.order = 0, for each        Killed between 4 and 6: the entries of the batch are logged and told. They are found
  *                                       in the used ring, from header.last_used_idx on, and forgotten.
  *   6. header.last_used_idx             No head is taken between 4 and 6: one that the driver has made available again
  *                                       meanwhile cannot be mistaken for the one that was told.
  *
  * A request that was carried out and not told is repeated behind all that was told. So that this is never an older write over a
- * newer one, an engine that keeps the order of writes is told of in that order: 4 waits for what it has held back (merge.h).
+ * newer one, an engine that keeps the order of writes publishes in that order: 4 waits for what it has held back (merge.h).
  *
- * Hence everything that was made available is told, or logged, or behind them: the next worker takes from
+ * Hence everything that was made available is published, or logged, or after them: the next worker takes from
  * used index + number of entries on. A replay keeps the orders, so that one that is killed is repeated in the same order.
  *
  * With IN_ORDER the used ring does not name every head. There the order of a head is, modulo 2^16, its place in the avail ring,
  * which tells the same.
  *
- * A packed ring needs less. Its chains are given back in the order of taking, so that a used element never overwrites what is in
+ * A packed ring needs less. Its chains are completed in the order of popping, so that a used element never overwrites what is in
  * flight, and all that was not told is taken again from the ring. header.last_used_idx is the position of the next used element,
  * noted at each publication. Of each element shown since, header.next_used_idx says where it ends, and entry.order of its slot how
  * many descriptors it stands for; both are written before the element. Hence the elements up to next_used_idx can be followed, and
@@ -54,7 +54,7 @@ enum vf_log_format {
 };
 
 enum vf_log_state {
-	VF_LOG_VOID, /* nothing has been taken since the reset, or all of it was given back: start at the used index */
+	VF_LOG_VOID, /* nothing has been popped since the reset, or all of it was completed: start at the used index */
 	VF_LOG_VALID,
 };
 

@@ -9,7 +9,7 @@
 #include "ring/inflight.h"
 #include "ring/vring_format.h"
 
-/* Start a mapped split ring where all that was taken has been given back: at its used index, with an empty log. */
+/* Start a mapped split ring where all that was popped has been completed: at its used index, with an empty log. */
 static inline void vf_takeover_begin(struct vf_vring *vr, struct vf_inflight_header *header, struct vf_inflight_entry *log,
 				     uint16_t state)
 {
@@ -69,7 +69,7 @@ static inline int vf_takeover_split(struct vf_vring *vr, struct vf_inflight_head
 			return -VF_RING_LOG;
 		count++;
 	}
-	/* Everything made available before this index was either given back or is in the log. */
+	/* Everything made available before this index was either completed or is in the log. */
 	next_idx = (uint16_t)(logged_used_idx + (uint32_t)given_back + count);
 	if (!vf_split_could_take(split, next_idx))
 		return -VF_RING_LOG;
@@ -91,7 +91,7 @@ static inline int vf_takeover_packed(struct vf_vring *vr, struct vf_inflight_hea
 		uint32_t distance = (header->working - 1u + packed->size - noted_slot) % packed->size;
 
 		if (distance < (uint32_t)passed)
-			vf_log_work(header, 0); /* given back: nobody's fault */
+			vf_log_work(header, 0); /* completed: nobody's fault */
 	}
 	return vf_packed_start(packed, position);
 }

@@ -20,7 +20,7 @@ struct vf_vring {
 	uint64_t device_addr;
 	uint32_t size;
 	uint8_t is_packed;
-	uint8_t ordered; /* chains are given back in the order in which they are taken */
+	uint8_t ordered; /* chains are completed in the order in which they are popped */
 	uint8_t mapped;
 };
 

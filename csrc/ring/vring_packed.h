@@ -3,8 +3,8 @@
  * The device's side of a packed virtqueue (VIRTIO 1.3, 2.8). As in vring_split.h the driver is an adversary: each field
  * is loaded once, into a local, and checked before use.
  *
- * Chains are given back in the order in which they were taken, whether the driver has asked for that (IN_ORDER) or not. A used
- * element then stands where its own chain began, and nothing that is still in flight is ever overwritten: whoever takes
+ * Chains are completed in the order in which they were popped, whether the driver has asked for that (IN_ORDER) or not. A used
+ * element then stands where its own chain began, and nothing that is still in flight is ever overwritten: a worker that takes
  * the ring over from a worker that died finds the descriptors of all that it has to do again.
  *
  * Each element is visible to the driver once it is written. Before that the in-flight log gets to know how many descriptors it
@@ -30,9 +30,9 @@ struct vf_packed {
 
 	uint32_t size; /* 1..32768 */
 	uint16_t avail_slot; /* next one to take */
-	uint16_t used_slot; /* next one to give back, when the run that is open has been written */
-	uint32_t taken_count; /* descriptors taken and not given back */
-	uint32_t given_count; /* descriptors given back since the last interrupt decision */
+	uint16_t used_slot; /* next one to complete, when the run that is open has been written */
+	uint32_t taken_count; /* descriptors popped and not completed */
+	uint32_t given_count; /* descriptors completed since the last interrupt decision */
 	uint32_t owed_count; /* chains of these */
 	uint8_t avail_wrap_counter;
 	uint8_t used_wrap_counter;
@@ -185,7 +185,7 @@ static inline int vf_packed_walk(struct vf_packed *vr, struct vf_iotlb *tlb, uin
 		slot = slot + 1u < vr->size ? slot + 1u : 0;
 		rest = vf_packed_load_rest(&vr->desc[slot]);
 	}
-	/* More than the ring holds: a loop, or descriptors that are in flight made available anew. */
+	/* More than the ring holds: a loop, or descriptors that are in flight made available again. */
 	return room == vr->size ? -VF_RING_CHAIN_TOO_LONG : -VF_RING_AVAIL_OVERRUN;
 }
 
@@ -261,7 +261,7 @@ static inline void vf_packed_publish(struct vf_packed *vr)
 	vf_packed_end_run(vr);
 }
 
-/* Whether the driver wants an interrupt for what was given back since the last decision (VIRTIO 1.3, 2.8.10). */
+/* Whether the driver wants an interrupt for what was completed since the last decision (VIRTIO 1.3, 2.8.10). */
 static inline int vf_packed_irq_wanted(struct vf_packed *vr)
 {
 	uint16_t new_idx = vr->used_slot, old_idx = (uint16_t)(new_idx - vr->given_count), event;
@@ -317,7 +317,7 @@ static inline int vf_packed_is_used(const struct vf_packed *vr, uint16_t slot, u
 /*
  * Where a worker that died has come to, from the position that it noted last: behind the elements that it has shown since, up to
  * the one that it had announced. Nothing can be told from the flags beyond that: a slot where no chain of this lap began looks like
- * one that was given back. The position in *position, and how many descriptors it lies further on; or -VF_RING_LOG when that
+ * one that was completed. The position in *position, and how many descriptors it lies further on; or -VF_RING_LOG when that
  * cannot be.
  */
 static inline int vf_packed_find_used(const struct vf_packed *vr, uint16_t *position, uint16_t announced)

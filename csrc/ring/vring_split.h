@@ -197,7 +197,7 @@ static inline int vf_split_pop(struct vf_split *vr, struct vf_iotlb *tlb, struct
 }
 
 /*
- * How many entries the device has given back since `logged_used_idx`, which it noted at an earlier publication; -1 when
+ * How many entries the device has completed since `logged_used_idx`, which it noted at an earlier publication; -1 when
  * that cannot be.
  */
 static inline int vf_split_used_since(const struct vf_split *vr, uint16_t logged_used_idx)
@@ -207,7 +207,7 @@ static inline int vf_split_used_since(const struct vf_split *vr, uint16_t logged
 	return count <= vr->size ? count : -1;
 }
 
-/* Whether the driver waits for nothing: all that it has made available was given back. */
+/* Whether the driver waits for nothing: all that it has made available was completed. */
 static inline int vf_split_is_idle(const struct vf_split *vr)
 {
 	return vf_load_acquire_u16(vr->avail_idx) == vf_load_relaxed_u16(vr->used_idx);

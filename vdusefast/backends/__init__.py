@@ -87,7 +87,7 @@ class Store:
     zeroes_cheaply: bool  # whether the store knows a way that does not write them out, with and without UNMAP
     direct_align: int  # alignment that O_DIRECT needs of offset, length and memory; 0 = not O_DIRECT
     cache: str
-    spec: StoreSpec | None = None  # of a plugin: what its module is told
+    spec: StoreSpec | None = None  # of a plugin: the arguments of its module
     described: Description | None = None  # of a plugin: what its module has said
     shareable: bool = True  # several processes may serve it, each by itself
     persistent: bool = True  # its bytes outlive the server

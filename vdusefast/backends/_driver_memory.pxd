@@ -23,7 +23,7 @@ cdef class Window:
     cdef Py_ssize_t active  # buffers that are lent
     cdef Py_ssize_t views  # of them and of those that were kept
     cdef bint condemned
-    cdef list waiting  # of a condemned one: requests that end when it is buried
+    cdef list waiting  # of a condemned one: requests that end when it is replaced by zero pages
 
     cdef int bury(self) except -1
     cdef void close(self)

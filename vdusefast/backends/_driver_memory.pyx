@@ -67,7 +67,7 @@ cdef class Window:
         if self.alias != NULL and self.views == 0:
             munmap(self.alias, self.length_bytes)
             self.alias = NULL
-        # What has views was buried when they were found.
+        # A mapping with views was replaced by zero pages when they were found.
 
 
 @cython.freelist(64)

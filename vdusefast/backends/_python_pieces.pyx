@@ -294,7 +294,7 @@ cdef class Pieces:
             self.settle(slot, code)
 
     cdef bint take_away(self, uint32_t index, int32_t code):
-        """End the use of a buffer. True: its request may not end before the window that it lies in is buried."""
+        """End the use of a buffer. True: its request may not end before its window is replaced by zero pages."""
         cdef py_piece *piece = &self.pieces[index]
         cdef object view = self.lent[index]
         cdef object owner = self.memories[index]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What librados and librbd do for the backend `rbd`: looking at an image, and the engine that serves it.
 
-What went wrong is told by numbers; `vdusefast.backends.rbd` puts them into words.
+What went wrong comes as numbers; `vdusefast.backends.rbd` puts them into words.
 """
 
 import os

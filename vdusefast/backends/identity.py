@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 
 BLKGETDISKSEQ = 0x80081280  # linux/fs.h, since 5.15
-# Names that a disk keeps when it is plugged in anew, in the order of their weight: below /sys/block/DISK.
+# Names that a disk keeps when it is plugged in again, in the order of their weight: below /sys/block/DISK.
 _DISK_NAMES = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "device/serial", "serial")
 
 Identity = dict[str, str]  # empty: nothing is known
@@ -61,7 +61,7 @@ def is_same(old: Identity, new: Identity) -> bool:
             _agree(old, new, "device") or _is_mounted_again(old, new)
         )
     if old.get("kind") == "block device":
-        # A disk that was plugged in anew has another number in the sequence of disks, and is the same disk.
+        # A disk that was plugged in again has another number in the sequence of disks, and is the same disk.
         decisive = next((key for key in ("name", "diskseq", "number") if key in old and key in new), "kind")
         return old.get("start") == new.get("start") and _agree(old, new, decisive)
     return all(_agree(old, new, key) for key in old)

@@ -15,7 +15,7 @@ NOTES_BYTES = 512
 
 
 class StoreSpec(NamedTuple):
-    """What a module is told. Sizes are in bytes."""
+    """The arguments of a module. Sizes are in bytes."""
 
     uri: str
     read_only: bool = False  # the device is, whatever the store allows
@@ -36,7 +36,7 @@ class StoreSpec(NamedTuple):
     # reads. -1: none.
     notes_fd: int = -1
     # A datagram socket that is connected to itself and outlives the worker. What a module sends there waits, with the
-    # descriptors in it, for whoever reads: the next worker's finds out when the last one's requests end. -1: none.
+    # descriptors in it, for the reader: the next worker's finds out when the last one's requests end. -1: none.
     hold_fd: int = -1
 
     def to_json(self) -> str:

@@ -84,7 +84,7 @@ def describe(spec: StoreSpec, limit_s: float = PROBE_LIMIT_S) -> Description:
 
 
 def _make_answer(opened: ExitStack) -> int:
-    """Return a file in memory for the answer: its size is fixed, and whoever writes there never waits for us."""
+    """Return a file in memory for the answer: its size is fixed, and its writer never waits for us."""
     fd = os.memfd_create("vdusefast-probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     opened.callback(os.close, fd)
     os.ftruncate(fd, ANSWER_MAX_BYTES)

@@ -1,4 +1,4 @@
-"""What a process of ours is told at its start: words in a sealed memfd, which it inherits.
+"""The arguments of a process of ours: words in a sealed memfd, which it inherits.
 
 Everybody may read a command line, and a store's URI can hold secrets.
 

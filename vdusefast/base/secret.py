@@ -73,6 +73,6 @@ def _check_status(path: str, status: os.stat_result) -> None:
     if status.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         mode = stat.S_IMODE(status.st_mode)
         raise ValueError(f"{path} has mode {mode:04o}: others may read or change it; chmod 0600 {path}")
-    # Root may read anybody's; whoever else we are, only root and we ourselves may have put the secret there.
+    # Root may read anybody's; if we are not root, only root and we ourselves may have put the secret there.
     if os.geteuid() and status.st_uid not in (0, os.geteuid()):
         raise ValueError(f"{path} belongs to user {status.st_uid}; chown it to the user who serves the device")

@@ -1,4 +1,4 @@
-"""How long what a server does may take, in seconds; whoever waits for it derives its own limit from these.
+"""How long what a server does may take, in seconds; those who wait for it derive their own limits from these.
 
 A client that gives up before the server does reports a failure of what then succeeds.
 """
@@ -29,7 +29,7 @@ def hand_over_s(timeout_s: float) -> float:
 
 
 def resize_s() -> float:
-    """Return the longest that a resize takes: the store is looked at, then the workers are told."""
+    """Return the longest that a resize takes: the store is looked at, then the workers get it."""
     return PROBE_LIMIT_S + RESIZE_TIMEOUT_S
 
 

@@ -50,7 +50,7 @@ def attached(name: str) -> bool:
 
 
 def created(name: str) -> bool:
-    """Return whether a VDUSE device of that name exists, whoever has made it."""
+    """Return whether a VDUSE device of that name exists, no matter which program has made it."""
     return (SYS / "class/vduse" / name).is_dir()
 
 

@@ -1,7 +1,7 @@
 """Kernel devices whose run directory is lost: going on with one by a configuration that an operator gives.
 
 The kernel keeps the device, and shows what its driver was offered by the limits of the disk. It does not tell who made
-it, nor which requests are in flight: so it takes an explicit `--claim`, and a queue is gone on with only where its ring
+it, nor which requests are in flight: so it takes an explicit `--claim`, and a queue is adopted only where its ring
 shows that its driver waits for nothing.
 """
 

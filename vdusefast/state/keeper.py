@@ -108,7 +108,7 @@ class Keeper:
             hold.close()
 
     def _forget_ending(self) -> None:
-        """Leave the connections to whoever takes the holds."""
+        """Leave the connections to the process that takes the holds."""
         for _, connection in self._ending.values():
             connection.close()
         self._ending.clear()

@@ -99,7 +99,7 @@ def advice(name: str) -> str:
 
 
 def lost_text(name: str) -> str:
-    """Return what is to be said of a device that nobody can go on with."""
+    """Return what is to be said of a device that nobody can adopt."""
     from vdusefast.state import claim
 
     node = sysfs.node(name)

@@ -1,6 +1,6 @@
 """Go on with the shared pages that a server of another layout has left: its in-flight logs are carried over.
 
-Counters and latencies begin anew. What is read here keeps its place in every layout: the first fields of the header,
+Counters and latencies begin at zero. What is read here keeps its place in every layout: the first fields of the header,
 the word after the name (from version 2 on), and magic, version, sizes and state of a log. A log has a version of its
 own. One that cannot be read is refused, unless it says that nothing is in flight.
 """

@@ -155,9 +155,9 @@ class RunDirectory:
         try:
             self.path.rmdir()
         except FileNotFoundError:
-            pass  # whoever took the name after us has removed it already
+            pass  # a later holder of the name has removed it already
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY:  # whoever takes the name after us has it already
+            if error.errno != errno.ENOTEMPTY:  # a later holder of the name has it already
                 raise
 
     def _remove_private(self) -> None:

@@ -1,6 +1,6 @@
-"""What a server writes down about its device, so that another one can go on with it: BASE/NAME/state.
+"""What a server writes down about its device, so that another one can adopt it: BASE/NAME/state.
 
-The kernel keeps a device whose server has ended, and does not tell how it was made. Whoever takes it over has to serve
+The kernel keeps a device whose server has ended, and does not tell how it was made. The server that adopts it has to serve
 exactly that device: what differs is named, and refused before anything is touched.
 """
 
@@ -73,7 +73,7 @@ def make_state(
     described: Description | None = None,
     identity: Identity | None = None,
 ) -> SavedState:
-    """Return the state of a device that `transport` has created as `spec` says; the next server places "auto" anew.
+    """Return the state of a device that `transport` has created as `spec` says; the next server places "auto" again.
 
     described: its store, of a backend whose module brings the engine. identity: of its store.
     """
@@ -146,7 +146,7 @@ def note_size(path: Path, capacity_sectors: int, config: Config, *, resizing: bo
 
 @contextmanager
 def any_store(path: Path) -> Iterator[None]:
-    """Let the next server go on with whatever store it finds; what is written down is as before when that fails."""
+    """Let the next server adopt whatever store it finds; what is written down is as before when that fails."""
     state = load(path)
     if state is None or not state.identity:
         yield

@@ -99,7 +99,7 @@ INFLIGHT_OFFSET = _round_up(HIST_OFFSET + HIST_BYTES, LINE_BYTES)
 class LogState(IntEnum):
     """Whether an in-flight log says anything (enum vf_log_state)."""
 
-    VOID = 0  # nothing has been taken since the reset, or all of it was given back: start at the used index
+    VOID = 0  # nothing has been popped since the reset, or all of it was completed: start at the used index
     VALID = 1
 
 
@@ -227,7 +227,7 @@ class SharedPages:
 
     @classmethod
     def reopen(cls, path: str | os.PathLike[str], name: str, queue_count: int, queue_size: int) -> SharedPages:
-        """Map the pages of a device whose server has ended, to go on with them.
+        """Map the pages of a device whose server has ended, to adopt it.
 
         Waits up to LAST_IO_S for storage I/O that its workers have begun: what the kernel still writes must not come
         after what is written again. Raises DeviceBusyError when that does not end, VdusefastError for pages that are
@@ -322,7 +322,7 @@ class SharedPages:
         return int(_U64.unpack_from(self.map, self._offset(queue) + COUNTERS_OFFSET)[0])
 
     def has_inflight(self, queue: int) -> bool:
-        """Return whether requests of `queue` have been taken and not been given back, without NumPy."""
+        """Return whether requests of `queue` have been popped and not completed, without NumPy."""
         header = self._offset(queue) + INFLIGHT_OFFSET
         (ring_format,) = _LOG_FORMAT.unpack_from(self.map, header + _LOG_FORMAT_OFFSET)
         if ring_format == INFLIGHT_PACKED and not self.log_is_void(queue):

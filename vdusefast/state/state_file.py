@@ -34,7 +34,7 @@ def read(path: Path) -> bytes:
 
 
 def write(path: Path, text: bytes) -> None:
-    """Replace the text, mode 0600: whoever reads finds the old one or the new one. Raises OSError.
+    """Replace the text, mode 0600: a reader finds the old one or the new one. Raises OSError.
 
     Allocates nothing, unless the file is new, has no slots yet, or the text has outgrown them. Nothing is synced.
     """

@@ -24,7 +24,7 @@ class TransportError(VdusefastError):
 
 
 class DeviceBrokenError(TransportError):
-    """The device did not answer a message in time; it can only be made anew."""
+    """The device did not answer a message in time; it can only be recreated."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Transport(Protocol):
     kind: TransportKind
     memory_text: str  # what requests' data lies in, for people
     msg_timeout_s: float  # a message unanswered for so long breaks the device; 0 = never
-    keeps: bool  # whether the device outlives its server, so that another one can go on with it
+    keeps: bool  # whether the device outlives its server, so that another one can adopt it
     irq_cpus: tuple[int | None, ...]  # where each queue's interrupts go from the next `place_irqs` on; None = anywhere
 
     @property

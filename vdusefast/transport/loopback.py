@@ -55,7 +55,7 @@ class LoopbackTransport:
         self._messages = self._bus.connect()
 
     def reopen(self, spec: DeviceSpec) -> None:
-        """Take over the device on the bus, once whoever has it lets go of it."""
+        """Take over the device on the bus, once its holder lets go of it."""
         if self._bus is None:
             raise TransportError(f"device {spec.name}: there is no bus on which it could have been left")
         deadline = time.monotonic() + REOPEN_TIMEOUT_S

@@ -43,7 +43,7 @@ class Region:
 
     @property
     def entry(self) -> IotlbEntry:
-        """What a worker is told of the region."""
+        """The region as a worker gets it."""
         return IotlbEntry(self.fd_offset, self.iova, self.last, self.perm)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from vdusefast.worker._virtio_blk cimport *
 
 
 cdef inline void queue_clear_suspects(vf_queue *q) noexcept nogil:
-    """Forget the deaths of requests that were given back: of a packed ring, where nothing else clears their entries."""
+    """Forget the deaths of requests that were completed: of a packed ring, where nothing else clears their entries."""
     cdef uint32_t i
     for i in range(q.unpublished_count):
         if q.inflight_log[q.unpublished[i]].deaths:

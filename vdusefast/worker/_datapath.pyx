@@ -177,7 +177,7 @@ cdef class Queue:
 
         granule: what the store's smallest blocks have, where that may be more than the device's; `lock_fd` (borrowed) is a file
         that all workers of the device have, for locks on them; -1: this is the only one.
-        witness_fd: another open file description of a file (borrowed), of this queue alone, by which it is told of failed
+        witness_fd: another open file description of a file (borrowed), of this queue alone, by which it learns of failed
         write-backs that another queue's flush was told of.
         hold_fds: at most two descriptors (borrowed) that stay open until the last request has ended, also when this process
         is killed before.
@@ -313,7 +313,7 @@ cdef class Queue:
         """Take the rings at these IOVAs and be ready to run. Raises OSError (EINVAL) for a bad size, RingError.
 
         last_avail_idx: where the ring stands: of a split ring the avail index; of a packed one, as vhost has it, slot and wrap
-        counter (bit 15) of what is to be taken next, and in the upper half of what is to be given back next. The two
+        counter (bit 15) of what is to be popped next, and in the upper half of what is to be completed next. The two
         must be one.
         recover: go on where a worker that died stood, by its in-flight log; `last_avail_idx` counts only for a packed ring of
         which nothing was ever taken.
@@ -335,7 +335,7 @@ cdef class Queue:
         q.faults_seen = q.counters.memory_faults  # a fault from here on fails the queue
         self.note = ""
         if q.vring.is_packed and last_avail_idx >> 16 != last_avail_idx & 0xFFFF:
-            raise RingError("a packed ring that is to go on with requests in flight, of which nothing is known")
+            raise RingError("a packed ring that is to continue with requests in flight, of which nothing is known")
         if recover:
             adopted = self._adopt(last_avail_idx & 0xFFFF)
         else:

@@ -398,7 +398,7 @@ cdef inline bint loop_spin(vf_queue *q, loop_idle *idle, uint64_t poll_ns) noexc
         idle.since_ns = vf_now_ns()
         idle.turns = 0
         idle.lesson = &idle.of_storage if q.engine.inflight_count else &idle.of_driver
-        q.shm_status.inflight_count = q.engine.inflight_count  # for whoever asks what we wait for
+        q.shm_status.inflight_count = q.engine.inflight_count  # for those who ask what we wait for
         idle.spinning = poll_ns != 0 and loop_may_spin(idle.lesson)
     if not idle.spinning:
         return False

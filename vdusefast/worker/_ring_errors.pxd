@@ -1,4 +1,4 @@
-"""What people are told of a ring that was given up."""
+"""Texts about a ring that has failed."""
 
 from vdusefast.worker._csrc cimport *
 

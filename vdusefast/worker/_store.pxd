@@ -1,4 +1,4 @@
-"""A store as a worker is told of it, for the engine that is to be opened over it; with rules for faults in front of that."""
+"""A store as the supervisor describes it, for the engine that is opened over it; rules for faults in front of that."""
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset

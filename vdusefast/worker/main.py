@@ -65,7 +65,7 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
     Raises VdusefastError.
     """
     order = _engine_order(spec)
-    # By these whoever goes on in our place sees that nothing of ours is under way any more: our supervisor by the pipe,
+    # Held open until our last I/O completes, so that a successor knows when it may replay: our supervisor by the pipe,
     # a later one by the lock (SharedPages.reopen).
     hold_fds = [fd for fd in (spec.life_fd, _lock_pages(spec.shm_fd)) if fd >= 0]
     for name in order:
@@ -234,7 +234,7 @@ class Worker:
         from vdusefast.backends.plugin import StoreSpec
 
         spec = self._spec
-        self._lock_fd = _lock_pages(spec.shm_fd)  # whoever goes on in our place waits for our end
+        self._lock_fd = _lock_pages(spec.shm_fd)  # a successor waits for our end
         store = StoreSpec.from_json(spec.store_spec)._replace(
             queue=spec.queue,
             slot_count=min(spec.queue_size, self._datapath.SLOT_MAX),
@@ -254,7 +254,7 @@ class Worker:
         except OSError as error:
             if error.errno == errno.EPROTO:
                 raise WorkerError(
-                    f"{store.uri}: its module was built for another vdusefast; build both anew"
+                    f"{store.uri}: its module was built for another vdusefast; build both again"
                 ) from error
             raise WorkerError(f"{store.uri}: {error}") from error
 
@@ -329,7 +329,7 @@ class Worker:
         elif message.command in (Command.QUIESCE, Command.RESET, Command.STOP):
             last_avail_idx, last_used_idx, waiting = queue.quiesce()
             self._running = False
-            if waiting:  # the kick for these is ours already: whoever goes on gets it again
+            if waiting:  # the kick for these is ours already: the next worker gets it again
                 os.eventfd_write(self._spec.kick_fd, 1)
             if message.command == Command.RESET:
                 queue.invalidate(0, 2**64 - 1)

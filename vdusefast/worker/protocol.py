@@ -1,4 +1,4 @@
-"""Messages between the supervisor and a worker, and what a worker is told at its start.
+"""Messages between the supervisor and a worker, and the arguments of a worker.
 
 One SOCK_SEQPACKET pair per worker; one message is one packet of a fixed layout in host byte order.
 The supervisor's messages carry a sequence number that the worker's answer repeats. Beside the socket there is
@@ -118,7 +118,7 @@ _TEXT_FIELDS = frozenset({"device", "port", "store", "engine", "cache", "serial"
 
 
 class WorkerSpec(NamedTuple):
-    """Everything a worker process is told at its start, as `key=value` words in a descriptor (handed.py).
+    """The arguments of a worker process, as `key=value` words in a descriptor (handed.py).
 
     Descriptors are inherited under the same numbers; -1 stands for none. Sizes are in bytes; sectors are of 512 bytes.
     """

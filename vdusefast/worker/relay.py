@@ -22,7 +22,7 @@ from vdusefast.worker.protocol import Event, FromWorker, pack_event
 
 
 class RelaySpec(NamedTuple):
-    """What a relay is told."""
+    """The arguments of a relay."""
 
     supervisor_pid: int
     event_fd: int  # SOCK_SEQPACKET, for its events
