@@ -52,7 +52,7 @@ enum vf_drv_phase {
 #define VF_BLOCK_BUSY 0x80000000u /* a request to this block is in flight */
 
 #define VF_DRV_PAIR_SHARE 4u /* of a job with `overlap`: one write in so many is followed by another to its block */
-#define VF_DRV_NEIGHBOUR_SHARE 4u /* and one in so many goes on where the one before has ended, so that they may be merged */
+#define VF_DRV_NEIGHBOUR_SHARE 4u /* and one in so many begins where the previous one has ended, so that they may be merged */
 
 struct vf_drv_stats {
 	uint64_t ios;
@@ -148,7 +148,7 @@ static inline void vf_drv_job_start(struct vf_drv_job *job, uint64_t now_ns)
 	job->free_count = job->depth;
 	job->writes_until_fsync = job->fsync_every;
 	job->issued = job->check_cursor = 0;
-	job->fault_count = 0; /* the kept ones are of this run; the counters go on */
+	job->fault_count = 0; /* the kept ones are of this run; the counters continue */
 	job->held = job->fsync_due = job->pair_due = job->issue_done = false;
 	if (!job->random)
 		job->random = vf_mix64(job->order.seed + 0x9e37u) | 1;

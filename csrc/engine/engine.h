@@ -49,7 +49,7 @@ struct vf_engine_ops {
 	uint8_t stores; /* of the core's engines: bits 1 << enum vf_store_kind that it serves */
 };
 
-/* A bit of `readable` beside those of sleep()'s descriptors: the engine's module has news for the process around us. */
+/* A bit of `readable` beside those of sleep()'s descriptors: the engine's module has events for the process around us. */
 #define VF_READABLE_NEWS (1u << 31)
 
 struct vf_engine {

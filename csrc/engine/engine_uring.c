@@ -61,7 +61,7 @@ static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries, int sqpol
 }
 
 /* The store's file comes first: registered, it saves a reference count per request. The others are only held: requests
- * go on when this process is killed, and with them the ring, which alone keeps these open then. */
+ * continue when this process is killed, and with them the ring, which alone keeps these open then. */
 static int vf_uring_register(struct io_uring *ring, const struct vf_store *store)
 {
 	int fds[1u + VF_HOLD_MAX] = { store->fd };
@@ -285,7 +285,7 @@ static int vf_uring_digest(struct vf_engine *engine, struct vf_req *req, int res
 			req->result = 0;
 			return 1;
 		}
-		return vf_uring_submit(engine, req); /* a short transfer goes on */
+		return vf_uring_submit(engine, req); /* a short transfer continues */
 	}
 	if (res == -EINTR || (res == -EAGAIN && req->retry_count++ < VF_URING_RETRY_MAX))
 		return vf_uring_submit(engine, req);

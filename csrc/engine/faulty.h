@@ -14,7 +14,7 @@
 /* A request is met by the first rule that fits it and whose turn it is. All counts are of requests that fit. */
 struct vf_fault {
 	uint32_t ops; /* bits 1 << enum vf_op */
-	int32_t err; /* positive errno, 0 = the request goes on, after the delay */
+	int32_t err; /* positive errno, 0 = the request continues, after the delay */
 	uint64_t delay_ns;
 	uint64_t start; /* of the bytes that it is about: any overlap fits; flushes always do */
 	uint64_t last;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Adjacent requests of a batch as one preadv() or pwritev(), for the engines sync and cached. A request that begins where
- * the one before has ended is held back, and with it those that go on from there, until another kind of request comes, or
+ * the previous one has ended is held back, and with it those that continue from there, until another kind of request comes, or
  * the end of the round (flush). Random requests pay a comparison.
  *
  * Held requests are carried out before anything that was submitted behind them, so that the order of the ring remains.
@@ -38,7 +38,7 @@ void vf_merge_close(struct vf_engine *engine);
 /* Does a single request as submit() would. */
 typedef int vf_merge_one(struct vf_engine *engine, struct vf_req *req);
 
-/* Hold back a transfer that goes on where the one before has ended; 0: it cannot be. */
+/* Hold back a transfer that begins where the previous one has ended; 0: it cannot be. */
 int vf_merge_hold(struct vf_engine *engine, struct vf_req *req);
 
 /* Carry out what is held; rw_flags: of the read. */

@@ -71,7 +71,7 @@ void vf_store_unlock_memory(const struct vf_store *store)
 
 void vf_store_map(struct vf_store *store)
 {
-	/* What fails is a way to be faster: reads go on by pread(), which will say what is wrong, if anything is. */
+	/* What fails is a way to be faster: reads continue by pread(), which will say what is wrong, if anything is. */
 	if (store->map_reads && store->kind == VF_STORE_FILE && store->direct_align == 0)
 		(void)vf_map_open(&store->read_map, store->fd, store->size_bytes);
 }

@@ -56,7 +56,7 @@ struct vf_iotlb {
 	uint8_t has_windows;
 	uint32_t region_count;
 	uint32_t region_limit; /* with more than these, it is time for an eviction */
-	uint32_t hand; /* where the next eviction goes on */
+	uint32_t hand; /* where the next eviction continues */
 	uint64_t miss_count;
 	uint64_t evict_count;
 	struct vf_port *port; /* borrowed */

@@ -17,7 +17,7 @@
 #define VF_VDUSE_IOTLB_GET_FD2 _IOWR(VF_VDUSE_BASE, 0x1b, struct vf_vduse_iotlb_entry_v2)
 
 /*
- * The descriptor for the region in *entry; consumes fd. The kernel goes on naming its own file for the bounce region
+ * The descriptor for the region in *entry; consumes fd. The kernel still names its own file for the bounce region
  * when our memory has taken the place of its pages, which that file then no longer shows. A client of vhost-vdpa may
  * map a file of its own to the same addresses: that has a type, the kernel's is an anonymous inode without one.
  */

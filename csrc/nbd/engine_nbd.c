@@ -277,7 +277,7 @@ void vf_nbd_digest(struct vf_nbd *nbd)
 		vf_nbd_blocks_run(nbd);
 }
 
-/* See whether a worker before us may have sent a request already. */
+/* See whether a previous worker may have sent a request already. */
 static void vf_nbd_suspect(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 {
 	uint8_t op = cmd->req->op;

@@ -102,7 +102,7 @@ struct vf_nbd_link {
 	uint64_t pause_ns; /* before the next attempt */
 	uint64_t lost_ns; /* since when there is no connection; 0 = there is */
 	uint8_t doubt; /* writes of earlier connections may be with a server, and no end will be seen */
-	uint8_t has_new; /* since then a request was submitted that no worker before can have sent */
+	uint8_t has_new; /* since then a request was submitted that no previous worker can have sent */
 	uint32_t withheld_count; /* requests whose fate is not VF_NBD_FREE */
 	uint64_t doubt_ns; /* in doubt: when those that are withheld fail */
 	uint64_t scan_ns; /* when to look for requests without an answer */
@@ -159,7 +159,7 @@ struct vf_nbd {
 	uint16_t *bounce_free;
 	uint32_t bounce_free_count;
 	struct vf_nbd_cmd *first, *last; /* requests that change blocks, in the order of their coming: nbd_blocks.c */
-	uint8_t is_due; /* one of them has ended: others may go on */
+	uint8_t is_due; /* one of them has ended: others may continue */
 };
 
 /* engine_nbd.c, for nbd_link.c */
@@ -197,7 +197,7 @@ enum vf_nbd_turn {
 int vf_nbd_emulates(const struct vf_nbd *nbd);
 /* Those below are for such an export. */
 
-/* A request is to be started, or to go on. */
+/* A request is to be started, or continued. */
 enum vf_nbd_turn vf_nbd_blocks_enter(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd);
 /* It has ended. */
 void vf_nbd_blocks_leave(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd);

@@ -136,7 +136,7 @@ struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t qu
 	vf_port_none_init(&q->port, -1);
 	vf_queue_set_shm(q, shm_block);
 	q->flush_failure = &q->own_flush_failure;
-	vf_store_release_u32(&q->shm_status->flushing, 0); /* a worker before may have died of one */
+	vf_store_release_u32(&q->shm_status->flushing, 0); /* a previous worker may have died of one */
 	q->ctl_seen = vf_load_relaxed_u32(&q->ctl->ctl_seq);
 	q->faults_seen = q->counters->memory_faults;
 	if (vf_queue_alloc(q)) {

@@ -134,7 +134,7 @@ static int vf_rbd_fence(struct vf_rbd_image *image, const char *before)
 	return err ? err : rados_wait_for_latest_osdmap(image->cluster);
 }
 
-/* A lock that the client before us holds would be waited for until its watch has timed out. */
+/* A lock that the previous client holds would be waited for until its watch has timed out. */
 static void vf_rbd_break_lock(struct vf_rbd_image *image, const char *before)
 {
 	rbd_lock_mode_t mode;

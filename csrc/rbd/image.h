@@ -21,7 +21,7 @@ enum vf_rbd_step {
 	VF_RBD_CLIENT, /* making a client */
 	VF_RBD_CONF, /* reading the configuration file */
 	VF_RBD_CONNECT, /* reaching the monitors, and being let in */
-	VF_RBD_FENCE, /* shutting out the client before us */
+	VF_RBD_FENCE, /* shutting out the previous client */
 	VF_RBD_POOL,
 	VF_RBD_NAMESPACE,
 	VF_RBD_IMAGE,

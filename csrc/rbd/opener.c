@@ -94,7 +94,7 @@ static void vf_rbd_on_update(void *context)
 	vf_rbd_tell_size(context);
 }
 
-/* What the client before us has left. "": it has ended well, or there was none. */
+/* What the previous client has left. "": it has ended well, or there was none. */
 static void vf_rbd_notes_read(const struct vf_rbd_opener *opener, char *client, size_t size)
 {
 	ssize_t got = opener->notes_fd < 0 ? 0 : pread(opener->notes_fd, client, size - 1, opener->notes_offset);

@@ -16,7 +16,7 @@
 
 enum vf_rbd_event_kind {
 	VF_RBD_EVENT_NONE,
-	VF_RBD_EVENT_RETRIES, /* opening failed: step, err; it goes on */
+	VF_RBD_EVENT_RETRIES, /* opening failed: step, err; it continues */
 	VF_RBD_EVENT_OPENED, /* after RETRIES or GAVE_UP */
 	VF_RBD_EVENT_GAVE_UP, /* it is not open for reconnect_s: requests get errors until it is */
 	VF_RBD_EVENT_FENCED, /* a client that has died was shut out: err = 0, or why that was not possible */

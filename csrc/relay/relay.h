@@ -30,7 +30,7 @@ struct vf_relay_hello {
 	uint32_t slot_count;
 };
 
-/* The answer to it, once nothing is left of the worker before. */
+/* The answer to it, once nothing is left of the previous worker. */
 struct vf_relay_ready {
 	uint32_t magic;
 };

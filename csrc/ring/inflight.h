@@ -131,7 +131,7 @@ static inline void vf_log_begin(struct vf_inflight_header *header, struct vf_inf
 	vf_store_release_u32(&header->state, VF_LOG_VALID);
 }
 
-/* Whether this is a log that a ring of that size can go on from, within the room that there is. */
+/* Whether this is a log that a ring of that size can continue from, within the room that there is. */
 static inline int vf_log_is_ours(const struct vf_inflight_header *header, enum vf_log_format format, uint32_t ring_size,
 				 uint32_t entry_count_max)
 {

@@ -52,7 +52,7 @@ enum vf_ring_error {
 	VF_RING_UNMAPPED, /* a ring area is not (any longer) mapped, or lacks permissions */
 	VF_RING_MISALIGNED, /* a ring area is not aligned as VIRTIO 1.3, 2.7 asks */
 	VF_RING_MEMORY_GONE, /* pages of a region vanished under us (SIGBUS) */
-	VF_RING_LOG, /* the in-flight log of the worker before does not fit the ring */
+	VF_RING_LOG, /* the in-flight log of the previous worker does not fit the ring */
 	VF_RING_LOG_FOREIGN, /* it is no such log, or of another version or geometry */
 	VF_RING_POISON, /* workers die of a request even when it is only to be refused */
 	VF_RING_ERROR_COUNT,

@@ -70,7 +70,7 @@ static inline void vf_split_set_areas(struct vf_split *vr, void *desc, void *ava
 	vr->avail_event = (uint16_t *)(vr->used_ring + vr->size);
 }
 
-/* Start at last_avail_idx; the used index goes on from where the ring says it is. Areas are set. */
+/* Start at last_avail_idx; the used index continues from where the ring says it is. Areas are set. */
 static inline void vf_split_start(struct vf_split *vr, uint16_t last_avail_idx)
 {
 	uint16_t used_idx = vf_load_relaxed_u16(vr->used_idx);

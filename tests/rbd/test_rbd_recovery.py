@@ -79,7 +79,7 @@ def test_nothing_acknowledged_is_lost_with_killed_workers_that_are_replaced_at_o
     result = load.result()
     result.assert_clean()
     # The lock of each was broken; its watch would have been waited for 30 s.
-    assert result.said.count("the worker before was blocklisted") == 3, result.said
+    assert result.said.count("the previous worker was blocklisted") == 3, result.said
 
 
 def test_killed_relay_of_several_queues_is_a_pause_under_verification(
@@ -91,7 +91,7 @@ def test_killed_relay_of_several_queues_is_a_pause_under_verification(
     relay.kill()
     result = load.result()
     result.assert_clean()
-    assert "the worker before was blocklisted" in result.said
+    assert "the previous worker was blocklisted" in result.said
 
 
 def test_workers_killed_over_an_image_without_a_lock_are_shut_out_too(ceph: Cluster, serve: Serve) -> None:

@@ -61,7 +61,7 @@ cdef class Client:
         return PyCapsule_New(&self.plugin, VF_ENGINE_CAPSULE, NULL)
 
     def fileno(self):
-        """See Plugin: there is never any news, which the relay tells the supervisor itself."""
+        """See Plugin: there is never any event: the relay sends those to the supervisor itself."""
         return -1
 
     def news(self):
@@ -103,7 +103,7 @@ cdef class Server:
             raise OSError(errno, os.strerror(errno))
 
     def serve(self, int wake_fd):
-        """Serve until there is news of the store (True), or `wake_fd` is readable (False)."""
+        """Serve until there is an event of the store (True), or `wake_fd` is readable (False)."""
         cdef int reason
         with nogil:
             reason = vf_relay_serve(self.server, wake_fd)

@@ -4,7 +4,7 @@ Served like that, the guest would see the container in place of the disk, and wr
 over such an image unless the URI says `?format=raw`.
 
 The first sector of a raw disk is its user's: each writer to the device can make it look like any of these formats.
-Hence two rules. Nothing of a header is ever used but to recognise it. And a device that goes on is never looked at:
+Hence two rules. Nothing of a header is ever used but to recognise it. And a device that continues is never looked at:
 else its user could keep it from being served. LUKS is recognised, but served: dm-crypt on a device writes the same
 header, and an image of that format, served as it is, is the same encrypted disk to each holder of its key.
 """

@@ -112,7 +112,7 @@ class Plugin(Protocol):
         """A capsule "vdusefast.engine" around a `struct vf_engine_plugin` (engine.h), which lives until `close`."""
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable while there is news, -1 for none."""
+        """Return a descriptor that is readable while there are events, -1 for none."""
 
     def news(self) -> list[News]:
         """Take what there is."""

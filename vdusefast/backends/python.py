@@ -98,7 +98,7 @@ def is_path(target: str) -> bool:
 
 
 def arguments_of(uri: str) -> dict[str, str]:
-    """Return the words behind "?", percent-decoded, and what the files that they name hold.
+    """Return the arguments after "?", percent-decoded, and what the files that they name hold.
 
     Raises ConfigError, BackendError for such a file.
     """
@@ -242,7 +242,7 @@ def _run(spec: StoreSpec, disk: Backend, method: str) -> None:
 
 
 def _open_within(engine: Engine, spec: StoreSpec, disk: Backend) -> None:
-    """Open a worker's disk, a coroutine in the loop that it goes on in. Raises BackendError."""
+    """Open a worker's disk, a coroutine in the loop that it continues in. Raises BackendError."""
     from vdusefast.backends.python_errors import describe as say
 
     try:

@@ -45,7 +45,7 @@ class Batch(Protocol):
 
 
 class Backend:
-    """A disk. Derive from it and set `size_bytes`; the words behind `?` in the URI are the constructor's arguments.
+    """A disk. Derive from it and set `size_bytes`; what stands after `?` in the URI are the constructor's arguments.
 
     What a class does not override is not offered to the driver: without `pwrite` the disk is read-only, without
     `discard` there is none; without `flush` there is nothing to flush, so that writes must be durable when they are

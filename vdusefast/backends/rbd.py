@@ -193,10 +193,10 @@ class RbdPlugin:
             return f"cannot note who has the image ({os.strerror(error)}): its lock may be waited for after a crash"
         if kind == "fenced" and error:
             return (
-                f"the worker before could not be blocklisted ({os.strerror(error)}): its lock is waited for; "
+                f"the previous worker could not be blocklisted ({os.strerror(error)}): its lock is waited for; "
                 f"give client.{self._image.id} the monitor capability 'profile rbd'"
             )
-        return {"opened": "open", "fenced": "the worker before was blocklisted: what it had under way is void"}[kind]
+        return {"opened": "open", "fenced": "the previous worker was blocklisted: what it had under way is void"}[kind]
 
 
 def _module(uri: str):  # type: ignore[no-untyped-def]
@@ -233,7 +233,7 @@ def _failed_step(image: Image, step: str, error: int) -> str:
         "client": "librados",
         "conf": f"reading {image.conf}",
         "connect": "connecting to the monitors",
-        "fence": "blocklisting the worker before",
+        "fence": "blocklisting the previous worker",
         "pool": f"pool {image.pool}",
         "namespace": f"namespace {image.pool}/{image.namespace}",
         "image": f"image {image.image}",

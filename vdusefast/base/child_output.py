@@ -17,7 +17,7 @@ from vdusefast.base.guard import Guard, Part
 from vdusefast.base.printable import printable
 
 READ_BYTES = 16 << 10  # at a time: the loop has other things to do, however much a child writes
-LAST_READ_COUNT_MAX = 64  # at the child's end; the pipe may have a writer that goes on
+LAST_READ_COUNT_MAX = 64  # at the child's end; the pipe may have a writer that continues
 LOST_COUNT_MAX = 100
 LINE_MAX_BYTES = 1024
 LINES_KEPT = 16

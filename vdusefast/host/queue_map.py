@@ -25,7 +25,7 @@ def read(node: str, queue_count: int) -> QueueMap:
 
 
 def predict(topology: Topology, queue_count: int) -> QueueMap:
-    """Return the map that the kernel will make for a disk of `queue_count` queues, unless the driver gets other settings.
+    """Return the map that the kernel makes for a disk of `queue_count` queues, unless the driver gets other settings.
 
     The driver takes no more queues than there could be CPUs, nor than virtio_blk's parameter says.
     """

@@ -74,7 +74,7 @@ class Keeper:
                     return
 
     def _accept(self) -> None:
-        """Have a supervisor; the one before it is gone or about to go."""
+        """Have a supervisor; the previous one is gone or about to go."""
         line, _ = self._listener.accept()
         self._leave_line()
         self._line = line

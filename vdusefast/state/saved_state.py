@@ -1,7 +1,7 @@
 """What a server writes down about its device, so that another one can adopt it: BASE/NAME/state.
 
-The kernel keeps a device whose server has ended, and does not tell how it was made. The server that adopts it has to serve
-exactly that device: what differs is named, and refused before anything is touched.
+The kernel keeps a device whose server has ended, and does not tell how it was made. The server that adopts it has to
+serve exactly that device: what differs is named, and refused before anything is touched.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
     api_version: int = 0  # of VDUSE, where the transport has one
     vduse_features: int = 0
     described: Description | None = None  # the store, where a module brings its engine: it may be away just now
-    identity: dict[str, str] = {}  # of the store, as backends.identity has it; empty: whichever it is goes on
+    identity: dict[str, str] = {}  # of the store, as backends.identity has it; empty: any store is adopted
     resizing: bool = False  # the driver may have been shown another size, but no larger one
 
     @property

@@ -305,7 +305,7 @@ class SharedPages:
     def disown_log(self, queue: int) -> None:
         """Say that it is not known what of `queue` is in flight.
 
-        A worker goes on only where the ring shows that nothing is.
+        A worker continues only where the ring shows that nothing is.
         """
         self.void_log(queue)
         offset = self._offset(queue) + INFLIGHT_OFFSET

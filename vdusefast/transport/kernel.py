@@ -175,7 +175,7 @@ class KernelTransport:
     async def attach(self) -> None:
         """Put the device on the vDPA bus, give it to the driver that was asked for, and wait until its node is there.
 
-        Of a device that was reopened, only what the server before has not done.
+        Of a device that was reopened, only what the previous server has not done.
 
         Raises TransportError, KernelSupportError, TimedOutError.
         """

@@ -315,7 +315,7 @@ cdef class Queue:
         last_avail_idx: where the ring stands: of a split ring the avail index; of a packed one, as vhost has it, slot and wrap
         counter (bit 15) of what is to be popped next, and in the upper half of what is to be completed next. The two
         must be one.
-        recover: go on where a worker that died stood, by its in-flight log; `last_avail_idx` counts only for a packed ring of
+        recover: continue where a worker that died stood, by its in-flight log; `last_avail_idx` counts only for a packed ring of
         which nothing was ever taken.
         """
         cdef vf_queue *q = self._open()

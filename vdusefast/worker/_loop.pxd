@@ -424,7 +424,7 @@ cdef inline void loop_hear(vf_queue *q, uint32_t readable, int kick_fd) noexcept
     if readable & WATCH_KICK and read(kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks):
         q.counters.kicks += kicks
     if readable & (WATCH_CTL | VF_READABLE_NEWS):
-        # A message, news from the store, or the supervisor is gone: either way Python looks at it.
+        # A message, an event of the store, or the supervisor is gone: either way Python looks at it.
         q.ctl_seen = vf_load_relaxed_u32(&q.ctl.ctl_seq) - 1
 
 

@@ -1,4 +1,4 @@
-"""How a worker goes on where one that died stood: what was in flight is carried out again. No Python object in here."""
+"""How a worker continues where a dead one stood: what was in flight is replayed. No Python object in here."""
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
@@ -25,7 +25,7 @@ cdef inline int queue_begin_log(vf_queue *q, uint16_t state) noexcept nogil:
 
 
 cdef inline int queue_blame(vf_queue *q) noexcept nogil:
-    """Count the death of the worker before against the request that it was at. 0, or -VF_RING_POISON."""
+    """Count the death of the previous worker against the request that it was at. 0, or -VF_RING_POISON."""
     cdef uint32_t working = q.inflight.working
     cdef vf_inflight_entry *entry
     vf_log_work(q.inflight, 0)  # first: a death that is not counted is better than one counted twice
@@ -135,7 +135,7 @@ cdef inline int queue_redo(vf_queue *q, uint32_t count) noexcept nogil:
     if queue_may_publish(q):
         queue_publish(q)
     vf_log_work(q.inflight, 0)
-    queue_interrupt(q)  # whatever the worker before has published and not told
+    queue_interrupt(q)  # whatever the previous worker has published without an interrupt
     if q.counters.memory_faults != q.faults_seen:
         err = -VF_RING_MEMORY_GONE
     return err

@@ -20,7 +20,7 @@ cdef inline str ring_error_text(int err):
         VF_RING_UNMAPPED: "a ring area is not mapped by one region with the permissions it needs",
         VF_RING_MISALIGNED: "a ring area is not aligned as VIRTIO asks",
         VF_RING_MEMORY_GONE: "pages of the driver's memory vanished while in use",
-        VF_RING_LOG: "the in-flight log of the worker before it does not fit the ring",
+        VF_RING_LOG: "the in-flight log of the previous worker does not fit the ring",
         VF_RING_LOG_FOREIGN: "the in-flight log is none, or of another version or geometry",
         VF_RING_POISON: f"{VF_LOG_HOPELESS} workers have died of one request, even of refusing it",
     }[err]

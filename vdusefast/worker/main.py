@@ -1,6 +1,6 @@
 """A worker: one process, one virtqueue, one CPU. Pin, map, serve, say why it ended.
 
-Started by the supervisor with the words of a WorkerSpec (protocol.py) and the descriptors that these words name. It
+Started by the supervisor with the arguments of a WorkerSpec (protocol.py) and the descriptors that these name. It
 knows nothing of the kernel's control messages, of netlink or of configuration files. What it imports and keeps is part
 of the start-up time and the memory of every queue, so it is little.
 """
@@ -120,7 +120,7 @@ def _engine_error(name: str, error: OSError) -> VdusefastError:
 
 
 def _try_reclaim(step: Callable[[], None]) -> None:
-    """Take a step of reclaim.py's. Where it is refused we go on without: `show` names the process and the reason."""
+    """Take a step of reclaim.py's. Where it is refused we continue without: `show` names the process and the reason."""
     try:
         step()
     except OSError:

@@ -23,12 +23,12 @@ class Command(IntEnum):
 
     START = 1  # map the rings and serve
     QUIESCE = 2  # finish what is in flight, stop popping; keep mappings
-    INVALIDATE = 3  # finish what is in flight, drop mappings of [start, last], go on if running
+    INVALIDATE = 3  # finish what is in flight, drop mappings of [start, last], continue if running
     RESET = 4  # QUIESCE, then drop every mapping
     STOP = 5  # QUIESCE, then end with status 0
     RESIZE = 6  # the device has `start` sectors from now on; a smaller one once what is in flight has ended
     HOLD = 7  # INVALIDATE, then take nothing more until RELEASE, also when started meanwhile
-    RELEASE = 8  # `last` bytes of user memory stand in for the bounce pages from now on; go on if running
+    RELEASE = 8  # `last` bytes of user memory stand in for the bounce pages from now on; continue if running
 
 
 class Event(IntEnum):
@@ -59,7 +59,7 @@ class ToWorker(NamedTuple):
     last_avail_idx: int = 0
     start: int = 0
     last: int = 0
-    recover: int = 0  # START: go on by the in-flight log of the worker before, and not from last_avail_idx
+    recover: int = 0  # START: continue by the in-flight log of the previous worker, and not from last_avail_idx
 
 
 class FromWorker(NamedTuple):
@@ -118,7 +118,7 @@ _TEXT_FIELDS = frozenset({"device", "port", "store", "engine", "cache", "serial"
 
 
 class WorkerSpec(NamedTuple):
-    """The arguments of a worker process, as `key=value` words in a descriptor (handed.py).
+    """The arguments of a worker process, as `key=value` texts in a descriptor (handed.py).
 
     Descriptors are inherited under the same numbers; -1 stands for none. Sizes are in bytes; sectors are of 512 bytes.
     """
@@ -175,7 +175,7 @@ class WorkerSpec(NamedTuple):
     serial: str = ""
 
     def to_words(self) -> list[str]:
-        """Return the words that `from_words` reads."""
+        """Return the arguments that `from_words` reads."""
         return [f"{key}={value}" for key, value in self._asdict().items()]
 
     @classmethod

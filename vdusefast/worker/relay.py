@@ -32,7 +32,7 @@ class RelaySpec(NamedTuple):
     places: tuple[tuple[int, int], ...]  # of each queue: a listening socket, the memory shared with its worker
 
     def to_words(self) -> list[str]:
-        """Return the words that `from_words` reads."""
+        """Return the arguments that `from_words` reads."""
         numbers = [fd for place in self.places for fd in place]
         return [str(value) for value in (*self[:5], *numbers)]
 
