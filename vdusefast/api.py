@@ -46,7 +46,7 @@ logs.make_safe()
 
 
 class Device(DeviceParts):
-    """One device: store, workers and the loop that looks after them, from `start` to `stop`. A context manager.
+    """One device: its store, its workers and its event loop, from `start` to `stop`. A context manager.
 
     A device is started once; another start needs another object. All methods may be called from any thread.
     """
@@ -94,10 +94,10 @@ class Device(DeviceParts):
         False creates a device, None does what there is. fail_requests: an orphan's store is not opened, and all
         requests are answered with IOERR, so that it can be removed. claim: adopt a device of the kernel whose run
         directory is lost, if it is as configured and nothing is in flight. forgive: as `forgive_store`, for an orphan.
-        Raises VdusefastError: ConfigError, also for a device that was left and is another than the configured one,
-        BackendError, DeviceBusyError for the name or the store, DeviceNotFoundError with nothing to go on with,
-        TimedOutError, WorkerError, KernelSupportError, TransportError. Nothing is left behind then, and a device that
-        was to be taken over is left as it was.
+        Raises VdusefastError: ConfigError, also for an orphan that is another device than the configured one,
+        BackendError, DeviceBusyError for the name or the store, DeviceNotFoundError with nothing to adopt,
+        TimedOutError, WorkerError, KernelSupportError, TransportError. Nothing is left behind then, and an orphan
+        stays as it was.
         """
         mode = mode or start_mode.of_flags(recover=recover, fail_requests=fail_requests, claim=claim)
         with self._lock:
@@ -175,7 +175,7 @@ class Device(DeviceParts):
                 self._release_all()
 
     def resize(self, size_bytes: int | None = None, *, force: bool = False) -> int:
-        """Change the size of the device while it is used; its driver is told. Returns the size in bytes.
+        """Change the size of the device while it is in use; its driver sees it. Returns the size in bytes.
 
         size_bytes: a file is made that long, by a hole at its end; None for what the store has now, as after
         lvextend. force: also when that is less, and what lies behind is lost. Raises VdusefastError: ConfigError for
@@ -197,7 +197,7 @@ class Device(DeviceParts):
     def forgive_store(self) -> None:
         """Have flushes be carried out again that fail since the store has lost data, as nobody else will ask.
 
-        What was lost stays lost: whoever uses the device has to check it. Raises VdusefastError unless it is running.
+        What was lost stays lost: the users of the device have to check it. Raises VdusefastError unless it is running.
         """
         with self._lock:
             if self._write_back is None or self._pages is None or self._pages.fd < 0:
@@ -209,12 +209,12 @@ class Device(DeviceParts):
 
     @property
     def recovered(self) -> bool:
-        """Whether the device was taken over from a server before, or is to be."""
+        """Whether another server had the device before."""
         return self._state is not None
 
     @property
     def outlives_server(self) -> bool:
-        """Whether another server can go on with the device when this one ends. Known once it has been started."""
+        """Whether another server can adopt the device when this one ends. Known once it has been started."""
         transport_keeps = self._kind == "kernel" if self._transport is None else self._transport.keeps
         return transport_keeps and (self._store is None or self._store.persistent)
 
@@ -263,7 +263,7 @@ class Device(DeviceParts):
         return LoopbackDriver(self.bus)
 
     def info(self) -> dict[str, Any]:
-        """Return all that is to be shown of the device, as plain values. Raises as `stats`."""
+        """Return everything that `show` prints about the device, as plain values. Raises as `stats`."""
         from vdusefast.control.device_info import describe
 
         stats = self.stats()
@@ -293,7 +293,7 @@ class Device(DeviceParts):
         }
 
     def responds(self, timeout_s: float) -> bool:
-        """Return whether the loop that looks after the device answers within `timeout_s`; for watchdogs."""
+        """Return whether the event loop of the device answers within `timeout_s`; for watchdogs."""
         if self._loop is None:
             return False
         answered = threading.Event()

@@ -63,7 +63,7 @@ LockMemoryMode = Literal["auto", "on", "off"]
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the driver sees."""
+    """The device as the driver sees it."""
 
     name: str
     serial: str = ""
@@ -149,7 +149,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What holds the bytes, and how a worker reaches it."""
+    """The store, and how a worker reaches it."""
 
     uri: str
     cache: CacheMode = CacheMode.WRITEBACK
@@ -326,7 +326,7 @@ def resolve_cpus(config: Config, topology: Topology | None = None) -> Config:
 def check_cpus(config: Config, topology: Topology | None = None) -> None:
     """Check that the CPUs of a device that is to be made can be used now. Raises ConfigError.
 
-    A device that is taken over has to go on without a CPU that has gone meanwhile.
+    An adopted device must also be served when a CPU has gone meanwhile.
     """
     from vdusefast.host import cpu_topology
 

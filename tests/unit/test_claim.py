@@ -103,7 +103,7 @@ def test_device_with_nothing_in_flight_is_gone_on_with(lost: Lost, machine: Mach
             driver.write(queue * BLOCK_BYTES, bytes([queue + 1]) * BLOCK_BYTES, queue=queue)
         first.hand_over()
         lost.lose()
-        with pytest.raises(errors.DeviceNotFoundError, match="nothing to go on with"):
+        with pytest.raises(errors.DeviceNotFoundError, match="nothing to adopt"):
             lost.make_device().start(recover=True)
         second = lost.make_device()
         second.start(claim=True)
@@ -232,7 +232,7 @@ def test_commands_claim_only_when_they_are_told_to(
     for words in (["del", "vd0"], ["del", "vd0", "--force"], ["recover", "vd0"]):
         assert cli.run(words) == 3
         err = capsys.readouterr().err
-        assert "vdusefast add CONFIG --claim goes on with it" in err
+        assert "vdusefast add CONFIG --claim adopts it" in err
         assert "vdusefast del vd0 --force --claim removes it" in err
     assert cli.run(["del", "vd0", "--claim"]) == 2
     assert started == []

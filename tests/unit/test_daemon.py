@@ -324,7 +324,7 @@ def test_signal_leaves_a_kernel_device_to_the_next_server(
     assert (kernel_rig.device.hand_overs, kernel_rig.device.stops) == ([service.STOP_TIMEOUT_S], [])
     assert kernel_rig.path.is_dir()
     assert "vd0: left in the kernel as /dev/vdfake" in caplog.text
-    assert "`vdusefast recover vd0` goes on with it, `vdusefast del vd0` removes it" in caplog.text
+    assert "`vdusefast recover vd0` adopts it, `vdusefast del vd0` removes it" in caplog.text
 
 
 def test_ctrl_c_removes_a_kernel_device_that_nobody_uses(kernel_rig: Rig) -> None:

@@ -151,7 +151,7 @@ def test_worthless_configuration_is_one_error(tmp_path: Path, text: bytes) -> No
 def test_worthless_report_of_a_server_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VDUSEFAST_RUN_DIR", str(tmp_path))
     code = f"import os, sys; os.write(int(sys.argv[2]), b'[' * 60000 + b'\\n'); sys.stdin.read()"  # noqa: F541
-    with pytest.raises(VdusefastError, match="its server said what nobody understands"):
+    with pytest.raises(VdusefastError, match="its server sent a report that cannot be read"):
         launch.start(make_config(name="d0", uri="memory:1M"), 20, [sys.executable, "-c", code])
 
 

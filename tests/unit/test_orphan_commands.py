@@ -113,7 +113,7 @@ def test_nothing_to_adopt_is_3(
     assert "no such device" in capsys.readouterr().err
     with orphaned_directory():
         assert cli.run([command, "vd0"]) == 3
-        assert "has ended and left nothing to go on with: vdusefast del vd0" in capsys.readouterr().err
+        assert "has ended and left nothing to adopt: vdusefast del vd0" in capsys.readouterr().err
     assert started.asked == []
 
 

@@ -65,7 +65,7 @@ def test_another_device_is_refused_and_nothing_is_touched(orphan_path: Path, mac
 
 
 def test_orphan_that_is_not_to_be_adopted_is_not_lost(orphan_path: Path, machine: FakeMachine) -> None:
-    with pytest.raises(errors.DeviceBusyError, match="vdusefast recover vd0 goes on with it"):
+    with pytest.raises(errors.DeviceBusyError, match="vdusefast recover vd0 adopts it"):
         choose(StartMode.NEW)
     machine.attached.clear()  # then nobody can have used it
     assert choose(StartMode.NEW) is None
@@ -99,7 +99,7 @@ def test_name_whose_device_is_gone_or_of_another_transport_is_free(
         machine.attached.clear()
     with orphaned_directory(transport=transport):
         assert choose(StartMode.ADD) is None
-        with pytest.raises(errors.DeviceNotFoundError, match="nothing to go on with"):
+        with pytest.raises(errors.DeviceNotFoundError, match="nothing to adopt"):
             choose(StartMode.ADOPT)
     assert machine.done == []
 
@@ -108,7 +108,7 @@ def test_new_name_has_nothing_to_adopt(machine: FakeMachine) -> None:
     machine.created.clear()
     machine.attached.clear()
     device = Device(CONFIG)
-    with pytest.raises(errors.DeviceNotFoundError, match="nothing to go on with"):
+    with pytest.raises(errors.DeviceNotFoundError, match="nothing to adopt"):
         device.start(mode=StartMode.ADOPT)
     assert not (BASE / "vd0").exists()
 

@@ -1,4 +1,4 @@
-"""How long what a server does may take, in seconds; those who wait for it derive their own limits from these.
+"""How long the operations of a server may take, in seconds. A client derives its own limit from these.
 
 A client that gives up before the server does reports a failure of what then succeeds.
 """
@@ -24,12 +24,12 @@ def stop_s(timeout_s: float) -> float:
 
 
 def hand_over_s(timeout_s: float) -> float:
-    """Return the longest that a device takes to be left to another server."""
+    """Return the longest that a hand-over takes."""
     return timeout_s + MARGIN_S
 
 
 def resize_s() -> float:
-    """Return the longest that a resize takes: the store is looked at, then the workers get it."""
+    """Return the longest that a resize takes: the store is opened, then the workers get the new size."""
     return PROBE_LIMIT_S + RESIZE_TIMEOUT_S
 
 

@@ -1,4 +1,4 @@
-"""The commands about devices that are there: `list`, `show`, `stats`, `del`."""
+"""The commands about devices that exist: `list`, `show`, `stats`, `del`."""
 
 from __future__ import annotations
 
@@ -60,23 +60,25 @@ def stats(name: str, as_json: bool) -> None:
 
 @click.command("del")
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Remove it although it is in use; requests that are pending fail.")
+@click.option("--force", is_flag=True, help="Remove it even while it is in use; pending requests fail.")
 @click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(0, TIMEOUT_MAX_S, min_open=True),
     default=STOP_TIMEOUT_S,
     show_default=True,
-    help="Seconds for the requests that are pending.",
+    help="Seconds to wait for pending requests.",
 )
-@click.option("--claim", is_flag=True, help="With --force: also a device of the kernel whose run directory is lost.")
+@click.option(
+    "--claim", is_flag=True, help="With --force: also remove a device of the kernel whose run directory is lost."
+)
 @_json_option
 def delete(name: str, force: bool, timeout_s: float, claim: bool, as_json: bool) -> None:
     """Remove a device, unless it is mounted or open."""
     from vdusefast.server import lifecycle
 
     if claim and not force:
-        raise ConfigError(f"{name}: --claim fails the requests that are pending: say so by --force")
+        raise ConfigError(f"{name}: --claim fails pending requests: confirm that with --force")
     lifecycle.delete(name, force=force, timeout_s=timeout_s, claimed=claim)
     if as_json:
         click.echo(json.dumps({"name": name, "deleted": True}))

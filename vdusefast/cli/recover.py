@@ -7,7 +7,7 @@ import click
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the node.")
 
 other_store_option = click.option(
-    "--other-store", is_flag=True, help="Go on also when the store is another one than before, by its name."
+    "--other-store", is_flag=True, help="Adopt the device also if the store of this name is another one than before."
 )
 
 
@@ -16,10 +16,10 @@ other_store_option = click.option(
 @other_store_option
 @_json_option
 def recover(name: str, other_store: bool, as_json: bool) -> None:
-    """Go on with a device whose server has ended, make a broken one anew, or flush a store again that has lost data.
+    """Adopt an orphaned device, recreate a broken one, or flush a store again that has lost data.
 
-    Its driver has waited meanwhile, and goes on. It is served in the background as it was before, and its node printed.
-    Flushes that fail since the store has lost data are carried out again: only you can say that it is well.
+    A new server serves the device in the background as before. Its driver has waited, and continues. The node is
+    printed. If the store has lost data, all flushes fail until you run this command: only you can say that it is well.
     """
     from vdusefast.cli.serve import fill_standard_descriptors, print_ready
     from vdusefast.server import lifecycle
@@ -32,13 +32,15 @@ def recover(name: str, other_store: bool, as_json: bool) -> None:
 @click.argument("name")
 @other_store_option
 @_json_option
-@click.option("--unseen", is_flag=True, help="Do not look first at a store that takes one client, or that is away.")
+@click.option(
+    "--unseen", is_flag=True, help="Do not open the store first: it takes one client only, or cannot be reached."
+)
 def restart(name: str, other_store: bool, as_json: bool, unseen: bool) -> None:
-    """Serve a device by a new process, such as one of a newer version; its driver waits for a moment.
+    """Replace the server of a device by a new process, such as one of a newer version. The driver waits for a moment.
 
-    The new process first proves that it can: it opens and starts everything beside the old one. Then the old one
-    finishes what it has in flight and lets go of the device; it takes it back if the new one does not come to serve it.
-    Where systemd runs the server, this is `systemctl reload` of its unit.
+    The new server first proves that it can serve the device: it opens and starts everything beside the old one. Then
+    the old server completes its requests and hands the device over. It takes the device back if the new server fails.
+    If systemd runs the server, this command is `systemctl reload` of its unit.
     """
     from vdusefast.cli.serve import fill_standard_descriptors, print_ready
     from vdusefast.server import lifecycle

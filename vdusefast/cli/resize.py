@@ -13,9 +13,10 @@ import click
 @click.option("--force", is_flag=True, help="Also make it smaller; what lies behind the new end is lost.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def resize(name: str, size: str | None, force: bool, as_json: bool) -> None:
-    """Give a device another size while it is used; its driver is told.
+    """Change the size of a device while it is in use. Its driver sees the new size.
 
-    SIZE is for example 20G: a file grows by a hole. Without SIZE the store is looked at again, as after lvextend.
+    SIZE is for example 20G; a file grows by a hole. Without SIZE the device gets the size of its
+    store, as after lvextend.
     """
     from vdusefast.base import time_limits
     from vdusefast.config import parse_size

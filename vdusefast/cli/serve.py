@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from vdusefast.config import Config
 
 _SAYING = (
-    ("--dry-run", "Make no device: print what --explain would, as far as it is known before."),
-    ("--explain", "Also print which CPUs workers and interrupts are on, and why."),
+    ("--dry-run", "Make no device; print what --explain prints, as far as it is known before the device exists."),
+    ("--explain", "Also print the CPUs of workers and interrupts, and why these."),
 )
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -31,51 +31,59 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (
         ("--backend", "uri"),
         str,
-        "What holds the bytes: file:PATH, memory:SIZE, nbd://..., rbd:..., python:FILE:CLASS; see docs/stores.md.",
+        "The store: file:PATH, memory:SIZE, nbd://..., rbd:..., python:FILE:CLASS; see docs/stores.md.",
     ),
     (("--bus",), click.Choice([bus.value for bus in Bus]), "virtio gives /dev/vdX, vhost gives /dev/vhost-vdpa-N."),
-    (("--queues",), int, "Virtqueues, each with a worker process of its own."),
-    (("--queue-size",), int, "Entries of a virtqueue, as offered to the driver; a power of two."),
-    (("--packed/--split", "packed"), bool, "Whether packed rings are offered, or split ones alone."),
+    (("--queues",), int, "Number of virtqueues. Each has its own worker process."),
+    (("--queue-size",), int, "Entries of each virtqueue, as offered to the driver; a power of two."),
+    (("--packed/--split", "packed"), bool, "Offer packed rings, or only split rings."),
     (
         ("--in-order/--any-order", "in_order"),
         bool,
-        "Whether IN_ORDER is offered, where the engine ends requests in order.",
+        "Offer IN_ORDER, if the engine completes requests in order.",
     ),
-    (("--cpus",), str, 'CPUs of the workers, one a queue: 0,1 or 0-3; or "auto".'),
-    (("--irq-cpus",), str, "CPUs that the queues' interrupts go to, one a queue."),
-    (("--indirect/--no-indirect",), bool, "Whether the driver may use indirect tables."),
-    (("--event-idx/--no-event-idx",), bool, "Whether kicks and interrupts are asked for by index."),
-    (("--serial",), str, "Serial number that the driver sees."),
-    (("--read-only/--read-write", "read_only"), bool, "Whether writing is refused."),
-    (("--block-size", "block_size_bytes"), int, "Logical blocks of so many bytes: 512 to 4096."),
+    (("--cpus",), str, 'CPUs of the workers, one for each queue: 0,1 or 0-3; or "auto".'),
+    (("--irq-cpus",), str, "CPUs that get the interrupts, one for each queue."),
+    (("--indirect/--no-indirect",), bool, "Let the driver use indirect tables, or not."),
+    (("--event-idx/--no-event-idx",), bool, "Offer EVENT_IDX: kicks and interrupts are requested by index."),
+    (("--serial",), str, "Serial number that the driver reads."),
+    (("--read-only/--read-write", "read_only"), bool, "Refuse writes, or allow them."),
+    (("--block-size", "block_size_bytes"), int, "Size of a logical block in bytes: 512 to 4096."),
     (("--cache",), click.Choice(["writeback", "writethrough", "none", "unsafe"]), "none is O_DIRECT."),
-    (("--poll",), click.Choice(["adaptive", "always", "never"]), "Whether workers spin; always: they never sleep."),
+    (("--poll",), click.Choice(["adaptive", "always", "never"]), "When workers spin; with always they never sleep."),
     (
         ("--store-timeout", "timeout_s"),
         float,
-        "Seconds until a request that its store does not answer fails; 0 = never.",
+        "Seconds until a request fails that the store does not answer; 0 = never.",
     ),
-    (("--reconnect", "reconnect_s"), float, "Seconds for which a store that was lost is waited for."),
-    (("--engine",), click.Choice(FILE_CHOICES), "How a worker reaches a file."),
-    (("--sqpoll/--no-sqpoll",), bool, "Whether a thread of the kernel's submits to io_uring."),
-    (("--map",), click.Choice(["auto", "off"]), "Whether the sync engine maps a file on tmpfs to read it."),
-    (("--poll-us",), int, "Microseconds that an idle worker spins at most before it sleeps."),
-    (("--irq-delay-us",), int, "Microseconds that an interrupt waits at most for more completions; 0: never."),
-    (("--msg-timeout", "msg_timeout_s"), int, "Seconds until the kernel gives up a server that is silent; 0 = never."),
-    (("--bounce-size", "bounce_size_bytes"), str, "Memory that the kernel copies data through, such as 64M."),
-    (("--user-memory",), click.Choice(["auto", "on", "off"]), "Memory of our own in place of the kernel's for that."),
+    (("--reconnect", "reconnect_s"), float, "Seconds to wait for a store that was lost."),
+    (("--engine",), click.Choice(FILE_CHOICES), "The engine for files."),
+    (("--sqpoll/--no-sqpoll",), bool, "Have a kernel thread submit to io_uring, or not."),
+    (("--map",), click.Choice(["auto", "off"]), "Whether the sync engine reads a file on tmpfs through a mapping."),
+    (("--poll-us",), int, "Longest time in microseconds that an idle worker spins before it sleeps."),
+    (("--irq-delay-us",), int, "Longest time in microseconds that an interrupt waits for more completions; 0: none."),
+    (
+        ("--msg-timeout", "msg_timeout_s"),
+        int,
+        "Seconds until the kernel gives up a server that does not answer; 0 = never.",
+    ),
+    (
+        ("--bounce-size", "bounce_size_bytes"),
+        str,
+        "Size of the bounce memory that the kernel copies data through, such as 64M.",
+    ),
+    (("--user-memory",), click.Choice(["auto", "on", "off"]), "Use user memory in place of the kernel's bounce pages."),
     (
         ("--lock-memory",),
         click.Choice(["auto", "on", "off"]),
-        "Be ready for when this machine is short of memory.",
+        "Lock the server's memory, so that it serves when the machine runs out of memory.",
     ),
     (
         ("--scheduler",),
         click.Choice(["none", "kernel"]),
-        "The disk's I/O scheduler: none, or what the kernel gives it.",
+        "I/O scheduler of the disk: none, or the kernel's choice.",
     ),
-    (("--timeout", "attach_timeout_s"), int, "Seconds for the node to come up."),
+    (("--timeout", "attach_timeout_s"), int, "Seconds to wait for the node."),
 ]
 
 
@@ -91,7 +99,7 @@ def _device_options(command: _F) -> _F:
 _claim_option = click.option(
     "--claim",
     is_flag=True,
-    help="Go on with a device of the kernel whose run directory is lost, if the kernel shows it to be this one, with "
+    help="Adopt a device of the kernel whose run directory is lost, if the kernel shows that it is this one and has "
     "nothing in flight.",
 )
 
@@ -106,8 +114,8 @@ def add(
 ) -> None:
     """Serve a device in the background, and print its node once it is usable.
 
-    The device is what CONFIG.toml says, with the options in place of the file's keys, or NAME with --backend. A device
-    of that name whose server has ended is gone on with, if it is the same one.
+    CONFIG.toml describes the device; options replace keys of the file. With a NAME instead, --backend is required. If a
+    device of this name was orphaned and its configuration matches, it is adopted.
     """
     from vdusefast.base.start_mode import StartMode
     from vdusefast.server import launch, lifecycle, registry
@@ -134,9 +142,9 @@ def serve(
 ) -> int:
     """Serve a device in the foreground until a signal comes.
 
-    Prints the node once it is usable, and messages on standard error. Told by systemd, it tells systemd (Type=notify).
-    SIGTERM leaves the device in the kernel, where requests wait for the next server; SIGINT (Ctrl-C) removes it, unless
-    it is in use.
+    The server prints the node once it is usable, and its messages on standard error. Under systemd it reports its state
+    (Type=notify). SIGTERM leaves the device in the kernel, where requests wait for the next server. SIGINT (Ctrl-C)
+    removes it, unless it is in use.
     """
     from vdusefast.base import logs
     from vdusefast.base.start_mode import StartMode
@@ -156,7 +164,7 @@ def serve(
 
 
 def read_config(target: str, options: dict[str, Any]) -> Config:
-    """Return the configuration that the words of a command line stand for.
+    """Return the configuration that the arguments of a command line describe.
 
     target: a file, or a device's name when there is `uri`. options: keys of the configuration and `irq_cpus`; None is
     what was not given. The transport is the kernel's unless the file names one. Raises ConfigError.

@@ -39,7 +39,7 @@ def systemd_unit(name: str | None) -> None:
 def systemd_reload(target: str) -> None:
     """Replace the server of a service by a new one, which becomes the main process: for ExecReload=.
 
-    TARGET is the configuration file, or the name of a device that goes on with the configuration that it has.
+    TARGET is the configuration file, or the name of a device, which then keeps its configuration.
     """
     from vdusefast.base.start_mode import StartMode
     from vdusefast.cli.serve import fill_standard_descriptors, read_config

@@ -116,7 +116,7 @@ def _check_store(state: SavedState, store: Store) -> None:
     if not store.persistent:
         name = state.config.device.name
         raise BackendError(
-            f"{name}: its bytes were in the memory of the server that has ended: nobody can go on with it; "
+            f"{name}: its bytes were in the memory of the server that has ended: no server can adopt it; "
             f"vdusefast del {name} --force removes it"
         )
     check_store(state, store)

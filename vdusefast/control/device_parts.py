@@ -69,8 +69,8 @@ class DeviceParts:
         self._transport = transport
         self._kind = transport.kind if transport else config.device.transport.resolved
         self._directory: RunDirectory | None = None
-        self._keep = False  # the run directory, for whoever goes on with the device
-        self._state: SavedState | None = None  # that of a device that was left, while it is taken over
+        self._keep = False  # the run directory, for the next server
+        self._state: SavedState | None = None  # that of an orphan, or of a device that was claimed
         self._starting: Supervisor | None = None
         self._supervisor: Supervisor | None = None
         self._pages: SharedPages | None = None
@@ -222,7 +222,7 @@ class DeviceParts:
         attach_s = device.attach_timeout_s if device.is_in_kernel else 0
         whole = mode is StartMode.CLAIM
         if whole:
-            self._save_state()  # whatever becomes of us: from now on the pages say what is in flight
+            self._save_state()  # from now on, also if this server ends, the pages say what is in flight
         try:
             start = supervisor.start(timeout_s, reopen=self._state is not None, whole=whole)
             self._call(start, timeout_s + attach_s + MARGIN_S)
@@ -278,7 +278,7 @@ class DeviceParts:
         saved_state.save(self._directory.state_path, state)
 
     def _note_size(self, size_bytes: int, config: Config, *, resizing: bool) -> None:
-        """Change the size in what the next server is told. Raises VdusefastError."""
+        """Change the size in the saved state, for the next server. Raises VdusefastError."""
         if self._directory is not None:
             path = self._directory.state_path
             saved_state.note_size(path, size_bytes // SECTOR_BYTES, config, resizing=resizing)

@@ -1,8 +1,8 @@
-"""Start a process in the background that serves a device, and hear from it whether the device is usable.
+"""Start a server in the background, and wait for its report whether the device is usable.
 
-Where systemd is process 1 it is a service of its own, which systemd starts again. Elsewhere it is a child of ours. It
-reports by one line through a pipe: its info, or its error. A caller that is interrupted, or has waited long
-enough, ends it; one that cannot report because nobody waits any more ends by itself.
+Where systemd is process 1, the server is a service of its own, which systemd restarts. Elsewhere it is a child of ours.
+It reports by one line through a pipe: its info, or its error. A caller that is interrupted, or whose time limit has
+passed, ends the server. A server that cannot report, because nobody waits any more, ends by itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ERROR_TEXT_BYTES = 4096
 SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID", "SYSTEMD_EXEC_PID")
 # A new main process of a service needs these. WATCHDOG_PID names another process, without it the watchdog is anybody's.
 MAIN_PROCESS_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "INVOCATION_ID")
-SERVICE_LOOK_S = 1.0  # how often is looked whether systemd still starts a server that has not said anything
+SERVICE_LOOK_S = 1.0  # how often systemd is asked whether it still starts a server that has not reported
 _OUTCOME = {False: "not added", True: "left as it was"}
 _OUTCOME_TAKE_OVER = "left to its old server, unless the new one serves it already"
 # How a server is asked to end: SIGINT removes its device, unless somebody uses that by now, SIGTERM leaves it. The
@@ -55,7 +55,7 @@ Process = subprocess.Popen[bytes] | ForeignProcess
 
 
 class _Report(msgspec.Struct):
-    """What the process says, once."""
+    """What the server reports, once."""
 
     info: Json | None = None
     error: str = ""
@@ -86,7 +86,7 @@ def start(
     place of the real one; name, descriptors and mode follow. service: it becomes the main process of the service that
     this process belongs to, and logs to where we do. own_service: it is one of its own where systemd can be asked. Runs
     in the main thread. Raises what the process reports, TimedOutError, InterruptedStartError; the process has ended
-    then, and nothing is left behind but what it has found: a device that waits in the kernel for a server waits on. A
+    then, and leaves nothing behind but what it has found: an orphan waits in the kernel as before. A
     process that takes over is not ended: it ends by itself where it has not taken over yet, and serves on where it has.
     """
     name = config.device.name
@@ -177,7 +177,7 @@ def _await_service(
 
 
 def _default_command(function: str) -> list[str]:
-    """Return the words that start the process."""
+    """Return the command that starts the server."""
     return spawn.command("server.launch", function)
 
 
@@ -247,7 +247,7 @@ def _judge(line: bytes, process: Process, name: str, log_fd: int, asking: tuple[
             report = decode_json(line, _Report)
         except msgspec.DecodeError as error:
             _end(process, name, asking)
-            raise VdusefastError(f"{name}: its server said what nobody understands: {error}") from None
+            raise VdusefastError(f"{name}: its server sent a report that cannot be read: {error}") from None
         if report.info is not None:
             process.returncode = 0  # it serves on when we have ended
             return report.info
@@ -295,7 +295,7 @@ def _let_be(process: Process, read_fd: int) -> int:
     """
     os.close(read_fd)
     if not _ends(process, LET_BE_TIMEOUT_S):
-        process.returncode = 0  # it goes on when we have ended
+        process.returncode = 0  # it continues when we have ended
     return -1
 
 
@@ -332,7 +332,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def main_of_service(words: Sequence[str]) -> int:
-    """Serve a device as a service of systemd's: the first time as start_file.py's file says, later what was left.
+    """Serve a device as a service of systemd's: the first time as start_file.py's file says, later the orphan.
 
     words: its name. The status says whether systemd is to start the next one.
     """
@@ -410,9 +410,9 @@ def _serve(config: Config, mode: StartMode, log: logs.LogFile | None, report_fd:
         if report_fd < 0:
             return
         if not _tell(report_fd, _Report(info=info)) and not mode.takes_over:
-            raise VdusefastError(f"{config.device.name}: whoever added it has not waited for it")
+            raise VdusefastError(f"{config.device.name}: the command that added it has not waited for it")
         null_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(null_fd, report_fd, inheritable=False)  # whoever waits sees its end, and its number stays taken
+        os.dup2(null_fd, report_fd, inheritable=False)  # the waiting side sees its end, and its number stays taken
         os.close(null_fd)
 
     service.run(on_ready)

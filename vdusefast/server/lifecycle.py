@@ -1,6 +1,6 @@
-"""What is done with a device as a whole: recovered, restarted, removed, whoever serves it now, or nobody.
+"""Operations on a whole device: recover, restart, remove, with or without a server.
 
-The commands are one caller of these functions, the shutdown unit and the benchmarks are others.
+The commands call these functions, and so do the shutdown unit and the benchmarks.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ END_LOOK_S = 0.02
 
 
 def recover(name: str, *, other_store: bool = False) -> Json:
-    """Go on with a device whose server has ended, make a broken one anew, or flush a store again that has lost data.
+    """Adopt an orphaned device, recreate a broken one, or flush a store again that has lost data.
 
-    other_store: also when its store is another one than before, by its name. Returns the device's info. Raises
+    other_store: also if the store of this name is another one than before. Returns the device's info. Raises
     VdusefastError.
     """
     path = registry.find(name)
@@ -49,9 +49,9 @@ def recover(name: str, *, other_store: bool = False) -> Json:
 
 
 def restart(name: str, *, other_store: bool = False, unseen: bool = False) -> Json:
-    """Serve a device by a new process and return its info. Raises VdusefastError; then it is served as before.
+    """Replace the server of a device, and return the device's info. Raises VdusefastError; the old server serves then.
 
-    unseen: without a first look at its store.
+    unseen: do not open the store first.
     """
     path = registry.find(name)
     try:
@@ -149,22 +149,21 @@ def who_serves(path: Path) -> str:
 
 
 def accepting(path: Path, other_store: bool) -> AbstractContextManager[None]:
-    """Return a context in which a device that was left may be taken over with another store, if so asked."""
+    """Return a context in which an orphaned device may be adopted with another store, if `other_store`."""
     return saved_state.any_store(path / "state") if other_store else nullcontext()
 
 
 def recover_dead(path: Path, *, other_store: bool = False, forgive: bool = False) -> Json:
-    """Serve a device that was left in the background and return its info.
+    """Serve an orphaned device in the background, and return its info.
 
-    other_store: also when its store is another one than before. forgive: flush its store again although that has lost
-    data.
-    Raises DeviceNotFoundError when the kernel has none, DeviceBusyError when a process holds it, VdusefastError.
+    other_store: also when its store is another one than before. forgive: flush its store again although it has lost
+    data. Raises DeviceNotFoundError when the kernel has none, DeviceBusyError when a process holds it, VdusefastError.
     """
     if run_dirs.is_held(path):
         raise DeviceBusyError(registry.embedded_text(path))
     if not orphans.is_left(path):
         raise DeviceNotFoundError(
-            f"{path.name}: its server has ended and left nothing to go on with: vdusefast del {path.name}, then add it"
+            f"{path.name}: its server has ended and left nothing to adopt: vdusefast del {path.name}, then add it"
         )
     with accepting(path, other_store):
         return _serve(path, StartMode.RECOVER if forgive else StartMode.ADD)
@@ -177,7 +176,7 @@ def _serve(path: Path, mode: StartMode) -> Json:
 
 
 def _rebuild_served(client: RpcClient, path: Path) -> Json:
-    """Make a broken device anew, whose server still runs. Raises DeviceBusyError for one that is well or in use."""
+    """Recreate a broken device whose server still runs. Raises DeviceBusyError for one that is well or in use."""
     info = client.call("info")
     if info["state"] != "broken":
         raise DeviceBusyError(
@@ -193,10 +192,10 @@ def _rebuild_served(client: RpcClient, path: Path) -> Json:
 
 
 def _delete_dead(path: Path, force: bool, timeout_s: float) -> None:
-    """Remove what a server that has ended has left. A device that its driver has is served for that, once more.
+    """Remove an orphaned device. If a driver has it, a server serves it once more for that.
 
-    Else the kernel would wait for the requests that wait in it, and keep every other vDPA device of the machine from
-    being added or removed meanwhile. A broken one answers nothing any more, and nobody has to.
+    Otherwise the kernel would wait for its pending requests, and no other vDPA device of the machine could be added or
+    removed meanwhile. A broken device needs no server: the kernel waits for no answers then.
     """
     if orphans.is_left(path) and orphans.is_attached(path.name):
         if not orphans.is_broken(path.name):
@@ -212,7 +211,7 @@ def _delete_dead(path: Path, force: bool, timeout_s: float) -> None:
 
 
 def _delete_claimed(name: str, timeout_s: float) -> None:
-    """Remove a device of the kernel whose run directory is lost: serve it with errors, and have that removed."""
+    """Remove a device of the kernel whose run directory is lost: serve it with errors, then delete it."""
     launch.start(claim.removal_config(name), mode=StartMode.CLAIM_FAIL)
     path = registry.base_directory() / name
     with RpcClient(path) as client:
@@ -270,7 +269,7 @@ def _ends(pid_fd: int) -> bool:
 
 
 def _lets_go(path: Path) -> bool:
-    """Return whether a server that we cannot see gives its run directory back, which is the last thing that it does."""
+    """Return whether a server that we cannot see releases its run directory, which it does last."""
     deadline = time.monotonic() + END_TIMEOUT_S
     while path.is_dir() and run_dirs.is_held(path):
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""The devices of this machine as their run directories tell: which there are, who serves them, what a dead one left."""
+"""The devices of this machine, by their run directories: which exist, and which server has each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """JSON-RPC 2.0 over a Unix socket, a message a line: the server's side, and what both sides agree on.
 
 The server has a thread of its own, and one for each client: nothing that a client does or leaves undone reaches
-the thread that looks after the device.
+the thread of the device.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class RpcServer:
                 connection.close()
 
     def _answer(self, line: bytes) -> tuple[bool, bytes]:
-        """Return whether to go on with this client, and the answer, empty for a notification."""
+        """Return whether to continue with this client, and the answer, empty for a notification."""
         try:
             request = decode_json(line, Request)
         except msgspec.ValidationError as error:

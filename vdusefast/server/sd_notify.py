@@ -1,4 +1,4 @@
-"""What systemd is told about a service: sd_notify(3) over a datagram socket."""
+"""Messages to systemd about a service: sd_notify(3) over a datagram socket."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Notifier:
 
     @property
     def active(self) -> bool:
-        """Whether somebody listens."""
+        """Whether there is a manager to send to."""
         return bool(self._address)
 
     def send(self, **fields: str | int) -> None:

@@ -27,24 +27,24 @@ class ServedDevice(Protocol):
 
     @property
     def recovered(self) -> bool:
-        """Whether it was taken over from a server before."""
+        """Whether another server had it before."""
 
     @property
     def outlives_server(self) -> bool:
-        """Whether another server can go on with it."""
+        """Whether another server can adopt it."""
 
     @property
     def upgraded(self) -> str:
-        """Why only a new server can serve all of it, "" where this one can."""
+        """Why only a new server can serve all of it, "" if this one can."""
 
     def prove(self, *, look: bool = ...) -> None:
-        """Show that it could be taken over from the server that it has."""
+        """Prove that this process could serve it in place of its server."""
 
     def start(self, *, mode: StartMode = ...) -> None:
         """Return once the node is usable."""
 
     def forgive_store(self) -> None:
-        """Have flushes be carried out again that fail since the store has lost data."""
+        """Carry out flushes again that fail since the store has lost data."""
 
     def stop(self, timeout_s: float = ..., *, force: bool = ...) -> None:
         """Detach, drain and destroy."""
@@ -56,7 +56,7 @@ class ServedDevice(Protocol):
         """Drain, and leave the device in the kernel for the next server."""
 
     def info(self) -> Json:
-        """Return all that is to be shown."""
+        """Return everything that `show` prints."""
 
     def resize(self, size_bytes: int | None = ..., *, force: bool = ...) -> int:
         """Change the size and return it."""
@@ -73,7 +73,7 @@ class DeleteParams(msgspec.Struct, forbid_unknown_fields=True):
 
     force: bool = False
     timeout_s: float = STOP_TIMEOUT_S
-    is_unused: bool = False  # the caller has looked, and sees more processes than this one
+    is_unused: bool = False  # the caller has checked, and sees more processes than this one
 
 
 class HandOverParams(msgspec.Struct, forbid_unknown_fields=True):

@@ -34,7 +34,7 @@ from vdusefast.server.systemd import shutdown_unit
 from vdusefast.state import orphans
 from vdusefast.transport import DeviceBrokenError
 
-TICK_S = 1.0  # how often a service manager is told of failures, and new files are looked for that are needed
+TICK_S = 1.0  # how often failures are reported to a service manager, and an upgrade is checked for
 CLIENT_LOOK_S = 0.5
 DELETE_LOOK_S = 0.1
 TAKE_BACK_PAUSE_S = 0.5
@@ -72,7 +72,7 @@ class Service:
         self._unit = service_manager.own_unit() if self._systemd else ""
         self._notifier = Notifier()
         self._signals = PatientStopSignals()
-        self._deleting = threading.Lock()  # held by whoever stops the device, or looks whether it may be
+        self._deleting = threading.Lock()  # held while the device is stopped, or while it is checked whether it may be
         self._stopping = False  # that is decided
         self._successor: hand_over.Successor | None = None  # who has asked for the device, and been given it
         self._deleted_fd = -1
@@ -169,7 +169,7 @@ class Service:
                 shutdown_unit.ensure(self._config)
             self._wait()
         finally:
-            if self._successor is None:  # else the service goes on
+            if self._successor is None:  # else the service continues
                 self._notifier.send(STOPPING=1, STATUS="stopping")
             try:
                 self._stop_for_signal()
@@ -179,7 +179,7 @@ class Service:
     def _take_back(self, why: str) -> bool:
         """Serve the device again that was handed over. Returns whether it is: not if others have it, or a signal comes.
 
-        What a server that was killed has left behind may hold it for a while.
+        Processes of a server that was killed may hold it for a while.
         """
         _log.error("%s: %s: taking the device back", self.name, why)
         deadline = time.monotonic() + TAKE_BACK_LIMIT_S
@@ -262,7 +262,7 @@ class Service:
         deadline = time.monotonic() + time_limits.stop_s(params.timeout_s)
         while not self._is_deleted():
             if self._successor is not None:
-                raise DeviceBusyError(f"{self.name}: is being left to another server; try again")
+                raise DeviceBusyError(f"{self.name}: is being handed over to another server; try again")
             if self._stopping and params.force:
                 self._device.force(params.timeout_s)
             if self._stopping and not self.deleted:
@@ -291,7 +291,7 @@ class Service:
         if not self._device.outlives_server:
             raise VdusefastError(f"{self.name}: cannot be handed over: it ends with its server")
         if not self._deleting.acquire(blocking=False):
-            raise DeviceBusyError(f"{self.name}: is being removed, or left to another server, already")
+            raise DeviceBusyError(f"{self.name}: is already being removed or handed over")
         try:
             limit_s = time_limits.start_s(self._config.device.attach_timeout_s)
             successor = hand_over.Successor(self.path, caller_pid(), limit_s)
@@ -322,7 +322,7 @@ class Service:
             raise DeviceBusyError(f"{self.name}: {unseen}; remove it from the host, or --force if nobody uses it")
 
     def _start(self) -> None:
-        """Start the device, or go on with the one that was left. One that the kernel has given up is made anew."""
+        """Start the device, or adopt the orphan. A device that the kernel has given up is created again."""
         if self._mode.takes_over:
             self._device.prove(look=self._mode.proves_store)
             self._before_take_over()
@@ -402,7 +402,7 @@ class Service:
     def _see_out(self) -> None:
         """Serve until nobody uses the device, and remove it then; to the very end where nothing else ends that.
 
-        A broken device is left: the kernel waits for nobody then.
+        A broken device stays in the kernel, which waits for no answers then.
         """
         if self._device.info()["state"] == "broken":
             self._leave()
@@ -425,7 +425,7 @@ class Service:
     def _serve_to_the_end(self) -> None:
         """Let systemd have the end of this process, which it waits for, and another one serve on.
 
-        What is only unmounted once everything has been killed needs a server until then.
+        A file system that is unmounted only after all processes were killed needs a server until then.
         """
         from vdusefast.server import launch
 
@@ -451,7 +451,7 @@ class Service:
         node = self._device.node
         self._device.hand_over(STOP_TIMEOUT_S)
         _log.warning(
-            "%s: left in the kernel%s, where requests wait: `vdusefast recover %s` goes on with it, `vdusefast del %s` "
+            "%s: left in the kernel%s, where requests wait: `vdusefast recover %s` adopts it, `vdusefast del %s` "
             "removes it",
             *(self.name, f" as {node}" if node else "", self.name, self.name),
         )

@@ -75,10 +75,10 @@ class StopSignals:
 
 
 class PatientStopSignals(StopSignals):
-    """The same for what must clean up whatever comes: no second signal ends the process at once. Notes SIGHUP, too.
+    """The same for a process that must always clean up: no second signal ends it at once. Notes SIGHUP, too.
 
-    For whoever has a device in the kernel, where a device without its server cannot be cleaned up. nohup's wish to
-    go on after a SIGHUP is respected.
+    For a process with a device in the kernel, because nobody else can clean that up. After nohup, SIGHUP is ignored as
+    before.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -108,5 +108,5 @@ class PatientStopSignals(StopSignals):
 
 
 def _is_waived(number: signal.Signals) -> bool:
-    """Return whether whoever has started this process wants it to go on after a hangup."""
+    """Return whether this process was started to continue after a hangup."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

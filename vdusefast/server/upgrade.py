@@ -23,7 +23,7 @@ _log = logging.getLogger("vdusefast")
 
 
 class Upgrader:
-    """The upgrade of one device, from its old server's side. `look` is to be called again and again."""
+    """The upgrade of one device, from its old server's side. Call `look` again and again."""
 
     def __init__(self, name: str, base: Path, *, command: Sequence[str] | None = None) -> None:
         """Prepare. base: where run directories live. command: in place of the new files."""
@@ -35,7 +35,7 @@ class Upgrader:
         self._next_s = 0.0
 
     def look(self, upgraded: str) -> None:
-        """Begin an upgrade, or see what has become of it.
+        """Begin an upgrade, or check the one that was begun.
 
         upgraded: why one is needed, "" when none is. One that has failed is tried again after a while.
         """
@@ -51,7 +51,7 @@ class Upgrader:
                 self._fail(error.strerror or str(error))
 
     def close(self) -> None:
-        """Forget a process that goes on: it takes the device over. A second call does nothing."""
+        """Forget a process that still runs: it takes the device over. A second call does nothing."""
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.returncode = 0
@@ -90,5 +90,5 @@ class Upgrader:
 
 
 def _default_command() -> list[str]:
-    """Return the words that run the command line, as it is on disk then: `vdusefast.cli.run` stays where it is."""
+    """Return the command line as it is on disk then: `vdusefast.cli.run` stays where it is."""
     return spawn.command("cli", "run")

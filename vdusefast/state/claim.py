@@ -1,4 +1,4 @@
-"""Kernel devices whose run directory is lost: going on with one by a configuration that an operator gives.
+"""Kernel devices whose run directory is lost: adopt one with a configuration that an operator gives.
 
 The kernel keeps the device, and shows what its driver was offered by the limits of the disk. It does not tell who made
 it, nor which requests are in flight: so it takes an explicit `--claim`, and a queue is adopted only where its ring
@@ -56,7 +56,7 @@ def check(directory: RunDirectory, *, any_driver: bool) -> None:
             f"{name}: needs no --claim, as its state is in {directory.path}: vdusefast recover {name}"
         )
     if kernel_control.is_left_broken(name):
-        raise DeviceBusyError(f"{name}: is broken, so that nobody can go on with it: vdusefast del {name} --force")
+        raise DeviceBusyError(f"{name}: is broken, so it cannot be adopted: vdusefast del {name} --force")
     if not any_driver and not sysfs.disk_path(name):
         raise VdusefastError(
             f"{name}: is no disk of this machine, so that nothing tells whether a configuration is the right one: end "
@@ -132,7 +132,7 @@ def _limits(model: BlockDevice) -> list[_Limit]:
 def unclean_text(name: str, why: str) -> str:
     """Return what is to be said of a device that was claimed, and whose rings do not tell what is in flight."""
     return (
-        f"{name}: cannot be gone on with: {why}; which of its requests were carried out is lost with its run "
+        f"{name}: cannot be adopted: {why}; which of its requests were carried out is lost with its run "
         f"directory: vdusefast del {name} --force --claim removes it and fails them"
     )
 
@@ -140,6 +140,6 @@ def unclean_text(name: str, why: str) -> str:
 def advice(name: str) -> str:
     """Return what can be done about a device of the kernel that has no state."""
     return (
-        "if it was vdusefast's, and its run directory was lost: vdusefast add CONFIG --claim goes on with it if "
+        "if it was vdusefast's, and its run directory was lost: vdusefast add CONFIG --claim adopts it if "
         f"nothing was in flight, vdusefast del {name} --force --claim removes it"
     )

@@ -56,7 +56,7 @@ class Keeper:
         self._ending: dict[int, tuple[int, socket.socket]] = {}  # by descriptor: the index of the hold, the connection
 
     def run(self) -> None:
-        """Keep until there is nothing left to keep, or a supervisor has said so."""
+        """Keep until there is nothing to keep, or a supervisor ends it."""
         while True:
             if self._line is None and time.monotonic() - self._alone_since_s >= GRACE_S:
                 self._end_connections()
@@ -108,7 +108,7 @@ class Keeper:
             hold.close()
 
     def _forget_ending(self) -> None:
-        """Leave the connections to the process that takes the holds."""
+        """Leave the connections to the next owner of the holds."""
         for _, connection in self._ending.values():
             connection.close()
         self._ending.clear()

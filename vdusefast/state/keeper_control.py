@@ -29,7 +29,7 @@ class KeeperControl:
     """The holds of one device, and its keeper."""
 
     def __init__(self, device: str, directory: Path, count: int, notes_fd: int, guard: Guard, *, adopt: bool) -> None:
-        """Make `count` holds and a keeper, or with `adopt` take what the last supervisor has left.
+        """Make `count` holds and a keeper, or with `adopt` take those of the last supervisor.
 
         directory: the run directory, held by us. notes_fd: borrowed, the file of notes of the store's module. guard:
         has what we do in the event loop. Raises OSError.
@@ -188,7 +188,7 @@ class KeeperControl:
 
 
 def end(directory: Path, line: socket.socket | None = None) -> None:
-    """End the keeper that was left in a run directory, if there is one, and wait for that."""
+    """End the keeper of a run directory, if there is one, and wait for its end."""
     try:
         with line or _connect(directory) as to:
             to.settimeout(ANSWER_S)

@@ -1,7 +1,7 @@
 """Kernel devices whose server has ended: whether there is one, what can be done with it, and removing a broken one.
 
 A server that is killed, or hands its device over, leaves it in the kernel, where requests wait for the next server.
-What it left for that is in its run directory. Nothing here serves: what has requests pending is left alone.
+What the next server needs is in the run directory. Nothing here serves: a device with pending requests is not touched.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def is_attached(name: str) -> bool:
 def choose(directory: run_dir.RunDirectory, config: Config, transport: str, mode: StartMode) -> SavedState | None:
     """Return the state of the device that is to be taken over, None when one is to be created.
 
-    directory: held by us, with what its last holder has left. transport: the kind that is to be used. mode: not one
+    directory: held by us, with the files of its last holder. transport: the kind that is to be used. mode: not one
     that claims. A kernel device that nothing uses and nobody could adopt is destroyed. Raises DeviceNotFoundError,
-    ConfigError for another device than that which was left, DeviceBusyError for one that cannot be adopted or is not
+    ConfigError for another device than the orphan, DeviceBusyError for one that cannot be adopted or is not
     to be, VdusefastError, OSError.
     """
     name = directory.path.name
@@ -65,7 +65,7 @@ def choose(directory: run_dir.RunDirectory, config: Config, transport: str, mode
             saved_state.check_config(state, config, transport)
             return state
         if not was_kernel:
-            raise DeviceNotFoundError(f"{name}: there is nothing to go on with: no server has left a device")
+            raise DeviceNotFoundError(f"{name}: there is nothing to adopt: no server has left a device")
         if sysfs.attached(name):
             raise DeviceBusyError(lost_text(name))
     elif was_kernel and sysfs.attached(name):
@@ -85,7 +85,7 @@ def load_state(path: Path) -> SavedState:
 
 
 def advice(name: str) -> str:
-    """Return what is to be done about a device that has lost its server."""
+    """Return what to do about a device that has lost its server."""
     if not sysfs.attached(name):
         return f"{name}: its server has ended and left /dev/vduse/{name}, which nothing uses: vdusefast del {name}"
     node = sysfs.node(name)
@@ -93,13 +93,13 @@ def advice(name: str) -> str:
     if is_broken(name):
         return (
             f"{waits}, which is broken: a message was not answered within its msg_timeout: "
-            f"vdusefast recover {name} makes it anew when nobody uses it"
+            f"vdusefast recover {name} recreates it once nobody uses it"
         )
-    return f"{waits}, where requests wait: vdusefast recover {name} goes on with it, vdusefast del {name} removes it"
+    return f"{waits}, where requests wait: vdusefast recover {name} adopts it, vdusefast del {name} removes it"
 
 
 def lost_text(name: str) -> str:
-    """Return what is to be said of a device that nobody can adopt."""
+    """Return why nobody can adopt a device without a saved state, and what to do."""
     from vdusefast.state import claim
 
     node = sysfs.node(name)
@@ -127,7 +127,7 @@ def refuse_users(name: str) -> None:
     """
     node = sysfs.node(name)
     waiting = node_users.pending_requests(node)
-    if waiting:  # looked at first, as opening such a node may wait as well
+    if waiting:  # checked first, because opening such a node may hang as well
         raise DeviceBusyError(
             f"{name}: it is broken, and {waiting} of {node}'s requests wait in it, which nobody can end: to remove it "
             "would hang in the kernel, and every vDPA command of this machine after it. Reboot (`sync` hangs, too)"
@@ -135,7 +135,7 @@ def refuse_users(name: str) -> None:
     users = node_users.find_users(node)
     if users:
         raise DeviceBusyError(
-            f"{name}: it is broken and cannot be made anew while {node} is in use: {node_users.describe(users)}; "
+            f"{name}: it is broken and cannot be recreated while {node} is in use: {node_users.describe(users)}; "
             f"end that, then: vdusefast recover {name}"
         )
 

@@ -1,4 +1,4 @@
-"""Go on with the shared pages that a server of another layout has left: its in-flight logs are carried over.
+"""Adopt the shared pages of a server with another layout: its in-flight logs are copied.
 
 Counters and latencies begin at zero. What is read here keeps its place in every layout: the first fields of the header,
 the word after the name (from version 2 on), and magic, version, sizes and state of a log. A log has a version of its
@@ -75,11 +75,11 @@ def _read(path: Path, name: str, queue_count: int, queue_size: int, *, wait: boo
     try:
         packed = os.pread(fd, shared_pages.HEADER_STRUCT.size, 0)
         if len(packed) < shared_pages.HEADER_STRUCT.size:
-            raise VdusefastError(f"{path}: shared pages that are too short: nobody can go on with them")
+            raise VdusefastError(f"{path}: shared pages that are too short: no server can adopt them")
         header = Header(*shared_pages.HEADER_STRUCT.unpack(packed))
         found = header.name.rstrip(b"\0"), header.queue_count, header.queue_size
         if found != (name.encode(), queue_count, queue_size):
-            raise VdusefastError(f"{path}: shared pages of another device or geometry: nobody can go on with them")
+            raise VdusefastError(f"{path}: shared pages of another device or geometry: no server can adopt them")
         if wait:
             shared_pages.wait_unlocked(fd, name)
         flush_failure = bytes(8)
@@ -96,7 +96,7 @@ def _read_log(fd: int, name: str, header: Header, queue: int) -> bytes:
     log = os.pread(fd, _LOG_MAX_BYTES, start) if start < PAGES_MAX_BYTES else b""
     if len(log) < shared_pages.INFLIGHT_HEADER_BYTES:
         raise VdusefastError(
-            f"{name}: queue {queue}: the shared pages were cut, and its in-flight log is gone: nobody can go on with "
+            f"{name}: queue {queue}: the shared pages were cut, and its in-flight log is gone: no server can adopt "
             f"the device; remove it: vdusefast del {name} --force"
         )
     magic, version, _format, entry_bytes, entry_count, state, *_ = shared_pages.LOG_HEADER_STRUCT.unpack_from(log)
@@ -108,6 +108,6 @@ def _read_log(fd: int, name: str, header: Header, queue: int) -> bytes:
         raise VdusefastError(
             f"{name}: queue {queue}: its in-flight log has version {version}, and this vdusefast reads "
             f"{shared_pages.INFLIGHT_VERSION}: requests may be in flight, so that only the version that wrote it can "
-            "go on with the device; this one can once the driver has reset it"
+            "adopt the device; this one can once the driver has reset it"
         )
     return log[:length]

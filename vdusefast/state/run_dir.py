@@ -18,7 +18,7 @@ from vdusefast.errors import DeviceBusyError, VdusefastError
 from vdusefast.host import containers, run_dirs
 
 LOCK_TRIES_MAX = 16
-# `is_held` takes a shared lock for a moment: who wants the name at that moment looks again.
+# `is_held` takes a shared lock for a moment: a process that wants the name at that moment tries again.
 BLOCKED_TRIES_MAX = 3
 BLOCKED_PAUSE_S = 0.02
 CONTENTS = ("pages", "pages.new", "store", "state", "state.new", "socket", "log", "log.1", "keeper", "lock")
@@ -155,9 +155,9 @@ class RunDirectory:
         try:
             self.path.rmdir()
         except FileNotFoundError:
-            pass  # a later holder of the name has removed it already
+            pass  # the next owner of the name has removed it already
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY:  # a later holder of the name has it already
+            if error.errno != errno.ENOTEMPTY:  # the next owner of the name has it already
                 raise
 
     def _remove_private(self) -> None:

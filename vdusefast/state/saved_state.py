@@ -1,4 +1,4 @@
-"""What a server writes down about its device, so that another one can adopt it: BASE/NAME/state.
+"""What a server writes down about its device, so that another server can adopt it: BASE/NAME/state.
 
 The kernel keeps a device whose server has ended, and does not tell how it was made. The server that adopts it has to
 serve exactly that device: what differs is named, and refused before anything is touched.
@@ -146,7 +146,7 @@ def note_size(path: Path, capacity_sectors: int, config: Config, *, resizing: bo
 
 @contextmanager
 def any_store(path: Path) -> Iterator[None]:
-    """Let the next server adopt whatever store it finds; what is written down is as before when that fails."""
+    """Let the next server adopt the device with any store. When that fails, what is written down is as before."""
     state = load(path)
     if state is None or not state.identity:
         yield
@@ -168,8 +168,9 @@ def check_store(state: SavedState, store: Store) -> None:
     name = state.config.device.name
     raise BackendError(
         f"{name}: {store.uri} is another store than the one that was served: that was {text_of(state.identity)}, "
-        f"this is {text_of(store.identity)}; put that one back; or go on with this one, which has none of what "
-        f"the driver wrote: vdusefast recover {name} --other-store; or remove the device: vdusefast del {name} --force"
+        f"this is {text_of(store.identity)}; put that one back; or adopt the device with this one, which has none of "
+        f"what the driver wrote: vdusefast recover {name} --other-store; or remove the device: "
+        f"vdusefast del {name} --force"
     )
 
 
@@ -185,7 +186,7 @@ def as_made(state: SavedState, config: Config) -> Config:
 
 
 def check_config(state: SavedState, config: Config, transport: str) -> None:
-    """Check what can be told from a configuration alone: whether it is for the device that was left.
+    """Check what can be told from a configuration alone: whether it is for the orphaned device.
 
     transport: the kind. Raises ConfigError that names the first key that differs, with both values.
     """
@@ -218,7 +219,7 @@ def _without_format(uri: str) -> str:
 
 
 def check_shown(state: SavedState, store: Store) -> None:
-    """Check that a device that was left can be served as its driver was shown it, now that its store is open.
+    """Check that an orphaned device can be served as its driver was shown it, now that its store is open.
 
     Only what would make data wrong is refused; the rest is emulated. Raises ConfigError that names what differs, with
     both values; BackendError.
@@ -236,7 +237,7 @@ def check_shown(state: SavedState, store: Store) -> None:
         _log.warning("%s: its store has grown: `vdusefast resize %s` lets the driver know", name, name)
 
 
-# What a driver has been shown by these keys stays; one that asks for another value is told so.
+# What a driver has been shown by these keys stays; a configuration with another value is refused.
 _SHOWN_KEYS = ("size_max_bytes", "effective_seg_max")
 _RING_KEYS = ("packed", "in_order", "event_idx", "effective_indirect")
 
@@ -255,7 +256,7 @@ def _check_keys(state: SavedState, config: Config) -> None:
 def _check(name: str, key: str, old: object, new: object) -> None:
     if old != new:
         raise ConfigError(
-            f"{name}: {key}: the device that its last server has left was made with {_text(old)}, and would now get "
+            f"{name}: {key}: the orphaned device was made with {_text(old)}, and would now get "
             f"{_text(new)}; {_advice(name)}"
         )
 
@@ -265,4 +266,4 @@ def _text(value: object) -> str:
 
 
 def _advice(name: str) -> str:
-    return f"go on with what it was made with (vdusefast recover {name}), or remove it first (vdusefast del {name})"
+    return f"keep what it was made with (vdusefast recover {name}), or remove it first (vdusefast del {name})"

@@ -250,7 +250,7 @@ class SharedPages:
             pages.close()
             raise VdusefastError(
                 f"{os.fspath(path)}: shared pages of {found[0]!r} with {found[1]} queues of {found[2]} entries, not of "
-                f"{wanted[0]!r} with {wanted[1]} of {wanted[2]}: nobody can go on with them"
+                f"{wanted[0]!r} with {wanted[1]} of {wanted[2]}: no server can adopt them"
             )
         return pages
 

@@ -424,7 +424,7 @@ class KernelTransport:
         if kernel_control.is_broken(self._fd):
             raise DeviceBrokenError(
                 f"device {self.name} is broken: a message was not answered within its msg_timeout, after which the "
-                f"kernel lets it do nothing; `vdusefast recover {self.name}` makes it anew when nobody uses it"
+                f"kernel lets it do nothing; `vdusefast recover {self.name}` recreates it once nobody uses it"
             )
 
     def _set_up_error(self, error: OSError) -> TransportError:

@@ -1,6 +1,6 @@
 """The service that looks after orphaned devices when systemd shuts the machine down.
 
-What was mounted from a device without a server could never be unmounted. The service does nothing while the machine
+A file system on a device without a server could never be unmounted. The service does nothing while the machine
 runs. When it is stopped in a shutdown, it serves such devices until nobody uses them, and removes them. The first
 server of a machine starts it.
 """
@@ -87,14 +87,14 @@ def main(_words: Sequence[str] = ()) -> None:
     from vdusefast.base import logs
     from vdusefast.host import run_dirs, shutdown
     from vdusefast.server import registry
-    from vdusefast.state import orphans as left
+    from vdusefast.state import orphans as orphaned
 
     with logs.log_to_stderr():
         if not shutdown.is_going_down():
             return
         base = registry.base_directory()
         bystanders, orphans = shutdown.Bystanders(), Orphans()
-        while names := [name for name in run_dirs.device_names(base) if left.in_kernel(name)]:
+        while names := [name for name in run_dirs.device_names(base) if orphaned.in_kernel(name)]:
             for name in names:
                 orphans.look_after(base / name)
             if bystanders.are_done():
@@ -111,13 +111,13 @@ class Orphans:
 
     def look_after(self, path: Path) -> None:
         """Serve a device without a server; remove one that we serve once it is not in use."""
-        from vdusefast.state import orphans as left
+        from vdusefast.state import orphans as orphaned
 
         name = path.name
         try:
             if name in self._served:
                 self._remove(path)
-            elif name not in self._tried and left.is_left(path) and not left.is_broken(name):
+            elif name not in self._tried and orphaned.is_left(path) and not orphaned.is_broken(name):
                 self._tried.add(name)
                 self._serve(path)
         except VdusefastError as error:
@@ -134,9 +134,9 @@ class Orphans:
     def _serve(self, path: Path) -> None:
         """Serve an orphaned device; where its store is away, have its requests fail. Raises VdusefastError."""
         from vdusefast.server import launch
-        from vdusefast.state import orphans as left
+        from vdusefast.state import orphans as orphaned
 
-        config = left.load_state(path).config
+        config = orphaned.load_state(path).config
         try:
             launch.start(config, START_LIMIT_S, mode=StartMode.ADD, own_service=False)
         except launch.InterruptedStartError:

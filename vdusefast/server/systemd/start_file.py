@@ -1,7 +1,7 @@
-"""What a server needs to know that systemd starts, and starts again: a file of root's, in place of a unit's properties.
+"""The configuration of a server that systemd starts and restarts: a file of root's, not properties of the unit.
 
-Everybody may read properties, and an environment may hold secrets. The first start tells its waiting caller how it
-went, by a socket that the file names. A later start finds nobody there, and takes over the device that was left.
+Everybody may read properties, and an environment may hold secrets. The first start reports to its waiting caller
+through a socket that the file names. A later start finds nobody there, and adopts the orphan.
 """
 
 from __future__ import annotations

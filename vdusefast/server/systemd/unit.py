@@ -57,7 +57,8 @@ def needed_units(config: Config, command: str) -> list[str]:
     There may be no mount unit of a name; systemd does not mind.
     """
     uri = config.backend.uri
-    # A path ends where the URI goes on. Of one that holds such a character, the directories before it are found.
+    # A path ends where the next part of the URI begins. If a path holds such a character, only the directories
+    # before it are found.
     paths = [unquote(part) for part in re.split(r"[:?&=,]", uri) if re.match(r"/[^/]", part)]
     found: dict[str, None] = {}
     for path in [*paths, command.split()[0]]:
