@@ -68,7 +68,7 @@ struct vf_drv_slot {
 	uint64_t block;
 	uint32_t generation;
 	uint32_t op;
-	bool superseded; /* another write to the same block was put on the ring behind this one */
+	bool superseded; /* another write to the same block was put on the ring after this one */
 };
 
 struct vf_drv_job {
@@ -204,7 +204,7 @@ static inline uint32_t vf_drv_job_choose_op(struct vf_drv_job *job)
 	}
 }
 
-/* Whether the next write of a job with `overlap` is to the block behind that of the last one. */
+/* Whether the next write of a job with `overlap` is to the block after that of the last one. */
 static inline bool vf_drv_job_goes_on(struct vf_drv_job *job)
 {
 	return job->overlap && job->last_block + 1u < job->block_count &&

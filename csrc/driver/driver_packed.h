@@ -201,7 +201,7 @@ static inline int vf_drv_packed_take(struct vf_drv_vq *vq, struct vf_drv_used *o
 	return 0;
 }
 
-/* The same under IN_ORDER: the descriptor names the last chain of a batch, and the next one stands behind the whole batch.
+/* The same under IN_ORDER: the descriptor names the last chain of a batch, and the next one stands after the whole batch.
  * Buffer IDs are numbered in the order of adding. */
 static inline int vf_drv_packed_take_in_order(struct vf_drv_vq *vq, struct vf_drv_used *out)
 {

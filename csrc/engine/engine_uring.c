@@ -136,7 +136,7 @@ static int vf_uring_can(const struct vf_store *store, const struct vf_req *req)
 	case VF_OP_WRITE_ZEROES:
 		if (store->emulates || req->refused)
 			return 0;
-		/* A writethrough store needs a sync behind it. */
+		/* A writethrough store needs a sync after it. */
 		return !store->write_flags && !(req->unmap ? store->no_punch_hole : store->no_zero_range);
 	default:
 		return 0;

@@ -4,7 +4,7 @@
  * the previous one has ended is held back, and with it those that continue from there, until another kind of request comes, or
  * the end of the round (flush). Random requests pay a comparison.
  *
- * Held requests are carried out before anything that was submitted behind them, so that the order of the ring remains.
+ * Held requests are carried out before anything that was submitted after them, so that the order of the ring remains.
  * What the one call cannot do as a whole is done request by request: each has its own result.
  */
 #ifndef VF_MERGE_H

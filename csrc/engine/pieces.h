@@ -37,7 +37,7 @@ struct vf_pieces {
 uint64_t vf_piece_bytes(const struct vf_pieces *pieces, const struct vf_req *req, uint64_t wanted);
 
 /* The requests that an engine has begun, or is to begin: each has its turn. Pieces take half of the time at most, unless there is
- * nothing else to do; VF_PIECE_BURST_NS of it they may take at once. Small requests are not put off, but behind larger ones. */
+ * nothing else to do; VF_PIECE_BURST_NS of it they may take at once. Small requests wait for larger ones only. */
 struct vf_begun {
 	uint32_t slot_count;
 	uint32_t head;

@@ -331,7 +331,7 @@ int vf_store_verify(const struct vf_store *store)
 	return errno == EINVAL || errno == ENOSYS || errno == EPERM ? 0 : -errno;
 }
 
-/* Behind a write or zeroes. Of a writethrough store they are durable now: the queues' writes share the description that reports
+/* After a write or zeroes. Of a writethrough store they are durable now: the queues' writes share the description that reports
  * what went wrong, so that another one may have had the report about this one. No flag of fallocate makes zeroes durable. */
 static int vf_store_settle(struct vf_store *store, const struct vf_req *req, int err)
 {

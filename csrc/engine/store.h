@@ -88,7 +88,7 @@ int vf_store_is_aligned(const struct vf_store *store, const struct vf_req *req);
 /* Whether a transfer can be given to the kernel as it is. */
 int vf_store_takes(const struct vf_store *store, const struct vf_req *req);
 
-/* Whether a write-back of the store has failed since this was last asked, or its witness was opened; behind a sync that went
+/* Whether a write-back of the store has failed since this was last asked, or its witness was opened; after a sync that went
  * well. No I/O, and no waiting. 0 or -errno. */
 int vf_store_verify(const struct vf_store *store);
 

@@ -52,7 +52,7 @@ static void vf_req_copy(const struct vf_req *req, uint8_t *buffer, size_t len, i
 	}
 }
 
-/* Read whole blocks into the bounce buffer. The last one may lie partly behind the end of a file: at least `need` bytes must be
+/* Read whole blocks into the bounce buffer. The last one may lie partly beyond the end of a file: at least `need` bytes must be
  * there. How many are, or -errno. */
 static ssize_t vf_bounce_read(const struct vf_store *store, uint64_t offset_bytes, size_t len, size_t need)
 {

@@ -80,7 +80,7 @@ void vf_map_close(struct vf_store_map *map)
 	map->size_bytes = 0;
 }
 
-/* From a byte a page to a byte a unit, from behind, as there are never fewer of these. */
+/* From a byte a page to a byte a unit, from the end, as there are never fewer of these. */
 static void vf_map_spread(uint8_t *resident, uint32_t unit_count, uint32_t units_of_page)
 {
 	for (uint32_t i = unit_count; units_of_page > 1u && i-- > 0;)

@@ -71,7 +71,7 @@ struct vf_nbd_cmd {
 	uint8_t is_fetch; /* of a block that is changed and put back: nbd_blocks.c */
 	uint8_t listed; /* among the requests that change blocks */
 	uint8_t waits; /* for an earlier one of these */
-	uint8_t behind; /* all data is written: what is left is the flush behind it */
+	uint8_t behind; /* all data is written: what is left is the flush after it */
 	struct vf_nbd_cmd *earlier, *later; /* listed */
 	struct vf_nbd_request request;
 };

@@ -128,7 +128,7 @@ void vf_nbd_blocks_run(struct vf_nbd *nbd)
 
 	nbd->is_due = 0;
 	for (cmd = nbd->first; cmd && nbd->link.state == VF_NBD_UP; cmd = later) {
-		later = cmd->later; /* this one may be finished at once, those behind it are not */
+		later = cmd->later; /* this one may be finished at once, those after it are not */
 		if (cmd->waits && !vf_nbd_must_wait(nbd, cmd))
 			vf_nbd_start(nbd, cmd);
 	}

@@ -16,7 +16,7 @@
 
 enum vf_handoff_stage {
 	VF_STAGE_DATA,
-	VF_STAGE_FLUSH, /* a flush behind a write, which makes it durable */
+	VF_STAGE_FLUSH, /* a flush after a write, which makes it durable */
 	VF_STAGE_DONE,
 };
 

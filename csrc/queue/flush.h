@@ -10,7 +10,7 @@
  *                                       witness of its own, learns it from that once more (write_back.py), before a successor starts.
  *   another queue's flush took it       All queues share one description. Each has a witness beside it: a description of the same
  *                                       file that is never synced, so that the failure is still to be reported there.
- *   two flushes of a queue at once      The same witness: it is asked behind every flush that went well, by one thread.
+ *   two flushes of a queue at once      The same witness: it is asked after every flush that went well, by one thread.
  *   everything is killed                A failure that no process has seen is reported to the next server's descriptions. One that
  *                                       was seen by a flush in that moment is not; the next server says which flushes were cut off.
  *

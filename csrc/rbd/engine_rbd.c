@@ -95,10 +95,10 @@ static int vf_rbd_call(rbd_image_t image, struct vf_req *req, rbd_completion_t c
 	}
 }
 
-/* Of what a completion leads to: it is the flush behind a write, and not the request. Requests lie at even addresses. */
+/* Of what a completion leads to: it is the flush after a write, and not the request. Requests lie at even addresses. */
 #define VF_RBD_IS_FLUSH ((uintptr_t)1)
 
-/* Hand a request, or the flush behind it, to librbd. 0 or -errno. */
+/* Hand a request, or the flush after it, to librbd. 0 or -errno. */
 static int vf_rbd_start(struct vf_engine *engine, struct vf_req *req, int is_flush)
 {
 	struct vf_rbd *rbd = engine->context;
@@ -165,7 +165,7 @@ static void vf_rbd_finish(struct vf_rbd_work *work, struct vf_req *req, int resu
 	work->finished[work->finished_count++] = req;
 }
 
-/* Take note of an answer; the request is finished, unless a flush behind it has begun. */
+/* Take note of an answer; the request is finished, unless a flush after it has begun. */
 static void vf_rbd_digest(struct vf_engine *engine, struct vf_req *req, int is_flush, ssize_t got)
 {
 	const struct vf_rbd *rbd = engine->context;

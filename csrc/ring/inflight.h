@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The in-flight log: which heads a queue has popped and not yet completed, and in which order. It lies in the shared
- * pages, behind the histograms of its queue, so that it outlives the worker that writes it. With the used index, which
+ * pages, after the histograms of its queue, so that it outlives the worker that writes it. With the used index, which
  * lies in the driver's memory and outlives us as well, it tells the next worker where this one stood.
  *
  * The log is read when its writer is dead. A process that is killed has carried out its stores up to
- * some instruction and none behind it, so that the order of the stores in the program is what counts; every store here
- * is a release, which the compiler does not move earlier stores behind, and which is free on x86. The order is
+ * some instruction and none after it, so that the order of the stores in the program is what counts; every store here
+ * is a release, which the compiler does not move earlier stores after, and which is free on x86. The order is
  *
- *   1. entry.order = n                  the head is taken. Killed before: it is still in the avail ring behind all that
+ *   1. entry.order = n                  the head is popped. Killed before: it is still in the avail ring after all that
  *                                       is logged, and is taken again. Nothing of it has taken effect.
  *   2. the request is carried out       Killed from here to 4: it is carried out again, whole. The driver has not been
  *                                       told of its end, so that it may not have used what it was reading from or into.
@@ -19,7 +19,7 @@
  *   6. header.last_used_idx             No head is taken between 4 and 6: one that the driver has made available again
  *                                       meanwhile cannot be mistaken for the one that was told.
  *
- * A request that was carried out and not told is repeated behind all that was told. So that this is never an older write over a
+ * A request that was carried out and not published is replayed after those that were. So that this is never an older write over a
  * newer one, an engine that keeps the order of writes publishes in that order: 4 waits for what it has held back (merge.h).
  *
  * Hence everything that was made available is published, or logged, or after them: the next worker takes from
@@ -95,7 +95,7 @@ static inline void vf_log_take(struct vf_inflight_entry *entry, uint64_t order)
 	vf_log_set(entry, order);
 }
 
-/* Note where the device stands, behind everything that it has published and cleared. */
+/* Note where the device stands, after everything that it has published and cleared. */
 static inline void vf_log_note(struct vf_inflight_header *header, uint16_t last_avail_idx, uint16_t last_used_idx)
 {
 	vf_store_release_u32(&header->last_avail_idx, last_avail_idx);

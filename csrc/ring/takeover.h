@@ -27,7 +27,7 @@ static inline int vf_takeover_is_idle(const struct vf_vring *vr)
 	return !vr->is_packed && vf_split_is_idle(&vr->split);
 }
 
-/* Forget what the driver was told of: the `given_back` heads behind the used index that was noted. */
+/* Forget what was published: the `given_back` heads after the used index that was noted. */
 static inline void vf_takeover_forget_told(const struct vf_split *vr, struct vf_inflight_entry *log, uint32_t entry_count,
 					   uint16_t logged_used_idx, uint32_t given_back)
 {

@@ -80,7 +80,7 @@ struct vf_chain {
 	uint64_t readable_bytes;
 	uint64_t writable_bytes;
 	struct vf_segment *last_writable; /* the last one that is not empty; NULL = none */
-	uint8_t disorder; /* a readable segment behind a writable one, against VIRTIO 1.3, 2.7.4.2 */
+	uint8_t disorder; /* a readable segment after a writable one, against VIRTIO 1.3, 2.7.4.2 */
 };
 
 /* Length and direction of a segment as one number, which compares by one instruction. */

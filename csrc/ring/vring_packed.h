@@ -315,8 +315,8 @@ static inline int vf_packed_is_used(const struct vf_packed *vr, uint16_t slot, u
 }
 
 /*
- * Where a worker that died has come to, from the position that it noted last: behind the elements that it has shown since, up to
- * the one that it had announced. Nothing can be told from the flags beyond that: a slot where no chain of this lap began looks like
+ * Find how far the dead worker got: start at its last noted position and skip the used elements that it published, up to the one
+ * that it announced. Nothing can be told from the flags beyond that: a slot where no chain of this lap began looks like
  * one that was completed. The position in *position, and how many descriptors it lies further on; or -VF_RING_LOG when that
  * cannot be.
  */

@@ -14,11 +14,11 @@ struct vf_split {
 	const uint16_t *avail_flags;
 	const uint16_t *avail_idx;
 	const uint16_t *avail_ring;
-	const uint16_t *used_event; /* behind the last avail entry */
+	const uint16_t *used_event; /* after the last avail entry */
 	uint16_t *used_flags;
 	uint16_t *used_idx;
 	struct vf_used_elem *used_ring;
-	uint16_t *avail_event; /* behind the last used entry */
+	uint16_t *avail_event; /* after the last used entry */
 
 	uint32_t size; /* 1..32768, a power of two */
 	uint16_t mask;

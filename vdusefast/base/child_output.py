@@ -84,7 +84,7 @@ class Output:
         self._rest = b""
 
     def lose(self) -> None:
-        """Go on behind what could not be logged."""
+        """Continue after what could not be logged."""
         self._rest = b""
 
     def _keep(self, line: bytes) -> None:

@@ -12,7 +12,7 @@ def command(module: str, function: str = "main", *, options: tuple[str, ...] = (
     """Return the arguments of a process that calls a function of ours with those that follow, and ends with its status.
 
     module: below the package. options: of Python. at_once: the process ends without the interpreter's clean-up.
-    Nothing is imported from the directory that the caller happens to be in (-P), and the package comes behind the
+    Nothing is imported from the directory that the caller happens to be in (-P), and the package comes after the
     standard library.
     """
     leave = "os._exit" if at_once else "sys.exit"

@@ -10,7 +10,7 @@ import os
 
 MARK = b"@"
 _ARG_START_FIELD = 48  # of /proc/PID/stat; proc(5)
-_FIRST_FIELD = 3  # of those behind the name, which may hold anything
+_FIRST_FIELD = 3  # of those after the name, which may hold anything
 
 
 def survive() -> None:

@@ -80,7 +80,7 @@ cdef inline void queue_complete(vf_queue *q, vf_req *req) noexcept nogil:
     cdef uint32_t written_bytes = req.stored_bytes
     if vf_likely(req.status != NULL):
         blk_write_status(req, req.blk_status)
-        # used.len promises that so many bytes were written from the first writable one on (VIRTIO 1.3, 2.7.8.2): behind a
+        # used.len promises that so many bytes were written from the first writable one on (VIRTIO 1.3, 2.7.8.2): after a
         # gap, as after an error, the status does not count.
         written_bytes += written_bytes + 1 == req.writable_bytes
     vf_vring_push(&q.vring, req.head, req.id, req.slot_count, written_bytes, written_bytes == req.writable_bytes)

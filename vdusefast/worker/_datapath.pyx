@@ -299,7 +299,7 @@ cdef class Queue:
             raise ValueError(f"a memory of {q.engine.store.size_bytes} bytes is smaller than the device")
         if capacity_sectors < q.device.capacity_sectors:
             with nogil:
-                self._drain()  # nothing may be written behind the end any more, where the store is about to be cut
+                self._drain()  # nothing may be written beyond the end any more, where the store is about to be cut
         if q.engine.ops != NULL:
             vf_store_resize(&q.engine.store, capacity_sectors * VF_SECTOR_BYTES)
         q.device.capacity_sectors = capacity_sectors

@@ -295,7 +295,7 @@ class Worker:
         self._read_control()
 
     def _read_control(self) -> None:
-        """Carry out every command that waits. The word is read first: a message behind it is seen the next time."""
+        """Carry out every command that waits. The word is read first: a later message is seen the next time."""
         self._queue.control_seen()
         self._tell_news()
         while not self._done:
