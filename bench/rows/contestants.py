@@ -1,4 +1,4 @@
-"""What is timed: our device, the real fio, and the bare limits of bench/micro. Each returns one figure of one run."""
+"""The contestants: our device, the real fio, and the bare limits of bench/micro. Each returns one figure of one run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """What all measurements share. settings: of our devices, beside what the row says (keys of the configuration)."""
+    """The setup that all measurements share. settings: keys of our devices' configuration, beside those of the row."""
 
     seconds: float
     worker_cpu: int

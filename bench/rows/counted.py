@@ -1,4 +1,4 @@
-"""What a worker does for one request, counted and not timed: instructions by callgrind, system calls by perf or strace.
+"""The work for one request, counted and not timed: instructions by callgrind, system calls by perf or strace.
 
 The same load runs twice, each time on a new device, the second time with more requests. The difference of the two
 counts is what the further requests took: start, end and all that happens once cancel out. The driver runs as it is, on

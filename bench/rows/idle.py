@@ -1,4 +1,4 @@
-"""What a device costs that does nothing, and how long it takes to be there."""
+"""The cost of an idle device, and the time that it takes to start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured, as Markdown and as JSON."""
+"""The measurements, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def spread_text(spread: float) -> str:
 
 
 def print_results(results: list[Result], stream: TextIO) -> None:
-    """Print a line for each row, with what was wanted."""
+    """Print a line for each row, with its goal."""
     print("| row | what | measured | spread | rounds | wanted | moonshot | |", file=stream)
     print("|---|---|---:|---:|---:|---:|---:|---|", file=stream)
     for result in results:

@@ -1,4 +1,4 @@
-"""The rows: what is compared with what, what is wanted, and which measurements that takes."""
+"""The rows: the two sides of each comparison, its goal, and the measurements that it needs."""
 
 from __future__ import annotations
 

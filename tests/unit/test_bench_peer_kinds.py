@@ -190,7 +190,7 @@ def test_data_check_finds_one_wrong_byte(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[MIB + 3 * 4096 + 100] ^= 1
     node.write_bytes(content)
-    with pytest.raises(data_check.DataError, match=f"read at byte {MIB + 3 * 4096} is not what its file holds"):
+    with pytest.raises(data_check.DataError, match=f"read at byte {MIB + 3 * 4096} differs from its file"):
         data_check.compare(str(node), path, 2 * MIB)
 
 

@@ -132,7 +132,7 @@ def test_buffered_writes_have_a_goal() -> None:
         ({"size": "1M"}, "at least 4"),
         ({"size": "5000000"}, "whole number of MiB"),
         ({"runtime": "soon"}, "--runtime: 'soon' is not a time"),
-        ({"runtime": "0"}, "--runtime: has to be more than 0"),
+        ({"runtime": "0"}, "--runtime: it must be more than 0"),
     ],
 )
 def test_options_that_are_refused(changed: Json, message: str) -> None:
@@ -239,7 +239,7 @@ def test_peer_with_wrong_data_is_not_timed(session: Session, tmp_path: Path) -> 
 
     report = session.run([A, Spoiled], {})
     assert [failed["peer"] for failed in report["failed"]] == ["b"]
-    assert "is not what its file holds" in report["failed"][0]["reason"]
+    assert "differs from its file" in report["failed"][0]["reason"]
     assert {one["peer"] for one in report["runs"]} == {"a"}
     assert [peer["checked"] for peer in report["peers"]] == [True, False]
     assert FilePeer.log == ["start a", "start b", "stop b", "stop a"]

@@ -64,7 +64,7 @@ def test_kills_that_make_no_sense_are_refused(text: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--backend", "null:1G"], "what is written must be kept"),
+        (["--backend", "null:1G"], "the store must keep its data"),
         (["--json", "/no/such/directory/x"], "there is no directory"),
         (["--size", "4K"], "at least"),
         (["--duration", "0"], "more than 0"),

@@ -52,7 +52,7 @@ _ERRNO_BY_STATUS = {1: errno.EIO, 2: errno.EOPNOTSUPP}
 
 
 class Bus(Protocol):
-    """What the driver needs of a LoopbackBus."""
+    """The methods of a LoopbackBus that the driver needs."""
 
     offered_features: int
     queue_count: int
@@ -390,7 +390,7 @@ class LoopbackDriver:
         ranges: bytes = b"",
         read_bytes: int = 0,
     ) -> bytes:
-        """Carry out one request of header, data and status; returns what was read."""
+        """Carry out one request of header, data and status; returns the data that was read."""
         buffers = self._queue_buffers(queue)
         head, body = buffers.head, buffers.data
         with buffers.lock:

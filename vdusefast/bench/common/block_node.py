@@ -1,4 +1,4 @@
-"""What the kernel says about a block device, by its node."""
+"""Facts about a block device from the kernel, by its node."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def run_plan(plan: Plan) -> int:
 
 
 def _check_run(run: RunOptions, uri: str | None, transport: str) -> None:
-    """Refuse what is known to be wrong before anything is made. Raises ConfigError."""
+    """Refuse wrong options before anything is made. Raises ConfigError."""
     build_config(run, uri or "file:temporary", transport)
     for cpu in parse_cpu_list(run.driver_cpus) if run.driver_cpus else []:
         check_cpu(cpu, read_topology(), "driver_cpus")
@@ -146,7 +146,7 @@ def _run_on_store(plan: Plan, uri: str | None, transport: str, say: Any, signals
         try:
             if not outcome.stopped_by:
                 _add_baselines(plan, config, store, report, say, signals)
-        except VdusefastError as error:  # what was measured is reported all the same
+        except VdusefastError as error:  # the measurements are reported all the same
             late = error
         _write(report, run)
     if late is None:

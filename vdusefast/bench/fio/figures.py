@@ -95,7 +95,7 @@ def job_report(runs: Sequence[JobRun]) -> Json:
 
 
 def verification(runs: Sequence[JobRun]) -> list[Json]:
-    """Return what was verified, per job, with the first faults."""
+    """Return the results of verification for each job, with the first faults."""
     return [
         {
             "jobname": run.instance.spec.name,

@@ -1,4 +1,4 @@
-"""What `--help` says of each option of `python -m vdusefast.bench fio`."""
+"""The text of `--help` for each option of `python -m vdusefast.bench fio`."""
 
 from __future__ import annotations
 

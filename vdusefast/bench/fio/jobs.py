@@ -79,7 +79,7 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is not about a single job: the device, its driver and the report."""
+    """Options that are not about a single job: the device, its driver and the report."""
 
     transport: str = "auto"
     queues: int | None = None

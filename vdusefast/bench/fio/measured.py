@@ -1,4 +1,4 @@
-"""What a run of `bench fio` leaves: of either transport, ready for the report."""
+"""The results of a run of `bench fio`, of either transport, ready for the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNTERS = ("requests", "bytes_read", "bytes_written", "errors", "kicks", "irqs"
 
 @dataclass
 class Outcome:
-    """What is known when the device has stopped. runs: of the loopback driver. fio: of the real one."""
+    """The results when the device has stopped. runs: of the loopback driver. fio: of the real one."""
 
     runs: list[JobRun] = field(default_factory=list)
     fio: FioOutcome | None = None

@@ -31,7 +31,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class ThreadPlan:
-    """What one driver thread owns: queues, and places of jobs in its group."""
+    """The share of one driver thread: its queues, and the places of jobs in its group."""
 
     queues: tuple[int, ...]
     jobs: tuple[int, ...]

@@ -133,7 +133,7 @@ def queue_rows(queues: Sequence[Json]) -> list[tuple[str, ...]]:
 
 
 def verify_lines(checks: Sequence[Json]) -> list[str]:
-    """Return what was verified, and the first faults of each job."""
+    """Return the lines about verification: the counts, and the first faults of each job."""
     lines = []
     counted = [c["blocks_verified"] for c in checks if c["verify"] != "none"]
     verified = sum(count for count in counted if count is not None)
@@ -145,7 +145,7 @@ def verify_lines(checks: Sequence[Json]) -> list[str]:
         lines.append(f"verified: by fio, which does not count it apart in a job that also reads, {wrong} wrong")
     else:
         lines.append(
-            f"verified: {verified} times a block was read and compared with what was last written to it, {wrong} wrong"
+            f"verified: {verified} blocks were read and compared with the data last written to them, {wrong} wrong"
         )
     lines.append(f"failed requests: {failed}")
     for check in checks:
@@ -191,7 +191,7 @@ def print_report(report: Json, stream: TextIO, *, explain: bool = False) -> None
     for line in [*verify_lines(extra["verify"]), *baseline_lines(extra["baseline"])]:
         print(line, file=stream)
     if extra["stopped_by"]:
-        print(f"stopped early by {extra['stopped_by']}: what was in flight has been finished", file=stream)
+        print(f"stopped early by {extra['stopped_by']}; the requests in flight were finished", file=stream)
     if explain:
         print(f"\n{EXPLANATION}", file=stream)
 

@@ -22,7 +22,7 @@ STALL_S = 30.0
 
 @dataclass
 class CpuTime:
-    """What a driver thread used, in seconds, and its context switches."""
+    """The time that a driver thread used, in seconds, and its context switches."""
 
     user_s: float = 0.0
     system_s: float = 0.0
@@ -101,7 +101,7 @@ def run_group(
     trimmed: list[tuple[int, int]],
     control: Control,
 ) -> list[JobRun]:
-    """Run jobs that belong together to their end and return what they did.
+    """Run jobs that belong together to their end and return their results.
 
     cpus: for the driver's threads, in turn. trimmed: (offset, size) in bytes of what earlier jobs gave up. Raises the
     device's failure, or VdusefastError when the driver had to give up.

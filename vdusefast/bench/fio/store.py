@@ -26,7 +26,7 @@ class StoppedError(VdusefastError):
 
 
 class BenchStore(AbstractContextManager["BenchStore"]):
-    """Makes sure that the backend's file is there and large enough; removes what was temporary when it exits."""
+    """Makes sure that the backend's file is there and large enough; removes a temporary one when it exits."""
 
     def __init__(self, uri: str | None, size_bytes: int, *, reads: bool, say: Say, stopped: Stopped = lambda: False):
         """Prepare `uri`, or a temporary file when None, for jobs that need `size_bytes` bytes (0 = whatever is there).

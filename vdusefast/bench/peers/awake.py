@@ -37,7 +37,7 @@ class Awake:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let the machine idle: what is timed shall not share it."""
+        """Let the machine idle, so that a measurement does not share it."""
         if self._process is None:
             yield
             return

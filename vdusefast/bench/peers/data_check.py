@@ -47,7 +47,7 @@ def compare(node: str, path: Path, size_bytes: int) -> None:
             held = os.pread(file, CHUNK_BYTES, at)
             if buffer[:] != held:
                 place = next(i for i in range(0, CHUNK_BYTES, BLOCK_BYTES) if _differ(buffer, held, i))
-                raise DataError(f"{node}: what is read at byte {at + place} is not what its file holds")
+                raise DataError(f"{node}: the data read at byte {at + place} differs from its file")
 
 
 def check_writes(node: str, path: Path, size_bytes: int, seed: int) -> None:
@@ -68,9 +68,9 @@ def check_writes(node: str, path: Path, size_bytes: int, seed: int) -> None:
             for at, block in content.items():
                 _read(device, buffer, at, node, BLOCK_BYTES)
                 if buffer[:BLOCK_BYTES] != block:
-                    raise DataError(f"{node}: what was written at byte {at} is not read back")
+                    raise DataError(f"{node}: the data written at byte {at} is not read back")
                 if os.pread(file, BLOCK_BYTES, at) != block:
-                    raise DataError(f"{node}: what was written at byte {at} and flushed is not in its file")
+                    raise DataError(f"{node}: the data written at byte {at} and flushed is not in its file")
 
 
 def _differ(buffer: mmap.mmap, held: bytes, place: int) -> bool:

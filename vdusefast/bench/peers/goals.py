@@ -1,4 +1,4 @@
-"""What vdusefast is to reach beside its peers in a guest, and whether a run says that it does."""
+"""The goals of vdusefast beside its peers in a guest, and whether a run reaches them."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _SOCK_ITEM, _SOCK_FD = 1, 1
 
 @dataclass(frozen=True)
 class Export:
-    """What a server said of its default export."""
+    """The description of a server's default export."""
 
     size_bytes: int
     flags: int

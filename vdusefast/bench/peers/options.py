@@ -1,4 +1,4 @@
-"""From the words of `bench peers` to what is run: here, or in a guest."""
+"""The options of `bench peers`, checked; the run is here, or in a guest."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run_command(
         keep_awake=keep_awake,
     )
     if options.runtime_s <= 0:
-        raise ConfigError("--runtime: has to be more than 0")
+        raise ConfigError("--runtime: it must be more than 0")
     return peers_vm.run_in_guest(options, vm, icount=icount) if vm is not None else run_peers(options)
 
 

@@ -1,4 +1,4 @@
-"""What a peer is: one way to serve a file as a block device, started, used and removed."""
+"""A peer: one way to serve a file as a block device. It is started, used and removed."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Peer(ABC):
         }
 
     def run(self, words: Sequence[str]) -> str:
-        """Run a tool and return what it printed. Raises VdusefastError with its own words."""
+        """Run a tool and return its output. Raises VdusefastError with its own words."""
         self.commands.append(list(words))
         return run_tool(words)
 
@@ -200,7 +200,7 @@ class ServerProcess:
 
 
 def run_tool(words: Sequence[str]) -> str:
-    """Run a program that ends by itself; return what it printed. Raises VdusefastError with its own words."""
+    """Run a program that ends by itself; return its output. Raises VdusefastError with its own words."""
     try:
         done = subprocess.run(
             list(words), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TOOL_S, check=False

@@ -113,7 +113,7 @@ def notes(report: Json) -> list[str]:
         where = f" in {failed['job']}" if failed["job"] else ""
         lines.append(f"failed: {failed['peer']}{where}: {failed['reason']}")
     if report["stopped_by"]:
-        lines.append(f"stopped early by {report['stopped_by']}: what had been measured is above")
+        lines.append(f"stopped early by {report['stopped_by']}: the measurements until then are above")
     return lines
 
 

@@ -49,7 +49,7 @@ DEFAULT_SIZE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class PeersOptions:
-    """What one command asks for. peers: None = all that can run here. backing: None = a tmpfs."""
+    """The options of one command. peers: None = all that can run here. backing: None = a tmpfs."""
 
     jobs: tuple[JobSpec, ...]
     peers: tuple[str, ...] | None = None
@@ -123,7 +123,7 @@ def run_peers(options: PeersOptions) -> int:
     Raises VdusefastError for what keeps it from running at all.
     """
     if os.geteuid() != 0:
-        raise KernelSupportError("bench peers makes block devices, for which it has to be root; use sudo")
+        raise KernelSupportError("bench peers makes block devices, which needs root: use sudo")
     check_outputs(options)
     with PatientStopSignals() as signals, Awake(options.keep_awake) as awake:
         report = _compare(options, signals, awake)

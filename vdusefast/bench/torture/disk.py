@@ -74,7 +74,7 @@ class DiskLoad:
         return lost
 
     def counts(self) -> dict[str, int]:
-        """Return what has been done so far."""
+        """Return the counts so far."""
         names = ("writes", "reads", "flushes", "verified")
         return {name: sum(writer.counts[name] for writer in self._writers) for name in names}
 
@@ -110,7 +110,7 @@ class DiskCycle:
         self._struck.set()
 
     def finish(self) -> list[Lost]:
-        """Wait for the end of the run and of its read-back. Returns what was never answered."""
+        """Wait for the end of the run and of its read-back. Returns the requests without an answer."""
         self.struck()
         deadline = time.monotonic() + self._give_up_s
         for thread in self._threads:
@@ -118,7 +118,7 @@ class DiskCycle:
         waiting = sum(thread.is_alive() for thread in self._threads)
         if not waiting:
             return []
-        return [Lost("unanswered", "driver", text=f"{waiting} writers wait since {self._give_up_s:g} s")]
+        return [Lost("unanswered", "driver", text=f"{waiting} writers have waited for {self._give_up_s:g} s")]
 
     def abandon(self) -> None:
         """Leave the threads to their disk, which fails their requests when it is removed."""

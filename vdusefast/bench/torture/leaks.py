@@ -1,4 +1,4 @@
-"""What processes hold: descriptors and children, before and after."""
+"""The descriptors and children of processes, before and after."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOOK_S = 0.02
 
 
 class Leaks:
-    """What this process and, where there is one, the server held when this was made."""
+    """The descriptors and children of this process, and of the server if there is one, at one moment."""
 
     def __init__(self, server: TorturedServer | None = None):
         self._before = _counts(server)

@@ -142,7 +142,7 @@ class DriverLoad:
         return lost
 
     def counts(self) -> dict[str, int]:
-        """Return what has been done so far: writes, reads, flushes, blocks verified."""
+        """Return the counts so far: writes, reads, flushes, blocks verified."""
         total = dict.fromkeys(("writes", "reads", "flushes", "verified"), 0)
         for job in self._jobs:
             results = job.results()
@@ -202,7 +202,7 @@ class Cycle:
         """Do nothing: the driver's threads keep their time."""
 
     def finish(self) -> list[Lost]:
-        """Wait for the end of the run and of its read-back. Returns what was never answered, and broken rings."""
+        """Wait for the end of the run and of its read-back. Returns unanswered requests and broken rings."""
         for thread in self._threads:
             thread.join()
         return self._lost

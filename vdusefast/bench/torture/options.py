@@ -1,4 +1,4 @@
-"""From the words of `bench torture` to what is done."""
+"""The options of `bench torture`, checked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_command(
 
     defaults = TortureOptions()
     if backend is not None and backend.startswith(("null:", "faulty:")):
-        raise ConfigError(f"--backend {backend}: what is written must be kept, and no request may fail")
+        raise ConfigError(f"--backend {backend}: the store must keep its data, and fail no request")
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ConfigError(f"--json {json_path}: there is no directory {json_path.absolute().parent}")
     return run_torture(

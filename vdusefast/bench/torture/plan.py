@@ -1,4 +1,4 @@
-"""What the torture suite does to a device, and in which order."""
+"""The plan of the torture suite: the blows to a device, and their order."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ RINGS: dict[str, dict[str, bool]] = {
 
 @dataclass(frozen=True)
 class TortureOptions:
-    """What `bench torture` was asked for."""
+    """The options of `bench torture`."""
 
     transport: str = "auto"
     kills: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_KILLS))

@@ -1,4 +1,4 @@
-"""What the torture suite has found: a table for people, an object for programs."""
+"""The findings of the torture suite: a table for people, an object for programs."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def as_text(findings: Findings) -> str:
     lines += [f"LEFT {leak}" for leak in findings.leaks]
     lines += [f"FAILED {failure}" for failure in findings.failures]
     if not findings.failed:
-        lines.append("nothing was lost, nothing failed that should not have, and nothing was left behind")
+        lines.append("nothing was lost, no request failed without cause, and nothing was left behind")
     return "\n".join(lines)
 
 

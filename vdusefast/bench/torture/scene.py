@@ -30,14 +30,14 @@ class Running(Protocol):
         """Note that the blow has fallen."""
 
     def finish(self) -> list[Lost]:
-        """Wait for the end of the run and of its read-back. Returns what was never answered."""
+        """Wait for the end of the run and of its read-back. Returns the requests without an answer."""
 
     def abandon(self) -> None:
         """End it, whatever is in flight."""
 
 
 class Load(Protocol):
-    """Who writes to the device, and knows what it has been told of each block."""
+    """The writer to the device, which knows the last acknowledged write of each block."""
 
     def begin(self) -> Running:
         """Start a cycle: some load, then a read-back of everything that was ever acknowledged."""
@@ -55,7 +55,7 @@ class Load(Protocol):
         """Compare what is known with the file behind the device. Returns how many blocks were, and what is wrong."""
 
     def counts(self) -> dict[str, int]:
-        """Return what has been done so far: writes, reads, flushes, blocks verified."""
+        """Return the counts so far: writes, reads, flushes, blocks verified."""
 
     def close(self) -> None:
         """Let go of the device."""
@@ -106,7 +106,7 @@ class Scene:
         findings.starts = self._server.start_count
 
     def _warm_up(self, findings: Findings) -> None:
-        """Run one cycle in peace: what is there afterwards is what has to be there after each of the others."""
+        """Run one cycle in peace: each of the others must leave the same processes and descriptors."""
         lost = self._load.begin().finish()
         findings.add_lost([*lost, *self._load.new_faults()])
         self._refuse_unanswered(lost)
