@@ -27,7 +27,7 @@ from vdusefast.transport import TransportError
 
 DOCUMENT = "docs/design/control-plane.md"
 QUEUE, WORKER = section(DOCUMENT, "The life of a queue"), section(DOCUMENT, "The life of a worker process")
-CLOSING = {VqStage.CLOSING, VqStage.CLOSED, VqStage.CLOSED_FAILED}
+CLOSING = {VqStage.CLOSING, VqStage.CLOSED, VqStage.CLOSED_LOGGED, VqStage.CLOSED_FAILED}
 
 
 def documented(text: str, cells: list[list[str]], kind: type[Enum]) -> None:
@@ -245,4 +245,4 @@ def test_no_order_of_operations_deaths_and_failures_is_forbidden(seed: int) -> N
         kick(device.bus, 0)
         assert not isinstance(device.failure, InternalError)
     assert device.failure is None
-    assert supervisor.vqs[0].stage is VqStage.CLOSED
+    assert supervisor.vqs[0].stage is VqStage.CLOSED_LOGGED

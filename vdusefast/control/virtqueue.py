@@ -266,11 +266,10 @@ class VqControl:
                 # written its own log must not leave that of an earlier one.
                 log_format = _log_format(acked_features)
                 self._pages.begin_log(self.index, start.last_avail_idx, log_format, info.size)
-            if self.stage is VqStage.LOST:
+            has_worker = self.stage is VqStage.LOST or await self._revive()
+            if self.stage is VqStage.LOST:  # also since, by what a new worker says
                 return self._refuse(f"{self._lost_reason}; reset the device")
-            if not await self._revive():
-                return False
-            return await self._serve(start)
+            return has_worker and await self._serve(start)
 
     async def fail_pending(self) -> None:
         """Have everything that is pending and that comes answered with IOERR, by a worker without a store.
@@ -309,7 +308,7 @@ class VqControl:
             event = await self._settle(Command.QUIESCE) if self._usable_worker() is not None else None
             if event is None and self._may_take_over() and await self._take_over():
                 event = await self._settle(Command.QUIESCE)  # with what the dead one had in flight
-            if event is None:
+            if event is None or self._is_lost():  # a bad ring may be reported before the answer
                 return None
             self._noted_idx = event.last_avail_idx
             self._apply(VqEvent.QUIESCED)
@@ -471,6 +470,10 @@ class VqControl:
 
     # -- inside; the lock is held
 
+    def _is_lost(self) -> bool:
+        """Tell whether nobody knows where the queue stands, which may come true during every wait."""
+        return self.stage.position is Position.LOST
+
     def _hangs(self) -> bool:
         """Tell whether a process that was killed may still touch the driver's memory."""
         return any(worker is not None and worker.hung for worker in (self.worker, *self._hanging))
@@ -479,8 +482,8 @@ class VqControl:
         """Have the worker serve as `start` says. Returns whether it does; a failure is reported."""
         self._apply(VqEvent.SERVE)
         event = await self._request(start)
-        # A ring found bad at once is reported before we get here.
-        if event is None or self.stage.position is Position.LOST:
+        # A ring found bad at once is reported before we get here, and so is the death of a worker with much to tell.
+        if event is None or self._is_lost() or self._usable_worker() is None:
             return False
         if event.text:
             _log.warning("device %s: queue %d: %s", self._spec.device, self.index, event.text)

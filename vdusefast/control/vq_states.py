@@ -43,6 +43,7 @@ class VqStage(Enum):
     LOST = VqState.FAILED, Position.LOST, "the ring is bad, or the log is of no use; only a reset helps"
     CLOSING = VqState.QUIESCING, Position.LOGGED, "the device stops; the worker finishes and is not replaced"
     CLOSED = VqState.STOPPED, Position.KNOWN, "the device stops; the queue is not served"
+    CLOSED_LOGGED = VqState.STOPPED, Position.LOGGED, "the device stops; the worker has ended, and the log stays"
     CLOSED_FAILED = VqState.FAILED, Position.LOST, "the device stops; the queue has failed"
 
     def __init__(self, shown: VqState, position: Position, meaning: str) -> None:
@@ -97,7 +98,7 @@ class VqEvent(Enum):
 _S, _E = VqStage, VqEvent
 _NOT_SERVED = (_S.STOPPED, _S.REPLACING, _S.FAILED)
 _SERVED = (_S.STARTING, _S.RUNNING, _S.QUIESCING, _S.RECOVERING, _S.INTERRUPTED)
-_CLOSING = (_S.CLOSING, _S.CLOSED, _S.CLOSED_FAILED)
+_CLOSING = (_S.CLOSING, _S.CLOSED, _S.CLOSED_LOGGED, _S.CLOSED_FAILED)
 _REPLACED = (_S.REPLACING, _S.RECOVERING)
 
 VQ_TRANSITIONS = TransitionTable(
@@ -108,7 +109,7 @@ VQ_TRANSITIONS = TransitionTable(
         Transition(_E.SERVE, _SERVED, None),
         Transition(_E.SERVE, _CLOSING, _S.CLOSING),
         Transition(_E.STARTED, _SERVED, _S.RUNNING),
-        Transition(_E.STARTED, (_S.CLOSING, _S.CLOSED), None),
+        Transition(_E.STARTED, (_S.CLOSING, _S.CLOSED_LOGGED), None),
         Transition(_E.REFUSED, (_S.STARTING, _S.RECOVERING, _S.INTERRUPTED), _S.FAILED),
         Transition(_E.REFUSED, (_S.LOST,), None),
         Transition(_E.REFUSED, _CLOSING, _S.CLOSED_FAILED),
@@ -116,14 +117,13 @@ VQ_TRANSITIONS = TransitionTable(
         Transition(_E.QUIESCED, (_S.STARTING, _S.QUIESCING), _S.STOPPED),
         Transition(_E.QUIESCED, (_S.RECOVERING,), _S.REPLACING),
         Transition(_E.QUIESCED, (_S.INTERRUPTED,), _S.FAILED),
-        Transition(_E.QUIESCED, (_S.LOST, _S.CLOSED, _S.CLOSED_FAILED), None),
-        Transition(_E.QUIESCED, (_S.CLOSING,), _S.CLOSED),
+        Transition(_E.QUIESCED, (_S.CLOSING, _S.CLOSED_LOGGED), _S.CLOSED),
         Transition(_E.RESUMED, (_S.QUIESCING,), _S.RUNNING),
         Transition(_E.RESET, (_S.STARTING, _S.RUNNING, _S.QUIESCING), _S.STOPPED),
         Transition(_E.RESET, (_S.RECOVERING,), _S.REPLACING),
         Transition(_E.RESET, (_S.INTERRUPTED, _S.LOST), _S.FAILED),
         Transition(_E.RESET, _NOT_SERVED, None),
-        Transition(_E.RESET, (_S.CLOSING,), _S.CLOSED),
+        Transition(_E.RESET, (_S.CLOSING, _S.CLOSED_LOGGED), _S.CLOSED),
         Transition(_E.RESET, (_S.CLOSED, _S.CLOSED_FAILED), None),
         Transition(_E.READY, _NOT_SERVED, _S.STOPPED),
         Transition(_E.READY, (_S.LOST,), None),
@@ -140,8 +140,8 @@ VQ_TRANSITIONS = TransitionTable(
         Transition(_E.CLOSE, _SERVED, _S.CLOSING),
         Transition(_E.CLOSE, (_S.FAILED, _S.LOST), _S.CLOSED_FAILED),
         Transition(_E.CLOSE, _CLOSING, None),
-        Transition(_E.ENDED, (_S.CLOSING,), _S.CLOSED),
-        Transition(_E.ENDED, (_S.CLOSED, _S.CLOSED_FAILED), None),
+        Transition(_E.ENDED, (_S.CLOSING,), _S.CLOSED_LOGGED),
+        Transition(_E.ENDED, (_S.CLOSED, _S.CLOSED_LOGGED, _S.CLOSED_FAILED), None),
     ]
 )
 
