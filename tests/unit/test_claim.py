@@ -1,4 +1,4 @@
-"""Devices of the kernel whose run directory is lost: going on with one by an operator's configuration, or removing it.
+"""Devices of the kernel whose run directory is lost: adopting one with an operator's configuration, or removing it.
 
 The kernel's sysfs is played by files, and the device lives on a loopback bus that outlives its servers.
 """

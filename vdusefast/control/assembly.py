@@ -1,4 +1,4 @@
-"""What a device is put together from, by its configuration: its store, its transport, what its workers are told."""
+"""The parts of a device that follow from its configuration: its store, its transport, its workers' specifications."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_device_store(
     look: bool = True,
     is_new: bool = False,
 ) -> Store:
-    """Open the store of a device. That of one that was left may be locked for a moment by its last workers.
+    """Open the store of a device. The last workers of an orphan may hold its lock for a moment.
 
     is_new: see backends.open_store.
     state: that of a device that is to be taken over. fail_requests: its requests are only to be failed, for which the
@@ -167,7 +167,7 @@ def make_keeper(
 ) -> KeeperControl | None:
     """Return what keeps the connections to a store, None where nothing has to. Raises OSError.
 
-    adopt: the device was left by a server before, and with it perhaps a keeper.
+    adopt: the device is an orphan, and its last server may have left a keeper.
     """
     if store.spec is None or not find(store.uri).keeps:
         return None
@@ -228,7 +228,7 @@ def worker_specs(
     witness_fds: Sequence[int] = (),
     keeper: KeeperControl | None = None,
 ) -> list[WorkerSpec]:
-    """Return what each queue's worker is told; the supervisor fills in its own descriptors.
+    """Return the specification of each queue's worker; the supervisor fills in its own descriptors.
 
     Borrows all of them. relay: None where the workers have the store by themselves. witness_fds: the witness of each
     queue (write_back.py), where there are any.

@@ -91,7 +91,7 @@ class WriteBack:
         )
 
     def begin(self, *, is_left: bool, forgive: bool) -> None:
-        """Take note of what was before us. is_left: the device was served before, and is gone on with.
+        """Take note of what was before us. is_left: the device was served before, and is adopted.
 
         forgive: an operator says that its flushes are to be carried out again. What others wrote to a store that no
         device had is none of the driver's: that it may be lost is in the log.

@@ -1,4 +1,4 @@
-"""The run directory: where a device keeps its shared pages, and how two devices of one name are told apart."""
+"""The run directory: where a device keeps its shared pages, and how a name is given to one device only."""
 
 from __future__ import annotations
 
