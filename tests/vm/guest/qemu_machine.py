@@ -105,7 +105,9 @@ class Machine:
                 "-machine",
                 "pc,memory-backend=ram,usb=off,vmport=off",
             ),
-            *("-accel", "tcg,thread=single", "-cpu", "Nehalem,+rdrand", "-smp", "1", "-m", str(MEMORY_MIB)),
+            # Its time passes with its instructions, 1 ns each: its clock would else tick at every few hundred of them.
+            *("-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", "Nehalem,+rdrand"),
+            *("-smp", "1", "-m", str(MEMORY_MIB)),
             *("-object", f"memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on"),
             *("-chardev", f"socket,id=serial,fd={theirs.fileno()}", "-serial", "chardev:serial"),
             *("-chardev", f"socket,id=qmp,fd={their_qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
