@@ -26,9 +26,10 @@ from vdusefast.base.time_limits import START_TIMEOUT_S, STOP_TIMEOUT_S
 from vdusefast.config import Config, resolve_cpus, validate
 from vdusefast.control.device_parts import DeviceParts
 from vdusefast.control.failures import PastFailure
+from vdusefast.control.limits import Limits
 from vdusefast.control.resize import refuse_other
+from vdusefast.control.states import DeviceState, QueueInfo
 from vdusefast.control.stats import DeviceStats, read_stats
-from vdusefast.control.supervisor import DeviceState, Limits, QueueInfo
 from vdusefast.errors import DeviceBusyError, VdusefastError
 from vdusefast.host import reclaim, run_dirs
 from vdusefast.state import orphans

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -200,3 +201,19 @@ def test_only_sizes_are_sizes(text: str) -> None:
     assert store_size_bytes(FromWorker(Event.STORE_SIZE, 0, text="4096")) == 4096
     with pytest.raises(ValueError, match="a store of"):
         store_size_bytes(FromWorker(Event.STORE_SIZE, 0, text=text))
+
+
+def test_much_output_is_kept_to_a_bounded_tail() -> None:
+    output = child_output.Output("d0")
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(read_fd, False)
+    try:
+        for n in range(100):
+            os.write(write_fd, b"x" * 5000 + f"{n}\n".encode())
+            while output.read(read_fd) > 0:
+                pass
+    finally:
+        os.close(read_fd)
+        os.close(write_fd)
+    assert len(output.last_lines) == 16
+    assert max(len(line) for line in output.last_lines) == 1024

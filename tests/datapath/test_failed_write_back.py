@@ -200,7 +200,7 @@ def test_what_others_lost_before_is_none_of_the_device(
         capture_output=True,
     )
     with Device(config_for(full_node), run_dir=tmp_path) as device, device.driver() as driver:
-        assert "what was written to it before may be lost" in caplog.text
+        assert "data written to it earlier may be lost" in caplog.text
         assert flush_error(driver) == 0
 
 

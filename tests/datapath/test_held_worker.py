@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,13 +40,19 @@ def device(tmp_path: Path) -> Iterator[vdusefast.Device]:
         yield made
 
 
+def begin(device: vdusefast.Device, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+    assert device.supervisor is not None
+    assert device.supervisor.loop is not None
+    return asyncio.run_coroutine_threadsafe(work, device.supervisor.loop)
+
+
 def run(device: vdusefast.Device, work: Coroutine[Any, Any, _T]) -> _T:
-    return device._call(work, WAIT_S)
+    return begin(device, work).result(WAIT_S)
 
 
 def queue(device: vdusefast.Device, index: int = 0) -> VqControl:
-    assert device._supervisor is not None
-    return device._supervisor._vqs[index]
+    assert device.supervisor is not None
+    return device.supervisor.vqs[index]
 
 
 def hold(device: vdusefast.Device, *, timeout_s: float = WAIT_S) -> bool:
@@ -84,7 +91,7 @@ def test_other_operations_wait_for_the_release(device: vdusefast.Device) -> None
     with device.driver() as driver:
         driver.write(0, BLOCK)
         assert hold(device)
-        quiesce = asyncio.run_coroutine_threadsafe(queue(device).quiesce(), device._loop)  # type: ignore[arg-type]
+        quiesce = begin(device, queue(device).quiesce())
         with pytest.raises(TimeoutError):
             quiesce.result(SOON_S)
         run(device, queue(device).release(0))

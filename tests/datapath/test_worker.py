@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import vdusefast
-from vdusefast.control.supervisor import Limits
+from vdusefast.control.limits import Limits
 from vdusefast.transport import uapi
 
 MIB = 1 << 20

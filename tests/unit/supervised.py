@@ -18,8 +18,10 @@ import pytest
 
 from vdusefast.api import Device
 from vdusefast.config import make_config
-from vdusefast.control.supervisor import Limits, QueueInfo, VqState
+from vdusefast.control.limits import Limits
+from vdusefast.control.states import QueueInfo
 from vdusefast.control.virtqueue import VqControl
+from vdusefast.control.vq_states import VqState
 from vdusefast.transport.loopback import LoopbackBus
 
 # No worker that runs is given up by these, however busy the machine is.

@@ -14,8 +14,9 @@ import pytest
 from scripted_worker import QuickLoop, Script, ScriptedPages, ScriptedTransport, ScriptedWorker, scripted
 
 from vdusefast.base.guard import Guard, Part
-from vdusefast.control import virtqueue
-from vdusefast.control.virtqueue import Limits, VqControl
+from vdusefast.control import worker_slot
+from vdusefast.control.limits import Limits
+from vdusefast.control.virtqueue import VqControl
 from vdusefast.control.vq_states import Position, VqStage
 from vdusefast.errors import VdusefastError
 from vdusefast.transport import Transport
@@ -80,7 +81,7 @@ class Rig:
 
     async def resize(self) -> None:
         with suppress(VdusefastError):
-            await self.vq.resize(self.script.chosen.choice((1024, 2048)))
+            await self.vq.slot.resize(self.script.chosen.choice((1024, 2048)))
 
     async def kick(self) -> None:
         if self.vq.stage is VqStage.STOPPED:
@@ -115,7 +116,7 @@ class Rig:
         """Play one schedule. ends: the device is stopped in its middle."""
         chosen, stop_at = self.script.chosen, STEPS // 2 if ends else STEPS
         with suppress(VdusefastError):
-            await self.vq.spawn(10.0)
+            await self.vq.slot.spawn(10.0)
         self.script.chance = chosen.choice((0.05, 0.2, 0.5))
         for step in range(STEPS):
             self.begin(self.stop() if step == stop_at else self.disturb())
@@ -152,7 +153,7 @@ class Rig:
         self.script.chance = 0.0
         await self.vq.stop(30.0)
         assert self.vq.stage.is_closing
-        await self.vq.kill()
+        await self.vq.slot.kill()
         await self.guard.close()
         await asyncio.sleep(SETTLE_S)
         assert self.script.serving is None
@@ -162,7 +163,7 @@ class Rig:
 def play(seed: int, monkeypatch: pytest.MonkeyPatch, *, ends: bool) -> None:
     async def all_of_it() -> None:
         rig = Rig(seed)
-        monkeypatch.setattr(virtqueue, "WorkerProcess", scripted(rig.script))
+        monkeypatch.setattr(worker_slot, "WorkerProcess", scripted(rig.script))
         try:
             await rig.play(ends=ends)
             if not ends:

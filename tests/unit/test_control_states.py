@@ -117,51 +117,51 @@ def test_a_worker_can_be_ended_in_every_state(state: WorkerState, event: WorkerE
 # -- through the door
 
 
-def stage(device: Device) -> VqStage:
-    return control(device).stage
+def wait_stage(device: Device, stage: VqStage) -> None:
+    wait_until(lambda: control(device).stage is stage)
 
 
 def test_stages_of_a_queue_that_is_served_quiesced_and_reset() -> None:
     with make_device(queues=1) as device:
         device.bus.add_region(MEMORY_IOVA, 4096)
-        assert stage(device) is VqStage.STOPPED
+        wait_stage(device, VqStage.STOPPED)
         set_up(device.bus, MEMORY_IOVA)
-        assert stage(device) is VqStage.RUNNING
+        wait_stage(device, VqStage.RUNNING)
         device.bus.get_vq_state(0)
-        assert stage(device) is VqStage.STOPPED
+        wait_stage(device, VqStage.STOPPED)
         device.bus.set_status(0xF)
-        assert stage(device) is VqStage.RUNNING
+        wait_stage(device, VqStage.RUNNING)
         device.bus.update_iotlb(0, 0xFFF)
-        assert stage(device) is VqStage.RUNNING
+        wait_stage(device, VqStage.RUNNING)
         device.bus.reset()
-        assert stage(device) is VqStage.STOPPED
+        wait_stage(device, VqStage.STOPPED)
 
 
 def test_stages_of_a_queue_whose_worker_dies() -> None:
     with make_device(queues=1) as device:
         device.bus.add_region(MEMORY_IOVA, 4096)
         os.kill(device.queues()[0].pid, signal.SIGKILL)
-        wait_until(lambda: stage(device) is VqStage.REPLACING)
-        wait_until(lambda: stage(device) is VqStage.STOPPED)
+        wait_until(lambda: device.queues()[0].restarts == 1)
+        wait_stage(device, VqStage.STOPPED)
         set_up(device.bus, fake_worker.CRASH_ADDR)
-        assert stage(device) is VqStage.RECOVERING
+        wait_stage(device, VqStage.RECOVERING)
         device.bus.reset()
-        assert stage(device) is VqStage.STOPPED
+        wait_stage(device, VqStage.STOPPED)
 
 
 def test_stages_of_a_queue_that_fails() -> None:
     with make_device(queues=1) as device:
         device.bus.add_region(MEMORY_IOVA, 4096)
         set_up(device.bus, fake_worker.REFUSED_ADDR)
-        assert stage(device) is VqStage.FAILED
+        wait_stage(device, VqStage.FAILED)
         set_up(device.bus, fake_worker.RING_FAILED_ADDR)
-        wait_state(device, 0, VqState.FAILED)
-        assert stage(device) is VqStage.LOST
+        wait_stage(device, VqStage.LOST)
         set_up(device.bus, MEMORY_IOVA)
+        wait_stage(device, VqStage.RUNNING)
         device.supervisor.loop.call_soon_threadsafe(control(device).give_up)  # type: ignore[union-attr]
-        wait_until(lambda: stage(device) is VqStage.INTERRUPTED)
+        wait_stage(device, VqStage.INTERRUPTED)
         device.bus.set_status(0xF)  # continues by the log
-        assert stage(device) is VqStage.RUNNING
+        wait_stage(device, VqStage.RUNNING)
         kick(device.bus, 0)
 
 

@@ -17,7 +17,8 @@ from documents import ROOT, block_with, blocks, make_checkout, read, rows, secti
 import vdusefast
 from vdusefast import config, errors
 from vdusefast.cli import app as cli
-from vdusefast.control import supervisor, virtqueue
+from vdusefast.control.states import DeviceState
+from vdusefast.control.vq_states import VqState
 from vdusefast.server import registry
 
 CPUS = sorted(os.sched_getaffinity(0))
@@ -107,9 +108,9 @@ def test_states_of_the_table_are_those_of_the_code() -> None:
     (devices, queues) = section("docs/operate.md", "States").split("States of a queue")
     names = [name for cells in rows(devices) for name in re.findall(r"`([a-z]+)`", cells[0])]
     without_server = {registry.DEAD, registry.BROKEN, registry.SILENT, registry.EMBEDDED, registry.HIDDEN}
-    assert set(names) == set(supervisor.DeviceState) | without_server | {"failed", "stopping"}
+    assert set(names) == set(DeviceState) | without_server | {"failed", "stopping"}
     assert len(names) == len(set(names))
-    assert {cells[0].strip("`") for cells in rows(queues)} == set(virtqueue.VqState)
+    assert {cells[0].strip("`") for cells in rows(queues)} == set(VqState)
 
 
 def test_qemu_is_started_as_the_readme_says() -> None:

@@ -18,15 +18,16 @@ from typing import Any
 
 import pytest
 from nbd_rig import nbdkit
-from supervised import MEMORY_IOVA, kick, make_device, set_up, states, wait_state, wait_until
+from supervised import MEMORY_IOVA, in_loop, kick, make_device, set_up, states, wait_state, wait_until
 
 import vdusefast
 from vdusefast.api import Device
 from vdusefast.base.guard import Guard, InternalError, Part
-from vdusefast.control import relay_control, supervisor, virtqueue
+from vdusefast.control import device_watch, messages, relay_control, take_over
 from vdusefast.control.relay_process import RelayProcess
 from vdusefast.control.stall_watch import QueueWatch
-from vdusefast.control.supervisor import DeviceState, VqState
+from vdusefast.control.states import DeviceState
+from vdusefast.control.vq_states import VqState
 from vdusefast.state import keeper_control
 from vdusefast.transport import TransportError
 from vdusefast.transport.loopback import LoopbackTransport
@@ -95,7 +96,7 @@ class Injector:
 
 @pytest.fixture
 def injector(monkeypatch: pytest.MonkeyPatch) -> Injector:
-    for module in (supervisor, virtqueue):
+    for module in (device_watch, take_over):
         monkeypatch.setattr(module, "PAUSE_S", 0.05)
     monkeypatch.setattr(relay_control, "PAUSE_MAX_S", 0.05)
     return Injector(monkeypatch)
@@ -154,8 +155,8 @@ def provoke_events(device: Device) -> None:
 
 
 def provoke_capacity(device: Device) -> None:
-    assert device._supervisor is not None
-    device._call(device._supervisor.resize(1024), 20)
+    assert device.supervisor is not None
+    in_loop(device, device.supervisor.resize(1024))
     assert device.info()["size_bytes"] == 1024 * 512
 
 
@@ -213,7 +214,7 @@ def test_watch_begins_again(
     injector: Injector, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []
-    monkeypatch.setattr(supervisor, "LOOK_S", 0.01)
+    monkeypatch.setattr(device_watch, "LOOK_S", 0.01)
     monkeypatch.setattr(QueueWatch, "look", lambda watch, queue, *_, **__: looked.append(queue))
     injector.left[Part.QUEUE_WATCH] = 2
     with make_device() as device:
@@ -235,7 +236,7 @@ def test_messages_that_can_never_be_read_break_the_device(injector: Injector, ca
     with make_device() as device:
         device.bus.add_region(MEMORY_IOVA, 4096)
         pids = [queue.pid for queue in device.queues()]
-        injector.left[Part.MESSAGES] = supervisor.DEAF_COUNT_MAX
+        injector.left[Part.MESSAGES] = messages.DEAF_COUNT_MAX
         injector.left[Part.QUEUE_RESET] = 2
         device.bus.msg_timeout_s = 0.5
         with pytest.raises(TransportError):

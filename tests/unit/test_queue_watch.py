@@ -90,7 +90,7 @@ def test_long_wait_is_logged_once_and_its_end_too(
         watch.look(0, now_s)
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
         (logging.WARNING, "device d0: queue 0 waits for its storage since 10 s"),
-        (logging.WARNING, "device d0: queue 0 goes on after 40 s"),
+        (logging.WARNING, "device d0: queue 0 continues after 40 s"),
     ]
 
 

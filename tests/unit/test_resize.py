@@ -22,9 +22,9 @@ from vdusefast import Device, DeviceBusyError, TimedOutError, VdusefastError, ma
 from vdusefast.backends import open_store
 from vdusefast.cli import app as cli
 from vdusefast.config import BackendConfig
-from vdusefast.control import virtqueue
+from vdusefast.control import worker_slot
 from vdusefast.control.resize import choose_bytes, present_bytes, set_bytes
-from vdusefast.control.supervisor import VqState
+from vdusefast.control.vq_states import VqState
 from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.errors import BackendError, ConfigError
 from vdusefast.server.served_device import ResizeParams
@@ -290,7 +290,7 @@ def test_null_device_is_gone_on_with_in_its_last_size() -> None:
 def impatient() -> Iterator[None]:
     """Give a worker that hangs little time. One that runs may need more, where others have the CPUs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(virtqueue, "RESIZE_S", 0.2)
+        patch.setattr(worker_slot, "RESIZE_S", 0.2)
         yield
 
 

@@ -22,8 +22,9 @@ import pytest
 from supervised import (
     MEMORY_IOVA,
     QUICK,
-    WAIT_S,
+    control,
     errors_logged,
+    in_loop,
     kick,
     make_device,
     paused,
@@ -37,7 +38,9 @@ from vdusefast.backends import open_store
 from vdusefast.config import make_config
 from vdusefast.control.assembly import worker_specs
 from vdusefast.control.device_model import BlockDevice
-from vdusefast.control.supervisor import DeviceState, Supervisor, VqState
+from vdusefast.control.states import DeviceState
+from vdusefast.control.supervisor import Supervisor
+from vdusefast.control.vq_states import VqState
 from vdusefast.errors import (
     ConfigError,
     DeviceBusyError,
@@ -208,22 +211,22 @@ def test_a_queue_that_is_being_reset_is_not_started_though_it_still_shows_as_rea
     device.bus.negotiate(device.bus.offered_features)
     device.bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA, 0)
     device.bus.driver_ok()
-    vq, supervisor = device._supervisor._vqs[0], device._supervisor
+    vq, supervisor = control(device), device.supervisor
+    assert supervisor is not None
     device.bus.set_vq_ready(0)
     started: list[bool] = []
 
     async def race() -> None:
-        async with vq._lock:  # a reset has begun, and waits for its turn or for the worker
-            reset = asyncio.ensure_future(vq.reset())
-            await asyncio.sleep(0)
-            start = asyncio.ensure_future(
-                vq.start(supervisor.transport.acked_features(), supervisor.transport.vq_info(0))
-            )
-            await asyncio.sleep(0)
+        await vq.lock()  # a reset has begun, and waits for its turn or for the worker
+        reset = asyncio.ensure_future(vq.reset())
+        await asyncio.sleep(0)
+        start = asyncio.ensure_future(vq.start(supervisor.transport.acked_features(), supervisor.transport.vq_info(0)))
+        await asyncio.sleep(0)
+        await vq.release(0)
         assert await reset
         started.append(await start)
 
-    asyncio.run_coroutine_threadsafe(race(), device._loop).result(WAIT_S)
+    in_loop(device, race())
     assert started == [False]
     assert states(device)[0] == "unused"
 
@@ -320,14 +323,14 @@ def test_a_queue_that_the_driver_leaves_alone_is_unused(device: Device, caplog: 
 
 
 def test_a_driver_is_refused_its_features_while_a_queue_can_have_no_worker(device: Device) -> None:
-    vq = device._supervisor._vqs[1]
-    command, vq._command = vq._command, [sys.executable, "-c", "raise SystemExit(7)"]
+    slot = control(device, 1).slot
+    command, slot.command = slot.command, [sys.executable, "-c", "raise SystemExit(7)"]
     os.kill(device.queues()[1].pid, signal.SIGKILL)
     wait_state(device, 1, VqState.RECOVERING)
     with pytest.raises(TransportError, match="SET_STATUS 0xb was refused"):
         device.bus.negotiate(device.bus.offered_features)
     assert "ended with status 7" in device.queues()[1].reason
-    vq._command = command
+    slot.command = command
     set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
     kick(device.bus, 1)
 

@@ -23,7 +23,9 @@ from supervised import (
     MEMORY_IOVA,
     QUICK,
     WAIT_S,
+    control,
     errors_logged,
+    in_loop,
     kick,
     make_device,
     paused,
@@ -35,9 +37,12 @@ from supervised import (
 
 from vdusefast.api import Device
 from vdusefast.cli import render
-from vdusefast.control import supervisor, virtqueue
-from vdusefast.control.supervisor import DeviceState, Limits, VqState
-from vdusefast.control.virtqueue import TAKE_OVER_TRIES_AT_ONCE, VqControl
+from vdusefast.control import supervisor, take_over
+from vdusefast.control.limits import Limits
+from vdusefast.control.states import DeviceState
+from vdusefast.control.take_over import TRIES_AT_ONCE
+from vdusefast.control.virtqueue import VqControl
+from vdusefast.control.vq_states import VqState
 from vdusefast.transport import DeviceBrokenError, TransportError
 from vdusefast.transport.loopback import LoopbackTransport
 
@@ -169,7 +174,7 @@ def test_a_worker_that_dies_again_and_again_is_tried_again_with_pauses(device: D
     set_up(device.bus, fake_worker.CRASH_ADDR, MEMORY_IOVA)
     wait_until(lambda: device.failure is not None)
     assert "so did those before it: tried again with pauses" in str(device.failure)
-    assert device.queues()[0].restarts == TAKE_OVER_TRIES_AT_ONCE + 1
+    assert device.queues()[0].restarts == TRIES_AT_ONCE + 1
     assert states(device) == ["recovering", "running"]
     device.bus.reset()  # which ends the trying, too
     wait_state(device, 0, VqState.STOPPED)
@@ -186,7 +191,7 @@ def kill_idle_worker(device: Device) -> None:
 def test_failure_ends_and_is_history(device: Device) -> None:
     set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
     began_s = time.time()
-    for _ in range(TAKE_OVER_TRIES_AT_ONCE + 1):
+    for _ in range(TRIES_AT_ONCE + 1):
         assert device.last_failure is None
         kill_idle_worker(device)
     assert device.failure is None
@@ -203,9 +208,9 @@ def test_failure_ends_and_is_history(device: Device) -> None:
 
 
 def test_deaths_far_apart_are_no_failure(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(virtqueue, "TAKE_OVER_WINDOW_S", 0.0)
+    monkeypatch.setattr(take_over, "WINDOW_S", 0.0)
     set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
-    for _ in range(TAKE_OVER_TRIES_AT_ONCE + 2):
+    for _ in range(TRIES_AT_ONCE + 2):
         kill_idle_worker(device)
     assert device.last_failure is None
 
@@ -250,22 +255,21 @@ def test_worker_that_sends_rubbish_is_killed(device: Device) -> None:
 
 
 def test_a_start_that_is_cut_short_leaves_no_worker(device: Device) -> None:
-    supervisor = device._supervisor
-    vq = supervisor._vqs[0]
-    vq._command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    slot = control(device).slot
+    slot.command = [sys.executable, "-c", "import time; time.sleep(60)"]
 
     async def cut_short() -> int:
-        await vq.kill()
-        spawning = asyncio.ensure_future(vq.spawn(30))
-        while vq.worker is None or vq.worker.hung or not vq.worker.alive:
+        await slot.kill()
+        spawning = asyncio.ensure_future(slot.spawn(30))
+        while slot.usable is None:
             await asyncio.sleep(0.01)
-        pid = vq.worker.pid
+        pid = slot.usable.pid
         spawning.cancel()
         await asyncio.gather(spawning, return_exceptions=True)
-        await vq.kill()
+        await slot.kill()
         return pid
 
-    pid = asyncio.run_coroutine_threadsafe(cut_short(), device._loop).result(WAIT_S)
+    pid = in_loop(device, cut_short())
     assert not Path(f"/proc/{pid}").exists()
 
 
@@ -328,17 +332,6 @@ def test_stop_during_a_message_is_bounded(impatient: Device) -> None:
         device.stop(0.1)
     thread.join()
     assert "did not" in str(device.failure)
-
-
-def test_chatty_worker_is_kept_to_a_bounded_tail(device: Device) -> None:
-    assert device._supervisor is not None
-    worker = device._supervisor._vqs[0].worker
-    assert worker is not None
-    assert worker._output is not None
-    for n in range(100):
-        worker._output._keep(b"x" * 5000 + str(n).encode())
-    assert len(worker._output._kept) == 16
-    assert max(len(line) for line in worker._output._kept) == 1024
 
 
 def test_stop_that_waits_for_requests_becomes_one_by_force(monkeypatch: pytest.MonkeyPatch) -> None:

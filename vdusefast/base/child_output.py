@@ -63,6 +63,11 @@ class Output:
         """The last line that said something, "" while there is none."""
         return self._kept[-1] if self._kept else ""
 
+    @property
+    def last_lines(self) -> list[str]:
+        """The last lines that said something, the oldest first."""
+        return list(self._kept)
+
     def read(self, fd: int) -> int:
         """Take some of what is in a pipe that does not block. Returns how many bytes, 0 at its end, -1 for nothing."""
         try:

@@ -1,4 +1,4 @@
-"""The parts of a device that follow from its configuration: its store, its transport, its workers' specifications."""
+"""Assemble a device from its configuration: its store, its transport, the specs of its workers."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def open_device_store(
     look: bool = True,
     is_new: bool = False,
 ) -> Store:
-    """Open the store of a device. The last workers of an orphan may hold its lock for a moment.
+    """Open the store of a device. An orphan's store may be locked for a moment by its last workers.
 
     is_new: see backends.open_store.
-    state: that of a device that is to be taken over. fail_requests: its requests are only to be failed, for which the
-    store is not needed. prove: another server still has it: it is opened beside that. look: then also ask a plugin's
-    store, rather than believe what is known of it. Raises as `open_store` does, BackendError for a store that has ended
-    with its server.
+    state: of a device that is to be adopted. fail_requests: its requests are only to be failed, for which the store is
+    not needed. prove: another server still has the store open: it is opened a second time. look: then also ask a
+    plugin's store, rather than believe what is known of it. Raises as `open_store` does, BackendError for a store that
+    has ended with its server.
     """
     backend, read_only = config.backend, config.device.read_only
     if fail_requests and state is not None:
@@ -83,7 +83,7 @@ def open_device_store(
 
 
 def _look_who(backend: BackendConfig, read_only: bool) -> str:
-    """Return the identity of a store that goes on whichever it is, "" where it has none or is away."""
+    """Return the identity of a plugin's store, "" where it has none or cannot be reached."""
     if not find(backend.uri).identifies:
         return ""
     try:
@@ -95,7 +95,7 @@ def _look_who(backend: BackendConfig, read_only: bool) -> str:
 def _check_loops(store: Store, *, is_served: bool) -> None:
     """Raise DeviceBusyError while a loop device is attached to the store.
 
-    is_served: a server before us had it already, and the users of its device wait: only a warning.
+    is_served: a previous server had it already, and the users of its device wait: only a warning.
     """
     from vdusefast.backends.file import find_loops
 
@@ -112,7 +112,7 @@ def _check_loops(store: Store, *, is_served: bool) -> None:
 
 
 def _check_store(state: SavedState, store: Store) -> None:
-    """Raise BackendError unless `store` is what a server before us has served."""
+    """Raise BackendError unless `store` is the one that the previous server served."""
     if not store.persistent:
         name = state.config.device.name
         raise BackendError(
@@ -123,7 +123,7 @@ def _check_store(state: SavedState, store: Store) -> None:
 
 
 def make_transport(config: Config, state: SavedState | None) -> Transport:
-    """Return the transport that `config` asks for. state: that of a device that is to be taken over."""
+    """Return the transport that `config` asks for. state: of a device that is to be adopted."""
     device = config.device
     if not device.is_in_kernel:
         return LoopbackTransport()
@@ -146,7 +146,7 @@ def make_transport(config: Config, state: SavedState | None) -> Transport:
 
 
 def _wants_user_memory(config: Config) -> bool:
-    """Tell whether memory of ours is to take the place of the kernel's bounce pages."""
+    """Return whether user memory is to replace the kernel's bounce pages."""
     if not config.device.bus.copies_data:  # a client's memory is used as it is
         return False
     if config.device.user_memory == "auto":
@@ -155,17 +155,17 @@ def _wants_user_memory(config: Config) -> bool:
 
 
 def shares_by_relay(device: BlockDevice, store: Store) -> bool:
-    """Tell whether one process has the store, and the workers share it through that."""
+    """Return whether one process has the store open, and the workers use it through that process."""
     if store.spec is None or device.queue_count == 1:
         return False
-    # Who changes a part of a block has to know of all that is written to it.
+    # A process that changes a part of a block must know of all writes to that block.
     return not store.shareable or device.block_size_bytes < store.granule_bytes
 
 
 def make_keeper(
     device: BlockDevice, store: Store, directory: Path, on_failure: Callable[[VdusefastError], None], *, adopt: bool
 ) -> KeeperControl | None:
-    """Return what keeps the connections to a store, None where nothing has to. Raises OSError.
+    """Return the control of the keeper of connections to a store, None where none is needed. Raises OSError.
 
     adopt: the device is an orphan, and its last server may have left a keeper.
     """
@@ -188,7 +188,7 @@ def make_relay(
     on_failure: Callable[[VdusefastError], None],
     keeper: KeeperControl | None = None,
 ) -> RelayControl | None:
-    """Return the relay that the workers share a store through, None where each has it by itself. Raises OSError."""
+    """Return the relay through which the workers share a store, None where each opens the store. Raises OSError."""
     if not shares_by_relay(device, store):
         return None
     assert store.spec is not None
@@ -228,9 +228,9 @@ def worker_specs(
     witness_fds: Sequence[int] = (),
     keeper: KeeperControl | None = None,
 ) -> list[WorkerSpec]:
-    """Return the specification of each queue's worker; the supervisor fills in its own descriptors.
+    """Return the spec of each queue's worker; the supervisor fills in its own descriptors.
 
-    Borrows all of them. relay: None where the workers have the store by themselves. witness_fds: the witness of each
+    Borrows all arguments. relay: None where each worker opens the store. witness_fds: the witness of each
     queue (write_back.py), where there are any.
     """
     return [

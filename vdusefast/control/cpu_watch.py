@@ -1,7 +1,7 @@
 """Which CPUs workers and interrupts may go to now: CPUs are taken offline, and cpusets shrink, while a device serves.
 
-A worker whose CPU is gone serves on the CPUs that are left, and is pinned again when its own is back. Looked at about
-once a second, by two reads of what the kernel keeps for this process; workers pay nothing.
+A worker whose CPU is gone serves on the other CPUs, and is pinned again when its own is back. The supervisor checks
+about once a second, by two reads of what the kernel keeps for this process; workers pay nothing.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from vdusefast.control.device_model import BlockDevice
     from vdusefast.control.failures import PastFailure
     from vdusefast.control.placement import Placement
+    from vdusefast.control.states import DeviceState
     from vdusefast.control.stats import DeviceStats
-    from vdusefast.control.supervisor import DeviceState
     from vdusefast.errors import VdusefastError
     from vdusefast.transport import Transport
 
@@ -41,8 +41,8 @@ def describe(
 ) -> dict[str, Any]:
     """Return everything known about a device that has been started.
 
-    failure: what is wrong now. last_failure: what was last. memory: what requests' data lies in. placement: where
-    workers and interrupts are.
+    failure: the present one. last_failure: the last that has ended. memory: the kind of memory that requests' data lies
+    in. placement: where workers and interrupts are.
     """
     from vdusefast.transport.kernel import KernelTransport
 
@@ -86,7 +86,7 @@ def describe(
 def ring_text(acked_features: int) -> str:
     """Return the form of the virtqueues that driver and device have agreed on, "" before they have.
 
-    A packed ring and IN_ORDER are told from the bits of VIRTIO 1.3, 6.
+    The feature bits of VIRTIO 1.3, 6, say whether the ring is packed or IN_ORDER.
     """
     if not acked_features:
         return ""

@@ -43,7 +43,7 @@ class StatusRefusedError(Exception):
 
 
 def completes_in_order(backend: BackendConfig, store: Store) -> bool:
-    """Return whether requests to `store` end in the order in which they were taken, whichever engine it will be.
+    """Return whether requests to `store` end in the order in which they were popped, with every engine.
 
     Those of io_uring do not, which "cached" has misses wait in, and "auto" tries one or the other for a file
     (worker._engine_order).
@@ -56,7 +56,7 @@ def completes_in_order(backend: BackendConfig, store: Store) -> bool:
 
 
 def find_emulated(config_space: bytes, store: Store, backend: BackendConfig | None = None) -> list[str]:
-    """Return what the driver is shown and the store does not have, so that it is made up for; for people."""
+    """Return the features that the driver is offered and the store lacks, so that we emulate them; for people."""
     shown, unit_bytes = config_fields(config_space), max(store.block_size_bytes, store.granule_bytes)
     emulated = []
     if shown["blk_size"] < unit_bytes:
@@ -74,7 +74,7 @@ def find_emulated(config_space: bytes, store: Store, backend: BackendConfig | No
 
 
 def _blocks(size_bytes: int, block_bytes: int, limit: int) -> int:
-    """Return a size in blocks, 0 (nothing is said of it) for one that is no number of blocks up to `limit`."""
+    """Return a size in blocks, 0 (not specified) for a size that is no number of blocks up to `limit`."""
     blocks, rest = divmod(size_bytes, block_bytes)
     return blocks if not rest and blocks <= limit else 0
 
@@ -89,7 +89,7 @@ class BlockDevice:
     def __init__(self, config: Config, store: Store, shown: Shown | None = None):
         """Describe the device that `config` asks for over `store` (borrowed). Raises ConfigError where they differ.
 
-        shown: what the driver of a device that goes on has been shown; it stays that.
+        shown: what the driver of an adopted device has been shown; it stays the same.
         """
         device = config.device
         self.name = device.name
@@ -110,7 +110,7 @@ class BlockDevice:
         write_zeroes = store.can_write_zeroes and not self.read_only
         self.discard_max_sectors = DISCARD_MAX_SECTORS if discard else 0
         self.discard_max_seg = DISCARD_MAX_SEG if discard else 0
-        # What has to be written out must not take longer than a quiesce may.
+        # Zeroes that have to be written out must not take longer than a quiesce may.
         zeroes_max_sectors = WRITE_ZEROES_MAX_SECTORS if store.zeroes_cheaply else WRITE_ZEROES_SLOW_MAX_SECTORS
         self.write_zeroes_max_sectors = zeroes_max_sectors if write_zeroes else 0
         self.write_zeroes_max_seg = (DISCARD_MAX_SEG if store.zeroes_cheaply else 1) if write_zeroes else 0
@@ -147,7 +147,7 @@ class BlockDevice:
         )
 
     def set_capacity(self, capacity_sectors: int) -> bytes:
-        """Give the device another size. Returns what changes: the first bytes of the configuration space."""
+        """Give the device another size. Returns the bytes that change, at the start of the configuration space."""
         capacity = struct.pack("<Q", capacity_sectors)
         self.config_space = capacity + self.config_space[len(capacity) :]
         self.capacity_sectors = capacity_sectors

@@ -24,10 +24,11 @@ from vdusefast.config import Config, check_cpus, override
 from vdusefast.control.assembly import make_keeper, make_relay, make_transport, open_device_store, worker_specs
 from vdusefast.control.device_loop import LoopThread
 from vdusefast.control.device_model import BlockDevice, find_emulated
+from vdusefast.control.limits import Limits
 from vdusefast.control.placement import Placement, foresee, observe
 from vdusefast.control.release import Part, Release
 from vdusefast.control.resize import change_bytes, choose_bytes
-from vdusefast.control.supervisor import Limits, Supervisor
+from vdusefast.control.supervisor import Supervisor
 from vdusefast.control.write_back import WriteBack
 from vdusefast.errors import DeviceNotFoundError, TimedOutError, VdusefastError
 from vdusefast.state import orphans, pages_upgrade, saved_state

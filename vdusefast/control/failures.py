@@ -1,6 +1,6 @@
-"""What is wrong with a device now, and what was last.
+"""The failures of a device: those of now, and the last that has ended.
 
-A failure begins, is logged once, and ends; then it is history, with its time. Some never end, but with the device.
+A failure begins, is logged once, and ends; then it is history, with its time. Some end only with the device.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Failures:
     def begin(self, error: VdusefastError, what: str = "", lasts_s: float = math.inf) -> None:
         """Log a failure, and keep it until `end`, or until nothing has been said of it for `lasts_s`.
 
-        what: has failed; one that has already keeps its first failure.
+        what: the part that has failed; a part that has failed already keeps its first failure.
         """
         _log.error("%s", error)
         new = _Present(error, time.time(), time.monotonic() + lasts_s)
@@ -58,14 +58,14 @@ class Failures:
             self._present[what] = new if old is None else old._replace(until_s=new.until_s)
 
     def end(self, what: str) -> None:
-        """Note that `what` is well. Nothing when it was."""
+        """Note that `what` is well again. Does nothing when it was."""
         with self._lock:
             was = self._present.pop(what, None)
             if was is not None:
                 self.last = PastFailure(was.error, was.began_s, time.time())
 
     def settle(self) -> None:
-        """Note that those are over of which nothing has been said for long enough."""
+        """End the failures that nobody has reported for long enough."""
         now_s = time.monotonic()
         for what in [what for what, kept in list(self._present.items()) if kept.until_s <= now_s]:
             self.end(what)

@@ -192,7 +192,7 @@ class _Planner:
             return -1, "not pinned: no CPU that is online submits to it"
         if len(self.used) > self.room:
             return -1, (
-                f"not pinned: {len(self.used)} queues leave no CPU of {len(self.online)} for each worker beside one "
+                f"not pinned: {len(self.used)} queues leave no CPU of {len(self.online)} for each worker besides one "
                 "that submits; it would take turns with its own driver, so the scheduler may move it"
             )
         candidates = [self.online[cpu] for cpu in sorted(self.topology.allowed)]

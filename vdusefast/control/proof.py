@@ -1,8 +1,8 @@
-"""Prove that this process could take a device over while another one still serves it. Nothing of the device is changed.
+"""Prove that this process could adopt a device while another one still serves it. Nothing of the device changes.
 
-All that a start needs is done once: the state is read, the store is opened and compared with it, the shared pages are
-opened, and every worker is started, on pages of its own and without a driver. Only what one process alone can have is
-left out: the lock of the store, the device's descriptor, and the engine of a plugin's store.
+Every step of a start is done once: the state is read, the store is opened and compared with it, the shared pages are
+opened, and every worker is started, on pages of its own and without a driver. Things that only
+one process can have are left out: the lock of the store, the device's descriptor, and the engine of a plugin's store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vdusefast.transport.loopback import LoopbackTransport
 if TYPE_CHECKING:
     from vdusefast.backends import Store
     from vdusefast.config import Config
-    from vdusefast.control.virtqueue import Limits
+    from vdusefast.control.limits import Limits
     from vdusefast.transport import Transport
 
 STOP_TIMEOUT_S = 10.0  # for workers that have served nothing to end
@@ -39,7 +39,7 @@ def prove(
     command: Sequence[str] | None = None,
     limits: Limits | None = None,
 ) -> None:
-    """Do what a start that takes over the device of the run directory at `path` does, and undo it.
+    """Do what a start that adopts the device of the run directory at `path` does, and undo it.
 
     transport: in place of the configured one (borrowed). timeout_s: for the workers to be ready. look: also ask a
     plugin's store, which may take one client only, or be away. command, limits: as of a `Device`. Raises the

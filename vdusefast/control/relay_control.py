@@ -2,7 +2,7 @@
 
 Everything runs in the supervisor's event loop, in the thread that lives as long as the device: a relay asks to be
 killed when the thread that spawned it ends. The listening sockets are ours, so that workers can ask for a relay that is
-not there yet; they have no names that anybody else could use.
+not there yet; they have no names that another process could use.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from vdusefast.worker.relay import RelaySpec
 
 PAUSE_S = 0.1  # before the next relay, twice as long each time
 PAUSE_MAX_S = 5.0
-STEADY_S = 10.0  # one that has served for so long died of something else
-DEATHS_MAX = 3  # of relays that were not steady, until that is a failure
+STEADY_S = 10.0  # a relay that has served for so long died of another cause than the previous one
+DEATHS_MAX = 3  # of relays that were not steady, before a failure is reported
 END_S = 5.0  # to end by itself
 BACKLOG = 4  # a queue has one worker at a time
 CHUNK_BYTES = 128 << 10  # VF_RELAY_CHUNK_BYTES, for each slot
-REAP_S = 5.0  # a killed one that stays longer waits inside the kernel, for its storage
+REAP_S = 5.0  # a killed relay that stays longer waits inside the kernel, for its storage
 
 _log = logging.getLogger("vdusefast")
 
@@ -55,7 +55,7 @@ class RelayControl:
 
         `socket_fds` are what workers connect to, by /proc/self/fd; `memory_fds` is what they share with the relay.
 
-        spec: what the relay is told of the store. slot_count: requests in flight of a queue. directory: where a socket
+        spec: the store, for the relay. slot_count: requests in flight of a queue. directory: where a socket
         can be made for a moment. on_store_size: called when the store has another size (bytes). on_failure: called
         in the loop with what people are to know. lock_memory: whether relays are prepared for memory reclaim. Raises
         OSError.
@@ -81,7 +81,7 @@ class RelayControl:
 
     @property
     def socket_fds(self) -> list[int]:
-        """What workers connect to, one a queue."""
+        """The sockets that workers connect to, one a queue."""
         return [fd for _, fd in self._sockets]
 
     @property
@@ -91,7 +91,7 @@ class RelayControl:
 
     @property
     def upgraded(self) -> str:
-        """Why there is no relay, where that is because the files are of another build by now."""
+        """Why there is no relay, where the files are those of another build by now."""
         return build.upgraded() if self._pid < 0 else ""
 
     def start(self) -> None:
@@ -99,7 +99,7 @@ class RelayControl:
         self._begin(0.0)
 
     async def stop(self) -> None:
-        """End the relay. Its workers are gone, or are to get no answers any more. A second call does nothing."""
+        """End the relay. Its workers are gone, or must get no answers any more. A second call does nothing."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -116,14 +116,14 @@ class RelayControl:
         self._sockets, self.memory_fds = [], []
 
     def resized(self, size_bytes: int) -> None:
-        """Note what the next relay is told."""
+        """Note the spec of the next relay."""
         self._spec = self._spec._replace(size_bytes=size_bytes)
 
     def _begin(self, pause_s: float) -> None:
         self._task = self._guard.task(Part.RELAY, self._keep(pause_s), lambda: self._begin(PAUSE_MAX_S))
 
     async def _keep(self, wait_s: float) -> None:
-        """Run one relay after another, without an end."""
+        """Run one relay after another, for ever."""
         pause_s, deaths = PAUSE_S, 0
         loop = asyncio.get_running_loop()
         await asyncio.sleep(wait_s)
@@ -157,7 +157,7 @@ class RelayControl:
         try:
             relay.spawn(spec, [fd for fd in fds if fd >= 0])
             self._pid = relay.pid
-            await relay.wait()  # without any limit: until its end it may write what the next one is asked to write
+            await relay.wait()  # without a limit: until its end it may write data that the next one is asked to write
             return relay.cause()
         except BaseException:
             await self._end(relay)
@@ -167,7 +167,7 @@ class RelayControl:
             relay.close()
 
     async def _end(self, relay: RelayProcess) -> None:
-        """End a relay: it may finish what it has been asked, and is killed where that takes too long."""
+        """End a relay: it finishes its requests, and is killed if that takes too long."""
         relay.ask_to_end()
         if relay.pid < 0 or await relay.wait(END_S):
             return
@@ -175,13 +175,13 @@ class RelayControl:
         await self._reap(relay)
 
     def _reap_faulty(self, relay: RelayProcess) -> None:
-        """Tell of a relay that has been killed for what it sent, and look whether it ends."""
-        if relay.fault != CANNOT_BE_TAKEN:  # which is told already
+        """Report a relay that was killed for what it sent, and check that it ends."""
+        if relay.fault != CANNOT_BE_TAKEN:  # else it has been reported
             self._on_failure(WorkerError(f"device {self._device}: the relay of its store {relay.cause()}"))
         self._guard.task(Part.RELAY, self._reap(relay))
 
     async def _reap(self, relay: RelayProcess) -> None:
-        """Wait for the end of a relay that has been killed; tell of one that stays."""
+        """Wait for the end of a relay that was killed; report one that stays."""
         if not await relay.wait(REAP_S):
             why = f"relay (pid {relay.pid}) waits in the kernel for its storage and cannot be killed"
             self._on_failure(

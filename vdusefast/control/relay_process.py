@@ -1,7 +1,7 @@
 """One relay process as the supervisor sees it: its spawn, its events, its output, its end.
 
-Everything runs in the supervisor's event loop, and nothing here waits for the process in a way that would hold the loop
-up: one that is killed may stay for as long as the kernel waits for its storage.
+Everything runs in the supervisor's event loop, and nothing here blocks the loop to wait for the process: a killed
+process may stay for as long as the kernel waits for its storage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CANNOT_BE_TAKEN = "sent what cannot be taken"  # the fault where our own code ha
 
 
 class RelayProcess:
-    """A relay from its spawn to its end; `close` releases what is left of it here."""
+    """A relay from its spawn to its end; `close` releases its descriptors."""
 
     def __init__(self, device: str, guard: Guard, on_store_size: Callable[[int], None], on_fault: Callable[[], None]):
         """Prepare; see `spawn`.

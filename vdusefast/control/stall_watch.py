@@ -1,7 +1,7 @@
-"""Which queues wait for their storage, and since when: seen from outside, as a worker that hangs cannot tell.
+"""Which queues wait for their storage, and since when: seen from outside, as a worker that hangs cannot say it.
 
-A queue hangs when it completes nothing although requests are in flight. Looked at about once a second, through the
-shared pages; a queue that moves costs one read of a counter.
+A queue hangs when it completes nothing although requests are in flight. The supervisor checks about once a second,
+through the shared pages; a queue that moves costs one read of a counter.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _log = logging.getLogger("vdusefast")
 
 @dataclass
 class _Seen:
-    """What the last look has found. `since_s` is None while nothing was in flight."""
+    """The result of the last check. `since_s` is None while nothing was in flight."""
 
     requests: int = -1
     since_s: float | None = None
-    waits: bool = False  # a second look has found the same requests in flight
+    waits: bool = False  # a second check has found the same requests in flight
     warned: bool = False
 
 
@@ -39,13 +39,13 @@ class QueueWatch:
         self._seen = [_Seen() for _ in range(queue_count)]
 
     def look(self, queue: int, now_s: float, *, serves: bool = True) -> None:
-        """Look at `queue`. now_s: of a clock that does not jump. serves: False where it is not expected to move."""
+        """Check `queue`. now_s: of a clock that does not jump. serves: False where it is not expected to move."""
         seen = self._seen[queue]
         requests = self._pages.requests_done(queue)
         inflight = serves and self._pages.has_inflight(queue)
         if not inflight or requests != seen.requests or seen.since_s is None:
-            self._goes_on(queue, seen, now_s)
-            # Should the next look find these requests again, they have waited since now.
+            self._moves(queue, seen, now_s)
+            # If the next check finds these requests again, they have waited since now.
             self._seen[queue] = _Seen(requests, now_s if inflight else None)
             return
         seen.waits = True
@@ -60,6 +60,6 @@ class QueueWatch:
         seen = self._seen[queue]
         return max(0.0, now_s - seen.since_s) if seen.waits and seen.since_s is not None else 0.0
 
-    def _goes_on(self, queue: int, seen: _Seen, now_s: float) -> None:
+    def _moves(self, queue: int, seen: _Seen, now_s: float) -> None:
         if seen.warned and seen.since_s is not None:
-            _log.warning("device %s: queue %d goes on after %.0f s", self._device, queue, now_s - seen.since_s)
+            _log.warning("device %s: queue %d continues after %.0f s", self._device, queue, now_s - seen.since_s)

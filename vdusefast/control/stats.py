@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from vdusefast.control.supervisor import QueueInfo
+    from vdusefast.control.states import QueueInfo
     from vdusefast.state.shared_pages import FlushFailure, SharedPages
 
 PERCENTILES = (0.5, 0.9, 0.99, 0.999)

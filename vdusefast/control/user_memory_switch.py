@@ -1,9 +1,9 @@
-"""Which memory the driver's data goes through: the kernel's bounce pages, or memory of ours in their place.
+"""Which memory the driver's data goes through: the kernel's bounce pages, or user memory in their place.
 
-The change is made once, soon after the driver's first request: the kernel takes no memory before. Every worker gives
-back what it has taken, drops the region and takes nothing more; only then is our memory registered, since a worker
-that still used the old pages would read and write what the driver does not see; and then all go on. It is the same for
-the driver as a moment of slow storage.
+The change is made once, soon after the driver's first request: the kernel takes no memory before. Every worker
+completes the requests that it has popped, drops the region and pops nothing more. Only then is our memory registered:
+a worker that still used the old pages would read and write data that the driver does not see. Then all continue. For
+the driver this is a moment of slow storage.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from vdusefast.control.virtqueue import VqControl
 from vdusefast.transport.user_memory import UserMemory, UserMemoryError
 
-LOOK_MIN_S = 0.005  # between two looks whether the driver has begun
+LOOK_MIN_S = 0.005  # between two checks whether the driver has begun
 LOOK_MAX_S = 0.5
-HOLD_S = 1.0  # for the workers to give back what they have taken; a store that is slower must not be waited for
+HOLD_S = 1.0  # for the workers to complete their requests; a slower store must not be waited for
 TRY_AGAIN_S = 5.0
 TRY_COUNT = 3
 
@@ -35,9 +35,9 @@ class MemoryControl:
         self._vqs = vqs
 
     async def run(self) -> None:
-        """Put the memory to use as soon as the kernel takes it. Returns when that is done, or will not be.
+        """Put the memory to use as soon as the kernel takes it. Returns when that is done or has failed.
 
-        The device is served on either way. To be cancelled when the device ends.
+        The device is served in both cases. To be cancelled when the device ends.
         """
         try:
             self._memory.is_due()  # a kernel that never takes any says so before it is allocated
@@ -75,7 +75,7 @@ class MemoryControl:
         held: list[VqControl] = []
         try:
             holds = (self._hold(vq, last, held) for vq in self._vqs)
-            rests = await asyncio.gather(*holds, return_exceptions=True)  # none may be held after we have gone
+            rests = await asyncio.gather(*holds, return_exceptions=True)  # none may be held after this returns
             for rest in rests:
                 if isinstance(rest, BaseException):
                     raise rest

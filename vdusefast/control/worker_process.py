@@ -45,7 +45,7 @@ _log = logging.getLogger("vdusefast")
 
 
 class Pages(Protocol):
-    """What is needed of the shared pages (shm.SharedPages)."""
+    """The methods of the shared pages (shared_pages.SharedPages) that are used here."""
 
     fd: int
 
@@ -69,10 +69,10 @@ class Pages(Protocol):
 
 
 def default_command() -> list[str]:
-    """Return the words that start a worker; what it is called and the descriptor of its WorkerSpec follow.
+    """Return the arguments that start a worker; its name and the descriptor of its WorkerSpec follow them.
 
-    What lies in site-packages is not even looked for (-S): a worker has no use for it, and files there may import half
-    the standard library at each start. What a class prints comes out at once (-u).
+    Site-packages are not searched (-S): a worker has no use for them, and files there may import half the standard
+    library at each start. Output of a class is not buffered (-u).
     """
     return spawn.command("worker.main", options=("-S", "-u"))
 
@@ -95,8 +95,8 @@ class WorkerProcess:
     ):
         """Prepare; see `spawn`.
 
-        guard: runs what is done here. The callbacks run in the event loop: a bad ring (reason), a death nobody asked
-        for, another size of the store in bytes.
+        guard: runs the callbacks of this class. The others run in the event loop: a bad ring (reason), an unexpected
+        death, another size of the store in bytes.
         """
         self.spec = spec
         self.engine = ""
@@ -131,7 +131,7 @@ class WorkerProcess:
         on_death: Callable[[WorkerError], None],
         on_store_size: Callable[[int], None],
     ) -> WorkerProcess:
-        """Start `command`, which is told `spec`, whose `ctl_fd` is filled in here. Consumes `port`.
+        """Start `command` with `spec`, whose `ctl_fd` is filled in here. Consumes `port`.
 
         The process inherits the descriptors that `spec` names (borrowed) and nothing else. Raises WorkerError.
         """
@@ -178,14 +178,14 @@ class WorkerProcess:
 
     @property
     def title(self) -> str:
-        """What messages call this worker."""
+        """The name of this worker in messages."""
         pid = f" (pid {self.pid})" if self._process else ""
         return f"device {self.spec.device}: queue {self.spec.queue}: worker{pid}"
 
     async def wait_hello(self, timeout_s: float) -> None:
         """Wait until the worker is ready to serve.
 
-        Raises the exception that the worker's own report asks for, WorkerError when it ends without one,
+        Raises the exception that the worker's own report names, WorkerError when it ends without one,
         TimedOutError. The process is gone in all of these cases.
         """
         try:
@@ -231,7 +231,7 @@ class WorkerProcess:
         self._life.apply(WorkerEvent.STOP)
         try:
             async with limit(timeout_s):
-                # The answer may be overtaken by the end, which is an answer as well.
+                # The process may end before its answer arrives, which is an answer as well.
                 with contextlib.suppress(WorkerError):
                     await self.request(ToWorker(Command.STOP, 0), timeout_s)
                 await self._gone.wait()
@@ -250,14 +250,14 @@ class WorkerProcess:
             self._process.kill()
 
     async def kill(self, why: str = "", timeout_s: float = REAP_TIMEOUT_S) -> bool:
-        """Kill the process and reap it. Returns whether it is gone: not if it hangs in the kernel, for its storage."""
+        """Kill the process and reap it. Returns whether it is gone: not if it hangs in the kernel for its storage."""
         if not self.alive:
             return True
         self.abort(why)
         return await self._wait_exit(timeout_s)
 
     async def wait_gone(self) -> None:
-        """Wait until the process has ended, and all storage I/O that it began: without any limit."""
+        """Wait until the process has ended, and all storage I/O that it began: without a limit."""
         await self._gone.wait()
 
     def cause(self) -> str:
@@ -279,7 +279,7 @@ class WorkerProcess:
         return f"{cause}; its last line: {last_line}" if last_line else cause
 
     def close(self) -> None:
-        """Close every descriptor, also of a process that does not end; a second call does nothing."""
+        """Close every descriptor, even if the process does not end; a second call does nothing."""
         if self._ctl is not None:
             self._loop.remove_reader(self._ctl)
             self._ctl.close()
@@ -345,7 +345,7 @@ class WorkerProcess:
         try:
             self._pid_fd = os.pidfd_open(self._process.pid)
         except OSError:
-            self._process.kill()  # reaped when the next process is started: it may take its time to end
+            self._process.kill()  # reaped when the next process is started: it may need time to end
             raise
         self._guard.reader(self._pid_fd, Part.WORKER_END, self._on_reaped, self._wait_last_io)
         self._guard.reader(ours.fileno(), Part.WORKER_EVENTS, self._on_messages, self._hear_no_more)
@@ -359,7 +359,7 @@ class WorkerProcess:
         self._pages.ring_ctl(self.spec.queue)
 
     def _hear_no_more(self) -> None:
-        """Kill a worker whose events cannot be taken. Its end is a death as any other."""
+        """Kill a worker whose events cannot be read. Its end is reported as a death."""
         if self._ctl is not None:
             self._loop.remove_reader(self._ctl)
         self._end_reason = self._end_reason or "sent what cannot be taken"
@@ -374,7 +374,7 @@ class WorkerProcess:
                 packet = self._ctl.recv(MESSAGE_MAX_BYTES + 1)
             except BlockingIOError:
                 return
-            except OSError:  # the process is gone; its end tells the cause
+            except OSError:  # the process is gone; its end has the cause
                 packet = b""
             if not packet:
                 self._loop.remove_reader(self._ctl)
@@ -395,8 +395,8 @@ class WorkerProcess:
         elif event.event == Event.STARTUP_FAILED:
             if not self._hello.done():
                 self._life.apply(WorkerEvent.STARTUP_FAILED)
-                told = f"device {self.spec.device}: queue {self.spec.queue}: {event.text}"
-                self._fail_hello(from_exit_code(told, event.exit_code, WorkerError))
+                report = f"device {self.spec.device}: queue {self.spec.queue}: {event.text}"
+                self._fail_hello(from_exit_code(report, event.exit_code, WorkerError))
         elif event.event == Event.RING_FAILED:
             self._on_ring_failed(event.text)
         elif event.event == Event.LOG:
@@ -406,7 +406,7 @@ class WorkerProcess:
         elif event.event == Event.STORE_SIZE:
             self._on_store_size(store_size_bytes(event))
         elif event.event in (Event.DONE, Event.REFUSED):
-            answer = self._answers.get(event.seq)  # absent when it came too late
+            answer = self._answers.get(event.seq)  # absent when the answer came too late
             if answer is not None and not answer.done():
                 answer.set_result(event)
         else:
@@ -414,10 +414,10 @@ class WorkerProcess:
 
     def _fail_hello(self, error: VdusefastError) -> None:
         self._hello.set_exception(error)
-        self._hello.exception()  # retrieved: nobody waits any more where the start was cancelled
+        self._hello.exception()  # retrieved: nobody waits any more if the start was cancelled
 
     def _on_reaped(self) -> None:
-        """Reap the process, and wait for the I/O that it may have left in the kernel: io_uring's goes on."""
+        """Reap the process, and wait for its I/O that the kernel may still carry out: io_uring's continues."""
         if self._process is not None and self._process.poll() is not None:
             self._wait_last_io()
 
@@ -427,7 +427,7 @@ class WorkerProcess:
         self._guard.reader(self._life_fd, Part.WORKER_END, self._on_exit, self._tell_end)
 
     def _on_exit(self) -> None:
-        """Take what the process said last, and tell who waits: all of it has ended."""
+        """Read the last events and lines of the process, and wake everyone who waits for its end."""
         self._loop.remove_reader(self._life_fd)
         self._guard.call(Part.WORKER_EVENTS, self._on_messages)
         if self._output is not None:
@@ -435,13 +435,13 @@ class WorkerProcess:
         self._tell_end()
 
     def _tell_end(self) -> None:
-        """Tell who waits that the process has ended."""
+        """Wake everyone who waits for the end of the process."""
         if self.state is WorkerState.GONE:
             return
         before, _ = self._life.apply(WorkerEvent.LAST_IO)
         self.close()
         if self._process is not None:
-            self._process.poll()  # which has been done already, unless that failed
+            self._process.poll()  # done already, unless that failed
         self._gone.set()
         error = WorkerError(f"{self.title} {self.cause()}")
         ready = self._hello.done()

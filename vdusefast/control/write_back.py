@@ -1,9 +1,9 @@
-"""Failed write-backs of a file: who has still to be told of them.
+"""Failed write-backs of a file, and the descriptions through which the kernel reports them.
 
 The kernel reports a failed write-back once for each open file description, and not at all to one that is opened after
-somebody was told. The workers share the description that they flush by. So each queue has a witness: a description of
-the same file that nothing is flushed by, which its worker asks behind each flush (csrc/queue/flush.h). The supervisor
-has one more, for what a worker was told of and died with.
+a report. The workers share the description that they flush with. So each queue has a witness: a description of the same
+file that nothing is flushed with, which its worker asks after each flush (csrc/queue/flush.h). The supervisor has one
+more, for reports that a worker received before it died.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def take_report(fd: int) -> int:
 
 
 class WriteBack:
-    """What is known of the write-backs of one device's store. Owns the witnesses; `close` is idempotent.
+    """The write-backs of one device's store. Owns the witnesses; `close` is idempotent.
 
     `look` is called in the supervisor's loop: it does no I/O. `forgive` may be called in any thread.
     """
@@ -70,7 +70,7 @@ class WriteBack:
         return self._fds[:-1]
 
     def look(self) -> None:
-        """Have all flushes fail if a write-back has failed: a worker that died may have been told of it."""
+        """Have all flushes fail if a write-back has failed: a worker that died may have received the report."""
         error = take_report(self._fds[-1]) if self._fds else 0
         if error:
             self._pages.fail_flushes(error)
@@ -91,24 +91,24 @@ class WriteBack:
         )
 
     def begin(self, *, is_left: bool, forgive: bool) -> None:
-        """Take note of what was before us. is_left: the device was served before, and is adopted.
+        """Take note of earlier failures. is_left: the device is an orphan that is adopted.
 
-        forgive: an operator says that its flushes are to be carried out again. What others wrote to a store that no
-        device had is none of the driver's: that it may be lost is in the log.
+        forgive: an operator says that its flushes are to be carried out again. Data that others wrote to a store
+        without a device is not the driver's: the log says that it may be lost.
         """
         if is_left and not forgive:
             self._tell_cut_off()
             self.look()
         elif error := self.forgive():
             _log.warning(
-                "device %s: %s: what was written to it before may be lost (%s), which nobody was told of: check it",
+                "device %s: %s: data written to it earlier may be lost (%s), which was not reported: check it",
                 *(self._device, self._store.uri, os.strerror(error)),
             )
 
     def forgive(self) -> int:
-        """Have flushes be carried out again. Returns the errno of a failure that nobody was told of, 0 for none.
+        """Have flushes be carried out again. Returns the errno of a failure that was not reported, 0 for none.
 
-        Pages of the cache that the store never got are dropped: what is read from now on is what the store has.
+        Pages of the cache that the store never got are dropped: reads return from now on the data that the store has.
         """
         fds = [self._store.fd, *self._fds] if self._fds else []
         errors = [take_report(fd) for fd in fds]  # of all: each has its own
@@ -123,7 +123,7 @@ class WriteBack:
             os.close(self._fds.pop())
 
     def _tell_cut_off(self) -> None:
-        """Say which flushes the processes before us were at: should one have failed, nobody knows any more."""
+        """Log the flushes that the previous processes were carrying out: if one failed, nobody knows any more."""
         queues = [queue for queue in range(self._pages.queue_count) if self._pages.status(queue).flushing]
         if queues and self._fds:
             _log.warning(
