@@ -132,11 +132,7 @@ static int vf_uring_can(const struct vf_store *store, const struct vf_req *req)
 	case VF_OP_DISCARD:
 		if (store->emulates || req->refused)
 			return 0;
-		if (store->kind == VF_STORE_FILE)
-			return !store->no_punch_hole;
-		/* The kernel cuts each piece at the first multiple of the unit, also where units begin elsewhere. It puts the parts
-		 * together again for BLKDISCARD alone: by its command the disk would keep the first unit of every piece. */
-		return !store->no_discard_command && store->pieces.offset_bytes == 0;
+		return store->kind == VF_STORE_FILE ? !store->no_punch_hole : !store->no_discard_command;
 	case VF_OP_WRITE_ZEROES:
 		if (store->emulates || req->refused)
 			return 0;

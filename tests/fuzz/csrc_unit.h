@@ -34,7 +34,6 @@ static inline int memory_fd(size_t size)
 void test_memory(void); /* csrc_unit_memory.c */
 void test_stores(void); /* csrc_unit_store.c */
 void test_pieces(void); /* csrc_unit_pieces.c */
-void note_discard(uint64_t start, uint64_t len); /* of BLKDISCARD; csrc_unit_pieces.c */
 void test_irq_coalesce(void); /* csrc_unit_irq.c */
 
 #endif

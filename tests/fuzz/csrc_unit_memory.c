@@ -3,7 +3,6 @@
 #include "csrc_unit.h"
 
 #include <fcntl.h>
-#include <linux/fs.h>
 #include <stdarg.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -63,14 +62,8 @@ int ioctl(int fd, unsigned long request, ...)
 	va_list words;
 
 	(void)fd;
+	(void)request;
 	va_start(words, request);
-	if (request == BLKDISCARD) {
-		const uint64_t *range = va_arg(words, const uint64_t *);
-
-		va_end(words);
-		note_discard(range[0], range[1]);
-		return 0;
-	}
 	entry = va_arg(words, struct vf_vduse_iotlb_entry *); /* the first member of the newer structure, too */
 	va_end(words);
 	kernel.calls++;

@@ -76,33 +76,8 @@ static void check_engine(const struct vf_engine_ops *ops, enum vf_store_kind kin
 		is_finished = (int)engine.ops->reap(&engine, &done, 1);
 	}
 	CHECK(req.result == 0 && req.left_bytes == 0 && req.offset_bytes == size_bytes && engine.inflight_count == 0);
-	CHECK(!engine.store.no_discard_command); /* it was not asked for */
 	vf_engine_close(&engine);
 	close(store.fd);
-}
-
-/* What BLKDISCARD was asked for: one range after the other. */
-static struct {
-	uint64_t end, count;
-	const struct case_of_pieces *one;
-} discarded;
-
-void note_discard(uint64_t start, uint64_t len)
-{
-	CHECK(start == discarded.end && len && (start == discarded.one->start || within(discarded.one, start) == 0));
-	discarded.end = start + len;
-	discarded.count++;
-}
-
-/* The kernel's own command would not free what begins between two multiples of a unit: see vf_uring_can(). */
-static void check_odd_disk(const struct vf_engine_ops *ops, const struct case_of_pieces *one)
-{
-	discarded.end = one->start;
-	discarded.count = 0;
-	discarded.one = one;
-	check_engine(ops, VF_STORE_BLOCKDEV, VF_OP_DISCARD, one);
-	CHECK(discarded.count == 0 ? ops != &vf_engine_sync : discarded.count > 1);
-	CHECK(discarded.count == 0 || discarded.end == one->start + one->len);
 }
 
 void test_pieces(void)
@@ -121,7 +96,4 @@ void test_pieces(void)
 			check_engine(&vf_engine_cached, VF_STORE_FILE, op, &cases[i]);
 		}
 	}
-	check_odd_disk(&vf_engine_sync, &cases[3]);
-	check_odd_disk(&vf_engine_uring, &cases[3]);
-	check_odd_disk(&vf_engine_cached, &cases[3]);
 }

@@ -132,25 +132,6 @@ def disk_with_odd_limits_shows_them() -> dict[str, object]:
     return {"limits": wanted, "MiB before and after": freed}
 
 
-@check(limit_s=100)
-def units_that_begin_at_an_odd_sector_are_freed_by_pieces() -> dict[str, object]:
-    """Units of 1 MiB that begin with sector 7: a discard in pieces leaves no more than one call on the disk.
-
-    One unit more may stay: virtio has no word for where units begin, and the kernel cuts its first one.
-    """
-    left = {}
-    with scsi_debug(dev_size_mb=96, lbpu=1, unmap_granularity=2048, unmap_alignment=7, ndelay=1) as store:
-        for name in ("disk", "sync", "uring"):
-            guest.sh("dd", "if=/dev/zero", f"of={store}", "bs=4M", "oflag=direct", "status=none")
-            assert allocated_units() >= 96, allocated_units()
-            served = guest.device("vd0", f"file:{store}", engine=name, cache="none")
-            with contextlib.nullcontext(store) if name == "disk" else served as node:
-                guest.sh("blkdiscard", "--offset", 1024, "--length", 90 * MIB, node)
-            left[name] = allocated_units()
-        assert max(left.values()) <= left["disk"] + 1, left
-    return {"MiB that stay": left}
-
-
 def fill_and_trim(node: str) -> tuple[int, int]:
     """Fill a file system, remove all in it, and have it freed. Returns the MiB that are allocated before and after."""
     mounted = guest.WORK / "trimmed"
