@@ -65,7 +65,7 @@ class Script:
     chance: float = 0.0  # of a fault, at each step
     broken_rules: list[str] = field(default_factory=list)
     is_logged: bool = False  # a worker may have had requests since the position was last known
-    is_lost: bool = False  # a worker has said that its ring is bad, since the last reset
+    is_lost: bool = False  # a worker was heard to say that its ring is bad, since the last reset
     serving: ScriptedWorker | None = None
     idx: int = 0
     void_ids: set[int] = field(default_factory=set)  # starts before a reset or a quiesce that has ended
@@ -168,6 +168,8 @@ class ScriptedWorker(WorkerProcess):
             self._say(Event.HELLO, text="script")
         if how in (1, 2, 3):
             self.end(7)
+        elif how == 4:
+            self._ring_is_bad()
 
     def _send(self, packet: bytes, ctl: socket.socket) -> None:
         super()._send(packet, ctl)
@@ -228,9 +230,12 @@ class ScriptedWorker(WorkerProcess):
         if message.command == Command.STOP:
             self.end(0)
 
+    def _take(self, event: FromWorker) -> None:
+        self.script.is_lost |= event.event == Event.RING_FAILED  # from here on the control plane knows
+        super()._take(event)
+
     def _ring_is_bad(self) -> None:
         self._say(Event.RING_FAILED, text="head 99 is out of range")
-        self.script.is_lost = True
 
     def _say(self, event: Event, seq: int = 0, idx: int = 0, text: str = "") -> None:
         self._theirs.send(pack_event(FromWorker(event, seq, idx, 0, 1, text)))

@@ -23,7 +23,7 @@ from vdusefast.transport import Transport
 from vdusefast.transport.uapi import VIRTIO_F_VERSION_1, VqInfo
 from vdusefast.worker.protocol import WorkerSpec
 
-SCHEDULES = 100  # of one test: a third of a second of CPU time
+SCHEDULES = 250  # of one test: half a second of CPU time
 STEPS = 14
 SETTLE_S = 200.0  # of the loop's own clock: longer than every limit, pause and hang together
 AT_REST = {VqStage.STOPPED, VqStage.RUNNING, VqStage.FAILED, VqStage.INTERRUPTED, VqStage.LOST}
@@ -179,7 +179,7 @@ def play(seed: int, monkeypatch: pytest.MonkeyPatch, *, ends: bool) -> None:
         raise
 
 
-@pytest.mark.parametrize("first", range(0, 4 * SCHEDULES, SCHEDULES))
+@pytest.mark.parametrize("first", range(0, 6 * SCHEDULES, SCHEDULES))
 def test_a_reset_has_a_queue_serve_again_after_whatever_came(
     first: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -49,6 +49,7 @@ class TakeOver:
         """End the one that is under way, if any."""
         if self._task is not None:
             self._task.cancel()
+            self._task = None
 
     # -- inside
 
@@ -70,7 +71,8 @@ class TakeOver:
                 if await self._attempt():
                     return
         finally:
-            self._task = None
+            if self._task is asyncio.current_task():  # not where `begin` came after `cancel`
+                self._task = None
 
     def _next_pause_s(self) -> float:
         """Return how long to wait before the next worker: 0 after progress, or after a long time without a death."""

@@ -168,9 +168,12 @@ class VqControl:
             if error := await self.slot.kill_to_replace():
                 self._on_failure(error)
             self.slot.spec = self.slot.spec._replace(engine="fail", store_fd=-1, store="null")
-            if self._set_up is None or not await self._revive():
-                return
-            await self._serve(self._set_up._replace(recover=1))
+            self._take_over.cancel()  # it may wait for the end of that worker, which nobody notices now
+            if self._set_up is None:
+                if self.stage.waits_for_worker:
+                    self._take_over.begin()
+            elif await self._revive():
+                await self._serve(self._set_up._replace(recover=1))
 
     async def quiesce(self) -> int | None:
         """Stop the queue once it has finished what is in flight. Returns where it stands, None when that is lost."""
