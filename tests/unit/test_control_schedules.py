@@ -188,7 +188,7 @@ def test_a_reset_has_a_queue_serve_again_after_whatever_came(
         play(seed, monkeypatch, ends=False)
 
 
-@pytest.mark.parametrize("first", range(10_000, 10_000 + 2 * SCHEDULES, SCHEDULES))
+@pytest.mark.parametrize("first", range(10_750, 10_750 + 4 * SCHEDULES, SCHEDULES))
 def test_a_queue_ends_amid_whatever_comes(
     first: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -155,7 +155,7 @@ class VqControl:
             has_worker = self.stage is VqStage.LOST or await self._revive()
             if self.stage is VqStage.LOST:  # also since, by what a new worker says
                 return self._refuse(f"{self._lost_reason}; reset the device")
-            return has_worker and await self._serve(start)
+            return has_worker and not self.stage.is_closing and await self._serve(start)
 
     async def fail_pending(self) -> None:
         """Answer everything that is pending, and all later requests, with IOERR, by a worker without a store.
