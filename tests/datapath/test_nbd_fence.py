@@ -176,8 +176,8 @@ def test_write_in_doubt_fails_after_a_while_and_the_rest_goes_on(tmp_path: Path,
             (keeper,) = keepers(tmp_path)
             keeper.kill()
             server.kill(with_workers=True)
-            server.start_again(-1.0, with_workers=False)
             began = time.monotonic()
+            server.start_again(-1.0, with_workers=False)
             thread.join(30)
             assert errors, "the write in doubt is no success"
             assert time.monotonic() - began > 1.0

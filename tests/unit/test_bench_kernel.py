@@ -170,7 +170,7 @@ def test_count_of_verified_blocks(rw: str, verified: int | None) -> None:
     (check,) = kernel_fio.verification(plan.jobs, [fake_fio.job(rw=rw, read=40, write=50)], [])
     assert (check["blocks_verified"], check["verify_errors"]) == (verified, 0)
     (line, _failed) = verify_lines([check])
-    assert ("40 times" in line) == (verified is not None)
+    assert ("40 blocks" in line) == (verified is not None)
     assert "0 wrong" in line
 
 
