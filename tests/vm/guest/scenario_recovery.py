@@ -110,7 +110,7 @@ def refused_to_serve(path: Path, what: str, **settings: object) -> str:
         said = str(error)
     else:
         raise AssertionError(f"another {what} was taken")
-    if f"{what}: the device that its last server has left" not in said:
+    if f"{what}: the orphaned device was made with" not in said:
         raise AssertionError(said)
     return said
 
