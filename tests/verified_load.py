@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from vdusefast.bench.fio.memory import make_job
+from vdusefast.bench.fio.memory import Workload, make_job
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
 
@@ -16,8 +16,7 @@ class Load:
 
     def __init__(self, driver: LoopbackDriver, *, depth: int = 16, seconds: float = 2.0) -> None:
         rings = [driver.ring(queue) for queue in range(driver.queue_count)]
-        self.job = make_job(
-            driver,
+        load = Workload(
             kind="mixed",
             order="random",
             block_bytes=4096,
@@ -28,6 +27,7 @@ class Load:
             check_after=True,
             runtime_s=seconds,
         )
+        self.job = make_job(driver, load)
         self._driving = _driver.DriverThread(rings, [self.job], spin_us=20.0)
         self._thread = threading.Thread(target=self._driving.run)
         self._thread.start()

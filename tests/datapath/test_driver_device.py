@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vdusefast.api import Device
-from vdusefast.bench.fio.memory import make_job
+from vdusefast.bench.fio.memory import Workload, make_job
 from vdusefast.config import make_config
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
@@ -27,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
 
 def load(driver: LoopbackDriver, **plan: Any) -> _driver.JobResults:
     defaults: dict[str, Any] = {"block_bytes": 4096, "depth": 32, "size_bytes": SIZE, "io_limit": 4000}
-    job = make_job(driver, **(defaults | plan))
+    job = make_job(driver, Workload(**(defaults | plan)))
     rings = [driver.ring(i) for i in range(driver.queue_count)]
     _driver.DriverThread(rings, [job], spin_us=20, stall_s=20).run()
     return job.results()

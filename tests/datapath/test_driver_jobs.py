@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from driver_device import DISCARD, FLUSH, FORMATS, IN, OUT, FakeBus
 
-from vdusefast.bench.fio.memory import make_job
+from vdusefast.bench.fio.memory import Workload, make_job
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
 
@@ -26,13 +26,17 @@ def bus(request: pytest.FixtureRequest) -> Iterator[FakeBus]:
     bus.close()
 
 
+def load_of(plan: dict[str, Any], *, depth: int = 8) -> Workload:
+    return Workload(**{"block_bytes": 4096, "depth": depth, "size_bytes": SIZE, **plan})
+
+
 def run(
     bus: FakeBus, *plans: dict[str, Any], spin_us: float = 0.0, stall_s: float = 10.0, forget: int = 0
 ) -> list[_driver.JobResults]:
     """Run the jobs together in one thread and return their results."""
     with LoopbackDriver(bus) as driver:
         rings = [driver.ring(i) for i in range(driver.queue_count)]
-        jobs = [make_job(driver, **{"block_bytes": 4096, "depth": 8, "size_bytes": SIZE, **plan}) for plan in plans]
+        jobs = [make_job(driver, load_of(plan)) for plan in plans]
         if forget:
             jobs[0].forget(0, forget)
         _driver.DriverThread(rings, jobs, spin_us=spin_us, stall_s=stall_s).run()
@@ -215,7 +219,7 @@ def test_no_load_follows_one_that_was_not_answered(bus: FakeBus) -> None:
     bus.mute = True
     with LoopbackDriver(bus) as driver:
         plan = {"kind": "read", "order": "random", "io_limit": 8}
-        job = make_job(driver, block_bytes=4096, depth=4, size_bytes=SIZE, **plan)
+        job = make_job(driver, load_of(plan, depth=4))
         for why in (errno.ETIMEDOUT, errno.EBUSY):
             with pytest.raises(OSError, match="queue 0") as raised:
                 _driver.DriverThread([driver.ring(0)], [job], stall_s=0.1).run()
@@ -226,7 +230,7 @@ def test_no_load_follows_one_that_was_not_answered(bus: FakeBus) -> None:
 def test_stop_from_another_thread(bus: FakeBus, abandon: bool) -> None:
     with LoopbackDriver(bus) as driver:
         plan = {"kind": "write", "order": "random_once", "verify": "crc32c", "check_after": True, "io_limit": 0}
-        job = make_job(driver, block_bytes=4096, depth=8, size_bytes=SIZE, **plan)
+        job = make_job(driver, load_of(plan))
         thread = _driver.DriverThread([driver.ring(0)], [job])
         timer = threading.Timer(0.1, thread.stop, kwargs={"abandon": abandon})
         timer.start()
@@ -244,7 +248,7 @@ def test_stop_from_another_thread(bus: FakeBus, abandon: bool) -> None:
 def many_times(bus: FakeBus, plan: dict[str, Any], count: int, *, between: Any = None) -> _driver.Job:
     """Run one job again and again and return it."""
     with LoopbackDriver(bus) as driver:
-        job = make_job(driver, **{"block_bytes": 4096, "depth": 8, "size_bytes": SIZE, **plan})
+        job = make_job(driver, load_of(plan))
         for _ in range(count):
             _driver.DriverThread([driver.ring(0)], [job], stall_s=10.0).run()
             if between is not None:
@@ -321,7 +325,7 @@ def test_overlapping_writes_are_for_one_queue() -> None:
     bus = FakeBus(SIZE, queues=2)
     try:
         with LoopbackDriver(bus) as driver:
-            job = make_job(driver, block_bytes=4096, depth=8, size_bytes=SIZE, **(REPEATED | {"overlap": True}))
+            job = make_job(driver, load_of(REPEATED | {"overlap": True}))
             with pytest.raises(ValueError, match="one queue only"):
                 _driver.DriverThread([driver.ring(0), driver.ring(1)], [job])
     finally:

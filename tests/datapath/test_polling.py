@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import vdusefast
-from vdusefast.bench.fio.memory import make_job
+from vdusefast.bench.fio.memory import Workload, make_job
 from vdusefast.driver import _driver
 
 MIB = 1 << 20
@@ -115,9 +115,8 @@ def test_driver_that_polls_gets_no_interrupts_but_one_in_the_index_space(irq_del
     count = 3 * IDX_SPACE
     config = vdusefast.make_config(name="quiet", uri="memory:4M", poll="always", irq_delay_us=irq_delay_us)
     with vdusefast.Device(config) as device, device.driver() as driver:
-        job = make_job(
-            driver, kind="read", order="random", block_bytes=4096, depth=32, size_bytes=4 * MIB, io_limit=count
-        )
+        load = Workload(kind="read", order="random", block_bytes=4096, depth=32, size_bytes=4 * MIB, io_limit=count)
+        job = make_job(driver, load)
         before = device.stats().queues[0]
         _driver.DriverThread([driver.ring(0)], [job], spin_us=20_000_000, stall_s=20).run()
         assert job.results()["request_errors"] == 0

@@ -10,7 +10,7 @@ import pytest
 from verified_load import Load
 
 import vdusefast
-from vdusefast.bench.fio.memory import make_job
+from vdusefast.bench.fio.memory import Workload, make_job
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.transport import uapi
@@ -83,8 +83,7 @@ def test_device_that_moves_no_data_does_not_pass_verification(verify: str, depth
     config = vdusefast.make_config(name="empty", uri="null:1M")
     pattern = b"\x5a" * 4096 if verify == "pattern" else b""
     with vdusefast.Device(config) as device, device.driver() as driver:
-        job = make_job(
-            driver,
+        load = Workload(
             kind="write",
             order="sequential",
             block_bytes=4096,
@@ -95,6 +94,7 @@ def test_device_that_moves_no_data_does_not_pass_verification(verify: str, depth
             check_after=True,
             moves_no_data=True,
         )
+        job = make_job(driver, load)
         _driver.DriverThread([driver.ring(0)], [job]).run()
     assert job.results()["request_errors"] == 0
     assert job.results()["verify_errors"] == 64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.errors import ConfigError
@@ -46,50 +48,56 @@ def needs_indirect(driver: LoopbackDriver, segment_count: int, depth: int, queue
     return False
 
 
-def make_job(
-    driver: LoopbackDriver,
-    *,
-    kind: str,
-    order: str,
-    block_bytes: int,
-    depth: int,
-    size_bytes: int,
-    offset_bytes: int = 0,
-    io_limit: int | None = None,
-    queue_count: int | None = None,
-    read_share: float = 0.5,
-    fsync_every: int = 0,
-    verify: str = "none",
-    pattern: bytes = b"",
-    check_after: bool = False,
-    seed: int = 1,
-    order_seed: int = 1,
-    ramp_s: float = 0.0,
-    runtime_s: float = 0.0,
-    moves_no_data: bool = False,
-    overlap: bool = False,
-) -> _driver.Job:
-    """Return a job over [offset_bytes, offset_bytes + size_bytes) with memory of its own, kept by `driver`.
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The requests of one job, over [offset_bytes, offset_bytes + size_bytes) of the device."""
 
-    io_limit: requests in all; each block once when None, without limit when 0. queue_count: queues the job will use,
-    all when None. seed: goes into verified blocks. overlap: some writes are followed at once by another to the same
-    block, for devices that serve one queue in order. Raises ConfigError when the device cannot take such requests.
+    kind: str
+    order: str
+    block_bytes: int
+    depth: int
+    size_bytes: int
+    offset_bytes: int = 0
+    io_limit: int | None = None  # requests in all; None = each block once, 0 = without limit
+    queue_count: int | None = None  # queues that the job uses; None = all
+    read_share: float = 0.5
+    fsync_every: int = 0
+    verify: str = "none"
+    pattern: bytes = b""
+    check_after: bool = False
+    seed: int = 1  # goes into verified blocks
+    order_seed: int = 1
+    ramp_s: float = 0.0
+    runtime_s: float = 0.0
+    moves_no_data: bool = False
+    overlap: bool = False  # some writes are followed at once by another to the same block: one queue, served in order
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of the device that the job uses."""
+        return self.size_bytes // self.block_bytes
+
+
+def make_job(driver: LoopbackDriver, load: Workload) -> _driver.Job:
+    """Return a job with memory of its own, which `driver` keeps.
+
+    Raises ConfigError when the device cannot take such requests.
     """
-    segment_count = data_segments(driver, block_bytes) + 2
-    indirect = needs_indirect(driver, segment_count, depth, queue_count or driver.queue_count)
-    stride_bytes = _round_up(block_bytes, PAGE_BYTES)
+    segment_count = data_segments(driver, load.block_bytes) + 2
+    indirect = needs_indirect(driver, segment_count, load.depth, load.queue_count or driver.queue_count)
+    stride_bytes = _round_up(load.block_bytes, PAGE_BYTES)
     table_bytes = _round_up(DESCRIPTOR_BYTES * segment_count, LINE_BYTES)
-    tables_at = _round_up(_driver.SLOT_BYTES * depth, PAGE_BYTES)
-    data_at = tables_at + (_round_up(table_bytes * depth, PAGE_BYTES) if indirect else 0)
-    region = driver.add_region(data_at + stride_bytes * depth)
+    tables_at = _round_up(_driver.SLOT_BYTES * load.depth, PAGE_BYTES)
+    data_at = tables_at + (_round_up(table_bytes * load.depth, PAGE_BYTES) if indirect else 0)
+    region = driver.add_region(data_at + stride_bytes * load.depth)
     job = _driver.Job(
-        kind=kind,
-        order=order,
-        offset_bytes=offset_bytes,
-        block_count=size_bytes // block_bytes,
-        block_bytes=block_bytes,
-        depth=depth,
-        io_limit=size_bytes // block_bytes if io_limit is None else io_limit,
+        kind=load.kind,
+        order=load.order,
+        offset_bytes=load.offset_bytes,
+        block_count=load.block_count,
+        block_bytes=load.block_bytes,
+        depth=load.depth,
+        io_limit=load.block_count if load.io_limit is None else load.io_limit,
         slot_va=region.address,
         slot_iova=region.iova,
         data_va=region.address + data_at,
@@ -100,19 +108,19 @@ def make_job(
         table_stride_bytes=table_bytes,
         segment_count=segment_count,
         size_max_bytes=min(driver.size_max_bytes, 0xFFFFFFFF),
-        read_share=read_share,
-        fsync_every=fsync_every if driver.has(uapi.VIRTIO_BLK_F_FLUSH) else 0,
-        verify=verify,
-        pattern=pattern,
-        check_after=check_after,
-        seed=seed,
-        order_seed=order_seed,
-        ramp_s=ramp_s,
-        runtime_s=runtime_s,
+        read_share=load.read_share,
+        fsync_every=load.fsync_every if driver.has(uapi.VIRTIO_BLK_F_FLUSH) else 0,
+        verify=load.verify,
+        pattern=load.pattern,
+        check_after=load.check_after,
+        seed=load.seed,
+        order_seed=load.order_seed,
+        ramp_s=load.ramp_s,
+        runtime_s=load.runtime_s,
         indirect=indirect,
-        moves_no_data=moves_no_data,
-        overlap=overlap,
+        moves_no_data=load.moves_no_data,
+        overlap=load.overlap,
     )
-    if verify == "none" and kind in ("write", "mixed"):
-        job.fill_buffers(order_seed)
+    if load.verify == "none" and load.kind in ("write", "mixed"):
+        job.fill_buffers(load.order_seed)
     return job

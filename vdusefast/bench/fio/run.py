@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vdusefast.bench.fio.memory import make_job
+from vdusefast.bench.fio.memory import Workload, make_job
 from vdusefast.bench.fio.plan import Instance, ThreadPlan, plan_threads
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
@@ -136,8 +136,7 @@ def _make(
     driver: LoopbackDriver, one: Instance, queues: int, moves_no_data: bool, trimmed: list[tuple[int, int]]
 ) -> _driver.Job:
     spec = one.spec
-    job = make_job(
-        driver,
+    load = Workload(
         kind=spec.kind,
         order=spec.order,
         block_bytes=spec.bs,
@@ -157,6 +156,7 @@ def _make(
         runtime_s=spec.runtime,
         moves_no_data=moves_no_data,
     )
+    job = make_job(driver, load)
     if spec.kind == "read" and spec.verify != "none":
         for offset, size in trimmed:
             first = max(offset, one.offset)

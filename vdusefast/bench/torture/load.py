@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vdusefast.bench.fio.memory import make_job
+from vdusefast.bench.fio.memory import Workload, make_job
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
 
@@ -71,26 +71,24 @@ class DriverLoad:
         self._seed = int.from_bytes(os.urandom(4), "little") | 1  # the blocks of an earlier run never pass for ours
         slice_bytes = area_bytes // driver.queue_count // block_bytes * block_bytes
         self._offsets = [queue * slice_bytes for queue in range(driver.queue_count)]
+        load = Workload(
+            kind="mixed",
+            order="random",
+            block_bytes=block_bytes,
+            depth=depth,
+            size_bytes=slice_bytes,
+            io_limit=0,
+            queue_count=1,
+            read_share=READ_SHARE,
+            fsync_every=FSYNC_EVERY,
+            verify="crc32c",
+            check_after=True,
+            seed=self._seed,
+            runtime_s=run_s,
+            overlap=overlap,
+        )
         self._jobs = [
-            make_job(
-                driver,
-                kind="mixed",
-                order="random",
-                block_bytes=block_bytes,
-                depth=depth,
-                size_bytes=slice_bytes,
-                offset_bytes=offset,
-                io_limit=0,
-                queue_count=1,
-                read_share=READ_SHARE,
-                fsync_every=FSYNC_EVERY,
-                verify="crc32c",
-                check_after=True,
-                seed=self._seed,
-                order_seed=seed * driver.queue_count + queue + 1,
-                runtime_s=run_s,
-                overlap=overlap,
-            )
+            make_job(driver, replace(load, offset_bytes=offset, order_seed=seed * driver.queue_count + queue + 1))
             for queue, offset in enumerate(self._offsets)
         ]
 
