@@ -19,7 +19,7 @@ def command(**changed: Any) -> int:
     values |= dict.fromkeys(("ioengine", "json_path", "plot", "vm"))
     values |= {"server_cpus": "", "driver_cpus": "", "note": "", "variants": "", "jobs": ()}
     values |= dict.fromkeys(("load_modules", "markdown", "icount", "keep_awake"), False)
-    return peers_options.run_command(**(values | changed))
+    return peers_options.run_command(peers_options.PeersArguments(**(values | changed)))
 
 
 class FilePeer(Peer):

@@ -75,9 +75,9 @@ def peers(**options: Any) -> None:
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        from vdusefast.bench.peers.options import run_command
+        from vdusefast.bench.peers.options import PeersArguments, run_command
 
-        status = run_command(**options)
+        status = run_command(PeersArguments(**options))
     except VdusefastError as error:
         click.echo(f"vdusefast.bench: {error}", err=True)
         status = error.exit_code
@@ -133,9 +133,9 @@ def torture(**options: Any) -> None:
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        from vdusefast.bench.torture.options import run_command
+        from vdusefast.bench.torture.options import TortureArguments, run_command
 
-        status = run_command(**options)
+        status = run_command(TortureArguments(**options))
     except VdusefastError as error:
         click.echo(f"vdusefast.bench: {error}", err=True)
         status = error.exit_code
