@@ -8,22 +8,25 @@ test_previous_release.py: after 64 writes, with one more in flight in each of tw
 from __future__ import annotations
 
 import gzip
+import struct
 from pathlib import Path
 
 import pytest
-from held_writes import HeldWrites, check_blocks, write_blocks
+from held_writes import HeldWrites, check_blocks, wait_until, write_blocks
 
 from vdusefast.api import Device
 from vdusefast.backends import open_store, plugin_store
 from vdusefast.bench.torture.loopback_host import LoopbackHost, RemoteLoopbackTransport
 from vdusefast.control.device_model import BlockDevice
-from vdusefast.driver.loopback_driver import LoopbackDriver
+from vdusefast.driver.loopback_driver import LoopbackDriver, area_sizes
 from vdusefast.state import saved_state
 from vdusefast.state.saved_state import SavedState
+from vdusefast.transport.loopback_bus import LoopbackBus
 
 RELEASES = Path(__file__).with_name("releases")
 NAME = "vd0"
 STATES = sorted(RELEASES.glob("*/*.json"))
+NO_HEAD = 0xFFFF  # a queue that pops this from its avail ring fails
 
 
 def load(path: Path, image: Path, directory: Path) -> SavedState:
@@ -32,6 +35,19 @@ def load(path: Path, image: Path, directory: Path) -> SavedState:
     state = saved_state.load(directory / "state")
     assert state is not None
     return state
+
+
+def spoil_last_avail_entry(driver: LoopbackDriver, bus: LoopbackBus, queue: int) -> None:
+    """Overwrite the last entry of an avail ring: then only the in-flight log names that request."""
+    ring, info = driver.ring(queue), bus.vq_info(queue)
+    area = driver.memory_at(info.driver_addr, area_sizes(info.size)[1])
+    wait_until(lambda: avail_idx(area) != ring.last_used_idx)
+    struct.pack_into("<H", area, 4 + 2 * ((avail_idx(area) - 1) % info.size), NO_HEAD)
+
+
+def avail_idx(area: memoryview) -> int:
+    """Return the index that the driver has published in the area of an avail ring."""
+    return int(struct.unpack_from("<H", area, 2)[0])
 
 
 @pytest.fixture
@@ -61,7 +77,10 @@ def test_device_is_served_as_its_driver_knows_it(path: Path, image: Path, tmp_pa
 
 @pytest.mark.parametrize("release", sorted(RELEASES.iterdir()), ids=lambda path: path.name)
 def test_device_of_a_killed_server_is_adopted(release: Path, image: Path, tmp_path: Path) -> None:
-    """A server of ours stands in for the killed one until its files are those of that release."""
+    """A server of ours stands in for the killed one until its files are those of that release.
+
+    The requests in flight are replayed from its log: they are no longer in the avail rings.
+    """
     base = tmp_path / "run"
     (tmp_path / NAME).mkdir()
     config = load(release / "killed.json", image, tmp_path / NAME).config
@@ -73,6 +92,8 @@ def test_device_of_a_killed_server_is_adopted(release: Path, image: Path, tmp_pa
             first.hand_over()
             with HeldWrites(driver) as held:
                 held.wait_sent()
+                for queue in range(driver.queue_count):
+                    spoil_last_avail_entry(driver, host.bus, queue)
                 (base / NAME / "pages").write_bytes(gzip.decompress((release / "killed.pages.gz").read_bytes()))
                 load(release / "killed.json", image, base / NAME)
                 second = Device(config, run_dir=base, transport=RemoteLoopbackTransport(host.path))

@@ -247,6 +247,14 @@ class LoopbackDriver:
             self._regions.append(region)
         return region
 
+    def memory_at(self, iova: int, size_bytes: int) -> memoryview:
+        """Return memory that the device may reach, such as a ring area. Raises KeyError for one without a region."""
+        for region in self._regions:
+            if region.iova <= iova and iova + size_bytes - 1 <= region.last:
+                first = iova - region.iova
+                return memoryview(region.buf)[first : first + size_bytes]
+        raise KeyError(f"no region holds {size_bytes} bytes at {iova:#x}")
+
     # -- plain requests
 
     def read(self, offset_bytes: int, length_bytes: int, *, queue: int = 0) -> bytes:
