@@ -10,7 +10,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -220,12 +219,21 @@ def upgrader(tmp_path: Path, code: str) -> upgrade.Upgrader:
     return upgrade.Upgrader("d0", tmp_path, command=[sys.executable, "-c", textwrap.dedent(code)])
 
 
-def look_until(made: upgrade.Upgrader, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 25
     while not condition():
         assert time.monotonic() < deadline
-        made.look("the files were upgraded")
         time.sleep(0.01)
+
+
+def look_until(made: upgrade.Upgrader, condition: Callable[[], bool]) -> None:
+    def look() -> bool:
+        if condition():
+            return True
+        made.look("the files were upgraded")
+        return False
+
+    wait_until(look)
 
 
 def test_server_that_needs_new_files_has_itself_replaced(tmp_path: Path) -> None:
@@ -247,11 +255,19 @@ def test_upgrade_that_fails_is_said_and_tried_again(
     made.close()
 
 
-@pytest.mark.timeout(180)
+def is_child(pid: int) -> bool:
+    """Return whether a process is a child of this one; one that has ended is, until its end was seen."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("systemd", [False, True])
 def test_service_looks_for_the_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systemd: bool) -> None:
     note = tmp_path / "note"
-    code = f"import sys; open({str(note)!r}, 'w').write(' '.join(sys.argv[1:]))"
+    code = f"import os, sys; open({str(note)!r}, 'w').write(f'{{os.getpid()}} ' + ' '.join(sys.argv[1:]))"
     monkeypatch.setattr(upgrade, "_default_command", lambda: [sys.executable, "-c", code])
     monkeypatch.setattr("vdusefast.server.service.TICK_S", 0.02)
     rig = Rig(tmp_path / "run", uri="file:/nowhere", transport="kernel")
@@ -259,13 +275,10 @@ def test_service_looks_for_the_need(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def act() -> None:
         rig.device.upgraded = "the files were upgraded"
-        deadline = time.monotonic() + 60
-        while not (note.exists() and note.read_text() == "restart vd0"):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        with suppress(ChildProcessError):  # once it was seen to have ended
-            while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None or time.monotonic() < deadline:
-                time.sleep(0.01)
+        wait_until(lambda: note.exists() and note.read_text() != "")
+        pid, _, words = note.read_text().partition(" ")
+        assert words == "restart vd0"
+        wait_until(lambda: not is_child(int(pid)))  # the service has seen its end
         assert not rig.device.hand_overs  # until the new server asks for it
         os.kill(os.getpid(), signal.SIGTERM)
 
