@@ -24,12 +24,15 @@ from vdusefast.control.virtqueue import VqControl
 from vdusefast.control.vq_states import VqState
 from vdusefast.transport.loopback import LoopbackBus
 
-# No worker that runs is given up by these, however busy the machine is.
-PATIENT = Limits(reset_s=10.0)
-# For tests that stop a worker, which is to be given up soon; the other ones have to answer within this time, too.
-QUICK = Limits(quiesce_s=1.0, reset_s=1.0)
-MEMORY_IOVA = 0x10000
 WAIT_S = 10.0
+# By the first two, DRIVER_OK is answered once every queue has started or failed: tests look at the queues then.
+# No worker that runs is given up by PATIENT, however busy the machine is.
+PATIENT = Limits(reset_s=10.0, start_grace_s=WAIT_S)
+# For tests that stop a worker, which is to be given up soon; the other ones have to answer within this time, too.
+QUICK = Limits(quiesce_s=1.0, reset_s=1.0, start_grace_s=WAIT_S)
+# For tests in which DRIVER_OK does not wait for a queue.
+PROMPT = Limits(reset_s=10.0)
+MEMORY_IOVA = 0x10000
 T = TypeVar("T")
 
 

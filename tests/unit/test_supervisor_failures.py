@@ -21,6 +21,7 @@ import fake_worker
 import pytest
 from supervised import (
     MEMORY_IOVA,
+    PROMPT,
     QUICK,
     WAIT_S,
     control,
@@ -86,10 +87,12 @@ def test_reset_replaces_a_worker_that_does_not_finish(impatient: Device, caplog:
 
 
 def test_other_messages_are_answered_while_one_waits_for_storage() -> None:
-    with make_device() as device:
+    with make_device(limits=PROMPT) as device:
         bus = device.bus
         bus.add_region(MEMORY_IOVA, 4096)
         set_up(bus, MEMORY_IOVA, MEMORY_IOVA)
+        for index in range(2):
+            wait_state(device, index, VqState.RUNNING)
         with paused(device.queues()[0].pid):
             waiting = threading.Thread(target=bus.get_vq_state, args=(0,))
             waiting.start()
@@ -124,16 +127,18 @@ def test_a_worker_killed_for_a_message_is_replaced_and_tells_where_it_stands(imp
     assert device.queues()[0].restarts == 2
 
 
-def test_driver_ok_is_answered_though_a_worker_is_late(device: Device) -> None:
-    device.bus.negotiate(device.bus.offered_features)
-    device.bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
-    device.bus.set_vq_ready(0)
-    late = device.queues()[0].pid
-    with paused(late):
-        device.bus.driver_ok()
-        os.eventfd_write(device.bus.kickfd(0), 1)
-    assert (wait_state(device, 0, VqState.RUNNING).pid, device.queues()[0].restarts) == (late, 0)
-    assert select.select([device.bus.irqfd(0)], [], [], WAIT_S)[0]
+def test_driver_ok_is_answered_though_a_worker_is_late() -> None:
+    with make_device(limits=PROMPT) as device:
+        device.bus.add_region(MEMORY_IOVA, 4096)
+        device.bus.negotiate(device.bus.offered_features)
+        device.bus.set_vq(0, 64, MEMORY_IOVA, MEMORY_IOVA, MEMORY_IOVA)
+        device.bus.set_vq_ready(0)
+        late = device.queues()[0].pid
+        with paused(late):
+            device.bus.driver_ok()
+            os.eventfd_write(device.bus.kickfd(0), 1)
+        assert (wait_state(device, 0, VqState.RUNNING).pid, device.queues()[0].restarts) == (late, 0)
+        assert select.select([device.bus.irqfd(0)], [], [], WAIT_S)[0]
 
 
 def test_message_unanswered_in_time_breaks_the_device(caplog: pytest.LogCaptureFixture) -> None:
