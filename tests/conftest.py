@@ -121,7 +121,7 @@ def run_directories() -> set[str]:
 
 
 class Resources:
-    """What this process holds, and what it has got since then."""
+    """The resources that this process holds, and those that it has got since then."""
 
     def __init__(self) -> None:
         self.descriptors = open_descriptors()

@@ -1,4 +1,4 @@
-"""What the documents tell people to type, and a directory in which it can be typed without leaving anything behind."""
+"""The commands that the documents print, and a directory in which they can be typed and leave nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server may do with a request that no server should: never an answer that says what is not so."""
+"""Things that a broken server may do with a request, except to answer falsely."""
 
 from __future__ import annotations
 

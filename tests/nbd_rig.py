@@ -1,4 +1,4 @@
-"""NBD servers for tests: nbdkit and qemu-nbd as processes, and one of ours that does what no server should."""
+"""NBD servers for tests: nbdkit and qemu-nbd as processes, and one of ours that breaks the protocol."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class CloseError(Exception):
 
 @dataclass
 class Behaviour:
-    """What a server does. `on_request` may send, sleep or raise CloseError; False: have it served as usual."""
+    """A server's behaviour. `on_request` may send, sleep or raise CloseError; False = serve it as usual."""
 
     size: int = 8 * MIB
     flags: int = ALL_FLAGS
@@ -251,7 +251,7 @@ class FakeServer:
 
     @property
     def stopped(self) -> bool:
-        """Whether behaviours that wait should not any more."""
+        """Return whether behaviours that wait are to end."""
         return self._stopped
 
     def _accept(self) -> None:

@@ -1,8 +1,8 @@
 """Run the whole suite in parts side by side, as `make test` does. Arguments go to pytest: --durations=20, -m "not vm".
 
 Each part is a pytest of its own, `pytest --part NAME`, and each test belongs to one part. Side by side they keep the
-CPUs busy: a guest computes, while most other tests wait. What a part prints has its name in front; the report of one
-that fails is printed whole at the end.
+CPUs busy: a guest computes, while most other tests wait. Each line of a part's output begins with its name. The report
+of a part that fails is printed whole at the end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def part_of(path: Path, kernel: object) -> str:
 
 
 class Part:
-    """A pytest that runs. What it prints appears as it comes, but for its report."""
+    """A pytest that runs. Its output appears as it comes, except for its report."""
 
     def __init__(self, name: str, words: Sequence[str], directory: Path) -> None:
         self.name = name
@@ -88,7 +88,7 @@ class Part:
 
 
 def run(parts: Mapping[str, Sequence[str]], directory: Path) -> int:
-    """Run pytest with the words of each part, in `directory`; returns the exit status."""
+    """Run pytest with the arguments of each part, in `directory`; returns the exit status."""
     started: list[Part] = []
     before = signal.signal(signal.SIGINT, lambda *_: [part.interrupt() for part in started])
     started += [Part(name, words, directory) for name, words in parts.items()]

@@ -20,7 +20,7 @@ def order() -> dict[str, int]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Return the modules of ours that a module imports, but for those that only a type checker sees."""
+    """Return the modules of ours that a module imports, except those that only a type checker sees."""
     nodes = [ast.parse(path.read_text())]
     while nodes:
         node = nodes.pop()

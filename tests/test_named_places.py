@@ -9,7 +9,7 @@ import pytest
 from documents import DOCUMENTS, ROOT, read
 
 SUFFIXES = "py|pyx|pxd|pyi|c|h|sh|toml|md|fio"
-# What a document names as an example of a file of the reader's own, or of another project.
+# Files that a document names as examples: the reader's own, or another project's.
 FOREIGN = {"disk.py", "vd0.toml", "FILE.toml", "CONFIG.toml", "NAME.toml", "ceph.conf", "Python.h"}
 FILES = subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard"],

@@ -34,7 +34,7 @@ class Load:
 
     @property
     def running(self) -> bool:
-        """Whether requests are still being sent."""
+        """Return whether requests are still being sent."""
         return self._thread.is_alive()
 
     def check(self) -> None:

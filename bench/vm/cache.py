@@ -1,4 +1,4 @@
-"""What guests need and this machine lacks: kernels with modules and headers, libblkio, programs of other suites.
+"""Files that guests need and this machine lacks: kernels with modules and headers, libblkio, programs of other suites.
 
 Each comes from a Debian package once, by name, and stays in a cache outside of the checkout. An entry is a directory
 that appears as a whole; a cached one is used without asking the network.
@@ -32,7 +32,7 @@ LAYOUT_PACKAGE = "base-files"  # has /bin, /lib and so on, which are links into 
 TREE_LEAVES_OUT = ("doc", "info", "lintian", "locale", "man")  # of usr/share
 HEADERS = ("vduse.h", "vdpa.h")
 
-# Needed before the root file system is there, in the guest's initramfs.
+# The initramfs of the guest needs these: they are loaded before the root file system is there.
 BOOT_MODULES = ("9pnet_virtio", "9p", "overlay")
 # For the commands to load. Those in the second list are part of one of the two kernels, or absent, in the other.
 MODULES = (

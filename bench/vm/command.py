@@ -16,7 +16,7 @@ from bench.vm.machine import ROOT, GuestConfig
 
 EPILOG = """\
 Options end at --. The command runs as root, in this directory or else in the checkout, with the checkout's environment
-first in PATH. It sees the host's files; what it writes is gone afterwards, but for --results.
+first in PATH. It sees the host's files; files that it writes are gone afterwards, except below --results.
 Exit status: the command's own; 124 when the time was up; 125 when there was no guest or it crashed; 1 for --check-log.
 In the guest's environment: VDUSEFAST_VM (the kernel asked for), VDUSEFAST_LIBBLKIO (libblkio.so.1 of Debian trixie),
 VDUSEFAST_VM_RESULTS and VDUSEFAST_VM_DISK with --results and --disk.

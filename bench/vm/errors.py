@@ -1,4 +1,4 @@
-"""What can go wrong with a guest, apart from what its command does."""
+"""The errors of a guest itself, apart from those of its command."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ Sink = Callable[[bytes], object]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command in a guest ended. `boot_s` is from the start of qemu to that of the command."""
+    """The end of a command in a guest. `boot_s` is from the start of qemu to that of the command."""
 
     status: int  # 0 when the guest went down
     kernel_log: str
@@ -169,7 +169,7 @@ class _Session:
         self._boot_s = 0.0
 
     def watch(self, log: _Pipe, out: _Pipe, err: _Pipe, status: _Pipe, complaints: _Pipe) -> None:
-        """Tell which pipe carries what."""
+        """Register each pipe with the function that takes its bytes."""
         stdout, stderr = self._outputs
         feeds: list[tuple[_Pipe, Sink]] = [(log, self._log.extend), (out, stdout.feed), (err, stderr.feed)]
         for pipe, feed in [*feeds, (status, self._status.extend), (complaints, self._complaints.extend)]:

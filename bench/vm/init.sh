@@ -15,7 +15,7 @@ exec >/dev/console 2>&1
 for module in /boot/*.ko; do
     insmod "$module" || die "$module cannot be loaded"
 done
-# Nothing may change below the guest's feet, so it may cache without limit.
+# Nothing changes these files while the guest runs, so it may cache them without limit.
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose host /host || die "no host file system"
 mount -t tmpfs -o mode=755,size=90% rw /rw
 mkdir /rw/upper /rw/work

@@ -1,11 +1,11 @@
-"""What a kernel log says that a good run's does not."""
+"""The lines of a kernel log that a good run does not have."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# The kernel, or a program, went wrong. No line of a boot in the guest matches, so that there are no exceptions.
+# The kernel, or a program, went wrong. No line of a good boot in the guest matches, so there are no exceptions.
 TROUBLE = re.compile(
     "|".join(
         (

@@ -33,7 +33,7 @@ KERNEL_ARGUMENTS = (
     "clearcpuid=cx16",
     *("apparmor=0", "audit=0", "ipv6.disable=1", "8250.nr_uarts=1", "hostname=guest"),
 )
-# What systemd and its services say goes into the kernel log, with the time.
+# systemd and its services write into the kernel log, with the time.
 SYSTEMD_ARGUMENTS = (
     *("systemd.log_target=kmsg", "systemd.show_status=no", "systemd.journald.forward_to_kmsg=1"),
     *("systemd.journald.max_level_kmsg=info", "printk.devkmsg=on"),
@@ -58,7 +58,7 @@ ACCELERATORS: dict[Clock, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class GuestConfig:
-    """What kind of guest. Sizes are as qemu writes them: 3G, 512M."""
+    """The kind of a guest. Sizes are as qemu writes them: 3G, 512M."""
 
     kernel: str = cache.KERNELS[0]
     cpus: int = 2

@@ -55,7 +55,7 @@ def unpack(scratch: Path) -> tuple[str, Path, Path]:
 
 def _build(source: Path, release: str, version: str, into: Path) -> None:
     headers, work = source / f"linux-headers-{release}", source / "vdpa"
-    # The headers' makefile names the place that they have when they are installed.
+    # The makefile of the headers names the path where they are when installed.
     makefile = headers / "Makefile"
     makefile.write_text(makefile.read_text().replace("/usr/src/", f"{source}/"))
     top = f"linux-source-{SERIES}"

@@ -71,7 +71,7 @@ class Packages:
         return "\n".join([*lines, 'Acquire::Languages { "none"; };', ""])
 
     def _apt(self, *words: str, limit_s: float) -> str:
-        # APT_CONFIG is read before the places that it turns off above.
+        # apt reads APT_CONFIG before the files that the lines above turn off.
         return run_tool(
             list(words), limit_s=limit_s, env={**os.environ, "APT_CONFIG": str(self._config)}, cwd=self._debs
         )

@@ -3,7 +3,7 @@
 . /run/guest/settings
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 
-# What the command may have left: all that runs, but below systemd its service alone.
+# Lists the processes that the command may have left: all that run, but below systemd only those of its service.
 processes() {
     if [ -n "$systemd" ]; then
         cat "/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/$$/cgroup)/cgroup.procs"
@@ -26,7 +26,7 @@ echo booted >&3
 setsid /bin/sh /run/guest/command </dev/null >/run/guest/stdout 2>/run/guest/stderr 3>&-
 status=$?
 
-# What it left running may hold its output open. What cannot be killed, since it hangs in the kernel, still does then.
+# A process that it left may hold its output open. One that hangs in the kernel cannot be killed, and still does then.
 for process in $(processes); do
     case $process in
         1 | $$ | $pump_out | $pump_err) ;;

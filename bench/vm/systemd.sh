@@ -1,7 +1,7 @@
 # Makes systemd process 1, with udev, D-Bus, logind and the journal of this machine, and none of its other services.
-# Sourced by session.sh. The command is guest-command.service; what was asked for before systemd starts is done here.
+# Sourced by session.sh, before systemd starts. The service guest-command runs the command.
 
-# What the distribution's packages switch on, and rules for directories that hold the host's files here.
+# Removes what packages of the distribution enable, and rules for directories that hold the host's files here.
 rm -rf /etc/systemd/system /etc/systemd/user /etc/rc?.d /etc/fstab
 mkdir -p /etc/systemd/system /etc/tmpfiles.d /etc/systemd/system-generators
 : >/etc/fstab
@@ -40,5 +40,5 @@ ln -s ../guest-command.service /etc/systemd/system/default.target.wants/
 ln -s /lib/systemd/system/multi-user.target /etc/systemd/system/default.target
 ln -s /lib/systemd/system/remote-fs.target /etc/systemd/system/multi-user.target.wants/
 chmod 755 /run
-/bin/sh /run/guest/before </dev/null || die "what was to be done before systemd starts has failed"
+/bin/sh /run/guest/before </dev/null || die "the command that runs before systemd has failed"
 exec /lib/systemd/systemd

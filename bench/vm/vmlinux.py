@@ -28,7 +28,7 @@ def extract(image: Path, into: Path) -> None:
     content = image.read_bytes()
     offset, length = struct.unpack_from("<II", content, PAYLOAD_AT)
     start = (content[SETUP_SECTORS_AT] + 1) * 512 + offset
-    # The last four bytes are the unpacked size, which is no part of the archive.
+    # The last four bytes are the unpacked size; they do not belong to the archive.
     payload = content[start : start + length - 4]
     kind = next((kind for magic, kind in MAGICS.items() if payload.startswith(magic)), None)
     if kind == "xz":

@@ -1,4 +1,4 @@
-"""What a correct virtio-blk device must do with a split ring, from VIRTIO 1.3 alone; slow and plain."""
+"""A correct virtio-blk device on a split ring, written from VIRTIO 1.3 alone; slow and plain."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class View:
 
 @dataclass
 class Interrupts:
-    """How many interrupts there were if each publication seen by decide() was decided about."""
+    """The interrupts that are due when the device decides about each publication that decide() has seen."""
 
     signalled_idx: int
     due: bool = True  # the first publication after a start interrupts whatever the driver says

@@ -121,7 +121,7 @@ class Memory:
 
 @dataclass
 class Ring:
-    """Where a split ring lies, and the driver's cursors."""
+    """The place of a split ring, and the driver's cursors."""
 
     memory: Memory
     size: int

@@ -1,4 +1,4 @@
-"""The device's side of a packed vq in pure Python, by the words of VIRTIO 1.3, 2.8: slots and wrap counters."""
+"""The device's side of a packed vq in pure Python, after VIRTIO 1.3, 2.8: slots and wrap counters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PackedRing:
 
     @property
     def state(self) -> int:
-        """Where the device stands, as uapi.VqInfo.last_avail_idx."""
+        """Return the position of the device, as uapi.VqInfo.last_avail_idx."""
         used = self.used_wrap_counter << 15 | self.used_slot
         return used << 16 | self.avail_wrap_counter << 15 | self.avail_slot
 
@@ -66,7 +66,7 @@ class PackedRing:
         raise AssertionError("a chain is longer than the ring")
 
     def write_used(self, buffer_id: int, written_bytes: int, *, ahead: int = 0) -> None:
-        """Write a used descriptor, `ahead` slots behind the next one."""
+        """Write a used descriptor, `ahead` slots after the next one."""
         slot, wrap_counter = self.used_slot + ahead, self.used_wrap_counter
         if slot >= self.size:
             slot, wrap_counter = slot - self.size, wrap_counter ^ 1
@@ -74,7 +74,7 @@ class PackedRing:
         ctypes.memmove(self.desc + 16 * slot + 8, struct.pack("<IHH", written_bytes, buffer_id, flags), 8)
 
     def skip(self, count: int) -> None:
-        """Go on behind `count` descriptors that are used."""
+        """Continue after `count` descriptors that are used."""
         self.used_slot += count
         if self.used_slot >= self.size:
             self.used_slot -= self.size

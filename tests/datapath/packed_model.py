@@ -47,7 +47,7 @@ class Position:
 
 
 class PackedRing:
-    """Where a packed ring lies, and the driver's cursors. The areas have the names that they have in a split ring."""
+    """The place of a packed ring, and the driver's cursors. The areas have the names that they have in a split ring."""
 
     def __init__(self, memory: Memory, size: int, desc: int, avail: int, used: int, start_idx: int = 1 << 15) -> None:
         """start_idx: slot and wrap counter (bit 15)."""

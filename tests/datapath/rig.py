@@ -175,7 +175,7 @@ class Rig:
         self.queue.start(**self.start_words(state | (state << 16 if self.packed else 0)))
 
     def start_words(self, last_avail_idx: int) -> dict[str, int]:
-        """Return what Queue.start() is told of the rings."""
+        """Return the description of the rings that Queue.start() takes."""
         ring = self.ring
         return {
             "acked_features": self.params.features,
@@ -209,7 +209,7 @@ class Rig:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    # What the device did.
+    # -- the device's side
 
     @property
     def reason(self) -> Reason:

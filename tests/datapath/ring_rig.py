@@ -23,7 +23,7 @@ Taken = tuple[Chain, int]  # and the bytes that the device has written
 
 
 class SplitRing:
-    """The device's side of a split vq, by the words of VIRTIO 1.3, 2.7. IOVAs are addresses of this process."""
+    """The device's side of a split vq, after VIRTIO 1.3, 2.7. IOVAs are addresses of this process."""
 
     def __init__(self, size: int, desc: int, driver: int, device: int, start: int = 0):
         self.size, self.desc, self.driver, self.device = size, desc, driver, device
@@ -48,7 +48,7 @@ class SplitRing:
             at = following
 
     def write_used(self, head: int, written_bytes: int, *, ahead: int = 0) -> None:
-        """Write a used element, `ahead` places behind the next one."""
+        """Write a used element, `ahead` places after the next one."""
         slot = (self.used_idx + ahead) % self.size
         ctypes.memmove(self.device + 4 + 8 * slot, struct.pack("<II", head, written_bytes), 8)
 

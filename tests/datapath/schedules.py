@@ -56,7 +56,7 @@ region_perms = st.sampled_from([RW, RW, RW, RO, WO])
 
 @dataclass(frozen=True)
 class Chain:
-    """What one request is made of; rig-independent, so that a failing example prints whole."""
+    """The parts of one request; independent of the rig, so that a failing example prints whole."""
 
     kind: int
     sector: int

@@ -45,7 +45,7 @@ def test_full_store_is_an_error_and_counted(engine: str) -> None:
         assert (rig.counter("host_errors"), rig.counter("host_enospc")) == (1, 1)
         assert rig.counter("last_host_errno") == 28
         assert rig.counter("bad_requests") == 0
-        # The queue goes on.
+        # The queue still serves.
         assert rig.ask(rig.request(T_IN, 0, b"", 512)) == (513, OK)
 
 

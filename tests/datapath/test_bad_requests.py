@@ -1,4 +1,4 @@
-"""A bad request is answered IOERR or UNSUPP, has no effect, and the queue goes on."""
+"""A bad request is answered IOERR or UNSUPP and has no effect; the queue still serves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BIG = pattern(4096, 5)
 
 
 def refuse(rig: Rig, parts: list[Desc], status: int = IOERR) -> None:
-    """Expect `status`, nothing else written, memory and store as they were, and a queue that goes on."""
+    """Expect `status`, nothing else written, memory and store unchanged, and a queue that still serves."""
     memory, store = rig.memory.snapshot(), rig.store_bytes()
     bad = rig.counter("bad_requests") + rig.counter("unsupported")
     # The status counts in used.len only where nothing that was not written lies before it.

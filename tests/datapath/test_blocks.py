@@ -224,7 +224,7 @@ def test_device_goes_on_over_a_store_that_wants_larger_blocks_by_now(uri: str, m
 @pytest.mark.parametrize("uri", ["disk"], indirect=True)
 @pytest.mark.parametrize("engine", ["sync", "cached"])
 def test_page_cache_takes_parts_of_blocks_but_for_ranges(uri: str, engine: str) -> None:
-    """A disk's discards and zeroes are of its own blocks, also behind the page cache."""
+    """A disk discards and zeroes whole blocks of its own, also through the page cache."""
     config = make_config(name="cached", uri=uri, block_size_bytes=512, queues=2, engine=engine)
     with Device(config) as device, device.driver() as driver:
         driver.write(0, b"c" * 8 * PAGE)

@@ -1,4 +1,4 @@
-"""A queue whose device changes its size: requests are checked against the new end, and none is left behind it."""
+"""A queue whose device changes its size: requests are checked against the new end, and none after it is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a class prints is text in the log: of a relay, a worker or a probe, much or little. Events are checked."""
+"""The output of a class is text in the log: of a relay, a worker or a probe, much or little. Events are checked."""
 
 from __future__ import annotations
 

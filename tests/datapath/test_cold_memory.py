@@ -27,7 +27,7 @@ def read_bytes() -> int:
 
 
 def parts_of_write(rig: Rig, sector: int, lengths: Sequence[int]) -> list[Desc]:
-    """Return a write of a segment of each length, one behind the other, from the second page of the memory on."""
+    """Return a write of a segment of each length, one after the other, from the second page of the memory on."""
     rig.memory.write(IN_IOVA, header(T_OUT, sector))
     rig.memory.write(OUT_IOVA, b"\xff")
     parts, at = [Desc(IN_IOVA, 16)], IN_IOVA + PAGE

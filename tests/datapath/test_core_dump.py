@@ -35,7 +35,7 @@ class Disk(vdusefast.Backend):
     def pwrite(self, buffer, offset_bytes):
         os.pwrite(self.fd, buffer, offset_bytes)
 """
-# Which mappings have the driver's data, by the names in /proc/PID/smaps.
+# The mappings that have the driver's data, by their names in /proc/PID/smaps.
 SECRET = re.compile(r"memfd:|disk\.img")
 
 pytestmark = pytest.mark.timeout(120)

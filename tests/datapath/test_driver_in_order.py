@@ -18,7 +18,7 @@ WRITABLE = [4097, 1, 1]
 
 
 def start_of(packed: bool, slot: int) -> int:
-    """Return a place `slot` behind the beginning, in the second round of a packed ring."""
+    """Return a place `slot` after the beginning, in the second round of a packed ring."""
     return slot * 0x10001 if packed else slot
 
 
@@ -91,7 +91,7 @@ def test_indirect_chains_are_skipped_as_any(packed: bool) -> None:
 
 
 def test_descriptors_of_a_split_ring_are_used_in_their_order() -> None:
-    """As VIRTIO 1.3, 2.7.5.1 asks of a driver that has taken IN_ORDER: next is the one behind, and 0 after the last."""
+    """As VIRTIO 1.3, 2.7.5.1 asks of a driver with IN_ORDER: next is the following descriptor, and 0 after the last."""
     with RingRig(SIZE, packed=False, in_order=True) as rig:
         heads = []
         for _ in range(4):
@@ -165,7 +165,7 @@ schedules = st.builds(Schedule, st.booleans(), st.booleans(), st.integers(1, 4),
 
 
 class Model:
-    """What a driver and a device do to each other, by lists."""
+    """A driver and a device that exchange requests, as lists."""
 
     def __init__(self, rig: RingRig, data: st.DataObject, *, in_order: bool):
         self.rig, self.data, self.in_order = rig, data, in_order

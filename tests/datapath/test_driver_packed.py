@@ -1,4 +1,4 @@
-"""The driver's side of a packed vq, against a device that goes by the words of VIRTIO 1.3, 2.8."""
+"""The driver's side of a packed vq, against a device that follows VIRTIO 1.3, 2.8."""
 
 from __future__ import annotations
 

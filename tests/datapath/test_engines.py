@@ -1,4 +1,4 @@
-"""What is special about engines with an io_uring: page cache first, registered buffers, submission by the kernel."""
+"""The specialities of engines with an io_uring: page cache first, registered buffers, submission by the kernel."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evict(fd: int) -> None:
 
 
 def start(rig: Rig, sector: int, size: int) -> int:
-    """Have one read started, and return how many are in flight behind that round."""
+    """Have one read started, and return how many are in flight after that round."""
     rig.ring.make_available(rig.ring.put_chain(rig.request(T_IN, sector, b"", size)))
     assert rig.queue.poll() == 1
     return rig.queue.inflight_count

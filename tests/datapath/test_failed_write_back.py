@@ -30,7 +30,7 @@ pytestmark = pytest.mark.loop_device
 
 @pytest.fixture
 def full_node(tmp_path: Path, attach_loop: Callable[[Path], str]) -> Iterator[str]:
-    """Give a block device of 64 MiB whose write-back fails behind the first MiB: its file's file system is full."""
+    """Give a block device of 64 MiB whose write-back fails after the first MiB: its file's file system is full."""
     there = tmp_path / "full"
     there.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", there], check=True, timeout=20)

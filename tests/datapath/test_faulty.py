@@ -1,4 +1,4 @@
-"""`faulty:`: each rule meets the requests that it is for, whatever the engine behind it, and no others."""
+"""`faulty:`: each rule applies to its own requests and to no others, with every engine below it."""
 
 from __future__ import annotations
 

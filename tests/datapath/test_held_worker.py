@@ -64,7 +64,7 @@ def hold(device: vdusefast.Device, *, timeout_s: float = WAIT_S) -> bool:
 
 
 class Write:
-    """A write to queue 0 that goes on by itself."""
+    """A write to queue 0, in a thread."""
 
     def __init__(self, driver: LoopbackDriver):
         self._thread = threading.Thread(target=driver.write, args=(8192, BLOCK))

@@ -79,7 +79,7 @@ def stepper(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(autouse=True)
 def one_cpu() -> Iterator[None]:
-    """Have both processes take turns on one CPU: each step would wake the other CPU up, and this one behind it."""
+    """Have both processes take turns on one CPU: else each step would wake the other CPU up, and then this one."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     yield
@@ -87,7 +87,7 @@ def one_cpu() -> Iterator[None]:
 
 
 class Victim(Rig):
-    """Three writes, two of them to one sector, and behind them a fourth that uses the first one's chain again."""
+    """Three writes, two of them to one sector, and then a fourth that uses the first one's chain again."""
 
     A, B, C, D, LATER = (bytes([number]) * SECTOR_BYTES for number in (0xA1, 0xB2, 0xC3, 0xD4, 0xE5))
 
@@ -104,7 +104,7 @@ class Victim(Rig):
         self.memory.write(OUT_IOVA + 0x8000, b"\xff" * (SECTOR_BYTES + 1))
         out = OUT_IOVA + 0x8000
         read = [Desc(IN_IOVA + 0x8000, 16), Desc(out, SECTOR_BYTES, WRITE), Desc(out + SECTOR_BYTES, 1, WRITE)]
-        # What is made available, in this order; the fourth is the first one's chain again. Of a packed ring: ids.
+        # The chains to make available, in this order; the fourth is the first again. Heads of a packed ring are ids.
         self.chains = [*writes, writes[0], read]
         if self.packed:
             self.heads = [0, 1, 2, 3, 4]
@@ -170,7 +170,7 @@ class Victim(Rig):
             pass
 
     def turns(self, stop: Callable[[], object]) -> None:
-        """What the child does: serve, be the driver for a moment, serve; with a stop around each."""
+        """Run in the child: serve, be the driver for a moment, serve; stop before and after each."""
         stop()
         self.serve(self.queue)
         stop()
@@ -197,7 +197,7 @@ class Victim(Rig):
         return os.pread(self.store_fd, SECTOR_BYTES, number * SECTOR_BYTES)
 
     def check_told(self) -> bytes:
-        """What the driver was told of is true. Returns what sector 1 holds from now on, which may be changed."""
+        """Check that every published answer is true. Returns what sector 1 holds from now on, which may be changed."""
         told = len(self.told())
         assert told <= self.offered_count
         assert self.told() == self.heads[:told]

@@ -165,7 +165,7 @@ def test_mapped_reads_need_no_merging() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_write_is_told_before_an_older_one_that_would_be_repeated(path: Path, fd: int, engine: str) -> None:
-    """The second of two writes to a page is told when the first, held back, is: so that no death undoes it."""
+    """The second of two writes to a page is published with the first, which was held back: no death undoes it."""
     with rig_of(engine, fd) as rig:
         writes = [(T_OUT, page, bytes([65 + i]) * PAGE) for i, page in enumerate((4, 5, 5, 20, 30, 40, 50))]
         offer(rig, writes)
@@ -179,7 +179,7 @@ def test_no_write_is_told_before_an_older_one_that_would_be_repeated(path: Path,
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_whole_ring_left_by_a_worker_is_merged_again_in_its_order(path: Path, fd: int, engine: str) -> None:
-    """More than one round of requests, most of them held back, are carried out at once by the worker that goes on."""
+    """More than one round of requests, most of them held back, are replayed at once by the next worker."""
     count = 75
     with rig_of(engine, fd) as rig:
         heads = offer(rig, [(T_OUT, i % 60, bytes([1 + i]) * PAGE) for i in range(count)])

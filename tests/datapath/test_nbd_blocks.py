@@ -135,7 +135,7 @@ class Writers:
 
 @pytest.mark.parametrize("victim", ["", "worker", "relay", "server"])
 def test_writes_of_several_queues_to_one_block_are_all_kept(server: Server, victim: str) -> None:
-    """Whatever is killed meanwhile."""
+    """Also while processes are killed."""
     stop = threading.Event()
     kills = 0
     with served(server.uri, queues=3, block_size_bytes=512) as (device, driver):
@@ -171,7 +171,7 @@ def test_writes_of_several_queues_to_one_block_are_all_kept(server: Server, vict
 
 
 def test_discard_of_more_than_one_command_is_cut_where_units_of_a_server_end(tmp_path: Path) -> None:
-    """A command has at most 1 GiB. What a server frees at a time has a power of two of bytes."""
+    """A command has at most 1 GiB. The bytes that a server frees at a time are a power of two."""
     log = tmp_path / "log"
     start, length = 3 * 512, (2 << 30) - 512
     running = kept_nbdkit(tmp_path / "sock", "memory", "4G", f"logfile={log}", options=("--filter=log",))

@@ -169,7 +169,7 @@ def test_interrupts_of_single_batches_are_exact(ring: int) -> None:
 @relaxed(60)
 @given(st.data())
 def test_index_anywhere_is_served_or_refused(data: st.DataObject) -> None:
-    """Whatever the avail ring says: served as the model does, or failed for the same reason."""
+    """Any content of the avail ring is served as by the model, or fails for the same reason."""
     with Rig(size=8, start_idx=data.draw(start_indices)) as rig:
         parts = rig.request(0, 0, b"", 512)
         for _ in range(3):

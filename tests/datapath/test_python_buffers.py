@@ -155,7 +155,7 @@ def test_request_with_a_kept_view_waits_for_the_others_of_its_region() -> None:
 
 
 def test_buffer_in_use_by_a_thread_is_taken_away_under_it() -> None:
-    """A thread that goes on reading what another has completed sees zeroes in the end, and the process lives."""
+    """A thread that still reads a request that another has completed sees zeroes in the end, and the process lives."""
 
     class Threaded(BatchMemory):
         def submit(self, batch):

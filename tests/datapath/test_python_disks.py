@@ -46,7 +46,7 @@ def device_of(uri: str, **settings: object) -> vdusefast.Device:
 
 
 def scribble(driver: LoopbackDriver, seed: int, block_bytes: int) -> bytearray:
-    """Write, zero and discard at random, overlapping; return what must be there, checked as it goes on."""
+    """Write, zero and discard at random, overlapping; check meanwhile, and return what must be there."""
     dice = random.Random(seed)
     model = bytearray(driver.read(0, MIB))
     for step in range(60):

@@ -60,7 +60,7 @@ def mappings(pid: int) -> list[Mapping]:
 
 
 def stays_in_memory(pid: int) -> None:
-    """What a process has used of its code and tables is locked."""
+    """The code and tables that a process has used are locked."""
     for one in mappings(pid):
         if one.permissions.endswith("p") and one.permissions[0] == "r" and not one.name.startswith("[v"):
             assert one.locked, one

@@ -1,4 +1,4 @@
-"""A queue goes on where a worker that died stood, by the in-flight log and the ring; and the engine that only fails."""
+"""A queue continues where a dead worker stood, by the in-flight log and the ring; and the engine that only fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vdusefast.state import shared_pages
 from vdusefast.worker._datapath import RingError
 
 T_OUT = 1
-DOES_NOT_COUNT = 12345  # of a split ring that goes on by its log
+DOES_NOT_COUNT = 12345  # of a split ring that continues by its log
 HEADER_BYTES = shared_pages.INFLIGHT_HEADER_BYTES
 ENTRY_BYTES = shared_pages.INFLIGHT_ENTRY_BYTES
 LOGGED = 256  # entries: the largest queue size of a rig
@@ -23,7 +23,7 @@ LOG_HEADER = struct.Struct("<8sIHHIIIII")
 
 
 class Crashed(Rig):
-    """Five writes, each to the sector of its number, of which a worker that died left a log behind."""
+    """Five writes, each to the sector of its number, in the log of a worker that died."""
 
     COUNT = 5
 

@@ -90,7 +90,7 @@ def test_an_element_that_was_announced_and_never_written_is_done_again() -> None
 
 def test_leftovers_of_the_lap_before_are_not_taken_for_elements() -> None:
     with Crashed(shown=COUNT, noted=COUNT - 1) as rig:
-        # What the first lap has left behind the last chain has the USED bit that a used element would have.
+        # After the last chain, a descriptor of the first lap has the USED bit that a used element would have.
         assert not rig.memory.read(rig.ring.desc + 48 * COUNT + 14, 2)[1] & USED >> 8
         rig.recover()
         assert rig.queue.poll() == 0

@@ -1,4 +1,4 @@
-"""What the control plane does while requests are in flight must not cost one of them."""
+"""No step of the control plane costs a request that is in flight."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_memory_that_vanishes_fails_the_queue_and_not_the_process(image: Path) -
 @pytest.mark.parametrize("verify", ["crc32c", "pattern"])
 @pytest.mark.parametrize("depth", [1, 16])
 def test_device_that_moves_no_data_does_not_pass_verification(verify: str, depth: int) -> None:
-    """What an earlier write left in the driver's buffer must not be taken for what was read."""
+    """Bytes that an earlier write left in the driver's buffer must not pass for bytes that were read."""
     config = vdusefast.make_config(name="empty", uri="null:1M")
     pattern = b"\x5a" * 4096 if verify == "pattern" else b""
     with vdusefast.Device(config) as device, device.driver() as driver:

@@ -1,4 +1,4 @@
-"""What a worker costs: modules at its start, and page faults while it serves."""
+"""The cost of a worker: modules at its start, and page faults while it serves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vdusefast.control.worker_process import default_command
 
 MIB = 1 << 20
 MODULE_COUNT_MAX = 90  # 74 with Python 3.11
-# What a start that looks through site-packages, or a careless import, would bring.
+# Modules that a start which searches site-packages, or a careless import, would bring.
 HEAVY = {
     *("asyncio", "concurrent.futures", "importlib.util", "inspect", "json", "logging", "pathlib", "platform", "random"),
     *("shutil", "site", "subprocess", "tempfile", "threading", "tomllib", "traceback", "unittest", "urllib.parse"),

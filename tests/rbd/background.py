@@ -1,4 +1,4 @@
-"""A call that is made in a thread, so that the test goes on meanwhile."""
+"""A call in a thread, so that the test continues meanwhile."""
 
 from __future__ import annotations
 

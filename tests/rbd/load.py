@@ -18,7 +18,7 @@ START_LIMIT_S = 20.0
 
 
 class Load:
-    """A running load. What it ended with is told by `result`."""
+    """A running load. `result` returns its outcome."""
 
     def __init__(self, uri: str, directory: Path, *words: str) -> None:
         """Start it. `words` are further ones of the command line."""
@@ -67,7 +67,7 @@ class Load:
 
 
 class Result:
-    """What a load has reported, and said on the way."""
+    """The report of a load, and its output before that."""
 
     def __init__(self, report: dict[str, Any], said: str) -> None:
         self.report = report

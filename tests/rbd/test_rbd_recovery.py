@@ -1,4 +1,4 @@
-"""What is lost under an image: an OSD, the cluster, a worker. Data is never wrong, and the device stays."""
+"""An image loses an OSD, the cluster, or a worker. Data is never wrong, and the device stays."""
 
 from __future__ import annotations
 

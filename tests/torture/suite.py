@@ -20,7 +20,7 @@ LIMIT_S = 170
 
 @dataclass
 class Result:
-    """What a run has printed, and its report."""
+    """The output of a run, and its report."""
 
     status: int
     text: str
@@ -48,7 +48,7 @@ def torture(tmp_path: Path, *words: str, package: Path = ROOT) -> Result:
 def slow_nbdkit(tmp_path: Path, *, multi_conn: bool = True) -> Iterator[list[str]]:
     """Run an nbdkit some of whose writes take long, and yield words for `torture` with which old writes meet new ones.
 
-    The area is small, so that blocks are written again soon, and the load goes on for longer than a worker's start.
+    The area is small, so that blocks are written again soon, and the load lasts longer than a worker's start.
     """
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))

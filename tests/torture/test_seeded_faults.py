@@ -58,9 +58,9 @@ def test_the_same_build_without_a_fault_passes(faulty: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("faulty", [FLUSH_EARLY], indirect=True)
 def test_an_early_answer_to_a_flush_is_found_by_a_store_that_fails_it(faulty: Path, tmp_path: Path) -> None:
-    """Whether what was flushed survives is for the machine's power to tell, and no kill of a process shows it.
+    """No kill of a process shows whether flushed data survives: only a loss of the machine's power does.
 
-    That a flush is answered by its outcome, and so not before it, is what the data path's own test asks.
+    The test of the data path checks that a flush is answered with its outcome, and so not before it.
     """
     test = "tests/datapath/test_bad_host.py::test_flush_of_a_failing_store_is_an_error"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]

@@ -44,9 +44,9 @@ def test_nothing_is_lost_on_an_nbd_server_whatever_dies(tmp_path: Path, filters:
 def test_nothing_is_lost_on_an_nbd_server_that_carries_out_writes_late(
     tmp_path: Path, multi_conn: bool, kills: str
 ) -> None:
-    """What a client that dies has sent may land after newer writes of the next one, unless that one waits.
+    """Writes of a client that dies may land after newer writes of the next client, unless that one waits.
 
-    test_seeded_faults.py sees to it that this would be found.
+    test_seeded_faults.py checks that this would be found.
     """
     with slow_nbdkit(tmp_path, multi_conn=multi_conn) as words:
         torture_store(tmp_path, words, kills)

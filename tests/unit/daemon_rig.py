@@ -19,7 +19,7 @@ from vdusefast.state.run_dir import RunDirectory
 
 
 class FakeDevice:
-    """What api.Device is to the service: it holds its run directory while it runs."""
+    """In place of api.Device for the service: it holds its run directory while it runs."""
 
     def __init__(self, config: Config, base: Path) -> None:
         self.name = config.device.name

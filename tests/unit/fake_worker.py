@@ -1,7 +1,7 @@
 """A worker without a data path, for tests of the control plane: `fake_worker.py BEHAVIOUR ... DESCRIPTOR`.
 
 It counts kicks in place of requests. How it fails is chosen by BEHAVIOUR (at its start) or by `desc_addr` (at START).
-Each command is told on stderr, so that a test can see what arrived.
+It prints each command on stderr, so that a test can see which arrived.
 """
 
 from __future__ import annotations

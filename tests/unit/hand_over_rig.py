@@ -57,7 +57,7 @@ def said_pid(process: subprocess.Popen[str]) -> int:
 
 
 class Load:
-    """Writes and reads back on both queues until it is told to stop; any error is kept."""
+    """Writes and reads back on both queues until `stop`; keeps any error."""
 
     def __init__(self, driver: LoopbackDriver) -> None:
         self.driver = driver

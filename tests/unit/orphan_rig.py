@@ -91,7 +91,7 @@ def write_state(path: Path, config: Config = CONFIG) -> None:
 
 
 class Started:
-    """What was asked of launch.start, in place of a process."""
+    """In place of launch.start: keeps what it was asked for, and starts no process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[Config, StartMode]] = []
@@ -147,7 +147,7 @@ def serving(machine: FakeMachine, **info: Any) -> Iterator[FakeServer]:
 
 
 class FakeManager:
-    """What service_manager is asked for, in place of systemd."""
+    """In place of service_manager: keeps what it was asked for, and asks no systemd."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[str, str]] = []

@@ -59,7 +59,7 @@ class QuickLoop(asyncio.SelectorEventLoop):
 
 @dataclass
 class Script:
-    """What the workers of one queue do, and what is true of them, whatever the control plane believes."""
+    """The workers of one queue: their actions, and their real state, which the control plane may not know."""
 
     chosen: random.Random
     chance: float = 0.0  # of a fault, at each step
@@ -119,7 +119,7 @@ class ScriptedTransport:
 
 
 class _Process:
-    """What WorkerProcess has of subprocess.Popen."""
+    """The part of subprocess.Popen that WorkerProcess uses."""
 
     pid = 1 << 22  # no process has it
 

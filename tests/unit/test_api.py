@@ -1,4 +1,4 @@
-"""What users call: a device from start to stop, and what signals do to a command."""
+"""The public API: a device from start to stop, and the effect of signals on a command."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_hangup_that_nohup_ignores_stays_ignored() -> None:
 
 
 def test_signal_just_after_the_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has come up completely is stopped, and not only let go of."""
+    """A device that has started completely is stopped, and not only released."""
     stopped = []
     real_call, real_stop = Device._call, Supervisor.stop
 
@@ -442,7 +442,7 @@ class KernelLike(LoopbackTransport):
 
 
 def test_device_that_its_driver_keeps_can_be_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where `stop` could not take it away, what the next server needs stays, too."""
+    """If `stop` could not remove it, the files that the next server needs stay, too."""
     monkeypatch.setattr(orphans, "is_attached", lambda name: True)
     device = Device(recover_config(tmp_path), transport=KernelLike())
     device.start()

@@ -303,7 +303,7 @@ def test_block_node_reads_sysfs(tmp_path: Path) -> None:
 
 
 class FakeDevice:
-    """What `run_on_kernel` uses of a Device."""
+    """The part of a Device that `run_on_kernel` uses."""
 
     made: list[FakeDevice] = []  # noqa: RUF012
     failing_after = 1 << 30  # looks at `failure`

@@ -1,4 +1,4 @@
-"""bench/speed.py: rows, goals, medians; what is made of the words of callgrind, perf and strace. Nothing is timed."""
+"""bench/speed.py: rows, goals, medians; and how the output of callgrind, perf and strace is read. Nothing is timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The torture suite's parts: what is asked for, what is struck when, what is found, and how it is told."""
+"""The parts of the torture suite: options, kills and their times, findings, and the report."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_a_block_is_compared_with_the_journal() -> None:
 
 
 def test_disk_writers_prove_themselves_and_notice_old_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a file in place of a disk: what the kernel does behind it is not their concern."""
+    """On a file in place of a disk: they do not depend on what the kernel does below it."""
     path = tmp_path / "disk.img"
     path.touch()
     os.truncate(path, MIB)
@@ -298,7 +298,7 @@ def test_leaks_are_what_is_more_than_before(monkeypatch: pytest.MonkeyPatch) -> 
     assert leaks.left() == []
 
 
-# -- how it is told
+# -- the report
 
 
 def findings() -> Findings:

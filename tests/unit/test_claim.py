@@ -139,7 +139,7 @@ def test_request_in_flight_keeps_a_device_from_being_gone_on_with(lost: Lost) ->
             lost.make_device().start(claim=True)
         assert not (lost.run / "vd0").exists()
         assert waiting.is_alive()
-        # What removes it has its requests end, with an error.
+        # Its removal ends its requests with an error.
         removing = lost.make_device(resolve_cpus(make_config(name="vd0", uri="null:1M", queues=2, queue_size=32768)))
         removing.start(recover=True, fail_requests=True, claim=True)
         waiting.join(IO_S)

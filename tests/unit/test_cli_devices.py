@@ -307,7 +307,7 @@ def test_bad_input_is_one_line_and_nothing_is_left(
 
 
 def test_kernel_without_vduse_is_5(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `serve` says where there is no control node, on whatever machine this runs."""
+    """Without a control node, `serve` names the modules to load."""
     monkeypatch.setattr("vdusefast.transport.kernel_control.CONTROL_NODE", "/nowhere/control")
     assert cli.run(["serve", "vd0", "--backend", "null:1M"]) == 5
     err = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What shows that this is a container, from copies of /proc, and what is said about it."""
+"""How a container is recognised, from copies of /proc, and the message about it."""
 
 from __future__ import annotations
 

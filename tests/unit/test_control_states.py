@@ -222,7 +222,7 @@ async def disturb(device: Device, chosen: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_order_of_operations_deaths_and_failures_is_forbidden(seed: int) -> None:
-    """Whatever comes side by side: the machine allows it, and a reset has the queue serve again."""
+    """The state machine allows every event at any time, and after a reset the queue serves again."""
     chosen = random.Random(seed)
     with make_device(queues=1, limits=QUICK) as device:
         device.bus.add_region(MEMORY_IOVA, 4096)

@@ -9,7 +9,7 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
-# What the headers and sources of each folder of csrc may include, besides their own folder.
+# The folders of csrc that each folder's headers and sources may include, besides their own.
 CSRC_LAYERS: dict[str, set[str]] = {
     "base": set(),
     "identity": set(),

@@ -1,4 +1,4 @@
-"""What the process that serves a device tells systemd, and when."""
+"""The messages that the process that serves a device sends to systemd, and when."""
 
 from __future__ import annotations
 

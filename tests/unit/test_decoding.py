@@ -1,4 +1,4 @@
-"""Whatever somebody else has written as JSON or TOML, it is answered with one error in plain words."""
+"""Any wrong JSON or TOML from outside is answered with one error in plain words."""
 
 from __future__ import annotations
 

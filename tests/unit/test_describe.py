@@ -1,4 +1,4 @@
-"""What `show` says of the path that requests take."""
+"""The lines of `show` about the path that requests take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands print about devices."""
+"""The tables and lines that the commands print about devices."""
 
 from __future__ import annotations
 

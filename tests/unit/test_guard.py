@@ -1,4 +1,4 @@
-"""Whatever runs for a device may fail as nobody expects: it is seen, and the device serves on. By injection."""
+"""Any part of a device may fail in an unexpected way: the failure is seen, and the device serves on. By injection."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Disk(vdusefast.Backend):
 
 
 class BoomError(Exception):
-    """What nobody expects."""
+    """An exception that no part expects."""
 
 
 class Injector:
@@ -248,7 +248,7 @@ def test_messages_that_can_never_be_read_break_the_device(injector: Injector, ca
 
 
 class EagerLoop:
-    """A loop that has done what it is asked for before the caller goes on, as on a machine that is busy elsewhere."""
+    """A loop that carries out a call before the caller continues, as on a machine that is busy elsewhere."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop

@@ -1,4 +1,4 @@
-"""Another store under the same name is told from the one that was served, and refused."""
+"""Another store under the same name is recognised, and refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel says of a block device's units, as sysfs words it."""
+"""The units of a block device, as the kernel shows them in sysfs."""
 
 from __future__ import annotations
 

@@ -305,7 +305,7 @@ def test_worker_that_breaks_the_protocol_loses_its_port(side: Side) -> None:
         sock.send(b"what?")
         assert sock.recv(64) == b""
     port.close()
-    side.bus.set_status(1)  # the bus goes on
+    side.bus.set_status(1)  # the bus still serves
 
 
 def test_queue_that_is_not_there_is_einval(side: Side) -> None:

@@ -1,4 +1,4 @@
-"""What is built and shipped, what a newcomer's set-up does, and what the test suite itself promises."""
+"""The packages that are built, a newcomer's set-up, and the promises of the test suite itself."""
 
 from __future__ import annotations
 

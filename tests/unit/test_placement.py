@@ -1,4 +1,4 @@
-"""Where workers and interrupts go on machines of several shapes, and what is said about it."""
+"""The CPUs of workers and interrupts on machines of several shapes, and the messages about them."""
 
 from __future__ import annotations
 

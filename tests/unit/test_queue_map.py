@@ -1,4 +1,4 @@
-"""Which CPUs submit to which queue: the kernel's rule, and what the kernel says."""
+"""The queue that each CPU submits to: by the kernel's rule, and as the kernel shows it."""
 
 from __future__ import annotations
 

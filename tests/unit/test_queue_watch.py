@@ -1,4 +1,4 @@
-"""A queue whose storage does not answer is named, with the time since when; everything else goes on."""
+"""A queue whose storage does not answer is named, with the time since when; all others serve on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WAIT_S = 15.0
 
 
 class FakePages:
-    """What the watch reads of the shared pages."""
+    """The part of the shared pages that the watch reads."""
 
     def __init__(self) -> None:
         self.requests = 0

@@ -108,7 +108,7 @@ def test_store_that_somebody_has_grown_is_looked_at_again(device: Device, image:
 
 
 def test_file_that_was_grown_is_not_cut_without_force(device: Device, image: Path) -> None:
-    """The data behind the device's end may be dear to the one who made the file longer."""
+    """Data after the device's end may matter to the person who made the file longer."""
     os.truncate(image, 8 * MIB)
     with pytest.raises(VdusefastError, match=r"from 8 MiB to 4 MiB loses"):
         device.resize(4 * MIB)
@@ -198,7 +198,7 @@ def test_device_that_does_not_run_is_refused(image: Path) -> None:
 
 
 def saved_bytes(device: Device) -> int:
-    """Return the size that the next server is told of."""
+    """Return the size that the next server finds."""
     assert device._directory is not None
     state = saved_state.load(device._directory.state_path)
     assert state is not None
@@ -295,7 +295,7 @@ def impatient() -> Iterator[None]:
 
 
 def test_device_whose_worker_hangs_does_not_grow(device: Device, image: Path) -> None:
-    """And is grown by the next try, once that goes on: no worker serves less than the driver sees."""
+    """The next try makes it larger, once that worker continues: no worker serves less than the driver sees."""
     with device.driver() as driver:
         pid = device.queues()[1].pid
         os.kill(pid, signal.SIGSTOP)

@@ -236,7 +236,7 @@ def test_client_that_cannot_be_told_apart_is_hung_up_on(
 
 
 def test_call_that_runs_is_answered_although_the_server_closes(directory: Path) -> None:
-    """What `delete` needs: its own success ends the server."""
+    """`delete` needs this: its own success ends the server."""
     entered, leave = threading.Event(), threading.Event()
 
     def slow(_: NoParams) -> str:

@@ -1,4 +1,4 @@
-"""What a server leaves written for the next one: the state file, and every difference that it refuses."""
+"""The state file that a server writes for the next one, and every difference that the next one refuses."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_full_file_system_can_what_it_can(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_device_that_is_to_be_removed_is_taken_as_it_was(tmp_path: Path) -> None:
-    """Whatever store it has for that: its requests are failed."""
+    """With any store: its requests are failed."""
     state = file_state(tmp_path, event_idx=False)
     with open_store(configured("null:1M").backend) as store:
         model = BlockDevice(configured("null:1M"), store, state.shown)

@@ -1,4 +1,4 @@
-"""What becomes of servers when the machine goes down: marks, launch files, names of units. With systemd as process 1:
+"""Servers while the machine goes down: marks, launch files, names of units. With systemd as process 1:
 tests/vm/test_going_down.py.
 """
 

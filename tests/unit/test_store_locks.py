@@ -1,4 +1,4 @@
-"""Who else may not use a store while we do, and the other way round: QEMU's programs, loop devices, mounts, udev."""
+"""Programs that may not use a store while we do, and the other way round: QEMU's, loop devices, mounts, udev."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong under a supervisor stays where it is: storage that hangs, workers that die, bad rings; and the stop.
+"""A failure under a supervisor does not spread: storage that hangs, workers that die, bad rings. And the stop.
 
 The workers here are tests/unit/fake_worker.py: they count kicks and fail on request.
 """

@@ -1,4 +1,4 @@
-"""What is read and written under /sys, over a copy of its shape."""
+"""Reads and writes below /sys, on a made-up copy of it."""
 
 from __future__ import annotations
 

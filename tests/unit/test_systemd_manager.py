@@ -21,7 +21,7 @@ SYSTEMD = Path("/lib/systemd/systemd")
 SCRIPT = Path(__file__).with_name("managed_server.py")
 LIMIT_S = 60.0  # for what takes a second, on a busy machine
 WATCHDOG_S = 8
-# What else the unit has confines a service, which takes the system's manager.
+# The unit's other keys confine a service: only the system's manager can do that.
 KEYS = (
     *("StartLimitIntervalSec", "Type", "NotifyAccess", "KillMode", "Restart", "RestartSec", "ExecStopPost"),
     *("RestartPreventExitStatus", "SuccessExitStatus", "TimeoutAbortSec"),

@@ -1,4 +1,4 @@
-"""Whoever waits for something waits longer than it may take: the limits of one operation nest."""
+"""Each wait is longer than the operation it waits for may take: the limits of one operation nest."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ STRUCTURES = {
 NAMED_OTHERWISE = {"VDUSE_NAME_MAX_BYTES": "VDUSE_NAME_MAX"}
 NOT_IN_THE_HEADER = {"VDUSE_CONFIG_MAX_BYTES"}  # a limit inside of the kernel
 
-# What 7.3 has and 6.12 has not: version 1 of the interface.
+# The names that 7.3 has and 6.12 lacks: version 1 of the interface.
 LACKS: dict[str, set[str]] = {
     "6.12": {
         *("VDUSE_API_VERSION_1", "VDUSE_F_QUEUE_READY", "VDUSE_F_SUSPEND", "VDUSE_GET_FEATURES", "VDUSE_SET_FEATURES"),
@@ -101,7 +101,7 @@ class Header:
             self.numbers |= set(re.findall(r"VDUSE_\w+", body))
 
     def has(self, name: str) -> bool:
-        """Whether it has a number, a structure, or a member STRUCTURE.MEMBER."""
+        """Return whether it has a number, a structure, or a member STRUCTURE.MEMBER."""
         if name.startswith("VDUSE_"):
             return name in self.numbers
         structure, _, member = name.partition(".")

@@ -1,4 +1,4 @@
-"""Who uses a device's node: from a made-up /proc and /sys, and for real on a loop device."""
+"""The users of a device's node: from a made-up /proc and /sys, and for real on a loop device."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def logged(memory: UserMemory, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens to queues and memory, in order."""
+    """The steps of queues and memory, in order."""
     log: list[str] = []
     register = memory.register
 

@@ -1,4 +1,4 @@
-"""What was flushed through a device survives the machine, and a cache mode that promises less is found out."""
+"""Data flushed through a device survives a power cut, and a cache mode that promises less is found out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guest with little memory writes back to a device: it goes on, and nothing is lost.
+"""A guest with little memory writes back to a device: it does not hang, and nothing is lost.
 
 The short form, in the newest kernel, runs with every test; the long one, ten minutes a kernel, is `make soak`.
 """

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(LIMIT_S + 30
 
 
 class Run:
-    """What one guest has told of its checks, and how it has ended."""
+    """The results of one guest's checks, and how the guest ended."""
 
     def __init__(self, kernel: str, checks: tuple[str, ...], directory: Path, limit_s: float) -> None:
         python = f"cd {ROOT} && {sys.executable} {SCRIPT}"

@@ -44,8 +44,8 @@ MODULES = (
 )
 
 # Beginnings of the names of checks that an older kernel runs in `make soak` alone: what they test is our own, or long
-# and much the same on all kernels. What the kernel takes part in (binding, rings, resizing, recovery, removal, limits
-# of the disk) is on each.
+# and much the same on all kernels. Checks that the kernel takes part in (binding, rings, resizing, recovery, removal,
+# limits of the disk) run on each.
 NEWEST_KERNEL_ONLY = (
     "no_modules.none_is_loaded",
     "no_modules.check_says_what_to_load",

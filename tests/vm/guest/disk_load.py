@@ -18,7 +18,7 @@ from pathlib import Path
 from pattern import BLOCK_BYTES, Journal, block_bytes
 
 REQUEST_BLOCKS_MAX = 16
-# What a disk that is being removed, or is not there, answers; its size is 0 for a moment (ENOSPC).
+# The errors of a disk that is being removed, or is not there; its size is 0 for a moment (ENOSPC).
 GONE = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ENOENT, errno.ENOSPC)
 
 

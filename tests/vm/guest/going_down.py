@@ -35,7 +35,7 @@ def sh(*words: object, check: bool = True) -> str:
 
 
 def in_session(*words: object) -> str:
-    """Run a command in a login session of root's, and return what it prints. What it has started stays."""
+    """Run a command in a login session of root's, and return what it prints. Processes that it has started stay."""
     unit = f"login-{time.monotonic_ns()}"
     out = STORE / unit
     properties = [f"--property={each}" for each in (*SESSION, f"StandardOutput=append:{out}")]

@@ -1,4 +1,4 @@
-"""What the scenarios share: running commands and vdusefast, looking into sysfs, and what exists in the machine."""
+"""The tools of the scenarios: they run commands and vdusefast, look into sysfs, and list what the machine holds."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def pids_of(name: str) -> list[int]:
 
 
 def running(pid: int) -> bool:
-    """Whether a process exists and is not a zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -319,7 +319,7 @@ def checksum(path: str | Path) -> str:
 
 
 def have_module(name: str) -> bool:
-    """Whether a kernel module is loaded."""
+    """Return whether a kernel module is loaded."""
     return any(line.split()[0] == name for line in Path("/proc/modules").read_text().splitlines())
 
 
@@ -356,7 +356,7 @@ def _server_pids() -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What exists in the whole machine that a device could have left."""
+    """Everything in the machine that a device could leave behind."""
 
     names: frozenset[str]
 

@@ -85,7 +85,7 @@ def _open_unused(ours: socket.socket, size_bytes: int) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def hanging_store(size_bytes: int) -> Iterator[HangingStore]:
-    """Make the store; at the end it goes on, and is removed."""
+    """Make the store; at the end it continues, and is removed."""
     if not Path("/dev", NAMES[0]).exists():
         guest.sh("modprobe", "nbd", f"nbds_max={len(NAMES)}", "max_part=0")
     ours, theirs = socket.socketpair()

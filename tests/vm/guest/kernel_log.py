@@ -15,7 +15,7 @@ def complaints(log: str) -> list[str]:
 
 
 class Reader:
-    """What the kernel has logged since the last look, from the boot on. Borrows nothing; the descriptor stays open."""
+    """The kernel's log since the last look, from the boot on. Borrows nothing; the descriptor stays open."""
 
     def __init__(self) -> None:
         self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

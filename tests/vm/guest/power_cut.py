@@ -55,7 +55,7 @@ def write(node: str, place: int, journal_fd: int, done: list[int]) -> None:
 
 
 def kill_a_worker(name: str) -> None:
-    """What was flushed through a worker that died, and by the one that followed it, is flushed."""
+    """Kill a worker: flushed data survives, whether that worker or the next one has flushed it."""
     os.kill(guest.pids_of(name)[1], signal.SIGKILL)
 
 

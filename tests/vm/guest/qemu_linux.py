@@ -2,7 +2,7 @@
 
     qemu_linux.py KERNEL
 
-It boots, uses its disk, sees it grow, goes on through the deaths of workers and of the server, reboots, powers off, and
+It boots, uses its disk, sees it grow, survives the deaths of workers and of the server, reboots, powers off, and
 is started once more by QEMU's own virtio-blk over the same device. Prints how long each step took as JSON.
 """
 
@@ -45,7 +45,7 @@ LOAD = (
 
 
 class Steps:
-    """What has been done, and how long it took."""
+    """The steps so far, and how long each took."""
 
     def __init__(self) -> None:
         self.times_s: dict[str, float] = {}

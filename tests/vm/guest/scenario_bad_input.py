@@ -1,4 +1,4 @@
-"""What cannot be done ends with one line, the right status, and nothing left behind."""
+"""An impossible command ends with one line and the right status, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies on a store means something to others: to who finds an image of another format there, and to LVM."""
+"""The content of a store means something to others: to a server that finds another image format, and to LVM."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def kill_server() -> None:
 
 @check(limit_s=200)
 def a_disks_user_does_not_lock_it() -> dict[str, object]:
-    """What looks like qcow2 since its user wrote it is served on; a new device wants it said that it is raw."""
+    """A device whose user wrote a qcow2 header serves on; a new device on that store requires `raw` to be given."""
     path = guest.image("content.img", 16 * MIB)
     path.write_bytes(bytes(16 * MIB))
     node = guest.fork_server("vd0", f"file:{path}", queues=2)

@@ -151,5 +151,5 @@ def forced_with_a_flush_that_hangs() -> dict[str, object]:
 
 
 def stuck(pid: int) -> bool:
-    """Whether a process waits in the kernel and takes no signal."""
+    """Return whether a process waits in the kernel and takes no signal."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"

@@ -1,4 +1,4 @@
-"""What the documents tell people to type, typed."""
+"""Types the commands that the documents print."""
 
 from __future__ import annotations
 

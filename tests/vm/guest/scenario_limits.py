@@ -1,4 +1,4 @@
-"""What a disk says of itself: vdX has the limits of its store, so that programs choose what they would choose there."""
+"""The limits of a disk: vdX has those of its store, so that programs choose as they would on the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of ours in place of the kernel's bounce pages: what goes through it is right, whatever ends or is refused."""
+"""User memory in place of the kernel's bounce pages: data through it is right, also after a death or a refusal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEMLOCK_BYTES = 8 * MIB  # the usual limit of a login session
 
 
 def memory() -> str:
-    """What `show` says of vd0's memory."""
+    """Return the line of `show` about vd0's memory."""
     return str(guest.info("vd0")["memory"])
 
 

@@ -1,6 +1,6 @@
 """Polling end to end: fio polls the driver's queue, the driver has one without interrupts, the worker never sleeps.
 
-What a request then costs beside the work itself is counted: interrupts, kicks, and system calls by strace.
+Counts the cost of a request beside its own work: interrupts, kicks, and system calls by strace.
 """
 
 from __future__ import annotations

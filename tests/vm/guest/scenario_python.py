@@ -18,7 +18,7 @@ KILLS = 2
 
 
 def kill_workers(node: str, count: int) -> None:
-    """Kill the worker of the first queue, each time when the one before has been replaced."""
+    """Kill the worker of the first queue, each time after the previous one has been replaced."""
     for _ in range(count):
         guest.wait_for("a worker", lambda: guest.info("vd0")["queues"][0]["pid"] > 0, 60)  # type: ignore[index]
         with contextlib.suppress(ProcessLookupError):

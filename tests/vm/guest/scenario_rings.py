@@ -18,7 +18,7 @@ JOBS: dict[str, dict[str, object]] = {
 
 
 def knows_in_order() -> bool:
-    """Whether this kernel's driver takes IN_ORDER: from Linux 7.0 on."""
+    """Return whether this kernel's driver takes IN_ORDER: from Linux 7.0 on."""
     return int(os.uname().release.split(".")[0]) >= 7
 
 

@@ -1,4 +1,4 @@
-"""What the configuration says is what the kernel has; and what `show` says is true."""
+"""The kernel has the settings of the configuration, and `show` tells the truth."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def interrupts_where_no_cpu_is_online() -> list[str]:
 def _check_placement(queues: int) -> list[int]:
     """Check that a device is placed by what the kernel says, and that this was foreseen. Returns its workers' CPUs.
 
-    Which CPUs share a queue is foreseen; newer kernels number the queues in another order, which only the disk tells.
+    The groups of CPUs that share a queue are foreseen. Newer kernels number the queues in another order, which only the
+    disk tells.
     """
     foreseen = queue_map.predict(read_topology(), queues)
     with guest.device("vd0", "memory:16M", queues=queues, cpus="auto") as node:

@@ -1,4 +1,4 @@
-"""What is built upon disks: md, dm-crypt and LVM over devices of ours, by their own tools."""
+"""Layers over disks: md, dm-crypt and LVM over devices of ours, by their own tools."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def wait_for_idle() -> None:
 
 @check(limit_s=120)
 def dm_crypt() -> None:
-    """What is written through it is read back, and the store has none of it in clear."""
+    """Data written through it is read back, and the store holds none of it in clear."""
     prepare("dm_crypt", "ext4")
     path = guest.image("crypt.img", 24 * MIB)
     key = guest.WORK / "key"

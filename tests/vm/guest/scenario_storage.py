@@ -62,7 +62,7 @@ def full_file_system() -> dict[str, object]:
 
 @check(limit_s=120)
 def store_that_hangs_is_named() -> dict[str, object]:
-    """`show` says which queue waits and since when, messages are answered, and all goes on when the store does."""
+    """`show` names the queue that waits and since when; messages are answered; all continues when the store does."""
     with hanging_store(32 * MIB) as store, guest.device("vd0", f"file:{store.node}", queues=2, cache="none") as node:
         store.hang()
         words = ["dd", "if=/dev/zero", f"of={node}", "bs=4k", "count=4", "oflag=direct"]

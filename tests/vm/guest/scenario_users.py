@@ -1,4 +1,4 @@
-"""Who uses a device, by what the kernel knows rather than by names, seen from its own and other namespaces."""
+"""The users of a device, as the kernel knows them and not by names, seen from its own and other namespaces."""
 
 from __future__ import annotations
 

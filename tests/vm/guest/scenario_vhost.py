@@ -96,7 +96,7 @@ def load_with_verification() -> dict[str, object]:
 def server_killed_in_mid_io() -> dict[str, object]:
     """All of its processes at once, while a client has requests in flight; and again, by a signal that it obeys.
 
-    The next server goes on; the client sees a pause.
+    The next server continues; the client sees a pause.
     """
     words = client_words("load", "--journal", JOURNAL, "--queues", 2, "--depth", 16, "--seconds", 300)
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -219,7 +219,7 @@ def request_before_the_queue_is_ready() -> None:
 
 @check(limit_s=60, keeps=True)
 def reset_and_again() -> None:
-    """Twenty clients, each with rings at index 0: nothing of the one before is left."""
+    """Twenty clients, each with rings at index 0: nothing of the previous one is left."""
     for turn in range(20):
         with vhost.VhostClient(guest.node_of("vd0"), queues=2) as driver:
             driver.start(enabled=(0, 1))

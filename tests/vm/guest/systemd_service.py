@@ -96,11 +96,11 @@ def prepare() -> None:
     Path("/etc/fstab").write_text(FSTAB)
 
 
-# -- checks, in this order; each goes on where the one before has come to
+# -- checks, in this order; each continues where the previous one ended
 
 
 class Checks:
-    """What is asked of the services. A check returns what was seen."""
+    """The checks of the services. Each returns what it saw."""
 
     def __init__(self) -> None:
         self._mount_id = ""
@@ -187,7 +187,7 @@ class Checks:
         return f"{tries} tries before, served {time.monotonic() - began_s:.1f} s after its store came"
 
     def load(self) -> str:
-        """All that was written while all of this happened is there."""
+        """Check that all data written meanwhile is there."""
         assert self._load is not None
         done = self._load.done()
         self._load.stop()
@@ -208,7 +208,7 @@ class Checks:
         return str(node)
 
     def _survives(self, blow: Callable[[int], object], *, restarted: bool) -> str:
-        """Have something happen to the server: the file system stays mounted, and the load goes on after a pause."""
+        """Do something to the server: the file system stays mounted, and the load continues after a pause."""
         assert self._load is not None
         self._load.longest_pause_s()
         pid, count = main_pid(), restarts()

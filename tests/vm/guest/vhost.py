@@ -114,7 +114,7 @@ class VhostClient:
 
     @property
     def can_suspend(self) -> bool:
-        """Whether the device offers VHOST_BACKEND_F_SUSPEND."""
+        """Return whether the device offers VHOST_BACKEND_F_SUSPEND."""
         return bool(self._get64(GET_BACKEND_FEATURES) & 1 << BACKEND_F_SUSPEND)
 
     def base(self, queue: int) -> int:
