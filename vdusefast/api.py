@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vdusefast.backends import look_again
 from vdusefast.base import logs, start_mode, time_limits
+from vdusefast.base.kinds import TransportKind
 from vdusefast.base.start_mode import StartMode
 from vdusefast.base.time_limits import START_TIMEOUT_S, STOP_TIMEOUT_S
 from vdusefast.config import Config, resolve_cpus, validate
@@ -149,7 +150,7 @@ class Device(DeviceParts):
                 self._call(supervisor.stop(timeout_s, force=force), time_limits.stop_s(timeout_s))
             finally:
                 # A device that its driver does not let go of can still be taken over, and removed then.
-                self._keep = self._kind == "kernel" and orphans.is_attached(self.name)
+                self._keep = self._kind == TransportKind.KERNEL and orphans.is_attached(self.name)
                 self._release_all()
 
     def force(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
@@ -216,7 +217,7 @@ class Device(DeviceParts):
     @property
     def outlives_server(self) -> bool:
         """Whether another server can adopt the device when this one ends. Known once it has been started."""
-        transport_keeps = self._kind == "kernel" if self._transport is None else self._transport.keeps
+        transport_keeps = self._kind == TransportKind.KERNEL if self._transport is None else self._transport.keeps
         return transport_keeps and (self._store is None or self._store.persistent)
 
     @property

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from rows.contestants import IODEPTH, ROOT, RowError, Setup, device_config
 from vdusefast.api import Device
-from vdusefast.backends import store_scheme
+from vdusefast.backends import keeps_data
 from vdusefast.bench.fio.jobs import parse_arguments
 from vdusefast.bench.fio.plan import place_jobs
 from vdusefast.bench.fio.run import Control, run_group
@@ -82,7 +82,7 @@ def _load(setup: Setup, device: Device, driver: object, words: list[str], stoppe
         group,
         cpus=[setup.driver_cpu],
         worker_cpus=[setup.worker_cpu],
-        moves_no_data=store_scheme(device.config.backend.uri) == "null",
+        moves_no_data=not keeps_data(device.config.backend.uri),
         trimmed=[],
         control=Control(stopped, lambda: device.failure, lambda _progress: None),
     )

@@ -17,7 +17,8 @@ EDITS = {
 DUMMY = """
 import os
 
-from vdusefast.backends import Store, StoreKind
+from vdusefast.backends import Store
+from vdusefast.base.kinds import StoreKind
 
 
 def open_store(rest, backend, read_only, claim=True):

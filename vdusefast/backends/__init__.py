@@ -16,11 +16,12 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, field
-from enum import StrEnum
 from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from vdusefast.base.engines import OF_ONE_STORE
+from vdusefast.base.kinds import StoreKind
 from vdusefast.base.printable import is_utf8
 from vdusefast.errors import BackendError, ConfigError, VdusefastError
 from vdusefast.units import SECTOR_BYTES
@@ -59,15 +60,6 @@ BACKENDS = (
     Registration(("python",), "vdusefast.backends.python", "python:disk.py:Disk", plugin=True, foreign=True),
     Registration(("rbd",), "vdusefast.backends.rbd", "rbd:POOL/IMAGE", plugin=True, identifies=True),
 )
-
-
-class StoreKind(StrEnum):
-    """How the core's engines reach a store (enum vf_store_kind). One with an engine of its own has its first scheme."""
-
-    FILE = "file"
-    BLOCKDEV = "blockdev"
-    MEMORY = "memory"
-    NULL = "null"
 
 
 @dataclass
@@ -194,6 +186,11 @@ def store_scheme(uri: str) -> str:
     return store_scheme(behind(uri)) if behind is not None else registration.schemes[0]
 
 
+def keeps_data(uri: str) -> bool:
+    """Return whether a read returns what was written. Raises ConfigError."""
+    return store_scheme(uri) != StoreKind.NULL
+
+
 def plugin_module(uri: str) -> PluginModule:
     """Load the module of the plugin that `uri` is for. Raises ConfigError for a URI, ImportError."""
     return cast("PluginModule", import_module(find(uri).module))
@@ -303,9 +300,9 @@ def _check_engine(backend: BackendConfig, registration: Registration) -> None:
                 f'backend.cache: "none" is O_DIRECT, which is for files and block devices, not for {backend.uri}'
             )
         return
-    if backend.engine in ("memory", "null") and backend.engine != scheme:
+    if backend.engine in OF_ONE_STORE and backend.engine != scheme:
         raise ConfigError(f"backend.engine: {backend.engine!r} serves {backend.engine}: stores, not {backend.uri}")
-    if scheme == "null" and backend.engine not in ("auto", "null"):
+    if scheme == StoreKind.NULL and backend.engine not in ("auto", StoreKind.NULL):
         raise ConfigError(f"backend.engine: {backend.engine!r} needs a descriptor, and {backend.uri} has none")
 
 

@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vdusefast.backends import Store, StoreKind, content, file_locks, identity, io_limits
+from vdusefast.backends import Store, content, file_locks, identity, io_limits
 from vdusefast.backends.direct import find_align, queue_limit
 from vdusefast.backends.image_format import RAW, split_path
+from vdusefast.base.kinds import StoreKind
 from vdusefast.errors import BackendError, DeviceBusyError
 from vdusefast.units import BLOCK_SIZE_MAX_BYTES, SECTOR_BYTES
 

@@ -6,7 +6,8 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from vdusefast.backends import Store, StoreKind
+from vdusefast.backends import Store
+from vdusefast.base.kinds import StoreKind
 from vdusefast.errors import BackendError
 from vdusefast.units import SECTOR_BYTES, parse_size
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vdusefast.backends import Store, StoreKind
+from vdusefast.backends import Store
+from vdusefast.base.kinds import StoreKind
 from vdusefast.units import SECTOR_BYTES, parse_size
 
 if TYPE_CHECKING:

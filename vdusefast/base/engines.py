@@ -26,4 +26,5 @@ ENGINES = {
 NAMES: tuple[str, ...] = get_args(EngineName)
 assert ("auto", *ENGINES) == NAMES
 FILE_CHOICES = ["auto", *(name for name, engine in ENGINES.items() if engine.serves_files)]
+OF_ONE_STORE = tuple(name for name, engine in ENGINES.items() if not engine.serves_files)  # named as that kind of store
 IO_URING = tuple(name for name, engine in ENGINES.items() if engine.uses_io_uring)

@@ -40,3 +40,12 @@ class CacheMode(StrEnum):
     WRITETHROUGH = "writethrough"  # when the write is complete
     NONE = "none"  # O_DIRECT; at the next flush
     UNSAFE = "unsafe"  # some time: a flush does nothing
+
+
+class StoreKind(StrEnum):
+    """How the core's engines reach a store (enum vf_store_kind). One with an engine of its own has its first scheme."""
+
+    FILE = "file"
+    BLOCKDEV = "blockdev"
+    MEMORY = "memory"
+    NULL = "null"

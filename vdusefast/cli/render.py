@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from vdusefast.base.json_types import Json
+from vdusefast.base.kinds import Bus, TransportKind
 from vdusefast.base.printable import printable
 from vdusefast.host import containers
 from vdusefast.units import duration_text, size_text
@@ -126,9 +127,9 @@ def _facts(info: Json) -> list[tuple[str, str]]:
     status = f"{info['status']:#x} {' '.join(get('status_names', []))}".rstrip() if "status" in info else ""
     offered, acked = get("offered_features", []), get("acked_features", [])
     limits = ""
-    if get("msg_timeout_s") is not None and get("transport") == "kernel":
+    if get("msg_timeout_s") is not None and get("transport") == TransportKind.KERNEL:
         limits = f"messages {info['msg_timeout_s'] or 'no limit'} s"
-        limits += f", bounce pages {size_text(info['bounce_size_bytes'])}" if get("bus") == "virtio" else ""
+        limits += f", bounce pages {size_text(info['bounce_size_bytes'])}" if get("bus") == Bus.VIRTIO else ""
     return [
         ("state", get("state", "")),
         ("failure", get("failure", "")),

@@ -6,6 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from vdusefast.base.kinds import TransportKind
 from vdusefast.base.secret import redact
 from vdusefast.host import containers
 from vdusefast.transport import uapi
@@ -54,7 +55,7 @@ def describe(
         "store_failure": counters["store_failure"],
         "state": str(state),
         "transport": transport.kind,
-        "bus": device.bus if transport.kind == "kernel" else "",
+        "bus": device.bus if transport.kind == TransportKind.KERNEL else "",
         "driver": transport.driver,
         "node": transport.node,
         "device_number": transport.node_number if isinstance(transport, KernelTransport) else "",

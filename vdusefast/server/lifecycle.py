@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vdusefast.base.kinds import TransportKind
 from vdusefast.base.start_mode import StartMode
 from vdusefast.base.time_limits import STOP_TIMEOUT_S, TAKEN_BACK_TIMEOUT_S, client_s, start_s, stop_s, take_over_s
 from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
@@ -95,7 +96,7 @@ def delete(name: str, *, force: bool = False, timeout_s: float = STOP_TIMEOUT_S,
 def refuse_restart(info: Json) -> None:
     """Raise VdusefastError for a device that no other server can take over."""
     name = info["name"]
-    if info["transport"] != "kernel":
+    if info["transport"] != TransportKind.KERNEL:
         raise VdusefastError(f"{name}: cannot be restarted: a {info['transport']} device ends with its server")
     if info["state"] == "broken":
         raise DeviceBusyError(f"{name}: is broken, which a restart does not mend: vdusefast recover {name}")

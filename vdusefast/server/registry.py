@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from vdusefast.base.json_types import Json
+from vdusefast.base.kinds import TransportKind
 from vdusefast.errors import DeviceBusyError, DeviceNotFoundError, TimedOutError, VdusefastError
 from vdusefast.host import run_dirs, sysfs
 from vdusefast.server.rpc_client import HungUpError, NoServerError, RpcClient
@@ -255,7 +256,7 @@ def _without_server(path: Path, state: str) -> Json:
     return {
         "name": path.name,
         "state": state,
-        "node": "" if run_dirs.holder_transport(path) == "loopback" else sysfs.node(path.name),
+        "node": "" if run_dirs.holder_transport(path) == TransportKind.LOOPBACK else sysfs.node(path.name),
         "pid": run_dirs.holder_pid(path) if state in (EMBEDDED, SILENT) else 0,
         "run_dir": os.fspath(path),
         "advice": advice,

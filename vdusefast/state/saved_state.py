@@ -18,7 +18,7 @@ from vdusefast.backends import store_scheme
 from vdusefast.backends.identity import Identity, is_same, text_of
 from vdusefast.backends.plugin import Description
 from vdusefast.base.decoding import decode_json
-from vdusefast.base.kinds import CacheMode, TransportKind
+from vdusefast.base.kinds import CacheMode, StoreKind, TransportKind
 from vdusefast.config import Config
 from vdusefast.errors import BackendError, ConfigError, VdusefastError
 from vdusefast.state import state_file
@@ -215,7 +215,7 @@ def _without_format(uri: str) -> str:
     """Return a URI without what matters when a device is made only."""
     from vdusefast.backends.image_format import RAW
 
-    return uri.removesuffix(RAW) if store_scheme(uri) == "file" else uri
+    return uri.removesuffix(RAW) if store_scheme(uri) == StoreKind.FILE else uri
 
 
 def check_shown(state: SavedState, store: Store) -> None:

@@ -19,7 +19,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vdusefast.base.build import EXIT_OTHER_BUILD, OtherBuildError
+from vdusefast.base.engines import IO_URING, OF_ONE_STORE
 from vdusefast.base.handed import read_words
+from vdusefast.base.kinds import TransportKind
 from vdusefast.errors import ConfigError, KernelSupportError, VdusefastError, WorkerError
 from vdusefast.host import final_kill
 from vdusefast.worker.protocol import MESSAGE_MAX_BYTES, Command, Event, FromWorker, ToWorker, WorkerSpec
@@ -36,7 +38,6 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14
 # How often to look whether the rings are in the driver's map again; an invalidation makes us look, too.
 _REMAP_MS = 100
 _PAGES_HEADER = struct.Struct("=8sII4xIIIII")  # the start of struct vf_shm_header, without the number of queues
-_RING_ENGINES = ("uring", "cached")
 _IO_URING_REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOMEM)
 _CANNOT_NOT_WAIT = (errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -45,7 +46,7 @@ def _engine_order(spec: WorkerSpec) -> list[str]:
     """Return the engines to try, best first."""
     if spec.engine != "auto":
         return [spec.engine]
-    if spec.store in ("null", "memory"):
+    if spec.store in OF_ONE_STORE:
         return [spec.store]
     # O_DIRECT waits for a device, and a ring for many. What the page cache has costs the same by a plain read, and the
     # ring is for what it lacks. Where reads cannot be told not to wait, as on tmpfs, there is nothing to wait for.
@@ -93,7 +94,7 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
             if name == order[-1] or not _is_refusal(name, error):
                 raise _engine_error(name, error) from error
         else:
-            special = ["mapped reads"] * queue.maps_reads + ["sqpoll"] * bool(spec.sqpoll and name in _RING_ENGINES)
+            special = ["mapped reads"] * queue.maps_reads + ["sqpoll"] * bool(spec.sqpoll and name in IO_URING)
             return f"{name} ({', '.join(special)})" if special else name
     raise WorkerError("no engine to try")
 
@@ -102,7 +103,7 @@ def _is_refusal(name: str, error: OSError) -> bool:
     """Return whether an engine cannot be had here, so that another one may do."""
     if name == "cached" and error.errno in _CANNOT_NOT_WAIT:
         return True
-    return name in _RING_ENGINES and error.errno in _IO_URING_REFUSED
+    return name in IO_URING and error.errno in _IO_URING_REFUSED
 
 
 def _engine_error(name: str, error: OSError) -> VdusefastError:
@@ -176,10 +177,10 @@ class Worker:
             serial=spec.serial,
             header=self._header,
         )
-        if spec.port == "kernel":
+        if spec.port == TransportKind.KERNEL:
             self._queue.set_port_kernel(spec.port_fd, spec.port_api, spec.queue)
             self._queue.use_memory(spec.user_memory_fd, spec.user_memory_bytes)
-        elif spec.port == "loopback":
+        elif spec.port == TransportKind.LOOPBACK:
             self._queue.set_port_loopback(spec.port_fd, spec.irq_fd, spec.queue)
         else:
             raise WorkerError(f"this worker has no port called {spec.port!r}")

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vdusefast.api import Device
-from vdusefast.backends import store_scheme
+from vdusefast.backends import keeps_data
 from vdusefast.base.json_types import Json
+from vdusefast.base.kinds import TransportKind
 from vdusefast.bench.common.real_fio import find_fio
 from vdusefast.bench.fio import figures
 from vdusefast.bench.fio.baseline import NULL_ENGINE, run_baseline
@@ -34,25 +35,26 @@ if TYPE_CHECKING:
     from vdusefast.driver.loopback_driver import LoopbackDriver
 
 
-def choose_transport(wanted: str) -> tuple[str, str]:
+def choose_transport(wanted: str) -> tuple[TransportKind, str]:
     """Return the transport to use and the reason. Raises KernelSupportError for one that cannot be used here."""
-    if wanted == "loopback":
-        return "loopback", "as asked"
+    if wanted == TransportKind.LOOPBACK:
+        return TransportKind.LOOPBACK, "as asked"
     from vdusefast.doctor import kernel_usable
 
     usable, reason = kernel_usable()
-    if wanted == "kernel":
+    if wanted == TransportKind.KERNEL:
         if not usable:
             raise KernelSupportError(f"--transport=kernel: {reason}; --transport=loopback needs no kernel module")
-        return "kernel", "as asked"
+        return TransportKind.KERNEL, "as asked"
     if not usable:
-        return "loopback", f"it needs no kernel module; the kernel's VDUSE cannot be used: {reason}"
+        return TransportKind.LOOPBACK, f"it needs no kernel module; the kernel's VDUSE cannot be used: {reason}"
     if shutil.which("fio") is None:
-        return "loopback", "VDUSE can be used here, but fio, which would load the device, is not installed"
-    return "kernel", reason or "VDUSE can be used here"
+        missing = "VDUSE can be used here, but fio, which would load the device, is not installed"
+        return TransportKind.LOOPBACK, missing
+    return TransportKind.KERNEL, reason or "VDUSE can be used here"
 
 
-def build_config(run: RunOptions, uri: str | None, transport: str = "loopback") -> Config:
+def build_config(run: RunOptions, uri: str | None, transport: str = TransportKind.LOOPBACK) -> Config:
     """Return the device's configuration: the file of --config, options over it, `uri` (the store) over both."""
     overrides: Json = {
         "queues": min(2, len(os.sched_getaffinity(0))) if run.queues == AUTO_QUEUES else run.queues,
@@ -90,7 +92,7 @@ def run_plan(plan: Plan) -> int:
     transport, reason = choose_transport(run.transport)
     if run.baseline:
         find_fio("--baseline")
-    if run.transport == "loopback" and (run.direct is not None or run.ioengine is not None):
+    if run.transport == TransportKind.LOOPBACK and (run.direct is not None or run.ioengine is not None):
         raise ConfigError("direct and ioengine are the real fio's, which loads devices of --transport=kernel only")
     quiet = run.output_format == "json" and run.output is None
     notes: TextIO = sys.stderr if quiet else sys.stdout
@@ -106,7 +108,7 @@ def run_plan(plan: Plan) -> int:
         uri = load_config(run.config).backend.uri
     _check_run(run, uri, transport)
     # A second signal must not leave a disk of the kernel's without its server.
-    with PatientStopSignals() if transport == "kernel" else StopSignals() as signals:
+    with PatientStopSignals() if transport == TransportKind.KERNEL else StopSignals() as signals:
         try:
             return _run_on_store(plan, uri, transport, say, signals)
         except StoppedError as error:
@@ -137,7 +139,7 @@ def _run_on_store(plan: Plan, uri: str | None, transport: str, say: Any, signals
     size_bytes = required_bytes(plan.jobs)
     with BenchStore(uri, size_bytes, reads=reads, say=say, stopped=lambda: signals.requested) as store:
         config = build_config(run, store.uri, transport)
-        if transport == "kernel":
+        if transport == TransportKind.KERNEL:
             outcome = run_on_kernel(plan, config, say, signals)
             report = kernel_report(plan, outcome, _extra(config, transport, outcome))
         else:
@@ -162,7 +164,7 @@ def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> O
     with Device(config) as device, device.driver() as driver:
         _describe(device, driver, config, plan, say)
         groups = place_jobs(plan.jobs, driver.capacity_bytes, driver.block_size_bytes)
-        _check_abilities(plan.jobs, driver, keeps_data=store_scheme(config.backend.uri) != "null")
+        _check_abilities(plan.jobs, driver, keeps_data=keeps_data(config.backend.uri))
         worker_cpus = [q.cpu for q in config.queue if q.cpu is not None]
         wanted = parse_cpu_list(plan.run.driver_cpus) if plan.run.driver_cpus else None
         cpus = driver_cpus(wanted, worker_cpus, os.sched_getaffinity(0))
@@ -176,7 +178,7 @@ def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> O
                     group,
                     cpus=cpus,
                     worker_cpus=worker_cpus,
-                    moves_no_data=store_scheme(config.backend.uri) == "null",
+                    moves_no_data=not keeps_data(config.backend.uri),
                     trimmed=trimmed,
                     control=control,
                 )

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from vdusefast.api import Device
-from vdusefast.backends import store_scheme
+from vdusefast.backends import keeps_data
 from vdusefast.base.json_types import Json
+from vdusefast.base.kinds import Bus
 from vdusefast.bench.common import block_node
 from vdusefast.bench.common.real_fio import KILL_S, FioOutcome, FioStuckError, choose_engine, find_fio, problem, run_fio
 from vdusefast.bench.fio.fio_words import device_words
@@ -35,7 +36,7 @@ def run_on_kernel(plan: Plan, config: Config, say: Say, signals: StopSignals) ->
 
     Raises VdusefastError: what the device or fio failed of; the device is gone then, too.
     """
-    if config.device.bus != "virtio":
+    if config.device.bus != Bus.VIRTIO:
         raise ConfigError(f'device.bus: {config.device.bus} gives no block device to load; use bus = "virtio"')
     fio = find_fio("--transport=kernel")
     engine = choose_engine(fio, plan.run.ioengine)
@@ -118,7 +119,7 @@ def verification(specs: Sequence[JobSpec], jobs: Sequence[Json], messages: Seque
 
 def _fio_words(plan: Plan, device: Device, fio: str, engine: str) -> list[str]:
     node = device.node
-    _check_abilities(plan.jobs, node, keeps_data=store_scheme(device.config.backend.uri) != "null")
+    _check_abilities(plan.jobs, node, keeps_data=keeps_data(device.config.backend.uri))
     groups = place_jobs(plan.jobs, block_node.size_bytes(node), block_node.logical_block_bytes(node))
     worker_cpus = [queue.cpu for queue in device.queues() if queue.cpu >= 0]
     wanted = parse_cpu_list(plan.run.driver_cpus) if plan.run.driver_cpus else None

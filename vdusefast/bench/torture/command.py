@@ -19,6 +19,7 @@ from typing import TextIO
 from vdusefast.backends import store_scheme
 from vdusefast.backends.image_format import path_of
 from vdusefast.base.engines import ENGINES
+from vdusefast.base.kinds import StoreKind, TransportKind
 from vdusefast.bench.fio.command import choose_transport
 from vdusefast.bench.fio.store import BenchStore
 from vdusefast.bench.torture.leaks import Leaks
@@ -46,7 +47,7 @@ def run_torture(options: TortureOptions) -> int:
         uri = _open_store(options, transport, opened)
         findings = Findings(transport, options.engine, uri, options.cache, options.queues, options.seed)
         begin = time.monotonic()
-        if transport == "kernel":
+        if transport == TransportKind.KERNEL:
             from vdusefast.bench.torture.kernel import torture_kernel
 
             torture_kernel(options, uri, findings, signals, sys.stdout)
@@ -63,18 +64,19 @@ def run_torture(options: TortureOptions) -> int:
     return 1 if findings.failed else 0
 
 
-def _choose_transport(wanted: str) -> tuple[str, str]:
+def _choose_transport(wanted: str) -> tuple[TransportKind, str]:
     """Return the transport to use and the reason; `auto` never takes a kernel, whose devices are for those who ask."""
-    if wanted == "kernel":
+    if wanted == TransportKind.KERNEL:
         return choose_transport(wanted)
-    return "loopback", "as asked" if wanted == "loopback" else "everything of the server can be killed here"
+    reason = "as asked" if wanted == TransportKind.LOOPBACK else "everything of the server can be killed here"
+    return TransportKind.LOOPBACK, reason
 
 
 def _open_store(options: TortureOptions, transport: str, opened: ExitStack) -> str:
     """Make the store, if it is not there. Returns its URI. Raises ConfigError."""
-    if options.backend is not None and store_scheme(options.backend) == "memory":
+    if options.backend is not None and store_scheme(options.backend) == StoreKind.MEMORY:
         others = sorted({kind for kind, count in options.kills.items() if count} & {*ENDS_SERVER, *NEEDS_FILE})
-        if others or transport == "kernel":
+        if others or transport == TransportKind.KERNEL:
             wrong = " and ".join(others) or "--transport kernel"
             raise ConfigError(f"--backend {options.backend} is memory, which ends with its server: leave out {wrong}")
         return options.backend

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vdusefast.base.kinds import TransportKind
 from vdusefast.errors import ConfigError
 
 KINDS = ("worker", "supervisor", "group", "relay", "keeper", "stall", "restart", "resize", "fail")
@@ -16,7 +17,8 @@ ENDS_SERVER = ("supervisor", "group", "restart")
 NEEDS_FILE = ("resize", "fail")
 AGAIN_SHARE = 0.125  # of the kills: a second one follows, while what the first has done is still being put right
 SIZE_BYTES = 8 << 20
-RUN_S = {"loopback": 0.1, "kernel": 0.3}  # of load in each cycle; a pause makes it longer
+# Of load in each cycle; a pause makes it longer.
+RUN_S: dict[str, float] = {TransportKind.LOOPBACK: 0.1, TransportKind.KERNEL: 0.3}
 STALL_MIN_S = 0.1
 STALL_MAX_S = 2.0
 FAIL_MIN_S = 0.01
