@@ -12,6 +12,7 @@ from vdusefast.worker.protocol import (
     Command,
     Event,
     FromWorker,
+    RequestLimits,
     ToWorker,
     WorkerSpec,
     pack_command,
@@ -20,7 +21,17 @@ from vdusefast.worker.protocol import (
     unpack_event,
 )
 
-SPEC = WorkerSpec(device="d", queue=1, queue_size=64, supervisor_pid=2, ctl_fd=3, shm_fd=4, kick_fd=5, serial="a=b c")
+SPEC = WorkerSpec(
+    device="d",
+    queue=1,
+    queue_size=64,
+    supervisor_pid=2,
+    ctl_fd=3,
+    shm_fd=4,
+    kick_fd=5,
+    limits=RequestLimits(seg_max=6, write_zeroes_max_seg=7),
+    serial="a=b c",
+)
 
 
 def test_commands_survive_packing() -> None:
@@ -50,7 +61,7 @@ def test_worker_words_survive_the_way_to_the_worker() -> None:
     assert WorkerSpec.from_words(read_words(write_words(SPEC.to_words()))) == SPEC
 
 
-@pytest.mark.parametrize("word", ["colour=red", "queue", "ctl_fd=three"])
+@pytest.mark.parametrize("word", ["colour=red", "queue", "ctl_fd=three", "seg_max=many", "limits=1"])
 def test_wrong_worker_words_are_refused(word: str) -> None:
     with pytest.raises(ValueError, match=r"unknown argument|invalid literal"):
         WorkerSpec.from_words([*SPEC.to_words(), word])

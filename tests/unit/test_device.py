@@ -142,8 +142,8 @@ def test_in_order_is_offered_where_no_engine_that_is_tried_reorders(engine: str,
 
 def test_zeros_that_have_to_be_written_come_in_smaller_pieces() -> None:
     slow = make_device({"zeroes_cheaply": False})
-    assert slow.write_zeroes_max_sectors < make_device().write_zeroes_max_sectors
-    assert slow.write_zeroes_max_seg == 1
+    assert slow.limits.write_zeroes_max_sectors < make_device().limits.write_zeroes_max_sectors
+    assert slow.limits.write_zeroes_max_seg == 1
 
 
 def test_block_smaller_than_the_stores_is_refused() -> None:

@@ -246,10 +246,10 @@ def test_what_the_driver_was_never_shown_stays_off(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(file_backend, "_probe_fallocate", lambda *_: False)
     state = file_state(tmp_path, event_idx=False)
     monkeypatch.undo()
-    assert file_model(tmp_path, 1 << 20).discard_max_sectors
+    assert file_model(tmp_path, 1 << 20).limits.discard_max_sectors
     model, emulated = go_on(state, tmp_path)
     assert not model.offered_features & (uapi.VIRTIO_RING_F_EVENT_IDX | uapi.VIRTIO_BLK_F_DISCARD)
-    assert (model.discard_max_sectors, model.write_zeroes_max_seg, emulated) == (0, 1, [])
+    assert (model.limits.discard_max_sectors, model.limits.write_zeroes_max_seg, emulated) == (0, 1, [])
 
 
 def test_store_that_is_read_only_by_now_is_refused(tmp_path: Path) -> None:

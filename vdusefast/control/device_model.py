@@ -14,6 +14,7 @@ from vdusefast.base.engines import ENGINES
 from vdusefast.transport import DeviceSpec, uapi
 from vdusefast.transport.virtio_blk import CONFIG, Shown, config_fields
 from vdusefast.units import SECTOR_BYTES
+from vdusefast.worker.protocol import RequestLimits
 
 if TYPE_CHECKING:
     from vdusefast.backends import Store
@@ -82,8 +83,8 @@ def _blocks(size_bytes: int, block_bytes: int, limit: int) -> int:
 class BlockDevice:
     """One virtio-blk device over one store. Knows nothing of workers, and never touches the store's bytes.
 
-    `offered_features` is a mask of uapi.VIRTIO_*; `config_space` is what the driver reads; sizes are in bytes,
-    sectors of 512 bytes.
+    `offered_features` is a mask of uapi.VIRTIO_*; `config_space` is what the driver reads; `limits` is
+    what one request may be; sizes are in bytes, sectors of 512 bytes.
     """
 
     def __init__(self, config: Config, store: Store, shown: Shown | None = None):
@@ -104,16 +105,18 @@ class BlockDevice:
         self.read_only = device.read_only or store.read_only
         self.block_size_bytes = block_size(store, device.block_size_bytes)
         self.capacity_sectors = store.size_bytes // SECTOR_BYTES
-        self.size_max_bytes = device.size_max_bytes
-        self.seg_max = device.effective_seg_max
         discard = store.can_discard and not self.read_only and config.backend.discard == "unmap"
         write_zeroes = store.can_write_zeroes and not self.read_only
-        self.discard_max_sectors = DISCARD_MAX_SECTORS if discard else 0
-        self.discard_max_seg = DISCARD_MAX_SEG if discard else 0
         # Zeroes that have to be written out must not take longer than a quiesce may.
         zeroes_max_sectors = WRITE_ZEROES_MAX_SECTORS if store.zeroes_cheaply else WRITE_ZEROES_SLOW_MAX_SECTORS
-        self.write_zeroes_max_sectors = zeroes_max_sectors if write_zeroes else 0
-        self.write_zeroes_max_seg = (DISCARD_MAX_SEG if store.zeroes_cheaply else 1) if write_zeroes else 0
+        self.limits = RequestLimits(
+            seg_max=device.effective_seg_max,
+            size_max_bytes=device.size_max_bytes,
+            discard_max_sectors=DISCARD_MAX_SECTORS if discard else 0,
+            discard_max_seg=DISCARD_MAX_SEG if discard else 0,
+            write_zeroes_max_sectors=zeroes_max_sectors if write_zeroes else 0,
+            write_zeroes_max_seg=(DISCARD_MAX_SEG if store.zeroes_cheaply else 1) if write_zeroes else 0,
+        )
         self.write_zeroes_may_unmap = discard and not config.backend.keeps_zeroes
         self.writeback = store.cache != "writethrough"
         self.offered_features = self._features(config, store)
@@ -126,12 +129,14 @@ class BlockDevice:
         self.read_only = bool(self.offered_features & uapi.VIRTIO_BLK_F_RO)
         self.block_size_bytes = fields["blk_size"]
         self.capacity_sectors = fields["capacity"]
-        self.size_max_bytes = fields["size_max"]
-        self.seg_max = fields["seg_max"]
-        self.discard_max_sectors = fields["max_discard_sectors"]
-        self.discard_max_seg = fields["max_discard_seg"]
-        self.write_zeroes_max_sectors = fields["max_write_zeroes_sectors"]
-        self.write_zeroes_max_seg = fields["max_write_zeroes_seg"]
+        self.limits = RequestLimits(
+            seg_max=fields["seg_max"],
+            size_max_bytes=fields["size_max"],
+            discard_max_sectors=fields["max_discard_sectors"],
+            discard_max_seg=fields["max_discard_seg"],
+            write_zeroes_max_sectors=fields["max_write_zeroes_sectors"],
+            write_zeroes_max_seg=fields["max_write_zeroes_seg"],
+        )
         self.write_zeroes_may_unmap = bool(fields["write_zeroes_may_unmap"])
         self.writeback = bool(fields["writeback"])
 
@@ -195,8 +200,8 @@ class BlockDevice:
             uapi.VIRTIO_BLK_F_FLUSH: self.writeback,
             uapi.VIRTIO_BLK_F_RO: self.read_only,
             uapi.VIRTIO_BLK_F_MQ: self.queue_count > 1,
-            uapi.VIRTIO_BLK_F_DISCARD: self.discard_max_sectors > 0,
-            uapi.VIRTIO_BLK_F_WRITE_ZEROES: self.write_zeroes_max_sectors > 0,
+            uapi.VIRTIO_BLK_F_DISCARD: self.limits.discard_max_sectors > 0,
+            uapi.VIRTIO_BLK_F_WRITE_ZEROES: self.limits.write_zeroes_max_sectors > 0,
         }
         always = (
             uapi.VIRTIO_BLK_F_SIZE_MAX
@@ -207,12 +212,13 @@ class BlockDevice:
         return REQUIRED_FEATURES | always | sum(bit for bit, offered in optional.items() if offered)
 
     def _config_space(self, store: Store) -> bytes:
-        block = self.block_size_bytes
+        block, limits = self.block_size_bytes, self.limits
         physical = max(block, store.physical_block_size_bytes)
+        discard_bytes = max(store.discard_granularity_bytes or physical, block)
         return CONFIG.pack(
             self.capacity_sectors,
-            self.size_max_bytes,
-            self.seg_max,
+            limits.size_max_bytes,
+            limits.seg_max,
             *(0, 0, 0),  # geometry: not offered
             block,
             (physical // block).bit_length() - 1,
@@ -220,11 +226,11 @@ class BlockDevice:
             _blocks(max(store.min_io_size_bytes, physical), block, 0xFFFF) or _blocks(physical, block, 0xFFFF),
             _blocks(store.opt_io_size_bytes, block, 0xFFFFFFFF),
             *(1 if self.writeback else 0, 0, self.queue_count),
-            self.discard_max_sectors,
-            self.discard_max_seg,
-            max(store.discard_granularity_bytes or physical, block) // SECTOR_BYTES if self.discard_max_sectors else 0,
-            self.write_zeroes_max_sectors,
-            self.write_zeroes_max_seg,
+            limits.discard_max_sectors,
+            limits.discard_max_seg,
+            discard_bytes // SECTOR_BYTES if limits.discard_max_sectors else 0,
+            limits.write_zeroes_max_sectors,
+            limits.write_zeroes_max_seg,
             1 if self.write_zeroes_may_unmap else 0,
             *(0, 0, 0),  # secure erase: not offered
             *(0, 0, 0, 0, 0, 0),  # zoned: not offered

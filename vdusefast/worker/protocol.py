@@ -117,6 +117,20 @@ def store_size_bytes(event: FromWorker) -> int:
 _TEXT_FIELDS = frozenset({"device", "port", "store", "engine", "cache", "serial", "store_spec", "faults"})
 
 
+class RequestLimits(NamedTuple):
+    """The largest request that a device takes (VIRTIO 1.3, 5.2.4). The driver is shown these, and a worker checks them.
+
+    The fields have the names of `_datapath.Queue` and of struct vf_blk_device.
+    """
+
+    seg_max: int = 126  # data segments
+    size_max_bytes: int = 0  # of a segment; 0 = no limit
+    discard_max_sectors: int = 0  # of a range; 0 = no discard
+    discard_max_seg: int = 0  # ranges
+    write_zeroes_max_sectors: int = 0
+    write_zeroes_max_seg: int = 0
+
+
 class WorkerSpec(NamedTuple):
     """The arguments of a worker process, as `key=value` texts in a descriptor (handed.py).
 
@@ -164,30 +178,31 @@ class WorkerSpec(NamedTuple):
     capacity_sectors: int = 0
     block_size: int = 512
     read_only: int = 0
-    seg_max: int = 126
-    size_max_bytes: int = 0
-    discard_max_sectors: int = 0
-    discard_max_seg: int = 0
-    write_zeroes_max_sectors: int = 0
-    write_zeroes_max_seg: int = 0
+    limits: RequestLimits = RequestLimits()
     ignores_discards: int = 0  # they are answered, and nothing is done
     keeps_zeroes: int = 0  # what is zeroed stays allocated
     serial: str = ""
 
     def to_words(self) -> list[str]:
         """Return the arguments that `from_words` reads."""
-        return [f"{key}={value}" for key, value in self._asdict().items()]
+        values = self._asdict()
+        limits: RequestLimits = values.pop("limits")
+        return [f"{key}={value}" for key, value in (values | limits._asdict()).items()]
 
     @classmethod
     def from_words(cls, words: list[str]) -> WorkerSpec:
         """Return what `to_words` was made from. Raises ValueError naming a word that is wrong."""
         values: dict[str, str | int] = {}
+        limits: dict[str, int] = {}
         for word in words:
             key, sep, value = word.partition("=")
-            if not sep or key not in cls._fields:
+            if sep and key in RequestLimits._fields:
+                limits[key] = int(value)
+            elif sep and key in cls._fields and key != "limits":
+                values[key] = value if key in _TEXT_FIELDS else int(value)
+            else:
                 raise ValueError(f"worker: unknown argument {key!r}")
-            values[key] = value if key in _TEXT_FIELDS else int(value)
         missing = [f for f in cls._fields if f not in values and f not in cls._field_defaults]
         if missing:
             raise ValueError(f"worker: missing arguments {', '.join(missing)}")
-        return cls(**values)  # type: ignore[arg-type]
+        return cls(**values, limits=RequestLimits(**limits))  # type: ignore[arg-type]
