@@ -16,7 +16,7 @@ from scripted_worker import QuickLoop, Script, ScriptedPages, ScriptedTransport,
 from vdusefast.base.guard import Guard, Part
 from vdusefast.control import worker_slot
 from vdusefast.control.limits import Limits
-from vdusefast.control.virtqueue import VqControl
+from vdusefast.control.virtqueue import VqCallbacks, VqControl
 from vdusefast.control.vq_states import Position, VqStage
 from vdusefast.errors import VdusefastError
 from vdusefast.transport import Transport
@@ -41,9 +41,8 @@ class Rig:
         spec = WorkerSpec("d0", 0, 64, os.getpid(), -1, -1, -1, capacity_sectors=2048)
         transport: Transport = ScriptedTransport()  # type: ignore[assignment]
         ignore: Callable[[object], None] = lambda _: None  # noqa: E731
-        self.vq = VqControl(
-            spec, transport, ScriptedPages(self.script), [], Limits(), self.guard, ignore, lambda: None, ignore
-        )
+        callbacks = VqCallbacks(failed=ignore, well=lambda: None, store_size=ignore, before_spawn=lambda: None)
+        self.vq = VqControl(spec, transport, ScriptedPages(self.script), [], Limits(), self.guard, callbacks)
 
     def stage(self) -> VqStage:
         return self.vq.stage

@@ -25,7 +25,7 @@ from vdusefast.control.limits import Limits
 from vdusefast.control.messages import Messages
 from vdusefast.control.states import DeviceState, QueueInfo, queue_info
 from vdusefast.control.user_memory_switch import MemoryControl
-from vdusefast.control.virtqueue import VqControl
+from vdusefast.control.virtqueue import VqCallbacks, VqControl
 from vdusefast.control.worker_process import Pages, default_command
 from vdusefast.control.write_back import WriteBack
 from vdusefast.errors import DeviceBusyError, TimedOutError, VdusefastError
@@ -259,18 +259,13 @@ class Supervisor:
         self, spec: WorkerSpec, pages: Pages, command: Sequence[str], on_store_size: Callable[[int], None]
     ) -> VqControl:
         key = f"queue {spec.queue}"
-        return VqControl(
-            spec,
-            self.transport,
-            pages,
-            command,
-            self._limits,
-            self._guard,
-            lambda error: self._failures.begin(error, key),
-            lambda: self._failures.end(key),
-            on_store_size,
-            lambda: self._watch.check_store(),
+        callbacks = VqCallbacks(
+            failed=lambda error: self._failures.begin(error, key),
+            well=lambda: self._failures.end(key),
+            store_size=on_store_size,
+            before_spawn=lambda: self._watch.check_store(),
         )
+        return VqControl(spec, self.transport, pages, command, self._limits, self._guard, callbacks)
 
     async def _spawn_all(self, timeout_s: float) -> None:
         """Start all workers; when one fails, take the others down and raise its error."""

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from vdusefast.base.deadline import limit
@@ -20,7 +21,7 @@ from vdusefast.control.limits import Limits
 from vdusefast.control.ring_check import check_ring_size, is_position, log_format
 from vdusefast.control.take_over import TakeOver
 from vdusefast.control.vq_states import Position, VqEvent, VqLife, VqStage, VqState
-from vdusefast.control.worker_process import Pages, RefusedError, WorkerProcess
+from vdusefast.control.worker_process import Pages, RefusedError, WorkerCallbacks, WorkerProcess
 from vdusefast.control.worker_slot import WorkerSlot
 from vdusefast.errors import UpgradedError, VdusefastError, WorkerError
 from vdusefast.transport import Transport
@@ -28,6 +29,16 @@ from vdusefast.transport.uapi import VqInfo
 from vdusefast.worker.protocol import Command, FromWorker, ToWorker, WorkerSpec
 
 _log = logging.getLogger("vdusefast")
+
+
+@dataclass(frozen=True)
+class VqCallbacks:
+    """Functions that a queue calls in the event loop."""
+
+    failed: Callable[[WorkerError], None]  # once for each failure
+    well: Callable[[], None]  # the queue has recovered from its failures
+    store_size: Callable[[int], None]  # the worker has seen that the store has another size, in bytes
+    before_spawn: Callable[[], None]  # each time that a worker is about to be started
 
 
 class VqControl:
@@ -41,17 +52,12 @@ class VqControl:
         command: Sequence[str],
         limits: Limits,
         guard: Guard,
-        on_failure: Callable[[WorkerError], None],
-        on_well: Callable[[], None],
-        on_store_size: Callable[[int], None],
-        before_spawn: Callable[[], None] = lambda: None,
+        callbacks: VqCallbacks,
     ):
         """Make a stopped queue without a worker; see `WorkerSlot.spawn`.
 
         `spec` is complete but for `ctl_fd`, `kick_fd` and the port, which are filled in here. `guard` runs everything
-        that runs beside the operations. `on_failure` is called once for each failure, `on_well` when the queue has
-        recovered from them, `on_store_size` when the worker has seen that the store has another size (bytes).
-        `before_spawn` is called before each worker is started.
+        that runs beside the operations.
         """
         self.index = spec.queue
         self.reason = ""
@@ -60,12 +66,11 @@ class VqControl:
         self.limits = limits
         self._kicks = KickWatch(guard)
         spec = spec._replace(kick_fd=self._kicks.fd)
-        callbacks = (self._ring_failed, self._died, on_store_size, before_spawn)
-        self.slot = WorkerSlot(spec, transport, pages, command, guard, *callbacks)
+        of_worker = WorkerCallbacks(self._ring_failed, self._died, callbacks.store_size)
+        self.slot = WorkerSlot(spec, transport, pages, command, guard, of_worker, callbacks.before_spawn)
         self._transport = transport
         self._pages = pages
-        self._on_failure = on_failure
-        self._on_well = on_well
+        self._callbacks = callbacks
         self._life = VqLife()
         # Where a queue of known position stands, as VqInfo.last_avail_idx; None = as the driver has set it up.
         self._noted_idx: int | None = None
@@ -166,7 +171,7 @@ class VqControl:
         self.slot.abort("held requests that did not end")  # first: the operation that holds the lock may wait for it
         async with self._lock:
             if error := await self.slot.kill_to_replace():
-                self._on_failure(error)
+                self._callbacks.failed(error)
             self.slot.spec = self.slot.spec._replace(engine="fail", store_fd=-1, store="null")
             self._take_over.cancel()  # it may wait for the end of that worker, which nobody notices now
             if self._set_up is None:
@@ -418,7 +423,7 @@ class VqControl:
         if isinstance(error, UpgradedError):
             if self.reason != str(error):
                 self.reason = str(error)
-                self._on_failure(error)
+                self._callbacks.failed(error)
         elif error is not None:
             _log.warning("%s; another one is tried", error)
             self.reason = str(error)
@@ -442,7 +447,7 @@ class VqControl:
     def _report_repeated_deaths(self) -> None:
         """Report that several workers in a row died without progress."""
         if not self.slot.upgraded:
-            self._on_failure(WorkerError(f"{self.reason}; so did those before it: tried again with pauses"))
+            self._callbacks.failed(WorkerError(f"{self.reason}; so did those before it: tried again with pauses"))
 
     def _is_take_over_wanted_after_fault(self) -> bool:
         """Kill the worker in whatever state an unexpected exception has left it. Returns whether one is missing."""
@@ -464,7 +469,7 @@ class VqControl:
 
     def _fail(self, error: WorkerError, event: VqEvent = VqEvent.FAIL) -> None:
         self._apply(event, str(error))
-        self._on_failure(error)
+        self._callbacks.failed(error)
 
     def _apply(self, event: VqEvent, reason: str | None = None) -> None:
         """Enter the state that follows from `event`. reason: the new one; None = it stays."""
@@ -472,4 +477,4 @@ class VqControl:
         if reason is not None:
             self.reason = reason
         if before.is_unwell and not now.is_unwell and not now.is_closing:  # what fails at the end stays
-            self._on_well()
+            self._callbacks.well()

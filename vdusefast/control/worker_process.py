@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from vdusefast.base import spawn
@@ -81,31 +82,26 @@ class RefusedError(Exception):
     """The worker refused a command; the message is its reason."""
 
 
+@dataclass(frozen=True)
+class WorkerCallbacks:
+    """Functions that a worker process calls in the event loop."""
+
+    ring_failed: Callable[[str], None]  # a bad ring: the reason
+    died: Callable[[WorkerError], None]  # an unexpected death
+    store_size: Callable[[int], None]  # another size of the store, in bytes
+
+
 class WorkerProcess:
     """A worker from its spawn to its end. `spawn` makes one; `close` or the process's end releases what it holds."""
 
-    def __init__(
-        self,
-        spec: WorkerSpec,
-        pages: Pages,
-        guard: Guard,
-        on_ring_failed: Callable[[str], None],
-        on_death: Callable[[WorkerError], None],
-        on_store_size: Callable[[int], None],
-    ):
-        """Prepare; see `spawn`.
-
-        guard: runs the callbacks of this class. The others run in the event loop: a bad ring (reason), an unexpected
-        death, another size of the store in bytes.
-        """
+    def __init__(self, spec: WorkerSpec, pages: Pages, guard: Guard, callbacks: WorkerCallbacks):
+        """Prepare; see `spawn`. guard: runs the methods that the event loop calls."""
         self.spec = spec
         self.engine = ""
         self.last_used_idx = 0
         self._pages = pages
         self._guard = guard
-        self._on_ring_failed = on_ring_failed
-        self._on_death = on_death
-        self._on_store_size = on_store_size
+        self._callbacks = callbacks
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._ctl: socket.socket | None = None
@@ -127,15 +123,13 @@ class WorkerProcess:
         port: WorkerPort,
         pages: Pages,
         guard: Guard,
-        on_ring_failed: Callable[[str], None],
-        on_death: Callable[[WorkerError], None],
-        on_store_size: Callable[[int], None],
+        callbacks: WorkerCallbacks,
     ) -> WorkerProcess:
         """Start `command` with `spec`, whose `ctl_fd` is filled in here. Consumes `port`.
 
         The process inherits the descriptors that `spec` names (borrowed) and nothing else. Raises WorkerError.
         """
-        worker = cls(spec, pages, guard, on_ring_failed, on_death, on_store_size)
+        worker = cls(spec, pages, guard, callbacks)
         try:
             worker._start(command)
         except OSError as error:
@@ -398,13 +392,13 @@ class WorkerProcess:
                 report = f"device {self.spec.device}: queue {self.spec.queue}: {event.text}"
                 self._fail_hello(from_exit_code(report, event.exit_code, WorkerError))
         elif event.event == Event.RING_FAILED:
-            self._on_ring_failed(event.text)
+            self._callbacks.ring_failed(event.text)
         elif event.event == Event.LOG:
             text = f"device {self.spec.device}: queue {self.spec.queue}: {event.text}"
             if self._output is not None:
                 self._output.budget.log(logging.WARNING, text)
         elif event.event == Event.STORE_SIZE:
-            self._on_store_size(store_size_bytes(event))
+            self._callbacks.store_size(store_size_bytes(event))
         elif event.event in (Event.DONE, Event.REFUSED):
             answer = self._answers.get(event.seq)  # absent when the answer came too late
             if answer is not None and not answer.done():
@@ -451,4 +445,4 @@ class WorkerProcess:
             if not answer.done():
                 answer.set_exception(error)
         if ready and before is WorkerState.DIED:  # else a failed start, which `wait_hello` raises, or an expected end
-            self._on_death(error)
+            self._callbacks.died(error)

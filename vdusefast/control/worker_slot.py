@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from vdusefast.base import build
 from vdusefast.base.guard import Guard
 from vdusefast.control.worker_cpu import WorkerCpu, move
-from vdusefast.control.worker_process import Pages, RefusedError, WorkerProcess
+from vdusefast.control.worker_process import Pages, RefusedError, WorkerCallbacks, WorkerProcess
 from vdusefast.errors import TimedOutError, UpgradedError, VdusefastError, WorkerError
 from vdusefast.transport import Transport
 from vdusefast.worker.protocol import Command, ToWorker, WorkerSpec
@@ -30,9 +30,7 @@ class WorkerSlot:
         pages: Pages,
         command: Sequence[str],
         guard: Guard,
-        on_ring_failed: Callable[[str], None],
-        on_death: Callable[[WorkerError], None],
-        on_store_size: Callable[[int], None],
+        callbacks: WorkerCallbacks,
         before_spawn: Callable[[], None],
     ):
         """Begin without a worker. The arguments are those of VqControl and of WorkerProcess.spawn."""
@@ -47,9 +45,7 @@ class WorkerSlot:
         self._transport = transport
         self._pages = pages
         self._guard = guard
-        self._on_ring_failed = on_ring_failed
-        self._on_death = on_death
-        self._on_store_size = on_store_size
+        self._callbacks = callbacks
         self._before_spawn = before_spawn
 
     @property
@@ -103,8 +99,7 @@ class WorkerSlot:
             user_memory_fd=port.user_memory_fd,
             user_memory_bytes=port.user_memory_bytes,
         )
-        callbacks = (self._on_ring_failed, self._on_death, self._on_store_size)
-        worker = WorkerProcess.spawn(self.command, spec, port, self._pages, self._guard, *callbacks)
+        worker = WorkerProcess.spawn(self.command, spec, port, self._pages, self._guard, self._callbacks)
         self.process = worker
         try:
             await worker.wait_hello(timeout_s)
