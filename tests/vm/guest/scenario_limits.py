@@ -58,6 +58,9 @@ def scsi_debug(**parameters: int) -> Iterator[str]:
     guest.wait_for("the disk", lambda: set(Path("/sys/block").glob("sd*")) - before, 20)
     (disk,) = set(Path("/sys/block").glob("sd*")) - before
     guest.wait_for("its node", (Path("/dev") / disk.name).exists, 20)
+    # It copies sector by sector, and searches for each of them from the start of the request: a second of an emulated
+    # CPU for 4 MiB, in which the kernel does nothing else.
+    (disk / "queue/max_sectors_kb").write_text("128")
     yield f"/dev/{disk.name}"  # where a check fails, what it made is removed first, and this with it
     guest.wait_for("the disk to be free", lambda: guest.attempt("modprobe", "-r", "scsi_debug").returncode == 0, 20)
 
