@@ -41,7 +41,7 @@ struct vf_engine_ops {
 	void (*region)(struct vf_engine *engine, void *va, size_t len_bytes, const struct vf_mapping *mapping);
 	/* Replace the engine's own mapping of the driver's memory that holds an address, of which a page has vanished, by zeroes;
 	 * async-signal-safe, called in any thread. 0, or -1 when it has none there. NULL where it has no such mappings. */
-	int (*bury)(struct vf_engine *engine, uintptr_t address);
+	int (*zero_pages)(struct vf_engine *engine, uintptr_t address);
 	/* How many completions may wait for each other before the driver is shown them: few when each takes long. */
 	uint32_t publish_batch;
 	uint8_t blocks; /* submit() may wait for storage */

@@ -227,11 +227,11 @@ static void vf_faulty_region(struct vf_engine *engine, void *va, size_t len_byte
 		faulty->inner.ops->region(&faulty->inner, va, len_bytes, mapping);
 }
 
-static int vf_faulty_bury(struct vf_engine *engine, uintptr_t address)
+static int vf_faulty_zero_pages(struct vf_engine *engine, uintptr_t address)
 {
 	struct vf_faulty *faulty = engine->state;
 
-	return faulty->inner.ops->bury ? faulty->inner.ops->bury(&faulty->inner, address) : -1;
+	return faulty->inner.ops->zero_pages ? faulty->inner.ops->zero_pages(&faulty->inner, address) : -1;
 }
 
 static const struct vf_engine_ops vf_engine_faulty = {
@@ -243,7 +243,7 @@ static const struct vf_engine_ops vf_engine_faulty = {
 	.sleep = vf_faulty_sleep,
 	.close = vf_faulty_close,
 	.region = vf_faulty_region,
-	.bury = vf_faulty_bury,
+	.zero_pages = vf_faulty_zero_pages,
 	.publish_batch = 4,
 	.blocks = 1,
 };

@@ -139,7 +139,7 @@ void vf_map_forget(struct vf_store_map *map, uint64_t offset_bytes, uint64_t len
 		map->present[page / 64u] &= ~(1ull << (page % 64u));
 }
 
-int vf_map_bury(struct vf_store_map *map, uintptr_t address)
+int vf_map_zero_pages(struct vf_store_map *map, uintptr_t address)
 {
 	if (!map->base || address < (uintptr_t)map->base || address - (uintptr_t)map->base >= map->size_bytes)
 		return -1;

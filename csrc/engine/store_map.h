@@ -43,7 +43,7 @@ void vf_map_forget(struct vf_store_map *map, uint64_t offset_bytes, uint64_t len
 
 /* Replace the mapping that holds an address of this process by zeroes; async-signal-safe. 0, or -1 when it is not in
  * there or the kernel refuses. */
-int vf_map_bury(struct vf_store_map *map, uintptr_t address);
+int vf_map_zero_pages(struct vf_store_map *map, uintptr_t address);
 
 /* Whether all of a range, which is not empty and does not wrap, is known to be present. */
 static inline int vf_map_holds(const struct vf_store_map *map, uint64_t offset_bytes, uint64_t len_bytes)

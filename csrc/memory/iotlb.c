@@ -251,7 +251,7 @@ struct vf_iotlb_region *vf_iotlb_find(struct vf_iotlb *tlb, uint64_t iova)
 	return &tlb->region[at];
 }
 
-int vf_iotlb_bury(const struct vf_iotlb *tlb, uintptr_t address)
+int vf_iotlb_zero_pages(const struct vf_iotlb *tlb, uintptr_t address)
 {
 	for (uint32_t i = 0; i < tlb->region_count; i++) {
 		const struct vf_iotlb_region *r = &tlb->region[i];

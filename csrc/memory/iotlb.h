@@ -95,7 +95,7 @@ struct vf_iotlb_region *vf_iotlb_find(struct vf_iotlb *tlb, uint64_t iova);
 
 /* Replace the whole mapping that holds an address of this process by zeroes; async-signal-safe. 0, or -1 when none
  * does or the kernel refuses. */
-int vf_iotlb_bury(const struct vf_iotlb *tlb, uintptr_t address);
+int vf_iotlb_zero_pages(const struct vf_iotlb *tlb, uintptr_t address);
 
 /*
  * Translate the start of [iova, iova + len): the address, and in *run how many bytes follow it in the same region, at

@@ -172,11 +172,11 @@ static void vf_handoff_region(struct vf_engine *engine, void *va, size_t len_byt
 	handoff->region(handoff->owner, va, len_bytes, mapping);
 }
 
-static int vf_handoff_bury(struct vf_engine *engine, uintptr_t address)
+static int vf_handoff_zero_pages(struct vf_engine *engine, uintptr_t address)
 {
 	struct vf_handoff *handoff = engine->state;
 
-	return handoff->bury(handoff->owner, address);
+	return handoff->zero_pages(handoff->owner, address);
 }
 
 const struct vf_engine_ops vf_engine_python = {
@@ -189,7 +189,7 @@ const struct vf_engine_ops vf_engine_python = {
 	.sleep = vf_handoff_sleep,
 	.close = vf_handoff_close,
 	.region = vf_handoff_region,
-	.bury = vf_handoff_bury,
+	.zero_pages = vf_handoff_zero_pages,
 	.publish_batch = 16,
 	.blocks = 1,
 };

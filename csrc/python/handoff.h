@@ -38,7 +38,7 @@ struct vf_handoff {
 	void (*expire)(void *owner);
 	int (*sleep_in_loop)(void *owner, const int *fds, uint32_t count, int timeout_ms);
 	void (*region)(void *owner, void *va, size_t len_bytes, const struct vf_mapping *mapping);
-	int (*bury)(void *owner, uintptr_t address); /* this one does not, as it runs in a signal handler */
+	int (*zero_pages)(void *owner, uintptr_t address); /* this one does not, as it runs in a signal handler */
 	void (*shut)(void *owner);
 
 	struct vf_engine *engine; /* NULL: it is not open */

@@ -220,17 +220,17 @@ void vf_queue_destroy(struct vf_queue *q)
 static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
 {
 	(void)context;
-	if (vf_guarded && vf_iotlb_bury(&vf_guarded->tlb, (uintptr_t)info->si_addr) == 0) {
+	if (vf_guarded && vf_iotlb_zero_pages(&vf_guarded->tlb, (uintptr_t)info->si_addr) == 0) {
 		vf_guarded->counters->memory_faults++;
 		vf_guarded->engine.store.memory_gone = 1;
 		return;
 	}
-	if (vf_guarded && vf_guarded->engine.ops && vf_guarded->engine.ops->bury &&
-	    vf_guarded->engine.ops->bury(&vf_guarded->engine, (uintptr_t)info->si_addr) == 0) {
+	if (vf_guarded && vf_guarded->engine.ops && vf_guarded->engine.ops->zero_pages &&
+	    vf_guarded->engine.ops->zero_pages(&vf_guarded->engine, (uintptr_t)info->si_addr) == 0) {
 		vf_guarded->counters->memory_faults++;
 		return;
 	}
-	if (vf_guarded && vf_map_bury(&vf_guarded->engine.store.read_map, (uintptr_t)info->si_addr) == 0)
+	if (vf_guarded && vf_map_zero_pages(&vf_guarded->engine.store.read_map, (uintptr_t)info->si_addr) == 0)
 		return;
 	signal(signo, SIG_DFL); /* not the driver's doing: the access faults again and ends the process */
 }

@@ -32,7 +32,7 @@ static void test_iotlb_table(void)
 	CHECK(vf_iotlb_translate(&tlb, UINT64_MAX, 1, VF_PERM_WO, &run) && run == 1);
 	CHECK(vf_iotlb_translate(&tlb, UINT64_MAX, 1, VF_PERM_RO, &run) == NULL);
 	CHECK(vf_iotlb_translate(&tlb, 0x3000, 1, VF_PERM_RO, &run) == NULL);
-	CHECK(vf_iotlb_bury(&tlb, (uintptr_t)&tlb) == -1);
+	CHECK(vf_iotlb_zero_pages(&tlb, (uintptr_t)&tlb) == -1);
 
 	uint8_t bytes[32];
 	CHECK(pwrite(fd, "0123456789abcdef", 16, 4096 - 16) == 16 && pwrite(fd, "ghijklmnopqrstuv", 16, 4096 + 8) == 16);
@@ -40,11 +40,11 @@ static void test_iotlb_table(void)
 	CHECK(memcmp(bytes, "0123456789abcdefghijklmnopqrstuv", 32) == 0);
 	CHECK(vf_iotlb_copy_from(&tlb, 0x20f0, bytes, 32) == -EFAULT);
 	CHECK(vf_iotlb_copy_from(&tlb, UINT64_MAX - 3, bytes, 32) == -EFAULT);
-	CHECK(vf_iotlb_bury(&tlb, (uintptr_t)&tlb) == -1); /* not in a region */
-	CHECK(vf_iotlb_bury(&tlb, (uintptr_t)tlb.region[0].map + 100) == 0);
+	CHECK(vf_iotlb_zero_pages(&tlb, (uintptr_t)&tlb) == -1); /* not in a region */
+	CHECK(vf_iotlb_zero_pages(&tlb, (uintptr_t)tlb.region[0].map + 100) == 0);
 	CHECK(vf_iotlb_copy_from(&tlb, 0x1ff0, bytes, 16) == 0 && bytes[0] == 0);
 	CHECK(vf_iotlb_drop(&tlb, 0x1fff, 0x2000) == 2 && tlb.region_count == 1);
-	CHECK(vf_iotlb_bury(&tlb, (uintptr_t)tlb.region[0].map + 1) == 0 && *(char *)tlb.region[0].map == 0);
+	CHECK(vf_iotlb_zero_pages(&tlb, (uintptr_t)tlb.region[0].map + 1) == 0 && *(char *)tlb.region[0].map == 0);
 	CHECK(vf_iotlb_drop(&tlb, 0, UINT64_MAX) == 1);
 	close(fd);
 }

@@ -25,7 +25,7 @@ cdef class Window:
     cdef bint condemned
     cdef list waiting  # of a condemned one: requests that end when it is replaced by zero pages
 
-    cdef int bury(self) except -1
+    cdef int zero_pages(self) except -1
     cdef void close(self)
 
 
@@ -50,7 +50,7 @@ cdef class Windows:
     cdef void add(self, void *va, size_t length_bytes, const vf_mapping *mapping)
     cdef void remove(self, void *va)
     cdef void close(self)
-    cdef int bury(self, Window window) except -1
-    cdef int bury_address(self, uintptr_t address) noexcept nogil
+    cdef int zero_pages(self, Window window) except -1
+    cdef int zero_pages_at(self, uintptr_t address) noexcept nogil
     cdef DriverMemory lend(self, const char *address, Py_ssize_t length_bytes, bint writable)
     cdef void forget(self, uint32_t i)

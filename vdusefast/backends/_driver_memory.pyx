@@ -56,7 +56,7 @@ cdef class Window:
         if self.alias != NULL:
             munmap(self.alias, self.length_bytes)
 
-    cdef int bury(self) except -1:
+    cdef int zero_pages(self) except -1:
         """Replace the mapping by zeroes. Raises OSError."""
         if put_zeroes(self.alias, self.length_bytes) == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
@@ -122,18 +122,18 @@ cdef class Windows:
             (<Window> self.entries[self.count - 1].window).close()
             self.forget(self.count - 1)
 
-    cdef int bury(self, Window window) except -1:
+    cdef int zero_pages(self, Window window) except -1:
         """Replace a window, in which nothing is lent, by zeroes. Raises OSError."""
         cdef uint32_t i
-        window.bury()
+        window.zero_pages()
         for i in range(self.count):
             if <Window> self.entries[i].window is window:
                 self.forget(i)
                 break
         return 0
 
-    cdef int bury_address(self, uintptr_t address) noexcept nogil:
-        """See vf_engine_ops.bury."""
+    cdef int zero_pages_at(self, uintptr_t address) noexcept nogil:
+        """See vf_engine_ops.zero_pages."""
         cdef uint32_t i
         cdef window_entry *entry
         for i in range(self.count):

@@ -23,7 +23,7 @@ cdef extern from "python/handoff.h" nogil:
         void (*expire)(void *) noexcept nogil
         int (*sleep_in_loop)(void *, const int *, uint32_t, int) noexcept nogil
         void (*region)(void *, void *, size_t, const vf_mapping *) noexcept nogil
-        int (*bury)(void *, uintptr_t) noexcept nogil
+        int (*zero_pages)(void *, uintptr_t) noexcept nogil
         void (*shut)(void *) noexcept nogil
         vf_engine *engine
         vf_handoff_record *records

@@ -48,7 +48,7 @@ cdef class Engine(Pieces):
         self.handoff.expire = on_expire
         self.handoff.sleep_in_loop = on_sleep
         self.handoff.region = on_region
-        self.handoff.bury = on_bury
+        self.handoff.zero_pages = on_zero_pages
         self.handoff.shut = on_shut
         self.plugin.abi = VF_ENGINE_ABI
         self.plugin.engine_bytes = sizeof(vf_engine)
@@ -306,8 +306,8 @@ cdef void on_region(void *owner, void *va, size_t len_bytes, const vf_mapping *m
             (<Engine> owner).windows.remove(va)
 
 
-cdef int on_bury(void *owner, uintptr_t address) noexcept nogil:
-    return (<Engine> owner).windows.bury_address(address)
+cdef int on_zero_pages(void *owner, uintptr_t address) noexcept nogil:
+    return (<Engine> owner).windows.zero_pages_at(address)
 
 
 cdef void on_shut(void *owner) noexcept nogil:

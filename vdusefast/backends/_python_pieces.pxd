@@ -79,7 +79,7 @@ cdef class Pieces:
     cdef void finish(self, uint32_t index, int32_t code)
     cdef bint take_away(self, uint32_t index, int32_t code)
     cdef void condemn(self, Window window)
-    cdef void bury(self, Window window)
+    cdef void zero_pages(self, Window window)
     cdef void settle(self, uint16_t slot, int32_t code)
     cdef bint must_flush(self)
     cdef void push(self, uint16_t slot)

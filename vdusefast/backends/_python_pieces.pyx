@@ -320,7 +320,7 @@ cdef class Pieces:
                 window.waiting.append((piece.slot, code))
                 return True
         if window.condemned and window.active == 0:
-            self.bury(window)
+            self.zero_pages(window)
         return False
 
     cdef void condemn(self, Window window):
@@ -332,11 +332,11 @@ cdef class Pieces:
         self.copies = True
         window.condemned = True
 
-    cdef void bury(self, Window window):
+    cdef void zero_pages(self, Window window):
         try:
-            self.windows.bury(window)
+            self.windows.zero_pages(window)
         except OSError as error:  # a view of the driver's memory that stayed would be worse than another worker
-            self.complaints.say("bury", f"a buffer that was kept cannot be taken away: {error}; the worker ends")
+            self.complaints.say("zero_pages", f"a buffer that was kept cannot be taken away: {error}; the worker ends")
             os.abort()
         waiting, window.waiting = window.waiting, []
         window.condemned = False

@@ -103,7 +103,7 @@ cdef extern from "engine/engine.h" nogil:
         int (*sleep)(vf_engine *, const int *, uint32_t, int) noexcept nogil
         void (*close)(vf_engine *) noexcept nogil
         void (*region)(vf_engine *, void *, size_t, const vf_mapping *) noexcept nogil
-        int (*bury)(vf_engine *, uintptr_t) noexcept nogil
+        int (*zero_pages)(vf_engine *, uintptr_t) noexcept nogil
         uint32_t publish_batch
         uint8_t blocks
         uint8_t instant
