@@ -54,7 +54,7 @@ def run_rounds(setup: Setup, names: list[str], rounds: int) -> table.Figures:
 
 
 def measure(setup: Setup, rows: list[table.Row], rounds: int) -> tuple[table.Figures, dict[str, list[str]]]:
-    """Measure what `rows` need; a row that cannot be counted here is told and left out."""
+    """Measure what `rows` need; a row that cannot be counted here is reported and left out."""
     figures = run_rounds(setup, table.needed(rows), rounds)
     notes: dict[str, list[str]] = {}
     for row in rows:

@@ -134,7 +134,7 @@ def parse_callgrind(text: str) -> Costs:
         elif equals and key == "fn":
             function = value
         elif equals and key == "calls":
-            skip = True  # the next line has the cost of the called, which is told where they are
+            skip = True  # the next line has the cost of the called function, which is counted at its own place
         elif match := re.fullmatch(r"(\d+) (\d+)", line):
             if not skip:
                 costs[function, file, int(match[1])] += int(match[2])

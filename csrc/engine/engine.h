@@ -39,8 +39,8 @@ struct vf_engine_ops {
 	/* A region of the driver's memory has been mapped at va, or, where mapping is NULL, is about to be unmapped with nothing in
 	 * flight. NULL where that is of no interest. */
 	void (*region)(struct vf_engine *engine, void *va, size_t len_bytes, const struct vf_mapping *mapping);
-	/* Replace the engine's own mapping of the driver's memory that holds an address, of which a page has vanished, by zeroes;
-	 * async-signal-safe, called in any thread. 0, or -1 when it has none there. NULL where it has no such mappings. */
+	/* Replace the engine's own mapping of the driver's memory that holds an address with zero pages, because a page of it has
+	 * vanished. Async-signal-safe, called in any thread. 0, or -1 when it has none there. NULL where it has no such mappings. */
 	int (*zero_pages)(struct vf_engine *engine, uintptr_t address);
 	/* How many completions may wait for each other before the driver is shown them: few when each takes long. */
 	uint32_t publish_batch;

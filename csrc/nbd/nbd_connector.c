@@ -54,7 +54,7 @@ static int vf_nbd_attempt_shake(struct vf_nbd_attempt *attempt)
 		if (vf_load_acquire_u32(&attempt->state) == VF_NBD_ATTEMPT_LEFT)
 			return -1;
 		if (vf_now_ns() >= end_ns) {
-			snprintf(attempt->text, sizeof(attempt->text), "the server does not go on with the handshake");
+			snprintf(attempt->text, sizeof(attempt->text), "the server does not continue the handshake");
 			return -1;
 		}
 		if (nbd_poll(attempt->handle, VF_NBD_LOOK_MS) < 0) {

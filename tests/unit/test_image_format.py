@@ -122,7 +122,7 @@ def test_encrypted_image_is_served_and_told(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     make_luks(path)
     (note,) = open_new(path)
-    assert "is encrypted (LUKS), and is served as it is" in note
+    assert "is encrypted (LUKS) and is served as it is" in note
     assert open_new(path, "?format=raw") == []
     with vdusefast.Device(make_config(name="t0", uri=f"file:{path}")) as device:
         assert device.info()["notes"] == [note]

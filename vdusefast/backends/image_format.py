@@ -131,15 +131,15 @@ def find_format(fd: int, size_bytes: int, granule_bytes: int = SECTOR_BYTES) -> 
 def check(store: Store) -> None:
     """Refuse a file or block device that is an image in another format than raw, unless its URI says that it is raw.
 
-    Notes at the store what else is to be told of it. Raises ConfigError, OSError.
+    Appends to the store's notes if the image is encrypted. Raises ConfigError, OSError.
     """
     if store.said_raw or not store.is_on_disk or store.size_bytes <= 0:
         return
     name = find_format(store.fd, store.size_bytes, store.granule_bytes)
     if name in _SERVED:
         store.notes.append(
-            f"{store.uri} is encrypted ({name.upper()}), and is served as it is: whoever uses the device needs the "
-            f"key; {RAW} at the end of the URI says that this is meant"
+            f"{store.uri} is encrypted ({name.upper()}) and is served as it is: users of the device need the key; "
+            f"append {RAW} to the URI to confirm this"
         )
     elif name:
         raise ConfigError(f"backend.uri: {_refusal(store, name)}")

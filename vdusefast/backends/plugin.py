@@ -95,7 +95,7 @@ def extension_usability(extension: str, library: str, headers: str, package: str
 
     name = f"vdusefast.backends.{extension}"
     if find_spec(name) is None:
-        remedy = f"sudo apt-get install {headers}, then make build (or install vdusefast anew)"
+        remedy = f"sudo apt-get install {headers}, then make build (or reinstall vdusefast)"
         return Usability(False, f"vdusefast was built without {library}", remedy)
     try:
         importlib.import_module(name)

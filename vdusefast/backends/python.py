@@ -62,7 +62,7 @@ def usability() -> Usability:
     from importlib.util import find_spec
 
     if find_spec("vdusefast.backends._python") is None:
-        return Usability(False, "its extension is not built", "install vdusefast anew, or ./bootstrap.sh")
+        return Usability(False, "its extension is not built", "reinstall vdusefast, or run ./bootstrap.sh")
     return Usability(True, "classes derived from vdusefast.Backend")
 
 

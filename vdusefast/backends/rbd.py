@@ -179,13 +179,13 @@ class RbdPlugin:
     def _text(self, kind: str, step: str, error: int) -> str:
         reconnect = f"{self._spec.reconnect_s:g} s"
         if kind == "retries":
-            return f"cannot be opened yet: {_failed_step(self._image, step, error)}; trying on, requests wait"
+            return f"cannot be opened yet: {_failed_step(self._image, step, error)}; retrying, requests wait"
         if kind == "gave up":
             return f"could not be opened for {reconnect}: requests end with errors until it can"
         if kind == "shut out":
             return (
                 "this client was blocklisted: another one has taken the image over, or an administrator did that; "
-                "requests end with errors until the device is started anew"
+                "requests end with errors until the device is restarted"
             )
         if kind == "timed out":
             return f"no answer for {self._spec.timeout_s:g} s: such requests end with errors (backend.timeout_s)"

@@ -192,9 +192,9 @@ def run_fio(
 ) -> FioOutcome:
     """Run fio to its end and return how it went.
 
-    limit_s: it is killed after so many seconds. stop_fd: borrowed; when it becomes readable fio is told to finish, and
-    its report so far returned, if `finish`; else it is killed. tick: called ten times a second with the seconds passed;
-    what it raises ends fio. Raises VdusefastError, FioStuckError.
+    limit_s: it is killed after so many seconds. stop_fd: borrowed; when it becomes readable, fio is killed, or, with
+    `finish`, asked to finish, and its report so far is returned. tick: called ten times a second with the seconds passed;
+    an exception of it ends fio. Raises VdusefastError, FioStuckError.
     """
     began = time.monotonic()
     with FioProcess(words) as fio:

@@ -53,7 +53,7 @@ def plot(report: Json, path: Path) -> None:
 
 
 def _draw(panel: Any, job: str, rows: list[Json], base: str) -> None:
-    # A bar for the ceiling would leave the others no room: it is told in words.
+    # A bar for the ceiling would leave the others no room: the title has its number.
     ceiling = next((f"   ({CEILING}: {count_text(row['iops'])})" for row in rows if row["peer"] == CEILING), "")
     bars = [row for row in rows if row["peer"] != CEILING]
     panel.set_title(job + ceiling, loc="left", fontsize="small")

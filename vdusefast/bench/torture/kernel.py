@@ -1,8 +1,8 @@
 """The torture suite on a real disk of the kernel's.
 
-The device is added as `vdusefast add` does, and taken over as `vdusefast recover` does; whoever writes to /dev/vdX is a
-thread for each slice of it, with O_DIRECT and a journal of its own. Which queue a request goes through is the kernel's
-choice, so that a pause is the longest that any thread has seen.
+The device is added as `vdusefast add` does, and adopted as `vdusefast recover` does. One thread for each slice of
+/dev/vdX writes to it, with O_DIRECT and a journal of its own. The kernel chooses the queue of a request, so the pause
+that is reported is the longest that any thread has seen.
 """
 
 from __future__ import annotations

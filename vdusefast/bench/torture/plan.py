@@ -75,7 +75,7 @@ class TortureOptions:
     block_bytes: int = 4096
     depth: int = 16
     run_s: float = 0.0  # of load in each cycle; 0 = RUN_S
-    duration_s: float = 0.0  # go on with the same mix for so long; 0 = once
+    duration_s: float = 0.0  # repeat the same mix for so long; 0 = once
     give_up_s: float = 30.0  # a request not answered for so long is lost
     json: Path | None = None
     keep_going: bool = False
