@@ -129,7 +129,7 @@ def test_servers_that_do_not_answer_are_given_up_within_bounds(ceph: Cluster, im
         conf.write_text(f"[global]\nmon host = [v2:127.0.0.1:{silent.getsockname()[1]}/0]\nkeyring = {keyring}\n")
         began = time.monotonic()
         monitor = Background(lambda: refusal(f"rbd:rbd/image?conf={conf}"))
-        with pytest.raises(BackendError, match=r"no OSD has answered within 10 s; look at ceph -s"):
+        with pytest.raises(BackendError, match=r"no OSD has answered within 10 s; see ceph -s"):
             probe.describe(StoreSpec(ceph.uri(f"rbd/{image}")))
         assert "no monitor has answered within 10 s" in monitor.result()
         assert time.monotonic() - began < 20

@@ -233,7 +233,7 @@ def test_memory_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(27, "File too large")
 
     monkeypatch.setattr(os, "ftruncate", refuse)
-    with pytest.raises(BackendError, match="memory:1G: cannot be made: File too large"):
+    with pytest.raises(BackendError, match="memory:1G: cannot be created: File too large"):
         open_uri("memory:1G")
 
 

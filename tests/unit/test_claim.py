@@ -165,7 +165,7 @@ def test_configuration_that_the_kernel_contradicts_is_refused(
     lost: Lost, machine: Machine, shown: dict[str, Any], words: str
 ) -> None:
     machine.show(shown)
-    with pytest.raises(errors.ConfigError, match=f"vd0: this is not how the device was made.*{words}"):
+    with pytest.raises(errors.ConfigError, match=f"vd0: the kernel shows that the device was made with.*{words}"):
         lost.make_device().start(claim=True)
     assert not (lost.run / "vd0").exists()
 

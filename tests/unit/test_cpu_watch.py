@@ -100,7 +100,7 @@ def test_worker_whose_cpu_is_refused_starts_all_the_same() -> None:
     was = os.sched_getaffinity(0)
     now, said = _pin(spec)
     assert now.cpu == -1
-    assert said.startswith(f"the worker is not pinned, as CPU {gone} is refused: ")
+    assert said.startswith(f"the worker is not pinned: the kernel refuses CPU {gone}: ")
     assert os.sched_getaffinity(0) == was
 
 

@@ -40,7 +40,7 @@ def test_rule_is_read_key_by_key() -> None:
         ("error=EIO,colour=red", "'colour=red' is no KEY=VALUE, or twice"),
         ("error=EIO,error=EIO", "'error=EIO' is no KEY=VALUE, or twice"),
         ("error=EIO,every", "'every' is no KEY=VALUE, or twice"),
-        ("+".join(["error=EIO"] * 17), "17 rules for faults; 16 are possible"),
+        ("+".join(["error=EIO"] * 17), "17 rules for faults, at most 16 are possible"),
         (f"error=EIO,file={'x' * 256}", "is not a path of up to 255 bytes"),
     ],
 )

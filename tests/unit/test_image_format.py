@@ -239,7 +239,7 @@ def test_format_stays_when_a_path_is_made_absolute(tmp_path: Path, monkeypatch: 
 
 def test_another_format_than_raw_is_told_the_way(tmp_path: Path) -> None:
     make(tmp_path / "a", "qcow2")
-    with pytest.raises(ConfigError, match=r"only \?format=raw can be said here; To serve the disk in it: qemu-nbd"):
+    with pytest.raises(ConfigError, match=r"only \?format=raw is possible; To serve the disk in it: qemu-nbd"):
         open_new(tmp_path / "a", "?format=qcow2")
 
 

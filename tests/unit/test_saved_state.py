@@ -254,7 +254,7 @@ def test_what_the_driver_was_never_shown_stays_off(tmp_path: Path, monkeypatch: 
 
 def test_store_that_is_read_only_by_now_is_refused(tmp_path: Path) -> None:
     state = file_state(tmp_path)
-    with pytest.raises(BackendError, match=r"vd0: .*disk\.img is read-only by now"):
+    with pytest.raises(BackendError, match=r"vd0: .*disk\.img is read-only now"):
         go_on(state, tmp_path, read_only=True)
 
 

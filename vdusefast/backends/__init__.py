@@ -1,8 +1,8 @@
-"""Stores: what holds a device's bytes.
+"""Stores, which hold a device's bytes.
 
 A backend is one module, found by the scheme of the URI, and one line in BACKENDS. There are two kinds:
 
-- a *store of the core's* has a descriptor, or is none at all. Its module has
+- a *core store* has a descriptor, or needs none (null). Its module has
   `open_store(rest, backend, read_only, claim)`, which opens, checks and describes, and a worker's own engines do the
   I/O;
 - a *plugin* brings its own engine, and may need libraries or a user's code. Its module is a `plugin.PluginModule`,
@@ -40,9 +40,9 @@ class Registration(NamedTuple):
     module: str
     example: str  # a URI
     plugin: bool = False  # the module brings the engine
-    identifies: bool = False  # and tells its store from another one of the name
-    foreign: bool = False  # it runs a user's code, whose memory is the user's own: it is never locked
-    keeps: bool = False  # its connections are kept when a worker dies, until their server has ended them: keeper.py
+    identifies: bool = False  # its store has an identity, which tells it from another one of that name
+    foreign: bool = False  # it runs a user's code, whose memory is never locked
+    keeps: bool = False  # keeper.py keeps a dead worker's connections until their server has ended them
 
 
 BACKENDS = (
@@ -75,23 +75,21 @@ class Store:
     opt_io_size_bytes: int  # 0 = unknown
     read_only: bool
     can_discard: bool
-    can_write_zeroes: bool  # a worker can always write zeros itself, so: unless read-only
-    zeroes_cheaply: bool  # whether the store knows a way that does not write them out, with and without UNMAP
+    can_write_zeroes: bool  # unless read-only, as a worker can always write zeroes itself
+    zeroes_cheaply: bool  # whether the store can zero without writing the zeroes out, with and without UNMAP
     direct_align: int  # alignment that O_DIRECT needs of offset, length and memory; 0 = not O_DIRECT
     cache: str
     spec: StoreSpec | None = None  # of a plugin: the arguments of its module
-    described: Description | None = None  # of a plugin: what its module has said
+    described: Description | None = None  # of a plugin: the answer of its probe
     shareable: bool = True  # several processes may serve it, each by itself
     persistent: bool = True  # its bytes outlive the server
     faults: str = ""  # errors and delays by rule, as JSON: backends.faulty
     present_size_bytes: int = 0  # of a plugin: what it had when somebody last looked
-    granule_bytes: int = (
-        0  # what its smallest blocks have, where a device may have smaller ones, by more work; 0: it may not
-    )
-    content_block_bytes: int = 0  # the sectors that its contents were made for (backends.content); 0: whichever
+    granule_bytes: int = 0  # its smallest block, if smaller ones can be emulated; 0: they cannot
+    content_block_bytes: int = 0  # the sectors that its contents were made for (backends.content); 0: any
     path: str = ""  # that it was opened by
-    said_raw: bool = False  # the URI says that it is a raw disk, whatever it looks like
-    notes: list[str] = field(default_factory=list)  # what people are to know who make a device over it
+    said_raw: bool = False  # the URI says that it is a raw disk, even if it looks like another format
+    notes: list[str] = field(default_factory=list)  # notes for the user who makes a device over it
     identity: dict[str, str] = field(default_factory=dict)  # backends.identity; empty: nothing is known
     # How its I/O should be aligned, as io_limits.IoLimits has it.
     min_io_size_bytes: int = 0
@@ -126,7 +124,7 @@ class Store:
         return self.kind == StoreKind.NULL
 
     def close(self) -> None:
-        """Close the descriptor, and with the last copy of it give up the lock. Idempotent."""
+        """Close the descriptor; closing its last copy releases the lock. Idempotent."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -146,10 +144,10 @@ class Store:
 def open_store(backend: BackendConfig, *, read_only: bool = False, claim: bool = True, is_new: bool = False) -> Store:
     """Open the store that `backend.uri` names.
 
-    claim: keep other servers out of it. Without, nothing is to be written: for a look at a store that is being served.
-    is_new: a device is to be made over it: what it holds is looked at, which nobody has written through a device yet.
-    Raises ConfigError for a URI or an engine that cannot be, BackendError when the store cannot be used,
-    DeviceBusyError when somebody else uses it.
+    claim: lock other servers out of it. Without, nothing may be written: to examine a store that is being served.
+    is_new: a new device is made over it, so its contents, which no driver has written, are checked.
+    Raises ConfigError for an impossible URI or engine, BackendError when the store cannot be used, DeviceBusyError when
+    another program uses it.
     """
     registration = find(backend.uri)
     _, _, rest = backend.uri.partition(":")
@@ -180,7 +178,7 @@ def find(uri: str) -> Registration:
 
 
 def store_scheme(uri: str) -> str:
-    """Return the scheme of what holds the bytes, whatever faults are put in front of it. Raises ConfigError."""
+    """Return the scheme of the store itself, without any faults in front of it. Raises ConfigError."""
     registration = find(uri)
     behind = getattr(import_module(registration.module), "behind", None) if not registration.plugin else None
     return store_scheme(behind(uri)) if behind is not None else registration.schemes[0]
@@ -197,9 +195,9 @@ def plugin_module(uri: str) -> PluginModule:
 
 
 def absolute_uri(uri: str) -> str:
-    """Return a URI that means the same in a process that has gone to another directory.
+    """Return a URI that means the same in a process with another working directory.
 
-    The module of a backend whose URIs have paths in them has a function of this name. Raises ConfigError.
+    If a backend's URIs contain paths, its module has a function of this name. Raises ConfigError.
     """
     change = getattr(import_module(find(uri).module), "absolute_uri", None)
     absolute = str(change(uri)) if change is not None else uri
@@ -208,14 +206,14 @@ def absolute_uri(uri: str) -> str:
 
 
 def check_text(uri: str) -> None:
-    """Refuse a URI that cannot go where URIs go: through JSON, to libraries in C, into a state file of bounded size.
+    """Refuse a URI that does not fit into JSON, strings in C, or a state file of bounded size.
 
     Raises ConfigError.
     """
     if len(uri) > URI_MAX_CHARACTERS:
-        raise ConfigError(f"backend.uri: {len(uri)} characters; {URI_MAX_CHARACTERS} are possible: {uri[:64]}...")
+        raise ConfigError(f"backend.uri: {len(uri)} characters, but at most {URI_MAX_CHARACTERS} fit: {uri[:64]}...")
     if "\0" in uri:
-        raise ConfigError(f"backend.uri: {uri}: there is a zero byte in it")
+        raise ConfigError(f"backend.uri: {uri}: it contains a zero byte")
     if not is_utf8(uri):
         raise ConfigError(
             f"backend.uri: {uri}: not UTF-8; rename the file or directory, or make a symbolic link to it that is, "
@@ -224,7 +222,7 @@ def check_text(uri: str) -> None:
 
 
 def look_again(store: Store) -> None:
-    """Find out how large a plugin's store is now. Raises as `open_store`."""
+    """Ask how large a plugin's store is now. Raises as `open_store`."""
     from vdusefast.backends import probe
 
     if store.spec is not None:
@@ -232,7 +230,7 @@ def look_again(store: Store) -> None:
 
 
 def plugin_store(backend: BackendConfig, *, read_only: bool, described: Description | None = None) -> Store:
-    """Return a plugin's store as its module has described it; None: as it describes it now. Raises as `open_store`."""
+    """Return a plugin's store by its module's description; None: ask the module now. Raises as `open_store`."""
     from vdusefast.backends import probe
     from vdusefast.backends.plugin import StoreSpec
 
@@ -274,23 +272,23 @@ def plugin_store(backend: BackendConfig, *, read_only: bool, described: Descript
 
 
 def block_size(store: Store, wanted_bytes: int = 0) -> int:
-    """Return the block size to offer: what was wanted; when that is 0, what the contents need, or else the store's.
+    """Return the block size to offer: the configured one; if that is 0, the contents' or else the store's.
 
-    A smaller one than the store's is for files, block devices and NBD: whole blocks are read, changed and written then.
-    Raises ConfigError when the store cannot take blocks that small, or its size is no multiple of them.
+    Blocks smaller than the store's work on files, block devices and NBD: a worker reads, changes and writes whole ones.
+    Raises ConfigError when the store does not support blocks that small, or its size is no multiple of them.
     """
     block_bytes = wanted_bytes or store.content_block_bytes or store.block_size_bytes
     if block_bytes < store.block_size_bytes and not store.granule_bytes:
         raise ConfigError(
-            f"device.block_size_bytes: {wanted_bytes}, but {store.uri} takes no blocks below {store.block_size_bytes}"
+            f"device.block_size_bytes: {wanted_bytes}, but {store.uri} has no blocks below {store.block_size_bytes}"
         )
-    # A file may end within a block: its last one becomes whole when it is written to.
+    # A file may end within a block: a write to its last block extends it.
     _check_multiple(store, block_bytes if store.is_file else max(block_bytes, store.block_size_bytes))
     return block_bytes
 
 
 def _check_engine(backend: BackendConfig, registration: Registration) -> None:
-    """Check that the engine and the cache mode can serve such a store."""
+    """Check that the engine and the cache mode can serve this store. Raises ConfigError."""
     scheme = registration.schemes[0]
     if registration.plugin:
         if backend.engine != "auto":
@@ -307,7 +305,7 @@ def _check_engine(backend: BackendConfig, registration: Registration) -> None:
 
 
 def _look_inside(store: Store) -> None:
-    """Refuse a store that is no raw disk, and note what else is to be told of it. Raises ConfigError, BackendError."""
+    """Refuse a store that is no raw disk, and append its notes. Raises ConfigError, BackendError."""
     from vdusefast.backends import image_format
 
     try:

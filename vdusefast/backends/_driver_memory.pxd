@@ -1,4 +1,4 @@
-"""The driver's memory as a Python class sees it: through mappings of its own, which can be taken away."""
+"""The driver's memory as a Python class sees it: through mappings of its own, which can be replaced with zero pages."""
 
 from cpython.ref cimport PyObject
 from libc.stdint cimport uint32_t, uintptr_t
@@ -30,7 +30,7 @@ cdef class Window:
 
 
 cdef class DriverMemory:
-    """What a buffer is a memoryview of."""
+    """The memory behind the memoryview of a buffer."""
 
     cdef Window window
     cdef char *address
@@ -41,7 +41,7 @@ cdef class DriverMemory:
 
 
 cdef class Windows:
-    """Those of all regions that are mapped."""
+    """The windows of all mapped regions."""
 
     cdef window_entry entries[WINDOW_MAX]
     cdef uint32_t count

@@ -1,8 +1,8 @@
-"""Mappings of the driver's memory for buffers that a Python class may keep although it must not.
+"""Mappings of the driver's memory for buffers, which a Python class might keep although it must not.
 
-The loop has mappings of its own, of rings and everything. Buffers lie in second ones, so that one of these can be replaced by
-zero pages, at the same address and at one stroke, without anything else noticing: what was kept reads zeroes then, and
-neither the driver's memory nor freed memory. The addresses are free again when the last view of them has gone.
+The loop has its own mappings of all regions. Buffers lie in second mappings, called windows. A window can be replaced with
+zero pages, at the same address and atomically, while the loop is unaffected. A kept buffer then reads as zeroes, not as the
+driver's memory or freed memory. The addresses are free again when their last view has gone.
 """
 
 import os
@@ -57,13 +57,13 @@ cdef class Window:
             munmap(self.alias, self.length_bytes)
 
     cdef int zero_pages(self) except -1:
-        """Replace the mapping by zeroes. Raises OSError."""
+        """Replace the mapping with zero pages. Raises OSError."""
         if put_zeroes(self.alias, self.length_bytes) == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
         return 0
 
     cdef void close(self):
-        """End the mapping, with nothing lent: the region goes."""
+        """Unmap the window, with nothing lent, because its region goes."""
         if self.alias != NULL and self.views == 0:
             munmap(self.alias, self.length_bytes)
             self.alias = NULL
@@ -87,7 +87,7 @@ cdef class DriverMemory:
 
 cdef class Windows:
     cdef void add(self, void *va, size_t length_bytes, const vf_mapping *mapping):
-        """Map a region a second time; where that cannot be, its requests get copies."""
+        """Map a region a second time; if that fails, its requests get copies."""
         cdef Window window
         cdef window_entry *entry
         cdef void *alias
@@ -123,7 +123,7 @@ cdef class Windows:
             self.forget(self.count - 1)
 
     cdef int zero_pages(self, Window window) except -1:
-        """Replace a window, in which nothing is lent, by zeroes. Raises OSError."""
+        """Replace a window, in which nothing is lent, with zero pages. Raises OSError."""
         cdef uint32_t i
         window.zero_pages()
         for i in range(self.count):
@@ -143,7 +143,7 @@ cdef class Windows:
         return -1
 
     cdef DriverMemory lend(self, const char *address, Py_ssize_t length_bytes, bint writable):
-        """Return memory to make a memoryview of, for what the loop has at `address`; None where there is no window."""
+        """Return memory for a memoryview of the loop's bytes at `address`; None where there is no window."""
         cdef DriverMemory memory
         cdef window_entry *entry
         cdef uint32_t i, at

@@ -1,4 +1,4 @@
-"""What Python needs of csrc/nbd: the probe of a server, and the engine with its news. The rest is C."""
+"""Python's interface to csrc/nbd: the probe of a server, and the engine with its events. The rest is C."""
 
 from cpython.pycapsule cimport PyCapsule_New
 from libc.errno cimport errno
@@ -100,7 +100,7 @@ class ProbeError(Exception):
 
 
 def probe(str uri, int limit_ms):
-    """Connect, for at most `limit_ms`, and return what the export is, by name. Raises ProbeError."""
+    """Connect, for at most `limit_ms`, and return the properties of the export, by name. Raises ProbeError."""
     cdef vf_nbd_probe found
     cdef bytes encoded = os.fsencode(uri)
     cdef const char *c_uri = encoded
@@ -126,7 +126,7 @@ def probe(str uri, int limit_ms):
 
 
 def list_exports(str uri, int limit_ms):
-    """Return the names of the first exports that the server tells of, and how many there are."""
+    """Return the names of the first exports that the server lists, and the number of all."""
     cdef vf_nbd_probe found
     cdef bytes encoded = os.fsencode(uri)
     cdef const char *c_uri = encoded

@@ -1,6 +1,7 @@
 """The engine that serves a disk written in Python: all requests of a round are handed over under one hold of the GIL.
 
-csrc/python/handoff.c is between the loop and this; _python_pieces.pyx is what a class answers for. Here the class is called.
+csrc/python/handoff.c connects the loop with this module, which calls the class. _python_pieces.pyx has the pieces that the
+class completes.
 """
 
 import os
@@ -30,7 +31,7 @@ cdef extern from *:
 
 
 cdef class Engine(Pieces):
-    """The plugin of a worker: a disk, and what is between it and the loop."""
+    """The plugin of a worker: a disk, and its connection to the loop."""
 
     cdef object capsule
     cdef vf_engine_plugin plugin
@@ -103,7 +104,7 @@ cdef class Engine(Pieces):
         self.forget_buffers()
 
     def have_loop(self):
-        """Return the event loop, made when it is first needed."""
+        """Return the event loop; it is made on the first call."""
         if self.loop is None:
             from vdusefast.backends.python_loop import Loop
             self.loop = Loop(self.handoff.wake_fd, self.loop_failed)
@@ -116,7 +117,7 @@ cdef class Engine(Pieces):
         self.failed("a task", error)
 
     cdef int32_t checked(self, str what, result, uint64_t length_bytes):
-        """The -errno for what pread or pwrite has returned, 0 for all bytes."""
+        """Return the -errno for the result of pread or pwrite, 0 for all bytes."""
         if result is None:
             return 0
         if isinstance(result, int) and not isinstance(result, bool):
@@ -130,7 +131,7 @@ cdef class Engine(Pieces):
         return -EIO
 
     cdef void hand_over(self):
-        """Give the class what was submitted."""
+        """Hand the submitted requests to the class."""
         self.handoff.stuck = False
         if self.handoff.timeout_ns:
             self.expire()
@@ -154,7 +155,7 @@ cdef class Engine(Pieces):
             if count == 0:
                 self.settle(slot, 0)
             for i in range(count):
-                # In one go, as a piece that fails does not keep the driver from asking for the others.
+                # All pieces, even if one fails: the driver asked for the others as well.
                 self.call(self.cut_index[i])
 
     cdef void hand_over_batches(self):
@@ -226,7 +227,7 @@ cdef class Engine(Pieces):
         return 0
 
     def awaited(self, int64_t tag, int op, uint64_t length_bytes, result, error):
-        """Take what a coroutine for one piece has returned or raised."""
+        """Complete a piece by the result or exception of its coroutine."""
         cdef uint32_t index = <uint32_t> tag & ((1 << TAG_BITS) - 1)
         cdef int32_t code
         if error is not None:
@@ -245,7 +246,7 @@ cdef class Engine(Pieces):
         self.loop.step()
 
     cdef int sleep_in_loop(self, const int *fds, uint32_t count, int timeout_ms):
-        """Run the event loop until there is something to do. 1: the time was up."""
+        """Run the event loop until there is something to do. Returns 1 when the time was up."""
         cdef uint32_t i
         cdef uint32_t readable
         vf_store_relaxed_u32(&self.handoff.sleeping, 1)

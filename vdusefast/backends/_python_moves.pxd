@@ -1,4 +1,4 @@
-"""Copies between the memory of a class and that of requests which are in pieces. A piece stays BUSY while it is copied."""
+"""Copies between a class's memory and that of requests in pieces. A piece is BUSY while it is copied."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
@@ -9,11 +9,11 @@ from vdusefast.backends._handoff cimport *
 from vdusefast.backends._python_pieces cimport PIECE_BUSY, PIECE_OPEN, TAG_BITS, Batch, Pieces, py_move, py_piece
 
 cdef enum:
-    NOGIL_BYTES = 1 << 17  # moving less takes less than letting go of the lock does
+    NOGIL_BYTES = 1 << 17  # copying less takes less time than releasing the lock does
 
 
 cdef inline void move_piece(Pieces pieces, const py_piece *piece, char *memory, bint into_driver) noexcept nogil:
-    """Copy between memory of ours and the driver's, however many pieces that is in."""
+    """Copy between private memory and the driver's, in any number of pieces."""
     cdef vf_req *req = pieces.handoff.records[piece.slot].req
     cdef uint64_t left = piece.length_bytes, length
     cdef uint32_t i
@@ -35,7 +35,7 @@ cdef inline void move_piece(Pieces pieces, const py_piece *piece, char *memory, 
 
 cdef inline int plan_moves(Pieces pieces, Batch batch, const Py_buffer *store, const int64_t *at, uint8_t op,
                            uint64_t *bytes_moved) except -1:
-    """Note what is to be copied, all of it within `store`; nobody completes it meanwhile."""
+    """Note the ranges to copy, all within `store`, and mark their pieces BUSY."""
     cdef uint32_t i, index
     cdef py_piece *piece
     cdef py_move *move

@@ -9,7 +9,7 @@ from vdusefast.backends._handoff cimport vf_handoff
 cdef enum:
     PIECES_MAX = 64  # of one request; one in more goes through a buffer of its own
     ROWS_MAX = 256  # of one batch
-    TAG_BITS = 16  # of a tag: which piece; above them: its how-manieth use
+    TAG_BITS = 16  # bits of a tag: the piece; the bits above count its uses
 
 cdef enum:  # of a piece
     PIECE_FREE

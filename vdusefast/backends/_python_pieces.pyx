@@ -1,8 +1,8 @@
-"""Requests in pieces of contiguous memory: each has a tag, for which it is answered once, and a buffer while it is open.
+"""Requests in pieces of contiguous memory: each has a tag, by which it is completed once, and a buffer while it is open.
 
-Everything here holds the interpreter's lock, so that tags are completed by any thread. A buffer is a memoryview of the
-driver's memory in a mapping of its own (_driver_memory), or of a copy: of requests whose pieces are no whole blocks, and for a
-class that has kept a buffer.
+Everything here holds the interpreter's lock, so any thread may complete tags. A buffer is a memoryview of the driver's
+memory in a mapping of its own (_driver_memory), or of a copy: if a request's pieces are no whole blocks, or the class has
+kept a buffer before.
 """
 
 import os
@@ -106,7 +106,7 @@ cdef class Batch:
             self.pieces.complete_tags(tags, result)
 
     cdef bint is_alone(self):
-        """Whether nobody else has this batch or its rows any more, so that it can be used again."""
+        """Whether nobody else refers to this batch or its rows, so that it can be reused."""
         if self.view is not None and refs(<PyObject *> self.view) > 1:
             return False
         return self.base is None or refs(<PyObject *> self.base) == 1 + (self.view is not None)
@@ -133,7 +133,7 @@ def _row_type():
 
 
 cdef class Pieces:
-    """What is open of the requests in flight."""
+    """The open pieces of the requests in flight."""
 
     def __cinit__(self, disk, spec):
         cdef uint32_t i
@@ -172,7 +172,7 @@ cdef class Pieces:
         (<Buffers> self.buffers).pieces = None
 
     cdef bint cut(self, uint16_t slot):
-        """Put the pieces of what a request waits for into cut_index. False: there is no room for them now."""
+        """Put the pieces of a request's current stage into cut_index. False: there is no room for them now."""
         cdef vf_handoff_record *record = &self.handoff.records[slot]
         cdef vf_req *req = record.req
         cdef uint32_t count = 1, i
@@ -244,15 +244,15 @@ cdef class Pieces:
     cdef uint32_t open_index(self, int64_t tag) except? 0xffffffff:
         cdef uint32_t index = <uint32_t> tag & ((1 << TAG_BITS) - 1)
         if tag < 0 or index >= self.piece_total or self.pieces[index].tag != tag or self.pieces[index].state == PIECE_FREE:
-            raise ValueError(f"tag {tag} is not open: it was completed already, or never given")
+            raise ValueError(f"tag {tag} is not open: it was completed already, or never issued")
         if self.pieces[index].state == PIECE_MARKED:
-            raise ValueError(f"tag {tag} is there twice")
+            raise ValueError(f"tag {tag} is given twice")
         if self.pieces[index].state == PIECE_BUSY:
             raise ValueError(f"tag {tag}: its bytes are just being moved")
         return index
 
     cdef object buffer_of(self, uint32_t index):
-        """The memoryview of a piece, made when it is first asked for."""
+        """Return the memoryview of a piece; it is made on the first call."""
         cdef py_piece *piece = &self.pieces[index]
         cdef object memory = None
         cdef object view = self.lent[index]
@@ -280,7 +280,7 @@ cdef class Pieces:
         return copy
 
     cdef void finish(self, uint32_t index, int32_t code):
-        """Complete a piece that is open: take its buffer away, and settle its request when that was the last one."""
+        """Complete an open piece: revoke its buffer, and settle its request if this was the last piece."""
         cdef py_piece *piece = &self.pieces[index]
         cdef uint16_t slot = piece.slot
         cdef bint held = False
@@ -294,7 +294,7 @@ cdef class Pieces:
             self.settle(slot, code)
 
     cdef bint take_away(self, uint32_t index, int32_t code):
-        """End the use of a buffer. True: its request may not end before its window is replaced by zero pages."""
+        """Revoke a buffer. True: its request must not end before its window is replaced with zero pages."""
         cdef py_piece *piece = &self.pieces[index]
         cdef object view = self.lent[index]
         cdef object owner = self.memories[index]
@@ -324,19 +324,19 @@ cdef class Pieces:
         return False
 
     cdef void condemn(self, Window window):
-        """What the class has kept of a buffer must not lead to the driver's memory any longer."""
+        """Let the class get copies from now on, and replace the window of a kept buffer with zero pages soon."""
         if not self.copies:
-            self.complaints.say("kept", f"{type(self.disk).__name__} has kept a buffer of a request that is complete, or a slice or "
+            self.complaints.say("kept", f"{type(self.disk).__name__} has kept a buffer of a completed request, or a slice or "
                                 "an array of it; that reads as zeroes from now on, and the class gets copies of the driver's "
-                                "memory, which is slower; let it keep bytes(buffer) instead")
+                                "memory, which is slower; keep bytes(buffer) instead")
         self.copies = True
         window.condemned = True
 
     cdef void zero_pages(self, Window window):
         try:
             self.windows.zero_pages(window)
-        except OSError as error:  # a view of the driver's memory that stayed would be worse than another worker
-            self.complaints.say("zero_pages", f"a buffer that was kept cannot be taken away: {error}; the worker ends")
+        except OSError as error:  # a remaining view of the driver's memory would be worse than a restart of the worker
+            self.complaints.say("zero_pages", f"a kept buffer cannot be replaced with zero pages: {error}; the worker ends")
             os.abort()
         waiting, window.waiting = window.waiting, []
         window.condemned = False
@@ -344,7 +344,7 @@ cdef class Pieces:
             self.settle(slot, code)
 
     cdef void settle(self, uint16_t slot, int32_t code):
-        """Count a piece as done; when it was the last one, what the request waits for is over."""
+        """Count a piece as done; the last one ends the request's current stage."""
         cdef vf_handoff_record *record = &self.handoff.records[slot]
         cdef vf_req *req = record.req
         if code and not record.error:
@@ -368,7 +368,7 @@ cdef class Pieces:
         return store.write_flags != 0 and self.can_flush and store.cache != VF_CACHE_UNSAFE
 
     cdef void push(self, uint16_t slot):
-        """Show the loop what has ended."""
+        """Push a slot whose stage has ended to the loop."""
         cdef uint64_t one = 1
         if not vf_handoff_push(self.handoff, slot):
             return
@@ -378,7 +378,7 @@ cdef class Pieces:
             pass  # the counter is full: it is awake already
 
     cdef void complete_open(self, const int64_t *tags, uint32_t count, int32_t code):
-        """Complete what is open of some tags."""
+        """Complete those of some tags that are open."""
         cdef uint32_t i, index
         for i in range(count):
             index = <uint32_t> tags[i] & ((1 << TAG_BITS) - 1)
@@ -437,7 +437,7 @@ cdef class Pieces:
         return 0
 
     cdef void expire(self):
-        """End requests that the class has had for too long."""
+        """End requests that the class has not completed in time."""
         cdef uint64_t now_ns = vf_now_ns()
         cdef uint32_t i
         self.handoff.looked_ns = now_ns
@@ -470,7 +470,7 @@ cdef class Pieces:
             PyBuffer_Release(&view)
 
     cdef int32_t failed(self, str what, error):
-        """Say what a class has raised; the -errno that its request gets."""
+        """Report an exception of the class. Returns the -errno for its request."""
         cdef int32_t code = EIO
         if isinstance(error, OSError) and isinstance(error.errno, int) and 0 < error.errno < 4096:
             code = error.errno
@@ -484,7 +484,7 @@ cdef class Pieces:
 
 
 def _release(view):
-    """Release a memoryview; one that something else was made of stays, which its DriverMemory knows."""
+    """Release a memoryview. One with other views of it stays, and its DriverMemory counts that."""
     try:
         view.release()
     except BufferError:
@@ -496,5 +496,5 @@ def _int64_array(values):
     import numpy as np
     array = np.asarray(values)
     if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
-        raise TypeError(f"an array of integers in one dimension is wanted, not of {array.dtype} in {array.ndim}")
+        raise TypeError(f"an array of integers in one dimension is required, not of {array.dtype} in {array.ndim}")
     return np.ascontiguousarray(array, "i8")

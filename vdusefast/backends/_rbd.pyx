@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What librados and librbd do for the backend `rbd`: looking at an image, and the engine that serves it.
+"""The use of librados and librbd by the backend `rbd`: the probe of an image, and the engine that serves it.
 
-What went wrong comes as numbers; `vdusefast.backends.rbd` puts them into words.
+Failures are reported as numbers; `vdusefast.backends.rbd` makes messages of them.
 """
 
 import os
@@ -126,7 +126,7 @@ cdef class Settings:
 
 
 class Failure(Exception):
-    """An image cannot be opened: the step, an errno, and what helps to say why."""
+    """An image cannot be opened: the step, an errno, and details for the message."""
 
     def __init__(self, step, error, keyrings, names):
         super().__init__(step, error)
@@ -137,7 +137,7 @@ class Failure(Exception):
 
 
 def look(Settings settings):
-    """Return what there is to know of an image, as a dictionary. Raises Failure."""
+    """Return the properties of an image, as a dictionary. Raises Failure."""
     cdef vf_rbd_image image
     cdef vf_rbd_about about
     cdef char names[NAMES_BYTES]
@@ -163,7 +163,7 @@ def look(Settings settings):
 
 
 cdef class Engine:
-    """The engine of one image, and its ear: see vdusefast.backends.plugin.Plugin."""
+    """The engine of one image, with its events: see vdusefast.backends.plugin.Plugin."""
 
     cdef vf_rbd *rbd
     cdef Settings settings
@@ -183,7 +183,7 @@ cdef class Engine:
         return self.rbd.opener.news_fd if self.rbd != NULL else -1
 
     def events(self):
-        """Return what has happened since the last call: (kind, step, errno, value) each."""
+        """Return the events since the last call: (kind, step, errno, value) each."""
         cdef vf_rbd_event event
         found = []
         while self.rbd != NULL and vf_rbd_event_take(&self.rbd.opener, &event):

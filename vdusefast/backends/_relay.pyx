@@ -1,4 +1,4 @@
-"""A store that one process has for all queues: the engine by which workers ask for it, and the loop that serves them."""
+"""A store that only one process has open for all queues: the engine of the workers, and the relay's loop."""
 
 import os
 
@@ -36,9 +36,9 @@ PATH_MAX_BYTES = 107
 
 
 cdef class Client:
-    """The engine of a worker (backends.plugin.Plugin) that has the relay at the socket `path` do everything.
+    """The engine of a worker (backends.plugin.Plugin) that sends its requests to the relay at the socket `path`.
 
-    memory_fd: what the two share for the queue; borrowed.
+    memory_fd: the memory that the two share for the queue; borrowed.
     """
 
     cdef vf_engine_plugin plugin
@@ -61,7 +61,7 @@ cdef class Client:
         return PyCapsule_New(&self.plugin, VF_ENGINE_CAPSULE, NULL)
 
     def fileno(self):
-        """See Plugin: there is never any event: the relay sends those to the supervisor itself."""
+        """See Plugin: there are no events, as the relay sends them to the supervisor itself."""
         return -1
 
     def news(self):
@@ -76,7 +76,7 @@ cdef class Server:
     """The relay of several queues with `slot_count` slots each, over the engine of `plugin`, which it keeps.
 
     places: of each queue a listening SOCK_SEQPACKET and the memory that it shares with its worker, borrowed. read_only:
-    what would write is refused. Raises OSError (EPROTO: the module was built for another version).
+    refuse requests that write. Raises OSError (EPROTO: the module was built for another version).
     """
 
     cdef vf_relay_server *server

@@ -1,8 +1,8 @@
-"""Which size of sectors the contents of a disk were made for: they can be read in that size only.
+"""Find the sector size that the contents of a disk were made for: they are readable in that size only.
 
 Partition tables count sectors, and file systems refuse a disk whose sectors are larger than theirs. An image that was
 made on sectors of 512 bytes would be unreadable in blocks of 4096, whatever its store has. The contents are the
-driver's own: what they say decides about nothing but the block size that is offered when a device is made.
+driver's own, so they decide nothing but the block size that is offered when a device is made.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FAT_SECTOR_OFFSET = 11
 def made_for(fd: int, size_bytes: int, *, unknown_bytes: int = 0) -> int:
     """Return 512 or 4096, the sectors that the contents of an open store need; 0 for a blank one, which needs none.
 
-    unknown_bytes: what is returned for contents that nobody here knows. Raises OSError.
+    unknown_bytes: returned for contents of an unknown kind. Raises OSError.
     """
     if size_bytes % LARGE_BYTES:
         return SECTOR_BYTES
@@ -59,7 +59,7 @@ def _is_gpt(sector: bytes) -> bool:
 
 
 def _of_file_system(head: bytes) -> int:
-    """Return what XFS, ext2 to ext4, FAT or NTFS says of itself."""
+    """Return the sector size that XFS, ext2 to ext4, FAT or NTFS has recorded."""
     if head.startswith(b"XFSB"):
         return _small_or_large(int.from_bytes(head[_XFS_SECTOR_OFFSET : _XFS_SECTOR_OFFSET + 2], "big"))
     if head[_EXT_MAGIC_OFFSET : _EXT_MAGIC_OFFSET + 2] == b"\x53\xef":
@@ -71,7 +71,7 @@ def _of_file_system(head: bytes) -> int:
 
 
 def _of_mbr(head: bytes, size_bytes: int) -> int:
-    """Return what a partition table counts in. It fits on the disk, and fills it more likely than an eighth of it."""
+    """Return a partition table's sector size: the larger if the table fits then, as tables rather fill a disk."""
     if head[_MBR_SIGNATURE : _MBR_SIGNATURE + 2] != b"\x55\xaa":
         return 0
     end = 0

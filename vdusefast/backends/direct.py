@@ -1,4 +1,4 @@
-"""The alignment that O_DIRECT needs: what the kernel says, else what nothing on the way to the disk can need more of.
+"""Find the alignment that O_DIRECT needs: the kernel's answer, else the largest that any layer above the disk can need.
 
 A trial read alone is no answer: a hole, or a range that is allocated but not yet written, is read without the disk, by
 any alignment. The same file would be refused once it has data there.
@@ -49,7 +49,7 @@ def queue_limit(rdev: int, name: str, sysfs: Path = Path("/sys")) -> int:
 
 
 def _ask_xfs(fd: int) -> int:
-    """Return what XFS says (since long before statx does), 0 of any other file system."""
+    """Return XFS's own answer (much older than statx's), 0 for any other file system."""
     try:
         memory_align, smallest, _ = _DIOATTR.unpack(fcntl.ioctl(fd, XFS_IOC_DIOINFO, bytes(_DIOATTR.size)))
     except OSError:

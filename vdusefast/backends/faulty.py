@@ -15,7 +15,7 @@ RULES are separated by `+`; a rule is `key=value,...`:
 | `seed` | of the whole; any number |
 | `file` | only while there is such a file, which turns a rule on and off |
 
-The first rule that fits a request, and whose turn it is, has it. Each queue counts by itself. A path with `,`, `+` or
+The first rule that fits a request, and whose turn it is, applies. Each queue counts by itself. A path with `,`, `+` or
 `:` in it cannot be named.
 """
 
@@ -57,7 +57,7 @@ class Fault(NamedTuple):
 
 
 def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool = True) -> Store:
-    """Open the store behind the rules. Raises ConfigError for a rule, and what opening that store does."""
+    """Open the store after the rules. Raises ConfigError for a rule, and as the store's own open_store."""
     import msgspec
 
     from vdusefast.backends import open_store as open_inner
@@ -73,7 +73,7 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool =
 
 
 def behind(uri: str) -> str:
-    """Return the URI of the store behind the rules; see backends.store_scheme. Raises ConfigError."""
+    """Return the URI of the store after the rules; see backends.store_scheme. Raises ConfigError."""
     return split(uri.partition(":")[2])[1]
 
 
@@ -89,7 +89,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def to_json(faults: list[Fault], seed: int) -> str:
-    """Return what `from_json` reads, for a worker."""
+    """Return the rules as JSON for a worker, which reads it by `from_json`."""
     return json.dumps({"faults": faults, "seed": seed})
 
 
@@ -100,7 +100,7 @@ def from_json(text: str) -> tuple[list[Fault], int]:
 
 
 def split(rest: str) -> tuple[str, str]:
-    """Return rules and URI of what follows `faulty:`. Raises ConfigError."""
+    """Return rules and URI from the text after `faulty:`. Raises ConfigError."""
     rules, colon, inner = rest.partition(":")
     if not colon or "=" not in rules or not inner:
         raise ConfigError(
@@ -111,10 +111,10 @@ def split(rest: str) -> tuple[str, str]:
 
 
 def parse(rules: str) -> tuple[list[Fault], int]:
-    """Return the rules and the seed in a text. Raises ConfigError that names what is wrong."""
+    """Return the rules and the seed in a text. Raises ConfigError that names the wrong part."""
     texts = rules.split("+")
     if len(texts) > RULE_COUNT_MAX:
-        raise ConfigError(f"backend.uri: {len(texts)} rules for faults; {RULE_COUNT_MAX} are possible")
+        raise ConfigError(f"backend.uri: {len(texts)} rules for faults, at most {RULE_COUNT_MAX} are possible")
     faults, seed = [], 1
     for text in texts:
         given: dict[str, str] = {}

@@ -75,7 +75,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def _check_type(path: str, uri: str) -> bool:
-    """Return whether `path` is a block device. Looked at before it is opened: opening some nodes does something."""
+    """Return whether `path` is a block device. Checked before it is opened, because opening some nodes has effects."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -90,8 +90,8 @@ def _check_type(path: str, uri: str) -> bool:
 def _open(path: str, uri: str, *, read_only: bool, exclusive: bool, direct: bool) -> int:
     """Return a descriptor. exclusive: O_EXCL on a block device makes the kernel refuse it if mounted or claimed.
 
-    Another program may claim it for a moment only, and one that has ended for as long as its last I/O takes: hence more
-    than one try.
+    Another program may claim it for a moment only, and the claim of an ended one lasts as long as its last I/O: hence
+    more than one try.
     """
     flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
     flags |= os.O_DIRECT if direct else 0
@@ -115,7 +115,7 @@ def _open(path: str, uri: str, *, read_only: bool, exclusive: bool, direct: bool
 
 
 def _users_text(path: str) -> str:
-    """Return who has a block device."""
+    """Return who uses a block device, for people."""
     from vdusefast.host import node_users
 
     users = node_users.find_users_of_number(os.stat(path).st_rdev)
@@ -209,29 +209,29 @@ def _describe_block(fd: int, backend: BackendConfig, read_only: bool) -> Store:
 
 
 def _content_block(fd: int, size_bytes: int, granule: int, unknown_bytes: int) -> int:
-    """Return the blocks that the contents need where the store's are larger than a sector, as content.made_for().
+    """Return the block size that the contents need if the store's is larger than a sector, as content.made_for().
 
-    A disk has been written to by its own blocks; a file comes from anywhere, and can be read in small ones in any case.
+    A disk was written in its own blocks. A file may come from anywhere, and is readable in small ones in any case.
     """
     return content.made_for(fd, size_bytes, unknown_bytes=unknown_bytes) if granule > SECTOR_BYTES else 0
 
 
 def _ioctl_int(fd: int, request: int) -> int:
-    """Return the unsigned int that a block device's ioctl gives."""
+    """Return the unsigned int that an ioctl of a block device reports."""
     (value,) = struct.unpack("=I", fcntl.ioctl(fd, request, bytes(4)))
     return int(value)
 
 
 def _probe_fallocate(fd: int, size_bytes: int, mode: int) -> bool:
-    """Return whether the file system can do `mode` to a range, by trying it past the end, where there is nothing.
+    """Return whether the file system supports fallocate `mode`, by a trial after the end of the file.
 
-    One that is full can, too.
+    A full file system supports it, too.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     offset = -(-size_bytes // 4096) * 4096
     done = libc.fallocate64(fd, mode | FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(4096)) == 0
     error = 0 if done else ctypes.get_errno()
-    if done and mode == FALLOC_FL_ZERO_RANGE:  # which allocates; give that back
+    if done and mode == FALLOC_FL_ZERO_RANGE:  # the trial has allocated blocks: free them
         hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
         libc.fallocate64(fd, hole, ctypes.c_int64(offset), ctypes.c_int64(4096))
     return bool(done) or error in FULL

@@ -40,7 +40,7 @@ _FLOCK_IS_RECORD_LOCK = (0x6969, 0x517B, 0xFF534D42, 0xFE534D42)  # NFS, SMB, CI
 
 
 class _Claim(NamedTuple):
-    """What somebody does with a store, and what nobody else may do meanwhile: permissions of QEMU's."""
+    """Permissions of QEMU's on a store: those that we use, and those that nobody else may have meanwhile."""
 
     uses: tuple[int, ...]
     excludes: tuple[int, ...]
@@ -51,10 +51,10 @@ _READER = _Claim((CONSISTENT_READ,), (WRITE, RESIZE))
 
 
 def claim(fd: int, uri: str, *, read_only: bool, is_block: bool) -> None:
-    """Lock an open store until the last copy of `fd` is closed. What holds it for a moment only is waited for.
+    """Lock an open store until the last copy of `fd` is closed. Waits for a program that locks it for a moment only.
 
-    A file gets a flock(2) as well, against programs that know no other lock. Raises DeviceBusyError, which names who
-    has it, BackendError where the file system has no locks.
+    A file gets a flock(2) as well, against programs that know no other lock. Raises DeviceBusyError, which names the
+    holder, and BackendError where the file system has no locks.
     """
     pause_s = FIRST_PAUSE_S
     has_flock = not is_block and file_system_type(fd) not in _FLOCK_IS_RECORD_LOCK
@@ -75,7 +75,7 @@ def claim(fd: int, uri: str, *, read_only: bool, is_block: bool) -> None:
 
 
 def _try_claim(fd: int, wanted: _Claim) -> bool:
-    """Return whether the locks could be had; else none is kept."""
+    """Try to take all locks. Returns whether that worked; if not, none is kept."""
     mine = [PERM_BASE + bit for bit in wanted.uses] + [SHARED_BASE + bit for bit in wanted.excludes]
     against = [SHARED_BASE + bit for bit in wanted.uses] + [PERM_BASE + bit for bit in wanted.excludes]
     done = False
@@ -88,7 +88,7 @@ def _try_claim(fd: int, wanted: _Claim) -> bool:
             raise
     finally:
         if not done:
-            # All at once: also what was locked by none of the steps above.
+            # All at once, also those that no step above has locked.
             span = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, PERM_BASE, SHARED_BASE + RESIZE + 1 - PERM_BASE, 0)
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, span)
     return done
@@ -101,7 +101,7 @@ def _is_locked(fd: int, byte: int) -> bool:
 
 
 def _no_locks_text(error: OSError) -> str:
-    """Say what to do where locks cannot be had."""
+    """Return the message for a file that cannot be locked, with the remedy."""
     text = f"cannot be locked against other programs: {error.strerror}"
     if error.errno == errno.ENOLCK:
         return (
@@ -118,7 +118,7 @@ def _holders_text(fd: int) -> str:
 
 
 def find_holders(fd: int, root: Path = processes.ROOT) -> list[str]:
-    """Return who holds a lock on the file that is open as `fd`, but for locks by that descriptor itself.
+    """Return the holders of locks on the file that is open as `fd`, except locks by that descriptor itself.
 
     The kernel does not say whose an OFD lock is, but shows each process's own in fdinfo. Of processes that have
     inherited it only the parent is named.
@@ -138,7 +138,7 @@ def _descriptors(process: Path) -> list[Path]:
     try:
         return list((process / "fdinfo").iterdir())
     except OSError:
-        return []  # it has ended, or is somebody else's
+        return []  # it has ended, or belongs to another user
 
 
 def _has_lock(entry: Path, status: os.stat_result) -> bool:

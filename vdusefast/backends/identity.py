@@ -1,4 +1,4 @@
-"""Which store it is that was opened, so that the next server can tell another one under the same name from it.
+"""The identity of an open store, by which the next server recognises another store of the same name.
 
 An identity is of an open descriptor and not of a path. It need not outlive the machine's uptime, as no device does.
 """
@@ -61,20 +61,20 @@ def is_same(old: Identity, new: Identity) -> bool:
             _agree(old, new, "device") or _is_mounted_again(old, new)
         )
     if old.get("kind") == "block device":
-        # A disk that was plugged in again has another number in the sequence of disks, and is the same disk.
+        # A disk that was plugged in again is the same disk with another sequence number.
         decisive = next((key for key in ("name", "diskseq", "number") if key in old and key in new), "kind")
         return old.get("start") == new.get("start") and _agree(old, new, decisive)
     return all(_agree(old, new, key) for key in old)
 
 
 def text_of(identity: Identity) -> str:
-    """Return an identity for people."""
+    """Return an identity as a text for people."""
     said = [f"{key} {value}" for key, value in identity.items() if key not in ("kind", "handle")]
     return f"{identity.get('kind', 'store')} ({', '.join(said)})"
 
 
 def path_is_other(fd: int, path: str) -> bool:
-    """Return whether `path` is another file or block device by now than the open one. False where it is none."""
+    """Return whether `path` has become another file or block device than the open one. False if nothing is there."""
     try:
         named, served = os.stat(path), os.fstat(fd)
     except OSError:
@@ -91,9 +91,9 @@ def _agree(old: Identity, new: Identity, *keys: str) -> bool:
 
 
 def _is_mounted_again(old: Identity, new: Identity) -> bool:
-    """Return whether a file system that is on no block device of its own may just have another number now.
+    """Return whether a file system without a block device of its own may have got another number by a new mount.
 
-    Its handles name the file then (NFS, btrfs); where there are none, nothing does.
+    File handles identify the file then (NFS, btrfs); without handles nothing does.
     """
     anonymous = all(each.get("device", "").startswith("0:") for each in (old, new))
     return anonymous and "handle" in old and "handle" in new
@@ -108,7 +108,7 @@ def _diskseq(fd: int) -> str:
 
 
 def _text(path: Path) -> str:
-    """Return what a file of sysfs says, "" when it is not there or empty."""
+    """Return the text of a file of sysfs, "" when it is missing or empty."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:

@@ -108,7 +108,7 @@ _READ_ONLY = ("bochs", "cloop", "dmg")  # QEMU does not write these
 
 
 def _vpc_checksum_fits(footer: bytes) -> bool:
-    """Return whether the checksum is right: without that, eight characters in a disk would be a VHD."""
+    """Return whether the checksum is right; without it, eight characters would make any disk a VHD."""
     return len(footer) == SECTOR_BYTES and _be32(footer, 64) == ~(sum(footer) - sum(footer[64:68])) & 0xFFFFFFFF
 
 
@@ -146,15 +146,15 @@ def check(store: Store) -> None:
 
 
 def split_path(rest: str) -> tuple[str, bool]:
-    """Return the path in what follows `file:`, and whether the URI says that what it names is a raw disk.
+    """Return the path in the text after `file:`, and whether the URI says that it is a raw disk.
 
-    All but RAW at the end is the path, whatever characters are in it. Raises ConfigError for another format.
+    All but RAW at the end is the path, with any characters. Raises ConfigError for another format.
     """
     path, mark, name = rest.rpartition("?format=")
     if mark and name == "raw":
         return path, True
     if mark and name in (*_BY_HEAD, *_BY_TAIL) and not os.path.lexists(rest):
-        raise ConfigError(f"backend.uri: file:{rest}: only ?format=raw can be said here; {_way(path, name)}")
+        raise ConfigError(f"backend.uri: file:{rest}: only ?format=raw is possible; {_way(path, name)}")
     return rest, False
 
 
@@ -172,7 +172,7 @@ def _refusal(store: Store, name: str) -> str:
 
 
 def _way(path: str, name: str) -> str:
-    """Return how to serve what is in an image."""
+    """Return how to serve the disk inside an image."""
     server, added = ("--read-only ", "--read-only ") if name in _READ_ONLY else ("", "")
     return (
         f"To serve the disk in it: qemu-nbd --fork --persistent --shared=0 {server}--format={name} "
@@ -182,7 +182,7 @@ def _way(path: str, name: str) -> str:
 
 
 def _read(fd: int, offset_bytes: int, length_bytes: int) -> bytes:
-    """Return what is there, less at the end of the store. The memory is aligned as O_DIRECT wants it."""
+    """Return the bytes there, fewer at the end of the store. Reads into memory that is aligned for O_DIRECT."""
     with mmap.mmap(-1, length_bytes) as memory:
         count = os.preadv(fd, [memory], offset_bytes)
         return memory[:count]

@@ -1,4 +1,4 @@
-"""What a store's I/O should be aligned to, as the kernel tells it of block devices and file systems.
+"""The alignment that a store's I/O should have, as the kernel reports it for block devices and file systems.
 
 Of a block device these are the limits of its queue. A file has the unit in which its file system allocates, and the
 stripes that this was made for: `mkfs.xfs` and `mkfs.ext4` take them from the disks, and allocate by them.
@@ -29,7 +29,7 @@ DISCARD_UNIT_MAX_BYTES = 2 << 20  # of a file: a network file system calls its r
 
 
 class IoLimits(NamedTuple):
-    """In bytes; 0: nothing is known, or there is nothing to align to."""
+    """Sizes in bytes; 0: unknown, or nothing to align to."""
 
     min_io_bytes: int = 0  # smaller requests cost more
     opt_io_bytes: int = 0  # as does what is no multiple of this
@@ -68,9 +68,9 @@ def of_file(fd: int, sysfs: Path = Path("/sys"), mounts: Path = Path("/proc/self
 
 
 def discard_offset(node: Path, granularity_bytes: int) -> int:
-    """Return where the first unit begins that a block device frees, counted from the start of the device or partition.
+    """Return where the first discard unit of a block device begins, counted from the start of the device or partition.
 
-    node: its directory in sysfs. A stacked device says -1 where the units of its parts do not fit together: 0 then.
+    node: its directory in sysfs. A stacked device reports -1 if the units of its parts do not match: 0 then.
     """
     alignment = _read_number(node / "discard_alignment", 0)
     return alignment % granularity_bytes if granularity_bytes and alignment > 0 else 0
@@ -105,7 +105,7 @@ def _ask_xfs(fd: int) -> tuple[int, int] | None:
 
 
 def _mounted_stripe(device: int, block: int, mounts: Path) -> tuple[int, int]:
-    """Return the stripe that ext4 is mounted with, of which it does not tell the unit."""
+    """Return the stripe that ext4 is mounted with; it does not report the stripe unit."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         lines = mounts.read_text(errors="replace").splitlines()

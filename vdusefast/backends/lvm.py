@@ -67,7 +67,7 @@ def find_volumes(store: Store) -> dict[str, str]:
 
 
 def check(store: Store) -> None:
-    """Note at the store of a disk of this machine what is to be done about the physical volumes on it."""
+    """Append to the store's notes the remedy for physical volumes on a disk of this machine."""
     try:
         found = find_volumes(store)
     except OSError:
@@ -83,7 +83,7 @@ def check(store: Store) -> None:
 
 
 def _advice(nodes: list[str]) -> str:
-    """Return what keeps LVM of this machine from looking at `nodes`."""
+    """Return the setting that keeps LVM of this machine from scanning `nodes`."""
     if DEVICES_FILE.exists():
         removals = "".join(f"lvm lvmdevices --deldev {shlex.quote(node)}; " for node in nodes)
         return f"{removals}lvm lvmdevices --adddev /dev/vdX (the served disk, or its partition)"
@@ -98,7 +98,7 @@ def _is_logical_volume(store: Store) -> bool:
 
 
 def _read(fd: int, offset_bytes: int, unit_bytes: int) -> bytes:
-    """Return the first sectors at an offset, read as O_DIRECT wants it; less where the device ends."""
+    """Return the first sectors at an offset, read with O_DIRECT's alignment; fewer at the end of the device."""
     begin = offset_bytes // unit_bytes * unit_bytes
     with mmap.mmap(-1, 2 * unit_bytes) as memory:
         count = os.preadv(fd, [memory], begin)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool = True) -> Store:
-    """Return a memfd of the size `rest` whose size is sealed. Raises ConfigError, BackendError."""
+    """Return a store on a memfd of size `rest`, sealed to it. Raises ConfigError, BackendError."""
     size_bytes = parse_size(rest)
     fd = os.memfd_create("vdusefast-store", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -25,7 +25,7 @@ def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool =
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except OSError as error:
         os.close(fd)
-        raise BackendError(f"{backend.uri}: cannot be made: {error.strerror}") from None
+        raise BackendError(f"{backend.uri}: cannot be created: {error.strerror}") from None
     return Store(
         uri=backend.uri,
         kind=StoreKind.MEMORY,

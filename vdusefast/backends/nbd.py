@@ -26,7 +26,7 @@ _PATHS = ("socket", "tls-certificates", "tls-psk-file")
 
 
 def describe(spec: StoreSpec) -> Description:
-    """Connect to the server and return what its export is.
+    """Connect to the server and return the description of its export.
 
     Raises ConfigError for a URI that is none, BackendError when the server or its export cannot be used.
     """
@@ -60,7 +60,7 @@ def open_engine(spec: StoreSpec) -> Plugin:
             notes_offset=spec.queue * NOTES_BYTES,
         )
     except OSError as error:
-        raise BackendError(f"{spec.uri}: no engine could be made: {error.strerror}") from None
+        raise BackendError(f"{spec.uri}: the engine cannot be created: {error.strerror}") from None
 
 
 def _unusable() -> Usability | None:
@@ -68,7 +68,7 @@ def _unusable() -> Usability | None:
 
 
 def _check_extension(uri: str) -> None:
-    """Raise BackendError where the extension cannot be used."""
+    """Raise BackendError if the extension cannot be used."""
     if unusable := _unusable():
         raise BackendError(f"{uri}: {unusable.text}; {unusable.remedy}")
 
@@ -83,7 +83,7 @@ def _check_keys(uri: str) -> None:
         try:
             check_file(path)
         except FileNotFoundError:
-            continue  # libnbd knows whether it needs that
+            continue  # libnbd checks whether the file must exist
         except OSError as error:
             raise BackendError(f"{uri}: {path}: {error.strerror}") from None
         except ValueError as error:
@@ -91,7 +91,7 @@ def _check_keys(uri: str) -> None:
 
 
 def usability() -> Usability:
-    """Return whether the extension is there, with the version of its library."""
+    """Return whether the backend can be used, with the version of its library."""
     if unusable := _unusable():
         return unusable
     from vdusefast.backends._nbd import library
@@ -143,7 +143,7 @@ def _description(spec: StoreSpec, export: Export) -> Description:
 
 
 def _translate(uri: str, error: ProbeError) -> VdusefastError:
-    """Return the error that tells people what happened and what to do."""
+    """Return the error for the user: what happened, and what to do."""
     if error.stage == "uri":
         return ConfigError(f"backend.uri: {uri!r}: {error.text}; write for example nbd://localhost/export")
     if error.stage == "connect":
@@ -152,7 +152,7 @@ def _translate(uri: str, error: ProbeError) -> VdusefastError:
         return BackendError(f"{uri}: {error.text}; correct the server")
     if error.err == errno.ETIMEDOUT:
         return BackendError(
-            f"{uri}: the server has not ended the handshake after {HANDSHAKE_LIMIT_S} s; see whether it hangs, "
+            f"{uri}: the server has not finished the handshake within {HANDSHAKE_LIMIT_S} s; check whether it hangs, "
             "or is no NBD server"
         )
     if error.err == errno.ENOENT:
@@ -164,7 +164,7 @@ def _connect_trouble(error: ProbeError) -> str:
     if error.err in (errno.ECONNREFUSED, errno.ENOENT):
         return "nobody listens there; start the server, or correct the URI"
     if error.err == errno.ETIMEDOUT:
-        return f"no connection after {HANDSHAKE_LIMIT_S} s; see whether the machine can be reached"
+        return f"no connection within {HANDSHAKE_LIMIT_S} s; check whether the machine can be reached"
     if error.err == errno.EACCES:
         return "the socket may not be used by this user; change its permissions, or run as another user"
     return f"cannot connect: {error.text}; start the server, or correct the URI"
@@ -175,13 +175,13 @@ def _handshake_trouble(error: ProbeError) -> str:
     if "requires TLS" in error.text or "policy prevents" in error.text:
         return f"{text}; write nbds:// (or nbds+unix://) with tls-certificates= or tls-psk-file="
     if "magic" in error.text or "not either" in error.text:
-        return f"what listens there is no NBD server ({text}); correct the URI"
+        return f"no NBD server listens there ({text}); correct the URI"
     if "refused TLS" in error.text or "oldstyle" in error.text:
         return f"{text}; write nbd:// (or nbd+unix://), or give the server certificates"
     if "gnutls" in error.text:
-        return f"TLS has failed: {text}; see whether both have the same certificates or keys"
+        return f"TLS has failed: {text}; check whether both sides have matching certificates or keys"
     if error.err in (errno.ECONNRESET, errno.EPIPE) or "disconnected" in error.text:
-        return f"the server hung up in the handshake ({text}); see its log, and whether it admits another client"
+        return f"the server hung up in the handshake ({text}); see its log, and check whether it admits another client"
     return f"the handshake failed: {text}; see the server's log"
 
 

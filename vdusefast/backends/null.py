@@ -1,4 +1,4 @@
-"""`null:SIZE`: takes every write, reads as whatever the driver's buffer held; for measuring everything but storage."""
+"""`null:SIZE`: drops writes, and leaves the buffer of a read unchanged; for measuring everything but storage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_store(rest: str, backend: BackendConfig, read_only: bool, claim: bool = True) -> Store:
-    """Return a store of the size `rest`, without a descriptor. Raises ConfigError when that is no size."""
+    """Return a store of size `rest`, without a descriptor. Raises ConfigError if that is no size."""
     return Store(
         uri=backend.uri,
         kind=StoreKind.NULL,

@@ -1,4 +1,4 @@
-"""What the module of a backend brings that serves its store by an engine of its own: NBD, Ceph RBD, Python classes.
+"""The interface of a plugin, a backend's module with an engine of its own: NBD, Ceph RBD, Python classes.
 
 Two kinds of processes load such a module: a probe, which describes the store before there is a device (probe.py), and
 each worker. The supervisor does not, so that nothing in a library or in a user's class can hold it up.
@@ -15,28 +15,27 @@ NOTES_BYTES = 512
 
 
 class StoreSpec(NamedTuple):
-    """The arguments of a module. Sizes are in bytes."""
+    """The arguments that a plugin gets. Sizes are in bytes."""
 
     uri: str
-    read_only: bool = False  # the device is, whatever the store allows
+    read_only: bool = False  # whether the device is, even if the store is writable
     cache: str = "writeback"  # writeback, writethrough, unsafe
-    timeout_s: float = 0.0  # a request without an answer for so long ends with IOERR; 0 = it waits for ever
-    reconnect_s: float = 60.0  # a store lost for less is a pause; after that requests get IOERR until it is back
+    timeout_s: float = 0.0  # longest time of a request, which ends with IOERR then; 0 = unlimited
+    reconnect_s: float = 60.0  # a shorter loss of the store is a pause; after that requests get IOERR until it is back
     queue_count: int = 1
-    identity: str = (
-        ""  # of the store that is served: a module that knows one refuses another store. "": whichever it is
-    )
-    # Of a worker:
+    identity: str = ""  # of the served store: a module with identities refuses another store; "": any
+    # For a worker only:
     queue: int = 0
     slot_count: int = 0  # requests that may be in flight at once
     size_bytes: int = 0  # of the device
     block_size_bytes: int = 512  # of the device
-    sole: bool = False  # nobody else serves it: parts of blocks that are larger may be read, changed and written
-    # A file that outlives the worker, with NOTES_BYTES for each queue: what a module writes there, the next worker's
-    # reads. -1: none.
+    sole: bool = False  # this is the only process that serves it, so smaller blocks can be emulated
+    # A file that outlives the worker, with NOTES_BYTES for each queue. The next worker's module reads the notes that
+    # this one has written. -1: none.
     notes_fd: int = -1
-    # A datagram socket that is connected to itself and outlives the worker. What a module sends there waits, with the
-    # descriptors in it, for the reader: the next worker's finds out when the last one's requests end. -1: none.
+    # A datagram socket that is connected to itself and outlives the worker. Messages that a module sends there, with
+    # descriptors in them, wait for the next worker's module, which learns by them when the last one's requests end.
+    # -1: none.
     hold_fd: int = -1
 
     def to_json(self) -> str:
@@ -50,7 +49,7 @@ class StoreSpec(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a module says of its store. Sizes are in bytes."""
+    """A module's description of its store. Sizes are in bytes."""
 
     size_bytes: int
     block_size_bytes: int = 512  # the smallest unit it takes: a power of two
@@ -60,17 +59,17 @@ class Description(NamedTuple):
     can_discard: bool = False
     can_write_zeroes: bool = False
     zeroes_cheaply: bool = False  # without writing them out
-    shareable: bool = True  # several processes may serve it at once, each by itself
-    identity: str = ""  # what no other store has, also one that takes its name; "": not known
+    shareable: bool = True  # several processes may serve it at once, independently
+    identity: str = ""  # no other store has it, not even one that gets the same name; "": unknown
     min_io_size_bytes: int = 0  # smaller requests cost more; 0 = physical_block_size_bytes
-    discard_granularity_bytes: int = 0  # what is freed at a time; 0 = physical_block_size_bytes
+    discard_granularity_bytes: int = 0  # bytes that are freed at a time; 0 = physical_block_size_bytes
     rotational: int = -1  # 1 or 0; -1: not known
-    # What it takes by itself, where its engine serves smaller blocks if it has the store alone; 0: it does not.
+    # The store's own block size, if its engine emulates smaller blocks when it has the store alone; 0: it does not.
     granule_bytes: int = 0
 
 
 class News(NamedTuple):
-    """Something that a store's module has seen."""
+    """An event of a store's module."""
 
     kind: str  # "log": `text` is a line for the device's log; "resized": the store has `size_bytes` from now on
     text: str = ""
@@ -86,9 +85,9 @@ class Usability(NamedTuple):
 
 
 def extension_usability(extension: str, library: str, headers: str, package: str) -> Usability | None:
-    """Say why a module's extension cannot be used, None where it can.
+    """Return why a module's extension cannot be used, None if it can.
 
-    headers, package: Debian's, with which it is built and runs.
+    headers, package: Debian's names of the packages that it is built with and runs with.
     """
     import importlib
     from importlib.util import find_spec
@@ -105,7 +104,7 @@ def extension_usability(extension: str, library: str, headers: str, package: str
 
 
 class Plugin(Protocol):
-    """The engine that a module has made for a worker, and its ear."""
+    """The engine that a module has made for a worker, with its events."""
 
     @property
     def engine(self) -> object:
@@ -115,20 +114,20 @@ class Plugin(Protocol):
         """Return a descriptor that is readable while there are events, -1 for none."""
 
     def news(self) -> list[News]:
-        """Take what there is."""
+        """Return the events since the last call."""
 
     def close(self) -> None:
         """Release everything; the engine has been closed. A second call does nothing."""
 
 
 class PluginModule(Protocol):
-    """A module of a backend. What it raises are errors of vdusefast, each a line that names the URI and the remedy."""
+    """A module of a backend. It raises only errors of vdusefast, each one line that names the URI and the remedy."""
 
     def describe(self, spec: StoreSpec) -> Description:
-        """Look at the store; runs in a probe, which is killed when that takes too long."""
+        """Examine the store; runs in a probe, which is killed when that takes too long."""
 
     def open_engine(self, spec: StoreSpec) -> Plugin:
-        """Make the engine for a worker. Does not wait for a server: the worker has to answer messages meanwhile."""
+        """Make the engine for a worker. Does not wait for a server: the worker must answer messages meanwhile."""
 
     def usability(self) -> Usability:
         """Tell whether the backend can be used here. Does not raise."""

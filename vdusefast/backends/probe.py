@@ -1,4 +1,4 @@
-"""Have a module's store described by a process of its own, which may hang, crash or print whatever it likes.
+"""Describe a module's store in a process of its own, which may hang, crash or print anything.
 
 The process is `python -m vdusefast.backends.probe PROTOCOL BUILD FD LIMIT`, with a StoreSpec as JSON on its standard
 input. It writes its answer to the descriptor FD: a JSON object with `description`, or with `error` and `exit_code`.
@@ -35,7 +35,7 @@ REAP_S = 5.0  # a killed process that stays longer waits in the kernel
 
 
 class _Answer(msgspec.Struct):
-    """What the process says, once."""
+    """The answer of the process."""
 
     description: dict[str, Any] = {}
     error: str = ""
@@ -43,9 +43,9 @@ class _Answer(msgspec.Struct):
 
 
 def describe(spec: StoreSpec, limit_s: float = PROBE_LIMIT_S) -> Description:
-    """Return what the module of the store says of it.
+    """Return the description of a store by its module.
 
-    Raises what it raises, BackendError when it crashes or has not answered after `limit_s`.
+    Raises the module's errors, and BackendError when it crashes or does not answer within `limit_s`.
     """
     environment = {
         **os.environ,
@@ -68,7 +68,7 @@ def describe(spec: StoreSpec, limit_s: float = PROBE_LIMIT_S) -> Description:
                 process_group=0,  # the terminal's Ctrl-C is for us, and ends it
             )
         except OSError as error:
-            raise BackendError(f"{spec.uri}: cannot be looked at: {error.strerror}") from None
+            raise BackendError(f"{spec.uri}: cannot be examined: {error.strerror}") from None
         finally:
             os.close(write_fd)
         output = Output(f"{spec.uri}: probe (pid {process.pid})")
@@ -78,7 +78,7 @@ def describe(spec: StoreSpec, limit_s: float = PROBE_LIMIT_S) -> Description:
         finally:
             _end(process, spec.uri)
         if not ended:
-            raise BackendError(f"{spec.uri}: has not said what it is for {limit_s:g} s; whatever serves it may hang")
+            raise BackendError(f"{spec.uri}: no answer to the probe for {limit_s:g} s; its server may hang")
         text = os.pread(answer_fd, ANSWER_MAX_BYTES, 0).strip(b"\0")
     return _take_answer(spec.uri, process.returncode, text, output.last_line)
 
@@ -128,7 +128,7 @@ def _end(process: subprocess.Popen[bytes], uri: str) -> None:
         process.wait(REAP_S)
     except subprocess.TimeoutExpired:
         raise BackendError(
-            f"{uri}: the process that looks at it (pid {process.pid}) waits in the kernel and cannot be killed; see "
+            f"{uri}: its probe (pid {process.pid}) waits in the kernel and cannot be killed; see "
             f"/proc/{process.pid}/stack"
         ) from None
 
@@ -137,18 +137,18 @@ def _take_answer(uri: str, status: int, text: bytes, last_line: str) -> Descript
     if not text:
         ended = f"signal {-status}" if status < 0 else f"status {status}"
         last = f"; its last line: {last_line}" if last_line else ""
-        raise BackendError(f"{uri}: the process that looks at it has ended with {ended}{last}")
+        raise BackendError(f"{uri}: its probe has ended with {ended}{last}")
     try:
         answer = decode_json(text, _Answer)
         if answer.error:
             raise from_exit_code(answer.error, answer.exit_code, BackendError)
         return _checked(uri, Description(**answer.description))
     except (msgspec.DecodeError, TypeError) as error:
-        raise BackendError(f"{uri}: says what nobody understands: {error}") from None
+        raise BackendError(f"{uri}: its probe gave a malformed answer: {error}") from None
 
 
 def _checked(uri: str, described: Description) -> Description:
-    """Return what a device can be made of: a user's class may say anything. Raises BackendError."""
+    """Return the checked description, as a user's class may return anything. Raises BackendError."""
     sizes = {
         "size": described.size_bytes,
         "block size": described.block_size_bytes,
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> int:
         print(f"{error}: restart it", file=sys.stderr)
         return EXIT_OTHER_BUILD
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(int(float(limit_s)) + 1)  # should nobody be left to end us
+    signal.alarm(int(float(limit_s)) + 1)  # in case no parent is left to kill this process
     spec = StoreSpec.from_json(sys.stdin.read())
     try:
         result: dict[str, object] = {"description": plugin_module(spec.uri).describe(spec)._asdict()}

@@ -1,7 +1,7 @@
 """`python:PATH_OR_MODULE:Class?key=value`: a disk written as a Python class; see python_class.Backend.
 
-`?key@=PATH` gives the class what the file at PATH holds, each time that a process opens the disk: for secrets, which
-have no place on a command line.
+`?key@=PATH` gives the class the contents of the file at PATH, which are read each time that a process opens the disk:
+for secrets, which do not belong on a command line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _has_site = False
 
 
 def describe(spec: StoreSpec) -> Description:
-    """Make a disk, open it, look at it and close it. Raises ConfigError, BackendError."""
+    """Make a disk, open it, describe it and close it. Raises ConfigError, BackendError."""
     disk = make_disk(spec)
     _run(spec, disk, "open")
     try:
@@ -58,7 +58,7 @@ def open_engine(spec: StoreSpec) -> Plugin:
 
 
 def usability() -> Usability:
-    """Tell that it can be used: nothing but Python is needed, and NumPy for a batch's rows."""
+    """Return whether the backend can be used: it needs its extension, and NumPy for the rows of a batch."""
     from importlib.util import find_spec
 
     if find_spec("vdusefast.backends._python") is None:
@@ -84,7 +84,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
-    """Return (path or module, class, what begins with "?" or nothing). Raises ConfigError."""
+    """Return (path or module, class, the part from "?" on or nothing). Raises ConfigError."""
     rest, mark, query = uri.partition(":")[2].partition("?")
     target, colon, name = rest.rpartition(":")
     if not colon or not target or not name.isidentifier():
@@ -93,12 +93,12 @@ def split_uri(uri: str) -> tuple[str, str, str]:
 
 
 def is_path(target: str) -> bool:
-    """Return whether it is a file and not a module."""
+    """Return whether the target is a file and not a module."""
     return "/" in target or target.endswith(".py")
 
 
 def arguments_of(uri: str) -> dict[str, str]:
-    """Return the arguments after "?", percent-decoded, and what the files that they name hold.
+    """Return the arguments after "?", percent-decoded, with the contents of the files that `key@=` names.
 
     Raises ConfigError, BackendError for such a file.
     """
@@ -111,13 +111,13 @@ def arguments_of(uri: str) -> dict[str, str]:
         if not equals or not key.isidentifier():
             raise ConfigError(f"{uri}: {word!r} is no key=value; write for example {EXAMPLE}")
         if key in found:
-            raise ConfigError(f"{uri}: {key} is there twice; write it once")
+            raise ConfigError(f"{uri}: {key} is given twice; write it once")
         found[key] = _file_text(uri, key, value) if in_file else value
     return found
 
 
 def _file_text(uri: str, key: str, path: str) -> str:
-    """Return what a file holds that a class is to be given. Raises BackendError."""
+    """Return the contents of a file for a class's argument. Raises BackendError."""
     try:
         return read_file(path)
     except OSError as error:
@@ -171,7 +171,7 @@ def is_read_only(disk: Backend) -> bool:
 
 
 def _use_site_packages() -> None:
-    """Look for modules where they are usually installed: a worker is started without that."""
+    """Add the usual directories of modules to the path: a worker is started without them."""
     global _has_site
     if sys.flags.no_site and not _has_site:
         import site
@@ -198,7 +198,7 @@ def _load(uri: str, target: str) -> ModuleType:
             raise BackendError(f"{uri}: {path} is no Python file; its name must end in .py")
         module = importlib.util.module_from_spec(found)
         sys.modules[name] = module
-        sys.path.insert(0, os.path.dirname(path))  # what lies beside it, as for a script
+        sys.path.insert(0, os.path.dirname(path))  # modules beside the file can be imported, as for a script
         found.loader.exec_module(module)
     except BackendError:
         raise
@@ -207,9 +207,9 @@ def _load(uri: str, target: str) -> ModuleType:
             raise BackendError(
                 f"{uri}: there is no module {error.name}; install it, set PYTHONPATH, or write the path of its file"
             ) from error
-        raise BackendError(f"{uri}: does not import: {say(error)}; install what it needs") from error
+        raise BackendError(f"{uri}: cannot be imported: {say(error)}; install what it needs") from error
     except BaseException as error:
-        raise BackendError(f"{uri}: does not import: {say(error)}; mend it there") from error
+        raise BackendError(f"{uri}: cannot be imported: {say(error)}; fix it there") from error
     return module
 
 
@@ -242,7 +242,7 @@ def _run(spec: StoreSpec, disk: Backend, method: str) -> None:
 
 
 def _open_within(engine: Engine, spec: StoreSpec, disk: Backend) -> None:
-    """Open a worker's disk, a coroutine in the loop that it continues in. Raises BackendError."""
+    """Open a worker's disk; a coroutine runs in the loop that serves later. Raises BackendError."""
     from vdusefast.backends.python_errors import describe as say
 
     try:
@@ -254,7 +254,7 @@ def _open_within(engine: Engine, spec: StoreSpec, disk: Backend) -> None:
 
 
 def _description(spec: StoreSpec, disk: Backend) -> Description:
-    """Return what the class says, as far as it can be. Raises BackendError."""
+    """Return the class's description, with its values checked. Raises BackendError."""
     from vdusefast.backends.python_class import overrides
 
     size, block = _size_of(spec, disk, "size_bytes"), _size_of(spec, disk, "block_size_bytes")
@@ -280,13 +280,13 @@ def _description(spec: StoreSpec, disk: Backend) -> Description:
 
 
 def _size_of(spec: StoreSpec, disk: Backend, name: str) -> int:
-    """Return a size that is a number. Raises BackendError."""
+    """Return a size attribute, checked to be a whole number. Raises BackendError."""
     from vdusefast.backends.python_errors import describe as say
 
     try:
         value: object = getattr(disk, name)
     except BaseException as error:
-        raise BackendError(f"{spec.uri}: {name} raised {say(error)}; mend it there") from error
+        raise BackendError(f"{spec.uri}: {name} raised {say(error)}; fix it there") from error
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
         raise BackendError(f"{spec.uri}: {name} is {value!r}; it must be a whole number of bytes")
     return value

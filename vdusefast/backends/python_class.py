@@ -1,4 +1,4 @@
-"""What a disk written in Python is derived from: `vdusefast.Backend`."""
+"""`vdusefast.Backend`, the base class of a disk written in Python."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Batch(Protocol):
-    """All that a driver's ring held in one round, as `Backend.submit` gets it.
+    """All requests that one round popped from a driver's ring, as `Backend.submit` gets them.
 
-    A request's memory may lie in several pieces: each is a row with a tag of its own. Once a tag is completed its
-    buffer cannot be used any more. A batch may be kept until all of it is complete.
+    A request's memory may lie in several pieces: each is a row with its own tag. After a tag is completed, its
+    buffer cannot be used. A batch may be kept until all of it is complete.
     """
 
     @property
@@ -45,23 +45,23 @@ class Batch(Protocol):
 
 
 class Backend:
-    """A disk. Derive from it and set `size_bytes`; what stands after `?` in the URI are the constructor's arguments.
+    """A disk. Derive from it and set `size_bytes`. The parameters after `?` in the URI are the constructor's arguments.
 
-    What a class does not override is not offered to the driver: without `pwrite` the disk is read-only, without
-    `discard` there is none; without `flush` there is nothing to flush, so that writes must be durable when they are
-    answered, or need not be; without `write_zeroes` zeroes are written by `pwrite`. Methods may be `async def`. A
-    class overrides `pread` and its like, or `submit`, which takes all requests of a round at once.
+    Methods that a class does not override are not offered to the driver. Without `pwrite` the disk is read-only.
+    Without `discard` the driver cannot discard. Without `flush` a flush does nothing, so writes must be durable when
+    they are completed, or need not be. Without `write_zeroes` zeroes are written by `pwrite`. Methods may be `async
+    def`. A class overrides `pread` and the like, or `submit`, which gets all requests of a round at once.
 
-    An OSError gives the driver IOERR and is counted by its errno; any other exception does the same, and its traceback
-    goes to the log, as all does that a class prints, with limits on the length and number of lines.
+    An OSError gives the driver IOERR and is counted by its errno. So does any other exception, whose traceback goes to
+    the log. So does all that a class prints, with limits on the length and number of lines.
 
     A buffer is the driver's memory, and is released when its request is complete. Keep bytes(buffer), not the buffer, a
-    slice or an array of it: those read zeroes then, and a class that keeps some gets copies from then on.
+    slice or an array of it. Those read as zeroes after the release, and the class gets slower copies from then on.
 
-    Each queue is a process with an instance of its own: what they share has to lie outside of them, in a file, in
+    Each queue is a process with an instance of its own. Instances share data outside of the processes: in a file, in
     shared memory, on a server. With shareable = False there is one instance for all queues, in a process of its own,
-    which costs each request a copy and a detour. A process that dies is replaced, and requests that it had not answered
-    come again: what was answered must be found by the next one.
+    which costs each request a copy and a detour. A dead process is replaced, and its incomplete requests are submitted
+    again. The next process must find the data of all completed ones.
 
     Attributes: size_bytes, block_size_bytes (the smallest unit of a request: a power of two, 512 to 4096), and for
     classes with `submit`, whose abilities do not show, read_only, can_discard and can_write_zeroes. Set before `open`:
@@ -91,7 +91,7 @@ class Backend:
         """Clean up; called at the end, unless the process is killed."""
 
     def pread(self, buffer: memoryview, offset_bytes: int) -> Awaitable[int | None] | int | None:
-        """Fill `buffer` with what lies at `offset_bytes`. Returns how many bytes, None for all of them."""
+        """Fill `buffer` with the bytes at `offset_bytes`. Returns how many bytes, None for all of them."""
         raise _absent(self, "pread")
 
     def pwrite(self, buffer: memoryview, offset_bytes: int) -> Awaitable[int | None] | int | None:
@@ -99,24 +99,24 @@ class Backend:
         raise _absent(self, "pwrite")
 
     def flush(self) -> Awaitable[None] | None:
-        """Make durable what was written."""
+        """Make completed writes durable."""
         raise _absent(self, "flush")
 
     def discard(self, offset_bytes: int, length_bytes: int) -> Awaitable[None] | None:
-        """Forget these bytes; what is read there from now on does not matter."""
+        """Forget these bytes; later reads of them may return anything."""
         raise _absent(self, "discard")
 
     def write_zeroes(self, offset_bytes: int, length_bytes: int, unmap: bool) -> Awaitable[None] | None:
-        """Have zeroes there; unmap: giving the room back is welcome."""
+        """Write zeroes there; unmap: the space may be deallocated."""
         raise _absent(self, "write_zeroes")
 
     def submit(self, batch: Batch) -> Awaitable[None] | None:
-        """Take all requests of a round; complete each of them, now or later."""
+        """Start all requests of a round; complete each of them, now or later."""
         raise _absent(self, "submit")
 
 
 def _absent(disk: Backend, name: str) -> OSError:
-    """Return what calling a method that a class leaves out raises; the engine asks `overrides` and does not."""
+    """Return the error of a method that a class does not override; the engine checks `overrides` and calls none."""
     return OSError(errno.EOPNOTSUPP, f"{type(disk).__name__} has no {name}")
 
 

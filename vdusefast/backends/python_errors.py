@@ -1,4 +1,4 @@
-"""What is said of a Python class that does wrong."""
+"""Log lines about errors of a Python class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ REPEAT_S = 1.0
 
 
 def place_of(error: BaseException) -> str:
-    """Return where an exception comes from, as " (file.py:12)", or an empty string."""
+    """Return the origin of an exception, as " (file.py:12)", or an empty string."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({os.path.basename(error.filename)}:{error.lineno})"
     import traceback
@@ -26,14 +26,14 @@ def describe(error: BaseException) -> str:
 
 
 class Complaints:
-    """Lines on standard error, each kind once a second at most, with a count of what was left out."""
+    """Lines on standard error, each kind at most once a second, with a count of those left out."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self._kinds: dict[str, tuple[float, int]] = {}
 
     def say(self, kind: str, text: str, details: str = "") -> None:
-        """Say `text` with the URI before it, and `details`, lines that go ahead; nothing if it was said just now."""
+        """Print `details`, then the URI and `text`; print nothing if this kind was printed within a second."""
         now_s = time.monotonic()
         next_s, left_out = self._kinds.get(kind, (0.0, 0))
         if now_s < next_s:
@@ -44,10 +44,10 @@ class Complaints:
         try:
             print(f"{details}{self._uri}: {text}{more}", file=sys.stderr, flush=True)
         except (OSError, ValueError):
-            return  # the class has closed it: there is nobody to say it to
+            return  # the class has closed standard error
 
     def say_failure(self, what: str, error: BaseException) -> None:
-        """Say that a method of the class has raised: an OSError in a line, anything else with its traceback."""
+        """Report an exception of a method of the class: an OSError in one line, any other with its traceback."""
         import traceback
 
         text = f"{what} raised {describe(error)}; the driver got IOERR"

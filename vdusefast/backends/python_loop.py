@@ -1,7 +1,7 @@
 """The asyncio loop of a worker whose class has coroutines. It runs in the worker's own thread, a step at a time.
 
-A thread of its own would have to fight with the worker for its CPU and for the interpreter's lock; so the worker steps
-the loop when it has handed requests over and while it waits for them, and sleeps inside of it.
+A thread of its own would compete with the worker for the CPU and the interpreter's lock. So the worker steps the loop
+after it has handed requests over and while it waits for them, and sleeps inside of it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Loop:
         self._loop.add_reader(wake_fd, self._woken)
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Start what ends a request."""
+        """Start a coroutine that ends a request."""
         task = self._loop.create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
     def call(self, awaitable: Awaitable[Any]) -> None:
-        """Run until `awaitable` is done; raises what it raises."""
+        """Run until `awaitable` is done; its exception is raised."""
 
         async def wait() -> None:
             await awaitable
@@ -45,7 +45,7 @@ class Loop:
         self._loop.run_until_complete(wait())
 
     def step(self) -> None:
-        """Run what is ready, without waiting."""
+        """Run ready callbacks, without waiting."""
         self._loop.call_soon(self._loop.stop)
         self._run()
 
@@ -69,7 +69,7 @@ class Loop:
         return self._readable
 
     def close(self) -> None:
-        """Cancel what still runs, and close."""
+        """Cancel running tasks, and close."""
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
         self.step()

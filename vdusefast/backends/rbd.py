@@ -25,7 +25,7 @@ ALLOC_BYTES = 65536  # what librbd discards at least (rbd_discard_granularity_by
 ID = "admin"
 _BYTES = "surrogateescape"  # of percent-encoded bytes that are not UTF-8, and back
 KEYS = ("conf", "id", "keyring")
-LOOK_LIMIT_S = 10  # for the monitors, and for each operation, when an image is looked at
+LOOK_LIMIT_S = 10  # for the monitors, and for each operation, when a probe examines an image
 CONNECT_LIMIT_S = 15  # for the monitors, each time a worker tries to open the image
 NAMES_SHOWN = 8
 _EXAMPLE = "rbd:POOL/IMAGE, rbd:POOL/NAMESPACE/IMAGE@SNAPSHOT?conf=/etc/ceph/ceph.conf&id=admin"
@@ -33,7 +33,7 @@ _OTHER_KEY = "name another one by ?keyring=PATH, or another client by ?id=NAME"
 
 
 class Image(NamedTuple):
-    """What a URI says. Empty: none."""
+    """The parts of a URI. Empty: none."""
 
     pool: str
     namespace: str
@@ -103,7 +103,7 @@ def describe(spec: StoreSpec) -> Description:
         can_discard=not read_only,
         can_write_zeroes=not read_only,
         zeroes_cheaply=not read_only,
-        # A lock would go to and fro between processes, and what one has in its cache another does not see.
+        # A lock would go to and fro between processes, and one process does not see another's cache.
         identity=about["identity"].decode(),
         shareable=read_only or spec.read_only or not (about["exclusive_lock"] or about["caches"]),
     )
@@ -115,7 +115,7 @@ def _check_keyring(uri: str, image: Image) -> None:
         if image.keyring:
             check_file(image.keyring)
     except OSError:
-        pass  # librados says so
+        pass  # librados reports that
     except ValueError as error:
         raise BackendError(f"{uri}: {error}") from None
 
@@ -166,9 +166,9 @@ class RbdPlugin:
         return [self._news(*event) for event in self._engine.events()]
 
     def close(self) -> None:
-        """See plugin.Plugin. Does not return for a cluster that is lost: the process ends."""
+        """See plugin.Plugin. If the cluster is lost, it ends the process and does not return."""
         if not self._engine.close():
-            # librbd waits for the cluster in threads of its own; of ours nothing is left that an exit would end.
+            # librbd waits for the cluster in threads of its own; we have nothing left that must be ended in order.
             os._exit(0)
 
     def _news(self, kind: str, step: str, error: int, value: int) -> News:
@@ -190,10 +190,10 @@ class RbdPlugin:
         if kind == "timed out":
             return f"no answer for {self._spec.timeout_s:g} s: such requests end with errors (backend.timeout_s)"
         if kind == "notes":
-            return f"cannot note who has the image ({os.strerror(error)}): its lock may be waited for after a crash"
+            return f"cannot note who has the image ({os.strerror(error)}): the lock may delay the worker after a crash"
         if kind == "fenced" and error:
             return (
-                f"the previous worker could not be blocklisted ({os.strerror(error)}): its lock is waited for; "
+                f"the previous worker could not be blocklisted ({os.strerror(error)}): waiting for its lock; "
                 f"give client.{self._image.id} the monitor capability 'profile rbd'"
             )
         return {"opened": "open", "fenced": "the previous worker was blocklisted: what it had under way is void"}[kind]
@@ -223,12 +223,12 @@ def _settings(spec: StoreSpec, image: Image, *, connect_limit_s: int, op_limit_s
 
 
 def _best_size(object_bytes: int, unit_bytes: int, count: int) -> int:
-    """Return the size of requests that an image likes best: a whole object, or a whole stripe."""
+    """Return the best size of requests to an image: a whole object, or a whole stripe."""
     return object_bytes if count <= 1 else unit_bytes * count
 
 
 def _failed_step(image: Image, step: str, error: int) -> str:
-    """Return what did not work, for a person."""
+    """Return the failed step as a text for people."""
     what = {
         "client": "librados",
         "conf": f"reading {image.conf}",
@@ -241,14 +241,14 @@ def _failed_step(image: Image, step: str, error: int) -> str:
     }.get(step, "opening it")
     if error == errno.ESTALE:
         return (
-            f"{what} is another one than that which was served, whose name it has; put that one back, or take this "
-            "one: vdusefast recover NAME --other-store"
+            f"{what} is not the one that was served, but another one of that name; put the old one back, or continue "
+            "with this one: vdusefast recover NAME --other-store"
         )
     return f"{what}: {os.strerror(error)}"
 
 
 def _reason(image: Image, failure: Failure) -> str:
-    """Return why an image cannot be opened and what to do, for a person."""
+    """Return why an image cannot be opened and what to do, as a text for people."""
     client = f"client.{image.id}"
     if failure.step == "conf":
         return f"{image.conf} is no configuration of Ceph ({os.strerror(failure.error)}); name another by ?conf=PATH"
@@ -264,9 +264,9 @@ def _reason(image: Image, failure: Failure) -> str:
     if failure.error == errno.ETIMEDOUT:
         return (
             f"{_failed_step(image, failure.step, failure.error)}: no OSD has answered within {LOOK_LIMIT_S} s; "
-            "look at ceph -s"
+            "see ceph -s"
         )
-    return f"{_failed_step(image, failure.step, failure.error)}; look at ceph -s"
+    return f"{_failed_step(image, failure.step, failure.error)}; see ceph -s"
 
 
 def _connect_reason(image: Image, failure: Failure, client: str) -> str:
@@ -278,7 +278,7 @@ def _connect_reason(image: Image, failure: Failure, client: str) -> str:
     keyrings = failure.keyrings.replace(",", " ").replace(";", " ").split()
     readable = [path for path in keyrings if os.access(path, os.R_OK)]
     if not readable and failure.error in (errno.ENOENT, errno.EACCES, errno.EPERM):
-        looked = ", ".join(keyrings) or "any place"
+        looked = ", ".join(keyrings) or "any keyring"
         return f"no keyring for {client}: {looked} cannot be read; {_OTHER_KEY}"
     if failure.error == errno.ENOENT or (readable and not any(f"[{client}]" in _text_of(path) for path in readable)):
         return f"{', '.join(readable)} has no key for {client}; {_OTHER_KEY}"

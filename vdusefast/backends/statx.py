@@ -1,4 +1,4 @@
-"""What the kernel says of an open file and Python's os does not: statx(2), statfs(2), name_to_handle_at(2)."""
+"""System calls about open files that Python's os module lacks: statx(2), statfs(2), name_to_handle_at(2)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _HANDLE_MAX_BYTES = 128
 
 
 class Statx(NamedTuple):
-    """What statx(2) adds to os.fstat(). 0 and "": the kernel does not say."""
+    """The fields that statx(2) adds to os.fstat(). 0 and "": the kernel does not say."""
 
     dio_align: int = 0  # O_DIRECT: of offset, length and memory
     born: str = ""  # when the file was made, in seconds
 
 
 def statx(fd: int) -> Statx:
-    """Return what the kernel says of the open file `fd`."""
+    """Return the kernel's answer for the open file `fd`."""
     libc = ctypes.CDLL(None)
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
     if not hasattr(libc, "statx") or libc.statx(fd, b"", _AT_EMPTY_PATH, STATX_BTIME | STATX_DIOALIGN, buffer):
@@ -41,7 +41,7 @@ def statx(fd: int) -> Statx:
     found = Statx()
     if mask & STATX_DIOALIGN:
         memory_align, offset_align = _DIOALIGN.unpack_from(buffer, _DIOALIGN_OFFSET)
-        # An offset_align of 0: this file has no direct I/O, so that O_DIRECT goes through the page cache.
+        # An offset_align of 0: this file has no direct I/O, so O_DIRECT goes through the page cache.
         found = found._replace(dio_align=max(memory_align, offset_align) if offset_align else 0)
     if mask & STATX_BTIME:
         seconds, nanoseconds = _BTIME.unpack_from(buffer, _BTIME_OFFSET)
@@ -57,9 +57,9 @@ def file_system_type(fd: int) -> int:
 
 
 def file_handle(fd: int) -> str:
-    """Return what the file system itself knows the file by, "" where it does not say.
+    """Return the handle by which the file system itself names the file, "" where it has none.
 
-    In most that is the number of the inode with its generation, which another file in the same inode does not share.
+    In most that is the number of the inode with its generation, which no later file in the same inode shares.
     """
     libc = ctypes.CDLL(None)
     buffer = ctypes.create_string_buffer(_HANDLE.size + _HANDLE_MAX_BYTES)

@@ -1,8 +1,8 @@
 """Kernel devices whose run directory is lost: adopt one with a configuration that an operator gives.
 
-The kernel keeps the device, and shows what its driver was offered by the limits of the disk. It does not tell who made
-it, nor which requests are in flight: so it takes an explicit `--claim`, and a queue is adopted only where its ring
-shows that its driver waits for nothing.
+The kernel keeps the device. The limits of its disk show what its driver was offered, but not who made the device or
+which requests are in flight. So a claim needs an explicit `--claim`, and a queue is adopted only where its ring shows
+that its driver waits for nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ UNKNOWN_SIZE_BYTES = 1 << 20
 
 
 class _Limit(NamedTuple):
-    """One thing that the kernel shows of a disk, and what of the configuration it has to fit."""
+    """A limit of a disk that the kernel shows, and the configured value that must fit it."""
 
     key: str
     shown: int
     configured: int
-    exact: bool  # else the driver may have been offered less
+    exact: bool  # otherwise the driver may have been offered less
 
     @property
     def fits(self) -> bool:
@@ -43,10 +43,10 @@ class _Limit(NamedTuple):
 
 
 def check(directory: RunDirectory, *, any_driver: bool) -> None:
-    """Check that there is a device to be claimed. Nothing is touched.
+    """Check that there is a device to claim. Changes nothing.
 
-    directory: held by us. any_driver: it is only to be removed. Raises DeviceNotFoundError, DeviceBusyError for one
-    that has a state or is broken, VdusefastError for one that the kernel tells too little of.
+    directory: locked by us. any_driver: the device is only removed. Raises DeviceNotFoundError, DeviceBusyError for
+    one that has a saved state or is broken, VdusefastError for one of which the kernel shows too little.
     """
     name = directory.path.name
     if not sysfs.created(name) or not sysfs.attached(name):
@@ -59,7 +59,7 @@ def check(directory: RunDirectory, *, any_driver: bool) -> None:
         raise DeviceBusyError(f"{name}: is broken, so it cannot be adopted: vdusefast del {name} --force")
     if not any_driver and not sysfs.disk_path(name):
         raise VdusefastError(
-            f"{name}: is no disk of this machine, so that nothing tells whether a configuration is the right one: end "
+            f"{name}: is no disk of this machine, so nothing shows whether a configuration is the right one: end "
             f"its client, then: vdusefast del {name} --force --claim"
         )
 
@@ -84,7 +84,7 @@ def removal_config(name: str) -> Config:
 
 
 def make_state(config: Config, model: BlockDevice, *, any_driver: bool) -> SavedState:
-    """Return the state that is lost, as far as the configuration and the kernel tell.
+    """Rebuild the lost state from the configuration and the kernel.
 
     any_driver: the device is only to be removed, whatever its driver was offered. Raises ConfigError for each key that
     cannot be as configured, KernelSupportError.
@@ -96,10 +96,10 @@ def make_state(config: Config, model: BlockDevice, *, any_driver: bool) -> Saved
         if wrong:
             told = "; ".join(f"{limit.key}: {limit.shown}, not {limit.configured}" for limit in wrong)
             raise ConfigError(
-                f"{model.name}: this is not how the device was made, as the kernel shows: {told}; give the "
+                f"{model.name}: the kernel shows that the device was made with another configuration: {told}; give the "
                 "configuration that it was served by"
             )
-    # The protocol is not told: it is what a server of this version would have made the device by, on this kernel.
+    # The kernel does not show the protocol. Assume the one that this version uses on this kernel.
     api_version, vduse_features = kernel_control.probe_control()
     transport = KernelTransport(KernelOptions(api_version=api_version, vduse_features=vduse_features))
     return saved_state.make_state(config, model.spec(), transport)
@@ -130,15 +130,15 @@ def _limits(model: BlockDevice) -> list[_Limit]:
 
 
 def unclean_text(name: str, why: str) -> str:
-    """Return what is to be said of a device that was claimed, and whose rings do not tell what is in flight."""
+    """Return the message for a claimed device whose rings do not show what is in flight."""
     return (
-        f"{name}: cannot be adopted: {why}; which of its requests were carried out is lost with its run "
+        f"{name}: cannot be adopted: {why}; the record of its completed requests is lost with its run "
         f"directory: vdusefast del {name} --force --claim removes it and fails them"
     )
 
 
 def advice(name: str) -> str:
-    """Return what can be done about a device of the kernel that has no state."""
+    """Return the remedy for a kernel device without a saved state."""
     return (
         "if it was vdusefast's, and its run directory was lost: vdusefast add CONFIG --claim adopts it if "
         f"nothing was in flight, vdusefast del {name} --force --claim removes it"

@@ -1,4 +1,4 @@
-"""How the latency histograms of the shared pages are read: the bounds of their buckets, and percentiles."""
+"""Reading the latency histograms of the shared pages: the bounds of their buckets, and percentiles."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""A keeper: a small process that holds the connections of a device to its store while nobody else does.
+"""A keeper: a small process that keeps the connections of a device to its store when all other processes have ended.
 
-A server may still work on what it got by a connection whose client has died. The next worker waits for the end of that
-connection, for which its socket has to be open somewhere. Workers leave sockets in *holds*, datagram sockets that are
-connected to themselves; the supervisor has these open, and so has its keeper, which outlives it. The next supervisor
-takes them from here.
+A store's server may still process requests of a connection whose client has died. The next worker waits for the end of
+that connection, so its socket must stay open somewhere. Workers leave sockets in *holds*, datagram sockets that are
+connected to themselves. The supervisor has these open, and so has its keeper, which outlives it. The next supervisor
+gets them from the keeper.
 
-With its supervisor gone, a keeper ends each connection and waits until the server has closed it, which it notes for the
-worker that comes (csrc/nbd/nbd_fence.c). Then it ends. Started by keeper_control.py, with the listening socket and the
-file of notes. Only the standard library is imported.
+Without a supervisor, a keeper shuts down each connection and waits until the server has closed it. It notes that for
+the next worker (csrc/nbd/nbd_fence.c), and ends. Started by keeper_control.py, with the listening socket and the file
+of notes. Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from contextlib import suppress
 NOTES_BYTES = 512  # as backends.plugin has it
 NOTE_ENDED, NOTE_OPEN, NOTE_DOUBT = 1, 2, 3  # enum vf_nbd_note
 
-# What a supervisor asks for; holds come with the first and go with the second. A keeper outlives the files that it was
-# started from: what one of these words means never changes.
+# Commands of a supervisor; holds come with the first and go with the second. A keeper outlives the files that it was
+# started from, so the meaning of a command never changes.
 KEEP, TAKE, END = b"keep", b"take", b"end"
 HOLDS_MAX = 250  # descriptors of one message
-GRACE_S = 0.5  # for the workers of a supervisor that has died to die, too
+GRACE_S = 0.5  # until the workers of a dead supervisor have died, too
 READ_BYTES = 1 << 16
 
 
@@ -44,7 +44,7 @@ def receive_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
 
 
 class Keeper:
-    """The holds, and what is to be done about them."""
+    """The holds, and the work on them."""
 
     def __init__(self, listener: socket.socket, notes_fd: int) -> None:
         """Begin with no holds. Consumes the socket and the descriptor."""
@@ -56,7 +56,7 @@ class Keeper:
         self._ending: dict[int, tuple[int, socket.socket]] = {}  # by descriptor: the index of the hold, the connection
 
     def run(self) -> None:
-        """Keep until there is nothing to keep, or a supervisor ends it."""
+        """Run until no connection is left, or a supervisor ends it."""
         while True:
             if self._line is None and time.monotonic() - self._alone_since_s >= GRACE_S:
                 self._end_connections()
@@ -74,7 +74,7 @@ class Keeper:
                     return
 
     def _accept(self) -> None:
-        """Have a supervisor; the previous one is gone or about to go."""
+        """Serve a new supervisor; the previous one has ended or is about to end."""
         line, _ = self._listener.accept()
         self._leave_line()
         self._line = line
@@ -114,7 +114,7 @@ class Keeper:
         self._ending.clear()
 
     def _end_connections(self) -> None:
-        """Shut our half of every connection that is held, so that its server comes to its end."""
+        """Shut down our half of every connection in the holds, so that its server finishes."""
         for index, hold in enumerate(self._holds):
             if any(index == known for known, _ in self._ending.values()):
                 continue
@@ -128,7 +128,7 @@ class Keeper:
                     self._ending[connection.fileno()] = index, connection
 
     def _look(self, fd: int) -> None:
-        """Take what a server sends, which nobody waits for any more, and see whether it has closed its end."""
+        """Drop what a server sends, as nobody waits for it, and check whether it has closed its end."""
         index, connection = self._ending[fd]
         try:
             if connection.recv(READ_BYTES):
@@ -138,7 +138,7 @@ class Keeper:
             return
         except (ConnectionResetError, BrokenPipeError):
             note = NOTE_ENDED
-        except OSError:  # the kernel has given it up: what the server does is not known
+        except OSError:  # the kernel has ended the connection: the server's state is unknown
             note = NOTE_DOUBT
         before = os.pread(self._notes_fd, 1, index * NOTES_BYTES)
         if before != bytes([NOTE_DOUBT]):
@@ -152,7 +152,7 @@ class Keeper:
 
 
 def main(argv: list[str]) -> None:
-    """Keep, as a process that belongs to nobody."""
+    """Run a keeper, as a process without a parent of ours."""
     if os.fork():
         return
     os.setsid()

@@ -20,7 +20,7 @@ from vdusefast.state.keeper import END, KEEP, NOTE_ENDED, NOTES_BYTES, TAKE, rec
 
 NAME = "keeper"  # of its socket, in the run directory
 ANSWER_S = 2.0
-PAUSE_S = 1.0  # before the next one, should one die
+PAUSE_S = 1.0  # before the next keeper, if one dies
 
 _log = logging.getLogger("vdusefast")
 
@@ -29,10 +29,10 @@ class KeeperControl:
     """The holds of one device, and its keeper."""
 
     def __init__(self, device: str, directory: Path, count: int, notes_fd: int, guard: Guard, *, adopt: bool) -> None:
-        """Make `count` holds and a keeper, or with `adopt` take those of the last supervisor.
+        """Make `count` holds and a keeper, or with `adopt` get those of the last supervisor.
 
-        directory: the run directory, held by us. notes_fd: borrowed, the file of notes of the store's module. guard:
-        has what we do in the event loop. Raises OSError.
+        directory: the run directory, locked by us. notes_fd: borrowed, the file of notes of the store's module. guard:
+        starts our callbacks in the event loop. Raises OSError.
         """
         self._device = device
         self._directory = directory
@@ -60,7 +60,7 @@ class KeeperControl:
         return self._holds[index].fileno()
 
     def watch(self) -> None:
-        """Replace the keeper should it die; in the supervisor's event loop."""
+        """Watch the keeper, and replace it when it dies; in the supervisor's event loop."""
         self._loop = asyncio.get_running_loop()
         self._listen()
 
@@ -80,7 +80,7 @@ class KeeperControl:
         self._holds = []
 
     def unwatch(self) -> None:
-        """Let the event loop go; in it."""
+        """Remove our readers from the event loop; called in it."""
         if self._loop is not None and self._line is not None:
             self._loop.remove_reader(self._line)
         self._loop = None
@@ -88,11 +88,11 @@ class KeeperControl:
     # -- inside
 
     def _take(self, count: int) -> bool:
-        """Take the holds of a keeper that lives. Returns whether there is one."""
+        """Get the holds of a living keeper. Returns whether there is one."""
         try:
             line = _connect(self._directory)
         except OSError:
-            return False  # it has ended: the notes say whether it had nothing to do any more
+            return False  # it has ended: the notes say whether its work was done
         try:
             line.send(TAKE)
             pid, fds = receive_fds(line)
@@ -111,7 +111,7 @@ class KeeperControl:
         return True
 
     def _spawn(self) -> None:
-        """Start a keeper for the holds that there are."""
+        """Start a keeper for the current holds."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with listener:
             (self._directory / NAME).unlink(missing_ok=True)
@@ -131,7 +131,7 @@ class KeeperControl:
         socket.send_fds(self._line, [KEEP], [hold.fileno() for hold in self._holds])
 
     def _reap(self) -> None:
-        """Reap the process that has started the keeper, which leaves it to nobody."""
+        """Reap the process that has started the keeper, which has no parent of ours from then on."""
         if self._process is not None:
             try:
                 self._process.wait(ANSWER_S)
@@ -145,7 +145,7 @@ class KeeperControl:
             self._guard.reader(self._line.fileno(), Part.KEEPER, self._hear, self._replace)
 
     def _hear(self) -> None:
-        """Take its answer, which is its pid; or notice its end."""
+        """Read the keeper's answer, which is its pid, or notice its end."""
         assert self._line is not None
         try:
             word = self._line.recv(32)
@@ -161,7 +161,7 @@ class KeeperControl:
         self._replace()
 
     def _replace(self) -> None:
-        """Have another keeper soon. One that still lives leaves the connections alone."""
+        """Start another keeper soon. The old one, if it still lives, leaves the connections alone."""
         line, self._line = self._line, None
         if line is not None and self._loop is not None:
             self._loop.remove_reader(line)

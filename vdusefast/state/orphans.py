@@ -1,7 +1,8 @@
-"""Kernel devices whose server has ended: whether there is one, what can be done with it, and removing a broken one.
+"""Orphaned kernel devices, whose server has ended: find one, say how to adopt it, and remove a broken one.
 
-A server that is killed, or hands its device over, leaves it in the kernel, where requests wait for the next server.
-What the next server needs is in the run directory. Nothing here serves: a device with pending requests is not touched.
+When a server is killed, or hands its device over, the device stays in the kernel, where requests wait for the next
+server. The state for that server is in the run directory. Nothing here serves: a device with pending requests is not
+touched.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def is_left(path: Path) -> bool:
 
 
 def is_lost(path: Path) -> bool:
-    """Return whether the kernel has a device of the run directory's name in use, and nothing is written down of it."""
+    """Return whether the kernel has a device of the run directory's name in use that has no saved state."""
     return sysfs.attached(path.name) and not (path / "state").exists()
 
 
 def is_broken(name: str) -> bool:
-    """Return whether the kernel has given up a device that nobody serves."""
+    """Return whether a device that nobody serves is broken."""
     return sysfs.created(name) and kernel_control.is_left_broken(name)
 
 
@@ -49,12 +50,12 @@ def is_attached(name: str) -> bool:
 
 
 def choose(directory: run_dir.RunDirectory, config: Config, transport: str, mode: StartMode) -> SavedState | None:
-    """Return the state of the device that is to be taken over, None when one is to be created.
+    """Return the state of the device to adopt, None when a new one is to be created.
 
-    directory: held by us, with the files of its last holder. transport: the kind that is to be used. mode: not one
-    that claims. A kernel device that nothing uses and nobody could adopt is destroyed. Raises DeviceNotFoundError,
-    ConfigError for another device than the orphan, DeviceBusyError for one that cannot be adopted or is not
-    to be, VdusefastError, OSError.
+    directory: locked by us, with the files of its last holder. transport: the configured kind. mode: not one that
+    claims. A kernel device that nothing uses and that cannot be adopted is destroyed. Raises DeviceNotFoundError,
+    ConfigError if the orphan is another device, DeviceBusyError if it cannot or must not be adopted, VdusefastError,
+    OSError.
     """
     name = directory.path.name
     was_kernel = directory.was_in_kernel and in_kernel(name)
@@ -72,12 +73,12 @@ def choose(directory: run_dir.RunDirectory, config: Config, transport: str, mode
         raise DeviceBusyError(advice(name))
     if was_kernel:
         destroy(name)
-    directory.state_path.unlink(missing_ok=True)  # that of a device which is no more
+    directory.state_path.unlink(missing_ok=True)  # the state of a device that is gone
     return None
 
 
 def load_state(path: Path) -> SavedState:
-    """Return what the last server of the run directory at `path` has written down. Raises VdusefastError."""
+    """Return the state that the last server of the run directory at `path` has saved. Raises VdusefastError."""
     state = saved_state.load(path / "state")
     if state is None:
         raise DeviceBusyError(lost_text(path.name) if sysfs.attached(path.name) else advice(path.name))
@@ -85,7 +86,7 @@ def load_state(path: Path) -> SavedState:
 
 
 def advice(name: str) -> str:
-    """Return what to do about a device that has lost its server."""
+    """Return the advice for an orphaned device."""
     if not sysfs.attached(name):
         return f"{name}: its server has ended and left /dev/vduse/{name}, which nothing uses: vdusefast del {name}"
     node = sysfs.node(name)
@@ -104,13 +105,13 @@ def lost_text(name: str) -> str:
 
     node = sysfs.node(name)
     return (
-        f"{name}: the kernel has the device{f' as {node}' if node else ''}, but what its last server wrote down about "
-        f"it is not there; {claim.advice(name)}"
+        f"{name}: the kernel has the device{f' as {node}' if node else ''}, but the state that its last server saved "
+        f"is missing; {claim.advice(name)}"
     )
 
 
 def destroy(name: str) -> bool:
-    """Destroy a kernel device that has no place on the bus. Returns whether there is such a one.
+    """Destroy a kernel device that is not on the bus. Returns whether there was one.
 
     Raises DeviceBusyError when a process holds it.
     """
@@ -123,13 +124,13 @@ def destroy(name: str) -> bool:
 def refuse_users(name: str) -> None:
     """Raise DeviceBusyError while somebody uses the node of a broken device, or has requests pending in it.
 
-    Those never end, and taking the device from its driver would wait for them in the kernel, for ever.
+    Such requests never end, and detaching the device from its driver would wait for them in the kernel for ever.
     """
     node = sysfs.node(name)
     waiting = node_users.pending_requests(node)
     if waiting:  # checked first, because opening such a node may hang as well
         raise DeviceBusyError(
-            f"{name}: it is broken, and {waiting} of {node}'s requests wait in it, which nobody can end: to remove it "
+            f"{name}: it is broken, and {waiting} of {node}'s requests wait in it and cannot be ended: to remove it "
             "would hang in the kernel, and every vDPA command of this machine after it. Reboot (`sync` hangs, too)"
         )
     users = node_users.find_users(node)
@@ -143,7 +144,7 @@ def refuse_users(name: str) -> None:
 def remove_broken(path: Path) -> None:
     """Remove a broken device that nobody serves from the kernel; its run directory stays.
 
-    Its messages fail at once, so that nobody has to answer them while it is taken from its driver. Raises
+    Its messages fail at once, so nobody has to answer them while it is detached from its driver. Raises
     DeviceBusyError when somebody uses it or serves it, VdusefastError.
     """
     name = path.name

@@ -1,8 +1,8 @@
 """Adopt the shared pages of a server with another layout: its in-flight logs are copied.
 
-Counters and latencies begin at zero. What is read here keeps its place in every layout: the first fields of the header,
-the word after the name (from version 2 on), and magic, version, sizes and state of a log. A log has a version of its
-own. One that cannot be read is refused, unless it says that nothing is in flight.
+Counters and latencies begin at zero. The fields that are read here keep their place in every layout: the first fields
+of the header, the word after the name (from version 2 on), and magic, version, sizes and state of a log. A log has a
+version of its own. A log that cannot be read is refused, unless it says that nothing is in flight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOG_MAX_BYTES = shared_pages.INFLIGHT_HEADER_BYTES + shared_pages.RING_SIZE_MAX
 
 
 class _Carried(NamedTuple):
-    """What other pages hold that must not be lost."""
+    """The parts of other pages that must not be lost."""
 
     flush_failure: bytes  # the word
     logs: list[bytes]  # one a queue; empty: nothing is in flight
@@ -51,7 +51,7 @@ def reopen(path: Path, name: str, queue_count: int, queue_size: int) -> SharedPa
 
 
 def _is_ours(path: Path) -> bool:
-    """Return whether pages are of a layout that SharedPages.open takes, or none at all, which that tells better."""
+    """Return whether SharedPages.open accepts the pages' layout, or reports the error better, as these are no pages."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -67,7 +67,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _read(path: Path, name: str, queue_count: int, queue_size: int, *, wait: bool = False) -> _Carried:
-    """Return what is to be carried over. wait: for what its last workers have begun. Raises VdusefastError."""
+    """Return the parts to carry over. wait: for the storage I/O of its last workers. Raises VdusefastError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The run directory: where a device keeps its shared pages, and how a name is given to one device only."""
+"""The run directory: it holds a device's shared pages, and its lock gives a name to one device only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vdusefast.errors import DeviceBusyError, VdusefastError
 from vdusefast.host import containers, run_dirs
 
 LOCK_TRIES_MAX = 16
-# `is_held` takes a shared lock for a moment: a process that wants the name at that moment tries again.
+# `is_held` takes a shared lock for a moment: a process that tries to get the name at that moment tries again.
 BLOCKED_TRIES_MAX = 3
 BLOCKED_PAUSE_S = 0.02
 CONTENTS = ("pages", "pages.new", "store", "state", "state.new", "socket", "log", "log.1", "keeper", "lock")
@@ -28,7 +28,7 @@ HOLDER_MAX_BYTES = 100
 
 
 def _make_base(base: Path) -> None:
-    """Make the directory that run directories lie in, if need be. Everybody may see their names. Raises OSError."""
+    """Make the parent of all run directories, if it is missing. Everybody may list it. Raises OSError."""
     try:
         base.mkdir(parents=True)
     except FileExistsError:
@@ -105,7 +105,7 @@ class RunDirectory:
             return
         try:
             if not self._names(self._lock_fd):
-                raise VdusefastError(f"{self.path} is not the run directory that was made there: somebody has moved it")
+                raise VdusefastError(f"{self.path} is not the run directory that was made there: it has been moved")
             if (self.path / "keeper").is_socket():
                 from vdusefast.state.keeper_control import end
 
@@ -134,12 +134,12 @@ class RunDirectory:
         return self.transport == TransportKind.KERNEL
 
     def note_transport(self, transport: str) -> None:
-        """Note the transport for those who find the directory of a dead process. Raises OSError."""
+        """Note the transport for processes that find the directory after our death. Raises OSError."""
         self.transport = transport
         self._note_holder(self._lock_fd)
 
     def release(self) -> None:
-        """Give the name back and leave the directory as it is, for the next server of its device. Idempotent."""
+        """Release the name and leave the directory as it is, for the next server of its device. Idempotent."""
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -151,7 +151,7 @@ class RunDirectory:
         self.close()
 
     def _remove_directory(self) -> None:
-        """Remove the empty directory. Without its lock file it may be another's already. Raises OSError."""
+        """Remove the empty directory. Without its lock file it may belong to another server already. Raises OSError."""
         try:
             self.path.rmdir()
         except FileNotFoundError:

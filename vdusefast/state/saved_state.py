@@ -1,7 +1,7 @@
-"""What a server writes down about its device, so that another server can adopt it: BASE/NAME/state.
+"""The state that a server saves about its device, so that another server can adopt it: BASE/NAME/state.
 
-The kernel keeps a device whose server has ended, and does not tell how it was made. The server that adopts it has to
-serve exactly that device: what differs is named, and refused before anything is touched.
+The kernel keeps a device whose server has ended, but does not report how it was made. The server that adopts it has to
+serve exactly that device. A difference is named, and refused before anything is touched.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
     queue_size_max: int
     api_version: int = 0  # of VDUSE, where the transport has one
     vduse_features: int = 0
-    described: Description | None = None  # the store, where a module brings its engine: it may be away just now
+    described: Description | None = None  # a plugin's description of its store, which may be unreachable now
     identity: dict[str, str] = {}  # of the store, as backends.identity has it; empty: any store is adopted
-    resizing: bool = False  # the driver may have been shown another size, but no larger one
+    resizing: bool = False  # the driver may have been shown a smaller size
 
     @property
     def shown(self) -> Shown:
@@ -73,7 +73,7 @@ def make_state(
     described: Description | None = None,
     identity: Identity | None = None,
 ) -> SavedState:
-    """Return the state of a device that `transport` has created as `spec` says; the next server places "auto" again.
+    """Return the state of a device that `transport` has created from `spec`; the next server places "auto" again.
 
     described: its store, of a backend whose module brings the engine. identity: of its store.
     """
@@ -98,9 +98,9 @@ def make_state(
 
 
 def save(path: Path, state: SavedState) -> None:
-    """Write the state file, in one step, where there is one also without any space left. Raises VdusefastError.
+    """Write the state file atomically, even if the disk is full, once the file exists. Raises VdusefastError.
 
-    It need not survive the machine, as the device does not: nothing is synced.
+    It need not survive a reboot, as the device does not: nothing is synced.
     """
     try:
         state_file.write(path, msgspec.json.encode(state))
@@ -109,7 +109,7 @@ def save(path: Path, state: SavedState) -> None:
 
 
 def load(path: Path) -> SavedState | None:
-    """Return what the last server has written, None when there is nothing.
+    """Return the state that the last server has saved, None when there is none.
 
     Raises VdusefastError for a file that is damaged, foreign or of another version.
     """
@@ -133,10 +133,10 @@ def load(path: Path) -> SavedState | None:
 
 
 def note_size(path: Path, capacity_sectors: int, config: Config, *, resizing: bool) -> None:
-    """Write down another size. Nothing where no state is kept.
+    """Save another size. Does nothing where no state is kept.
 
-    config: what it is served by from now on. resizing: what the driver is shown is being changed; a server that goes
-    on meanwhile shows it this size. Raises VdusefastError.
+    config: the new configuration. resizing: the size that the driver is shown is being changed; a server that adopts
+    the device meanwhile shows it this size. Raises VdusefastError.
     """
     state = load(path)
     if state is not None:
@@ -146,7 +146,7 @@ def note_size(path: Path, capacity_sectors: int, config: Config, *, resizing: bo
 
 @contextmanager
 def any_store(path: Path) -> Iterator[None]:
-    """Let the next server adopt the device with any store. When that fails, what is written down is as before."""
+    """Let the next server adopt the device with any store. If that fails, the saved state is unchanged."""
     state = load(path)
     if state is None or not state.identity:
         yield
@@ -162,7 +162,7 @@ def any_store(path: Path) -> Iterator[None]:
 
 
 def check_store(state: SavedState, store: Store) -> None:
-    """Check that a store that has been opened is the one that was served. Raises BackendError that names both."""
+    """Check that an open store is the one that was served. Raises BackendError that names both."""
     if is_same(state.identity, store.identity):
         return
     name = state.config.device.name
@@ -175,7 +175,7 @@ def check_store(state: SavedState, store: Store) -> None:
 
 
 def as_made(state: SavedState, config: Config) -> Config:
-    """Return a configuration with the size of the rings that the device was made with, where it leaves that open.
+    """Return a configuration with the ring size that the device was made with, if it leaves that open.
 
     The default may have been another one then.
     """
@@ -186,7 +186,7 @@ def as_made(state: SavedState, config: Config) -> Config:
 
 
 def check_config(state: SavedState, config: Config, transport: str) -> None:
-    """Check what can be told from a configuration alone: whether it is for the orphaned device.
+    """Check by the configuration alone whether it is for the orphaned device.
 
     transport: the kind. Raises ConfigError that names the first key that differs, with both values.
     """
@@ -201,27 +201,27 @@ def check_config(state: SavedState, config: Config, transport: str) -> None:
     for key in keys:
         _check(new.name, f"device.{key.removeprefix('effective_')}", getattr(old, key), getattr(new, key))
     _check_keys(state, config)
-    # A driver keeps a cache of its own in mind, or none.
+    # The driver relies on the cache mode that it was shown.
     old_cache, new_cache = state.config.backend.cache, config.backend.cache
     if CacheMode.WRITETHROUGH in (old_cache, new_cache):
         _check(new.name, "backend.cache", old_cache, new_cache)
-    # The same size does not make it the same disk.
+    # Another store of the same size is another disk.
     old_uri, new_uri = state.config.backend.uri, config.backend.uri
     if _without_format(old_uri) != _without_format(new_uri):
         _check(new.name, "backend.uri", old_uri, new_uri)
 
 
 def _without_format(uri: str) -> str:
-    """Return a URI without what matters when a device is made only."""
+    """Return a URI without the parts that matter only when a device is made."""
     from vdusefast.backends.image_format import RAW
 
     return uri.removesuffix(RAW) if store_scheme(uri) == StoreKind.FILE else uri
 
 
 def check_shown(state: SavedState, store: Store) -> None:
-    """Check that an orphaned device can be served as its driver was shown it, now that its store is open.
+    """Check that an orphaned device can be served as its driver was shown, now that its store is open.
 
-    Only what would make data wrong is refused; the rest is emulated. Raises ConfigError that names what differs, with
+    Only differences that would corrupt data are refused; others are emulated. Raises ConfigError that names them, with
     both values; BackendError.
     """
     from vdusefast.transport.virtio_blk import KNOWN_FEATURES, config_fields
@@ -232,18 +232,18 @@ def check_shown(state: SavedState, store: Store) -> None:
     _check(name, "features", uapi.feature_names(unknown) or "none", "none of it" if unknown else "none")
     _check(name, "size in sectors", shown["capacity"], min(sectors, shown["capacity"]))
     if store.read_only and not state.offered_features & uapi.VIRTIO_BLK_F_RO:
-        raise BackendError(f"{name}: {store.uri} is read-only by now, and the driver was shown a device to write to")
+        raise BackendError(f"{name}: {store.uri} is read-only now, but the driver was shown a writable device")
     if sectors >= shown["capacity"] + max(1, store.granule_bytes // SECTOR_BYTES):  # else it is the end of a block
         _log.warning("%s: its store has grown: `vdusefast resize %s` lets the driver know", name, name)
 
 
-# What a driver has been shown by these keys stays; a configuration with another value is refused.
+# The driver has been shown the values of these keys; a configuration with other values is refused.
 _SHOWN_KEYS = ("size_max_bytes", "effective_seg_max")
 _RING_KEYS = ("packed", "in_order", "event_idx", "effective_indirect")
 
 
 def _check_keys(state: SavedState, config: Config) -> None:
-    """Check the keys that a driver sees. A feature that was not offered then may be asked for, and stays off."""
+    """Check the keys that a driver sees. A feature that was not offered then may be configured, and stays off."""
     from vdusefast.transport.virtio_blk import config_fields
 
     old, new = state.config.device, config.device

@@ -1,7 +1,7 @@
 """The shared pages of a device: layout of csrc/base/counters.h and csrc/ring/inflight.h, and the reading side.
 
 The supervisor makes the pages and rings the control word; each worker writes its queue's block; anybody reads.
-Offsets are plain integers, so that making the pages does not import NumPy; the reading functions do.
+Offsets are plain integers, so making the pages does not import NumPy; the reading functions do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"VDUSFAST"
 VERSION = 3
-RING_SIZE_MAX = 32768  # each queue has a place for the log of such a ring, of which that of its own is in memory
+RING_SIZE_MAX = 32768  # each queue has room for the log of such a ring; only the part that it uses is in memory
 LINE_BYTES = 64
 NAME_MAX_BYTES = 63
 LAST_IO_S = 10.0  # for the storage I/O of workers that were killed
@@ -104,7 +104,7 @@ class LogState(IntEnum):
 
 
 class QueueState(IntEnum):
-    """Where a queue stands, as its worker says (enum vf_queue_state)."""
+    """The state of a queue, as its worker reports it (enum vf_queue_state)."""
 
     STOPPED = 0
     RUNNING = 1
@@ -131,7 +131,7 @@ class Header(NamedTuple):
 
 
 class StatusView(NamedTuple):
-    """What a worker last wrote about itself."""
+    """The last status that a worker has written."""
 
     state: int  # a QueueState
     pid: int
@@ -140,7 +140,7 @@ class StatusView(NamedTuple):
     last_avail_idx: int
     last_used_idx: int
     inflight_count: int
-    flushing: int  # flushes that the store has been asked for, and whose result is not known yet
+    flushing: int  # flushes that are submitted to the store and have no result yet
 
 
 class FlushFailure(NamedTuple):
@@ -151,7 +151,7 @@ class FlushFailure(NamedTuple):
 
 
 def block_used_bytes(queue_size: int) -> int:
-    """Return how much of a queue's block a ring of that size needs, a multiple of a page."""
+    """Return how many bytes of a queue's block a ring of that size needs, a multiple of a page."""
     log_bytes = INFLIGHT_HEADER_BYTES + queue_size * INFLIGHT_ENTRY_BYTES
     return round_up_to_pages(INFLIGHT_OFFSET + log_bytes)
 
@@ -229,9 +229,9 @@ class SharedPages:
     def reopen(cls, path: str | os.PathLike[str], name: str, queue_count: int, queue_size: int) -> SharedPages:
         """Map the pages of a device whose server has ended, to adopt it.
 
-        Waits up to LAST_IO_S for storage I/O that its workers have begun: what the kernel still writes must not come
-        after what is written again. Raises DeviceBusyError when that does not end, VdusefastError for pages that are
-        another device's, of another geometry, truncated or not there.
+        Waits up to LAST_IO_S for storage I/O that its workers have begun: a late write of the kernel must not overwrite
+        a replayed one. Raises DeviceBusyError when that I/O does not end, VdusefastError for pages that are another
+        device's, of another geometry, truncated or missing.
         """
         pages = cls.find(path, name, queue_count, queue_size)
         try:
@@ -243,7 +243,7 @@ class SharedPages:
 
     @classmethod
     def find(cls, path: str | os.PathLike[str], name: str, queue_count: int, queue_size: int) -> SharedPages:
-        """Map the pages of a device, which may be served. Raises VdusefastError as `reopen`."""
+        """Map the pages of a device that may be served now. Raises VdusefastError as `reopen`."""
         pages = cls.open(path, writable=True)
         found, wanted = (pages.name, pages.queue_count, pages.queue_size), (name, queue_count, queue_size)
         if found != wanted:
@@ -268,7 +268,7 @@ class SharedPages:
         self.close()
 
     def reserve_log(self, queue: int, ring_size: int) -> None:
-        """Have room for the log of a ring of that size, which may be larger than the one offered.
+        """Allocate the log of a ring of that size, which may be larger than the one offered.
 
         Raises VdusefastError where there is no space for it.
         """
@@ -299,11 +299,11 @@ class SharedPages:
         _LOG_STATE.pack_into(self.map, offset + _LOG_STATE_OFFSET, LogState.VALID)
 
     def void_log(self, queue: int) -> None:
-        """Say that nothing of `queue` is in flight: its driver has reset the device. No worker may serve it."""
+        """Mark the log of `queue` void: its driver has reset the device. No worker may serve it."""
         _LOG_STATE.pack_into(self.map, self._offset(queue) + INFLIGHT_OFFSET + _LOG_STATE_OFFSET, LogState.VOID)
 
     def disown_log(self, queue: int) -> None:
-        """Say that it is not known what of `queue` is in flight.
+        """Mark the log of `queue` foreign: its requests in flight are unknown.
 
         A worker continues only where the ring shows that nothing is.
         """
@@ -326,7 +326,7 @@ class SharedPages:
         header = self._offset(queue) + INFLIGHT_OFFSET
         (ring_format,) = _LOG_FORMAT.unpack_from(self.map, header + _LOG_FORMAT_OFFSET)
         if ring_format == INFLIGHT_PACKED and not self.log_is_void(queue):
-            # Its entries say something else; but its worker is at a request, or has said so when it began to wait.
+            # A packed ring's entries do not tell: the worker's current request, or its count at its last wait, does.
             (working,) = _LOG_STATE.unpack_from(self.map, header + _LOG_WORKING_OFFSET)
             return bool(working or self.status(queue).inflight_count)
         (entry_count,) = _LOG_STATE.unpack_from(self.map, header + _LOG_ENTRY_COUNT_OFFSET)
@@ -343,12 +343,12 @@ class SharedPages:
         return FlushFailure(word & ((1 << _FLUSH_ERRNO_BITS) - 1), word >> _FLUSH_ERRNO_BITS) if word else None
 
     def fail_flushes(self, error: int) -> None:
-        """Have every flush fail from now on, by `error`, an errno, unless they do already."""
+        """Let every flush fail with `error`, an errno, from now on, unless they fail already."""
         if self.flush_failure() is None:
             self._set_flush_failure(int(time.time()) << _FLUSH_ERRNO_BITS | error)
 
     def forgive_flushes(self) -> None:
-        """Have flushes be carried out again."""
+        """Let flushes be carried out again."""
         self._set_flush_failure(0)
 
     def _set_flush_failure(self, word: int) -> None:
@@ -387,8 +387,8 @@ class SharedPages:
 
 
 def _allocate_block(fd: int, queue: int, ring_size: int) -> None:
-    """Have memory for what a ring of that size needs of a queue's block: a full file system is an error here, and no
-    SIGBUS in a worker. Raises OSError.
+    """Allocate the part of a queue's block that a ring of that size needs, so that a full file system is an error here
+    and no SIGBUS in a worker. Raises OSError.
     """
     os.posix_fallocate(fd, queue_offset(queue), block_used_bytes(ring_size))
 
@@ -470,7 +470,7 @@ def _make_header(name: str, queue_count: int, queue_size: int) -> Header:
 
 
 def read_header(fd: int) -> Header:
-    """Return the header in `fd`, checked. Raises ValueError saying what does not fit."""
+    """Return the header in `fd`, checked. Raises ValueError that names the mismatch."""
     packed = os.pread(fd, HEADER_STRUCT.size, 0)
     if len(packed) < HEADER_STRUCT.size:
         raise ValueError("too short")

@@ -1,7 +1,7 @@
-"""A small file that can be rewritten where no space is left: two slots, allocated when the file is made.
+"""A small file that can be rewritten on a full disk: two slots, allocated when the file is made.
 
-A write goes to the slot that holds the older text, in place, so that the newer one stays whole until it is replaced. A
-sum over each tells a slot whose writer was killed.
+A write replaces the older text, in place, so the newer one stays whole until the write is complete. A
+checksum over each shows a slot whose writer was killed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Slot(NamedTuple):
 
 
 def read(path: Path) -> bytes:
-    """Return the text that was written last; a file without slots is returned as it is. Raises OSError."""
+    """Return the text that was written last, or the whole text of a file without slots. Raises OSError."""
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
         whole = file.read(MAX_BYTES)
     if not whole.startswith(_MAGIC) and not whole[len(whole) // 2 :].startswith(_MAGIC):
@@ -91,7 +91,7 @@ def _sum(number: int, text: bytes) -> int:
 
 
 def _slots(whole: bytes) -> list[_Slot]:
-    """Return both slots; number 0 is one that holds nothing whole."""
+    """Return both slots; number 0 marks a slot without a whole text."""
     half = len(whole) // 2
     return [_unpack(whole[:half]), _unpack(whole[half:])]
 

@@ -1,4 +1,4 @@
-"""What becomes of a request that is done: its status byte, the used ring, publication, interrupts. No Python object in here."""
+"""The end of a request: its status byte, the used ring, publication, interrupts. No Python object in here."""
 
 from libc.stdint cimport uint32_t, uint64_t
 from vdusefast.worker._csrc cimport *
@@ -6,7 +6,7 @@ from vdusefast.worker._virtio_blk cimport *
 
 
 cdef inline void queue_clear_suspects(vf_queue *q) noexcept nogil:
-    """Forget the deaths of requests that were completed: of a packed ring, where nothing else clears their entries."""
+    """Forget the deaths of completed requests, in a packed ring, where nothing else clears their entries."""
     cdef uint32_t i
     for i in range(q.unpublished_count):
         if q.inflight_log[q.unpublished[i]].deaths:
@@ -20,7 +20,7 @@ cdef inline uint64_t queue_publish_pushed(vf_queue *q) noexcept nogil:
     cdef uint64_t now_ns
     vf_vring_publish(&q.vring)
     vf_seed_pause(VF_SEED_REPEAT)
-    # Only what the driver can see may leave the log: after a crash here a request is replayed, and none is lost.
+    # Only published requests may leave the log: after a crash here a request is replayed, and none is lost.
     if not q.vring.is_packed:
         for i in range(q.unpublished_count):
             vf_log_set(&q.inflight_log[q.unpublished[i]], 0)
@@ -41,7 +41,7 @@ cdef inline uint64_t queue_publish(vf_queue *q) noexcept nogil:
 
 
 cdef inline bint queue_may_publish(vf_queue *q) noexcept nogil:
-    """Decide whether what was pushed may be published now.
+    """Decide whether the pushed requests may be published now.
 
     A merged request is pushed only when it is reaped, so later requests may already be in the used ring. Publishing those
     first is unsafe: after a crash, recovery would replay the merged (older) write over the newer one.
@@ -50,7 +50,7 @@ cdef inline bint queue_may_publish(vf_queue *q) noexcept nogil:
 
 
 cdef inline void queue_interrupt(vf_queue *q) noexcept nogil:
-    """Interrupt the driver if it wants that for what was published since the last time, or is still due one."""
+    """Interrupt the driver if it wants one for what was published since the last time, or if one is still due."""
     q.irq_coalesce.since_ns = 0
     if not vf_vring_irq_wanted(&q.vring) and not q.irq_due:
         q.counters.irqs_suppressed += 1
@@ -94,7 +94,7 @@ cdef inline void queue_complete(vf_queue *q, vf_req *req) noexcept nogil:
 
 
 cdef inline void queue_enqueue(vf_queue *q, vf_req *req) noexcept nogil:
-    """Have req wait for its turn to be completed, unless it does already."""
+    """Queue req for completion in order, unless it is queued already."""
     cdef uint32_t at = q.fifo_head + q.fifo_count
     if req.queued:
         return
@@ -105,7 +105,7 @@ cdef inline void queue_enqueue(vf_queue *q, vf_req *req) noexcept nogil:
 
 
 cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
-    """Complete req. In a ring with an order: when its turn comes, together with the requests that wait for it."""
+    """Complete req. In an ordered ring: when its turn comes, together with the finished requests after it."""
     if vf_likely(q.fifo_count == 0):
         queue_complete(q, req)
         return
@@ -118,7 +118,7 @@ cdef inline void queue_finish(vf_queue *q, vf_req *req) noexcept nogil:
 
 
 cdef inline void queue_keep(vf_queue *q, vf_req *req) noexcept nogil:
-    """Have req, which is in flight now, keep its slot, and its turn where there is an order."""
+    """Keep the slot of req, which is in flight now, and its turn if the ring is ordered."""
     vf_queue_hold(q, req)
     if q.vring.ordered:
         queue_enqueue(q, req)
@@ -140,7 +140,7 @@ cdef inline void queue_complete_fast(vf_queue *q, vf_req *req, bint packed) noex
 
 
 cdef inline void queue_call_begin(vf_queue *q) noexcept nogil:
-    """Mark a call of the engine, which may wait. Engines that merge do so themselves, closer to what waits."""
+    """Mark a call of the engine, which may wait. Engines that merge mark their calls themselves, closer to the waiting."""
     if q.engine.merge == NULL:
         vf_call_begin(&q.publisher)
 

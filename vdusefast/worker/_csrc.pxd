@@ -1,4 +1,4 @@
-"""Mirror of the headers in csrc: what the Cython code uses of them, and no more."""
+"""Mirror of the headers in csrc, limited to the names that the Cython code uses."""
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 

@@ -61,7 +61,7 @@ def mark_io_flusher():
 
 
 def lock_memory():
-    """Keep in memory what is used of all that is mapped now. Raises OSError (EPERM, ENOMEM: RLIMIT_MEMLOCK)."""
+    """Lock the used pages of all current mappings in memory. Raises OSError (EPERM, ENOMEM: RLIMIT_MEMLOCK)."""
     _check(vf_memory_lock(), "memory cannot be locked")
 
 
@@ -89,9 +89,9 @@ cdef class Queue:
     cdef Py_buffer header
     cdef bint has_header
     cdef bint started
-    cdef object plugin  # what keeps a module's engine alive
-    cdef vf_faulty *faulty  # rules for the engine that is to be opened; NULL: none, or it is open
-    cdef readonly str note  # what the last start has to say beside its success, "" = nothing
+    cdef object plugin  # keeps a module's engine alive
+    cdef vf_faulty *faulty  # rules for the engine that is opened next; NULL: none, or it is open
+    cdef readonly str note  # a remark of the last start, which succeeded; "" = none
 
     def __cinit__(
         self,
@@ -175,18 +175,18 @@ cdef class Queue:
                     bint sqpoll=False, bint merge=True, uint64_t discard_unit=0, uint64_t discard_offset=0):
         """Open engine `name` (sync, uring, cached, memory, null, fail) over a store, whose descriptor is borrowed.
 
-        granule: what the store's smallest blocks have, where that may be more than the device's; `lock_fd` (borrowed) is a file
-        that all workers of the device have, for locks on them; -1: this is the only one.
-        witness_fd: another open file description of a file (borrowed), of this queue alone, by which it learns of failed
-        write-backs that another queue's flush was told of.
+        granule: bytes of the store's smallest block, possibly larger than the device's. lock_fd: a file (borrowed) that all
+        workers of the device have, for record locks on such blocks; -1: this is the only worker.
+        witness_fd: another open file description of a file (borrowed), of this queue alone. It reports failed write-backs
+        that the kernel has already reported to another queue's flush.
         hold_fds: at most two descriptors (borrowed) that stay open until the last request has ended, also when this process
         is killed before.
         map_reads: let the sync engine read a file on tmpfs through a mapping; `maps_reads` says whether it does.
         merge: let the engines sync and cached carry out adjacent requests of a batch by one call.
-        sqpoll: let a thread of the kernel's take what is submitted to a ring.
-        discard_unit: what the store frees at a time; the first of such units begins at `discard_offset`.
-        Raises OSError when the kernel does not let us (ENOSYS, EPERM: no io_uring; EOPNOTSUPP: cached, and the store cannot be
-        read without waiting), ValueError for a name.
+        sqpoll: let a kernel thread pop the submission queue of a ring.
+        discard_unit: bytes that the store frees at a time; the first such unit begins at `discard_offset`.
+        Raises OSError when the kernel refuses (ENOSYS, EPERM: no io_uring; EOPNOTSUPP: cached, and the store cannot be
+        read without waiting), ValueError for an unknown name.
         """
         cdef vf_store described
         cdef vf_queue *q = self._open()
@@ -217,7 +217,7 @@ cdef class Queue:
         self._opened()
 
     def open_plugin(self, plugin, *, uint64_t size_bytes, str cache="writeback"):
-        """Open the engine that the module of a backend has brought: `plugin.engine` is a capsule. Keeps `plugin`.
+        """Open the engine that a backend's module provides: `plugin.engine` is a capsule. Keeps `plugin`.
 
         Returns its name. Raises OSError (EPROTO: it was built for another version), ValueError for what is no engine.
         """
@@ -232,8 +232,8 @@ cdef class Queue:
         return brought.ops.name.decode()
 
     def lock_memory(self):
-        """Keep in memory what is mapped now, but the store's bytes and the driver's memory. After the engine is open, and
-        before the driver's memory is mapped. Raises OSError.
+        """Lock the current mappings in memory, except the store's bytes and the driver's memory. Call it after the engine is
+        open and before the driver's memory is mapped. Raises OSError.
         """
         cdef vf_queue *q = self._open()
         _check(vf_memory_lock_used(), "memory cannot be locked")
@@ -247,7 +247,7 @@ cdef class Queue:
         self.faulty = store_faults([(fault, os.fsencode(fault.path)) for fault in faults], seed, q.slot_count)
 
     cdef vf_engine *_place(self) noexcept:
-        """Where the next engine is to be opened; _opened() comes when it is."""
+        """Return the place of the engine that is opened next; call _opened() afterwards."""
         return &self.q.engine if self.faulty == NULL else vf_faulty_inner(self.faulty)
 
     cdef void _opened(self) noexcept:
@@ -260,8 +260,8 @@ cdef class Queue:
         vf_port_kernel_init(&self._open().port, fd, api_version, index)
 
     def use_memory(self, int fd, uint64_t length_bytes):
-        """Have the region [0, length_bytes - 1] fetched as `fd` (borrowed), whose pages stand in for the kernel's
-        bounce pages from now on, all of them; 0 bytes: as the kernel has it. After set_port_kernel().
+        """Map the region [0, length_bytes - 1] from the memfd `fd` (borrowed), whose pages replace all of the kernel's
+        bounce pages from now on; 0 bytes: map it from the kernel's file. Call it after set_port_kernel().
         """
         vf_port_kernel_use_memory(&self._open().port, fd, length_bytes)
 
@@ -278,18 +278,18 @@ cdef class Queue:
         _check(vf_iotlb_map(&self._open().tlb, start, last, perm, fd, offset_bytes), f"region [{start:#x}, {last:#x}]")
 
     def invalidate(self, uint64_t start, uint64_t last):
-        """Finish what is in flight and drop every mapping that overlaps [start, last]. Returns how many went."""
+        """Drain, then drop every mapping that overlaps [start, last]. Returns the number dropped."""
         cdef vf_queue *q = self._open()
         cdef uint32_t dropped
         with nogil:
             self._drain()
-            q.vring.mapped = 0  # mapped again when next looked at, if it is still there
+            q.vring.mapped = 0  # the next round maps it again, if it is still there
             dropped = vf_iotlb_drop(&q.tlb, start, last)
             q.counters.invalidations += 1
         return dropped
 
     def set_capacity(self, uint64_t capacity_sectors):
-        """Let the device have `capacity_sectors`; when that is less, what is in flight has ended when this returns.
+        """Set the device's capacity to `capacity_sectors`. If it shrinks, drain first.
 
         Raises ValueError for a store in memory that is smaller.
         """
@@ -299,7 +299,7 @@ cdef class Queue:
             raise ValueError(f"a memory of {q.engine.store.size_bytes} bytes is smaller than the device")
         if capacity_sectors < q.device.capacity_sectors:
             with nogil:
-                self._drain()  # nothing may be written beyond the end any more, where the store is about to be cut
+                self._drain()  # no write may go beyond the new end, as the store is about to be truncated
         if q.engine.ops != NULL:
             vf_store_resize(&q.engine.store, capacity_sectors * VF_SECTOR_BYTES)
         q.device.capacity_sectors = capacity_sectors
@@ -310,13 +310,13 @@ cdef class Queue:
 
     def start(self, *, uint64_t acked_features, uint32_t size, uint64_t desc_addr, uint64_t driver_addr,
               uint64_t device_addr, uint32_t last_avail_idx=0, bint recover=False):
-        """Take the rings at these IOVAs and be ready to run. Raises OSError (EINVAL) for a bad size, RingError.
+        """Map the rings at these IOVAs and be ready to run. Raises OSError (EINVAL) for a bad size, RingError.
 
-        last_avail_idx: where the ring stands: of a split ring the avail index; of a packed one, as vhost has it, slot and wrap
-        counter (bit 15) of what is to be popped next, and in the upper half of what is to be completed next. The two
-        must be one.
-        recover: continue where a worker that died stood, by its in-flight log; `last_avail_idx` counts only for a packed ring of
-        which nothing was ever taken.
+        last_avail_idx: the position. Of a split ring: the avail index. Of a packed one, as in vhost: slot and wrap
+        counter (bit 15) of the next chain to pop, and in the upper half of the next one to complete; both must be
+        equal.
+        recover: continue by the in-flight log of the previous worker; `last_avail_idx` counts only for a packed ring from
+        which nothing was ever popped.
         """
         cdef vf_queue *q = self._open()
         cdef uint32_t adopted = 0
@@ -335,7 +335,7 @@ cdef class Queue:
         q.faults_seen = q.counters.memory_faults  # a fault from here on fails the queue
         self.note = ""
         if q.vring.is_packed and last_avail_idx >> 16 != last_avail_idx & 0xFFFF:
-            raise RingError("a packed ring that is to continue with requests in flight, of which nothing is known")
+            raise RingError("this packed ring has requests in flight, and no in-flight log to continue by")
         if recover:
             adopted = self._adopt(last_avail_idx & 0xFFFF)
         else:
@@ -356,7 +356,7 @@ cdef class Queue:
                 self.note = poison_text(&q.poison)
 
     cdef int _adopt(self, uint16_t state) except -1:
-        """Go on where the log says; from the ring alone where nothing is outstanding. Requests in flight. RingError."""
+        """Continue by the log, or by the ring alone if nothing is outstanding. Requests in flight. Raises RingError."""
         cdef vf_queue *q = self.q
         cdef int err = queue_adopt(q, state)
         if err >= 0:
@@ -365,15 +365,15 @@ cdef class Queue:
             raise RingError(ring_error_text(-err))
         vf_takeover_begin(&q.vring, q.inflight, q.inflight_log, state)
         queue_align_order(q)
-        self.note = f"{ring_error_text(-err)}; no request was outstanding, so that the ring itself says where to go on"
+        self.note = f"{ring_error_text(-err)}; no request was outstanding, so the queue continues by the ring itself"
         return 0
 
     def run(self, int kick_fd, int ctl_fd, int wake_fd, int64_t poll_us, uint64_t irq_delay_us=0):
         """Serve the queue, without the GIL, until CONTROL, FAILED, STOP or UNMAPPED is returned.
 
-        poll_us: longest spin, negative for one without an end: then it makes no system call of its own, and a kick that
-        comes all the same is not read. irq_delay_us: longest hold of an interrupt for more completions, by a loop that spins.
-        UNMAPPED: the rings lie in no region since an invalidation, as while a driver changes its map; run again later.
+        poll_us: longest spin; negative: it never ends, so the loop makes no system call of its own, and does not read a kick
+        that comes all the same. irq_delay_us: longest time that a spinning loop coalesces an interrupt with later ones.
+        UNMAPPED: since an invalidation the rings lie in no region, as while a driver changes its map; run again later.
         """
         cdef vf_queue *q = self._open()
         cdef loop_waits waits
@@ -391,7 +391,7 @@ cdef class Queue:
         return reason
 
     def poll(self):
-        """Do one round and return how many requests were taken or finished; -1 when the ring has failed.
+        """Do one round and return how many requests were popped or finished; -1 when the ring has failed.
 
         Does nothing while the rings are unmapped.
         """
@@ -419,10 +419,10 @@ cdef class Queue:
         return RUN_UNMAPPED if err else 0
 
     def quiesce(self):
-        """Finish what is in flight and stop; kicks are asked for again.
+        """Drain and stop; the driver is asked for kicks again.
 
-        Returns (where it stands, as `last_avail_idx` of start(); last_used_idx; whether requests wait that nobody will be
-        kicked for).
+        Returns (the position, as `last_avail_idx` of start(); last_used_idx; whether requests are pending for which no
+        kick will come).
         """
         cdef vf_queue *q = self._open()
         cdef bint waiting = False
@@ -440,7 +440,7 @@ cdef class Queue:
         return stands, vf_vring_used_state(&q.vring), waiting
 
     def control_seen(self):
-        """Take note of the control word: messages up to now are about to be read."""
+        """Note the control word: all messages up to now are read next."""
         cdef vf_queue *q = self._open()
         q.ctl_seen = vf_load_relaxed_u32(&q.ctl.ctl_seq)
 
@@ -452,12 +452,12 @@ cdef class Queue:
         queue_set_state(q, VF_QUEUE_STOPPED)
 
     def guard(self):
-        """Survive pages of the driver's memory that vanish (SIGBUS); for the one queue of a process."""
+        """Survive vanished pages of the driver's memory (SIGBUS); for the one queue of a process."""
         _check(vf_queue_guard(self._open()), "SIGBUS handler")
 
     @property
     def failure(self):
-        """Why the ring was given up, or an empty string."""
+        """Why the ring has failed, or an empty string."""
         return ring_error_text(self._open().ring_error)
 
     @property
@@ -472,7 +472,7 @@ cdef class Queue:
 
     @property
     def fixed_buffers(self):
-        """How many bytes of mapped regions are registered buffers, and the errno that ended it (0: none)."""
+        """How many bytes of mapped regions are registered buffers, and the errno that ended registration (0: none)."""
         cdef vf_queue *q = self._open()
         cdef uint64_t registered_bytes = 0
         cdef int refused = 0

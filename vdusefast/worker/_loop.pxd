@@ -25,24 +25,24 @@ cdef enum:
     RUN_CONTROL = 1  # the supervisor has sent something
     RUN_FAILED = 2  # the ring is bad; vf_queue.ring_error says how
     RUN_STOP = 3  # SIGTERM or SIGINT
-    RUN_UNMAPPED = 4  # the driver's map has changed and lacks the rings: look again later
+    RUN_UNMAPPED = 4  # the driver's map has changed and lacks the rings: check again later
 
 cdef enum:
     PREFETCH_COUNT = 16
-    ROUND_OVER = 2  # beside VF_RING_EMPTY: a request was taken, and no other one should be in this round
-    IRQ_DELAY_NS = 50000  # a sleeping driver waits so long, and for one request more, for the rest of a round
+    ROUND_OVER = 2  # besides VF_RING_EMPTY: a request was popped, and the round should end after it
+    IRQ_DELAY_NS = 50000  # a sleeping driver waits at most so long, plus one request, for the rest of a round
     IRQ_RETRY_MS = 1
-    RELOOK_MS = 100  # a kick can be lost with a worker that died; the ring is looked at this often anyway
+    RELOOK_MS = 100  # a kick can be lost with a dead worker, so the ring is polled at least this often
     SPIN_CLOCK_MASK = 31  # the clock is read once in so many turns of the spin
     SPIN_FAILS_MAX = 3  # spins in vain before spinning becomes rare
-    SPIN_RARE_MAX = 8  # at the rarest one idle period in 2^8
+    SPIN_RARE_MAX = 8  # at least one idle period in 2^8 spins
 
-# What waiting for one thing has taught.
+# The history of spins for one cause of waiting.
 cdef struct loop_lesson:
     uint32_t fail_streak
     uint32_t period_count
 
-# The idle period that is going on. Storage and drivers keep us waiting for different times: each has its lesson.
+# The current idle period. Waits for storage and for the driver differ in length, so each has its own history.
 cdef struct loop_idle:
     uint64_t since_ns  # 0: not idle
     uint32_t turns
@@ -51,16 +51,16 @@ cdef struct loop_idle:
     loop_lesson of_driver
     loop_lesson of_storage
 
-# A round that is going on.
+# The current round.
 cdef struct loop_round:
     uint64_t begin_ns  # when its requests begin
     uint32_t moved  # requests popped or finished
     uint32_t publish_batch  # completions that may wait for each other
     uint32_t tick  # of the publisher, when this round published last
     bint blocks  # the engine may wait for storage
-    bint irq_pending  # something is published that the driver was not interrupted for
+    bint irq_pending  # completions were published without an interrupt
 
-# What the loop sleeps on, and for how long it waits otherwise.
+# The descriptors that the loop sleeps on, and its other time limits.
 cdef struct loop_waits:
     int fds[3]  # in the order of the bits WATCH_*; the third one only wakes
     uint64_t poll_ns  # longest spin
@@ -68,7 +68,7 @@ cdef struct loop_waits:
 
 
 cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
-    """Give req, range after range, to the engine; finish it unless it is in flight."""
+    """Submit req to the engine, range after range; finish it unless it is in flight."""
     vf_seed_die(req.op, req.offset_bytes)
     if vf_seed_answers_early(req.op):
         queue_finish(q, req)
@@ -84,7 +84,7 @@ cdef inline void queue_submit(vf_queue *q, vf_req *req) noexcept nogil:
 
 
 cdef inline uint32_t queue_reap(vf_queue *q) noexcept nogil:
-    """Take what the engine has finished. The number of requests."""
+    """Reap the requests that the engine has finished. Returns their number."""
     cdef uint32_t i, count
     queue_call_begin(q)
     count = q.engine.ops.reap(&q.engine, q.done, VF_BATCH_MAX)
@@ -98,7 +98,7 @@ cdef inline uint32_t queue_reap(vf_queue *q) noexcept nogil:
 
 
 cdef inline void queue_flush(vf_queue *q) noexcept nogil:
-    """Have the engine start what was submitted."""
+    """Let the engine start the submitted requests."""
     if q.engine.ops.flush != NULL:
         queue_call_begin(q)
         q.engine.ops.flush(&q.engine)
@@ -106,10 +106,10 @@ cdef inline void queue_flush(vf_queue *q) noexcept nogil:
 
 
 cdef inline int queue_publish_during_call(void *context) noexcept nogil:
-    """Do what the loop would, in the thread of publisher.h, while it waits in a call: see vf_publisher_publish.
+    """Publish in the loop's place, in the thread of publisher.h, while the loop waits in a call: see vf_publisher_publish.
 
-    Merged requests that have been carried out are reaped here, without what is still to come of their engine's batch: the
-    loop waits inside of a call of the store's (queue_call_begin), where the lists of these do not change.
+    Merged requests that are carried out are reaped here, before the rest of their engine's batch. That is safe, because
+    the loop waits in a call of the store (queue_call_begin), during which these lists do not change.
     """
     cdef vf_queue *q = <vf_queue *> context
     cdef vf_req *done[64]
@@ -127,7 +127,7 @@ cdef inline int queue_publish_during_call(void *context) noexcept nogil:
 
 
 cdef inline vf_req *queue_slot(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """A slot for the request in q.chain; there is a free one. It is taken by vf_queue_hold(), and most are done before that."""
+    """Return a slot for the request in q.chain; there is a free one. Most requests end before vf_queue_hold() claims it."""
     cdef vf_req *req = q.next_req
     req.head = q.chain.head
     req.id = q.chain.id
@@ -152,7 +152,7 @@ cdef inline int queue_begin(vf_queue *q, uint64_t now_ns) noexcept nogil:
 
 
 cdef inline void queue_refuse(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """Answer the request in q.chain, which workers have died of, with an error; the store does not see it."""
+    """Complete the request in q.chain, which has killed workers, with an error; the store does not see it."""
     cdef vf_req *req = queue_slot(q, now_ns)
     q.poison.count += 1
     q.poison.deaths = q.inflight_log[req.head].deaths
@@ -166,7 +166,7 @@ cdef inline void queue_refuse(vf_queue *q, uint64_t now_ns) noexcept nogil:
 
 
 cdef inline int queue_log_head(vf_queue *q, uint16_t head) noexcept nogil:
-    """Enter a head that a split ring has given into the log. 0, or -VF_RING_HEAD_BUSY."""
+    """Enter a head popped from a split ring into the log. 0, or -VF_RING_HEAD_BUSY."""
     if vf_unlikely(q.inflight_log[head].order != 0):
         return -VF_RING_HEAD_BUSY
     q.next_order += 1
@@ -194,7 +194,7 @@ cdef inline int queue_pop_any(vf_queue *q, uint64_t now_ns) noexcept nogil:
 
 
 cdef inline void queue_begin_fast(vf_queue *q, vf_req *req, uint64_t now_ns, bint packed) noexcept nogil:
-    """Do queue_begin() for a plain request, which is parsed."""
+    """Do queue_begin() for a request of the fast path, which is parsed already."""
     req.start_ns = now_ns
     vf_log_work(q.inflight, <uint32_t> req.head + 1)
     if VF_SEED_FAULT or vf_unlikely(q.fifo_count):
@@ -209,7 +209,7 @@ cdef inline void queue_begin_fast(vf_queue *q, vf_req *req, uint64_t now_ns, bin
 
 
 cdef inline int queue_pop(vf_queue *q, uint64_t now_ns) noexcept nogil:
-    """Pop the next chain and begin its request: by the fast path where it is plain. Returns as queue_pop_any()."""
+    """Pop the next chain and begin its request, by the fast path if it fits. Returns as queue_pop_any()."""
     cdef vf_req *req = q.next_req
     cdef int plain
     if vf_unlikely(not q.tlb.has_windows):
@@ -235,11 +235,11 @@ cdef inline int queue_pop(vf_queue *q, uint64_t now_ns) noexcept nogil:
 
 
 cdef inline uint32_t queue_reap_all(vf_queue *q) noexcept nogil:
-    """Reap, and publish before the next requests are submitted: that takes time in which the driver can prepare more.
-    The number of requests.
+    """Reap, and publish before the next requests are submitted, so that the driver can prepare more in the meantime.
+    Returns the number of requests.
     """
     cdef uint32_t moved = queue_reap(q)
-    while vf_unlikely(vf_merge_has_done(&q.engine)):  # more than a batch: a previous worker has left them
+    while vf_unlikely(vf_merge_has_done(&q.engine)):  # more than a batch: they are a previous worker's
         moved += queue_reap(q)
     if moved and q.unpublished_count:
         queue_interrupt_if_due(q, queue_publish(q))
@@ -247,9 +247,9 @@ cdef inline uint32_t queue_reap_all(vf_queue *q) noexcept nogil:
 
 
 cdef inline uint32_t queue_round_limit(vf_queue *q, uint32_t available) noexcept nogil:
-    """How many of the available requests this round may pop."""
+    """Return how many of the available requests this round may pop."""
     cdef uint32_t limit = available
-    if q.vring.is_packed or available > VF_BATCH_MAX:  # of a packed ring nobody knows how many there are
+    if q.vring.is_packed or available > VF_BATCH_MAX:  # a packed ring does not tell their number
         limit = VF_BATCH_MAX
     if vf_unlikely(limit > q.free_count):
         limit = q.free_count
@@ -262,7 +262,7 @@ cdef inline uint32_t queue_round_limit(vf_queue *q, uint32_t available) noexcept
 
 
 cdef inline void queue_round_begin(vf_queue *q, loop_round *this) noexcept nogil:
-    """Note when the round's requests begin, and how many completions may wait for each other."""
+    """Note when the round's requests begin, and how many completions may be published together."""
     this.begin_ns = vf_now_ns()
     vf_publisher_note_round(&q.publisher)
     this.publish_batch = q.engine.ops.publish_batch
@@ -275,21 +275,21 @@ cdef inline void queue_round_begin(vf_queue *q, loop_round *this) noexcept nogil
 
 
 cdef inline int queue_publish_early(vf_queue *q, loop_round *this) noexcept nogil:
-    """After a request: publish what a full batch or slow storage must not keep waiting. 0, or ROUND_OVER.
+    """Publish after a request if the batch is full or storage is slow. 0, or ROUND_OVER.
 
-    A driver that spins sees these at once. One that sleeps is woken once for many, unless that takes long: on a CPU shared
-    with it, each wake-up would end our turn.
+    A spinning driver sees the completions at once. A sleeping one is woken once for many, unless that takes long: on a CPU
+    shared with it, each wake-up would end our time slice.
     """
     cdef uint64_t now_ns
     if q.unpublished_count >= this.publish_batch and queue_may_publish(q):
         now_ns = queue_publish(q)
         this.irq_pending = True
         if vf_unlikely(vf_load_relaxed_u32(&q.ctl.ctl_seq) != q.ctl_seen):
-            return ROUND_OVER  # somebody waits for us
+            return ROUND_OVER  # the supervisor waits for us
     elif vf_likely(not this.blocks):
         return 0
     elif vf_unlikely(vf_peek_u32(&q.publisher.tick) != this.tick) and queue_may_publish(q):
-        # None of them was slow enough for the thread to help out, but together they are.
+        # No single request was slow enough for the publisher thread, but together they are.
         this.tick = vf_peek_u32(&q.publisher.tick)
         now_ns = queue_publish(q)
         this.irq_pending = True
@@ -322,12 +322,12 @@ cdef inline int queue_pop_batch(vf_queue *q, loop_round *this, uint32_t limit) n
     else:
         i = limit  # of a loop that ran to its end, Python's counter is one less
     this.moved += i + (err == ROUND_OVER)  # which was popped
-    vf_log_work(q.inflight, 0)  # what is in flight now is in the engine's hands
+    vf_log_work(q.inflight, 0)  # a death from here on is not this request's: it is in flight in the engine
     return err if vf_unlikely(err < 0) else 0
 
 
 cdef inline int queue_round(vf_queue *q) noexcept nogil:
-    """Reap, pop and publish once. The number of requests popped or finished, or -enum vf_ring_error."""
+    """Reap, pop and publish once. Returns the number of requests popped or finished, or -enum vf_ring_error."""
     cdef loop_round this
     cdef int err = 0
     cdef int available
@@ -351,7 +351,7 @@ cdef inline int queue_round(vf_queue *q) noexcept nogil:
 
 
 cdef inline void queue_drain(vf_queue *q) noexcept nogil:
-    """Finish and publish all that is in flight; waits for storage."""
+    """Drain: finish and publish all requests in flight; waits for storage."""
     while q.engine.inflight_count:
         q.engine.ops.flush(&q.engine)
         if queue_reap(q) == 0:
@@ -370,7 +370,7 @@ cdef inline void queue_set_state(vf_queue *q, uint32_t state) noexcept nogil:
 
 
 cdef inline void queue_fail(vf_queue *q, int err) noexcept nogil:
-    """Give the ring up: what is in flight ends, nothing more is taken."""
+    """Fail the ring: requests in flight end, and nothing more is popped."""
     q.ring_error = <uint32_t> -err
     q.counters.ring_errors += 1
     q.faults_seen = q.counters.memory_faults
@@ -380,7 +380,7 @@ cdef inline void queue_fail(vf_queue *q, int err) noexcept nogil:
 
 
 cdef inline bint loop_may_spin(loop_lesson *lesson) noexcept nogil:
-    """Decide at the start of an idle period. Spins in vain (slow storage, a driver on our CPU) make them rare."""
+    """Decide at the start of an idle period whether to spin. Spins in vain (slow storage, shared CPU) make it rarer."""
     cdef uint32_t rarity
     lesson.period_count += 1
     if lesson.fail_streak < SPIN_FAILS_MAX:
@@ -392,13 +392,13 @@ cdef inline bint loop_may_spin(loop_lesson *lesson) noexcept nogil:
 
 
 cdef inline bint loop_spin(vf_queue *q, loop_idle *idle, uint64_t poll_ns) noexcept nogil:
-    """One turn of an idle loop. True: look at the ring again at once. False: sleep."""
+    """Do one turn of an idle loop. True: check the ring again at once. False: sleep."""
     cdef uint64_t now_ns
     if idle.since_ns == 0:
         idle.since_ns = vf_now_ns()
         idle.turns = 0
         idle.lesson = &idle.of_storage if q.engine.inflight_count else &idle.of_driver
-        q.shm_status.inflight_count = q.engine.inflight_count  # for those who ask what we wait for
+        q.shm_status.inflight_count = q.engine.inflight_count  # readers of the shared pages see what we wait for
         idle.spinning = poll_ns != 0 and loop_may_spin(idle.lesson)
     if not idle.spinning:
         return False
@@ -409,7 +409,7 @@ cdef inline bint loop_spin(vf_queue *q, loop_idle *idle, uint64_t poll_ns) noexc
     now_ns = vf_now_ns()
     if q.irq_coalesce.since_ns and vf_irq_coalesce_expired(&q.irq_coalesce, vf_vring_irq_owed(&q.vring), now_ns):
         queue_interrupt(q)
-        idle.since_ns = 0  # only now does the driver know that it is its turn
+        idle.since_ns = 0  # only now does the driver learn of the completions
         return True
     if q.irq_coalesce.since_ns or now_ns - idle.since_ns < poll_ns:
         return True
@@ -419,22 +419,22 @@ cdef inline bint loop_spin(vf_queue *q, loop_idle *idle, uint64_t poll_ns) noexc
 
 
 cdef inline void loop_hear(vf_queue *q, uint32_t readable, int kick_fd) noexcept nogil:
-    """Take note of the descriptors that became readable: bits WATCH_*."""
+    """Note the descriptors that became readable: bits WATCH_*."""
     cdef uint64_t kicks = 0
     if readable & WATCH_KICK and read(kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks):
         q.counters.kicks += kicks
     if readable & (WATCH_CTL | VF_READABLE_NEWS):
-        # A message, an event of the store, or the supervisor is gone: either way Python looks at it.
+        # A message, an event of the store, or the end of the supervisor: Python handles each.
         q.ctl_seen = vf_load_relaxed_u32(&q.ctl.ctl_seq) - 1
 
 
 cdef inline bint loop_sleep(vf_queue *q, const int *fds) noexcept nogil:
-    """Ask for a kick, look once more, sleep. True when the sleep was ended by its timer."""
+    """Ask for a kick, check the ring once more, sleep. True when the timer ended the sleep."""
     cdef pollfd polled[3]
     cdef uint32_t readable = 0
     cdef int i, ready
     cdef int timeout_ms = IRQ_RETRY_MS if q.irq_due else RELOOK_MS
-    # With every slot taken the ring is of no interest: only storage can move things on.
+    # With every slot in use, kicks do not matter: only storage can free a slot.
     if vf_queue_has_room(q) and vf_vring_kick_enable(&q.vring):
         return False
     queue_set_state(q, VF_QUEUE_RUNNING)
@@ -452,7 +452,7 @@ cdef inline bint loop_sleep(vf_queue *q, const int *fds) noexcept nogil:
 
 
 cdef inline int queue_run(vf_queue *q, const loop_waits *waits) noexcept nogil:
-    """Serve until there is something for Python to do. Returns RUN_*."""
+    """Serve until Python has to act. Returns RUN_*."""
     cdef loop_idle idle
     cdef bint timed_out = False
     cdef int reason = 0
@@ -460,7 +460,7 @@ cdef inline int queue_run(vf_queue *q, const loop_waits *waits) noexcept nogil:
 
     memset(&idle, 0, sizeof(idle))
     vf_vring_kick_disable(&q.vring)
-    # Only a loop that spins comes back in time to an interrupt that waits.
+    # Only a spinning loop returns in time to an interrupt that is delayed.
     q.irq_coalesce.limit_ns = waits.irq_delay_ns if waits.poll_ns else 0
     while True:
         if vf_unlikely(vf_load_relaxed_u32(&q.ctl.ctl_seq) != q.ctl_seen):

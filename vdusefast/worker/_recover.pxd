@@ -1,4 +1,4 @@
-"""How a worker continues where a dead one stood: what was in flight is replayed. No Python object in here."""
+"""Recovery: a worker continues after a dead one, and replays its requests in flight. No Python object in here."""
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
@@ -8,7 +8,7 @@ from vdusefast.worker._loop cimport *
 
 
 cdef inline void queue_align_order(vf_queue *q) noexcept nogil:
-    """Have the order of the next head be, modulo 2^16, its place in the avail ring: what IN_ORDER's log says by it."""
+    """Make the next head's order equal its avail index modulo 2^16, as the log of an IN_ORDER ring requires."""
     q.next_order = ((q.next_order >> 16) + 1 << 16) + vf_vring_avail_state(&q.vring) - 1
 
 
@@ -25,7 +25,7 @@ cdef inline int queue_begin_log(vf_queue *q, uint16_t state) noexcept nogil:
 
 
 cdef inline int queue_blame(vf_queue *q) noexcept nogil:
-    """Count the death of the previous worker against the request that it was at. 0, or -VF_RING_POISON."""
+    """Count the previous worker's death against the request that it was processing. 0, or -VF_RING_POISON."""
     cdef uint32_t working = q.inflight.working
     cdef vf_inflight_entry *entry
     vf_log_work(q.inflight, 0)  # first: a death that is not counted is better than one counted twice
@@ -40,10 +40,10 @@ cdef inline int queue_blame(vf_queue *q) noexcept nogil:
 
 
 cdef inline int queue_adopt(vf_queue *q, uint16_t state) noexcept nogil:
-    """Take a mapped ring over from a worker that died: its cursors from the ring and the in-flight log.
+    """Adopt a mapped ring from a dead worker: set its cursors from the ring and the in-flight log.
 
-    state: where the ring began, for one of which nothing was taken. Returns the number of requests that are to be carried out
-    again from the log, or -enum vf_ring_error.
+    state: the start position of the ring, for one from which nothing was popped. Returns the number of requests in the log
+    to replay, or -enum vf_ring_error.
     """
     cdef uint32_t i
     cdef int count = vf_takeover(&q.vring, q.inflight, q.inflight_log, state, not vf_seed_repeats())
@@ -62,7 +62,7 @@ cdef inline int queue_adopt(vf_queue *q, uint16_t state) noexcept nogil:
 
 
 cdef inline int queue_redo_logged(vf_queue *q, uint32_t count) noexcept nogil:
-    """Start the `count` requests of a split ring's log again, in the order in which they were taken."""
+    """Replay the `count` requests of a split ring's log, in the order in which they were popped."""
     cdef uint32_t i, next_head, done
     cdef uint32_t size = q.vring.size
     cdef uint64_t last_order = 0
@@ -82,7 +82,7 @@ cdef inline int queue_redo_logged(vf_queue *q, uint32_t count) noexcept nogil:
                 next_order = q.inflight_log[i].order
                 next_head = i
         if next_head == size:
-            err = -VF_RING_LOG  # two of one order
+            err = -VF_RING_LOG  # two entries with one order
             break
         last_order = next_order
         err = vf_split_walk(&q.vring.split, &q.tlb, <uint16_t> next_head, &q.chain)
@@ -99,7 +99,7 @@ cdef inline int queue_redo_logged(vf_queue *q, uint32_t count) noexcept nogil:
 
 
 cdef inline int queue_redo_suspects(vf_queue *q) noexcept nogil:
-    """Serve a packed ring until the requests that workers have died of were taken, so that it is known what became of them."""
+    """Serve a packed ring until the requests that killed workers are popped again, so that their fate is known."""
     cdef uint32_t rounds
     cdef int moved
     for rounds in range(q.vring.size):
@@ -112,7 +112,7 @@ cdef inline int queue_redo_suspects(vf_queue *q) noexcept nogil:
 
 
 cdef inline int queue_redo_ring(vf_queue *q) noexcept nogil:
-    """Take all that a packed ring has: what was in flight is among it. Only for an engine that waits for nothing."""
+    """Pop all chains of a packed ring, among them those that were in flight. Only for an engine that never waits."""
     cdef uint32_t rounds
     cdef int moved
     for rounds in range(q.vring.size):
@@ -123,7 +123,7 @@ cdef inline int queue_redo_ring(vf_queue *q) noexcept nogil:
 
 
 cdef inline int queue_redo(vf_queue *q, uint32_t count) noexcept nogil:
-    """Carry out again what queue_adopt() has found to be in flight. 0, or -enum vf_ring_error."""
+    """Replay the requests that queue_adopt() has found in flight. 0, or -enum vf_ring_error."""
     cdef int err
     memset(&q.poison, 0, sizeof(q.poison))
     q.engine.replaying = 1
@@ -135,7 +135,7 @@ cdef inline int queue_redo(vf_queue *q, uint32_t count) noexcept nogil:
     if queue_may_publish(q):
         queue_publish(q)
     vf_log_work(q.inflight, 0)
-    queue_interrupt(q)  # whatever the previous worker has published without an interrupt
+    queue_interrupt(q)  # the previous worker may have published without an interrupt
     if q.counters.memory_faults != q.faults_seen:
         err = -VF_RING_MEMORY_GONE
     return err

@@ -4,7 +4,7 @@ from vdusefast.worker._csrc cimport *
 
 
 cdef inline str ring_error_text(int err):
-    """Return what enum vf_ring_error says, "" for none."""
+    """Return the text for an enum vf_ring_error, "" for none."""
     return {
         VF_RING_OK: "",
         VF_RING_AVAIL_OVERRUN: "the driver's avail index is more than the queue size ahead",

@@ -1,4 +1,4 @@
-"""A store as the supervisor describes it, for the engine that is opened over it; rules for faults in front of that."""
+"""Build the vf_store that an engine is opened over from the supervisor's arguments, and its rules for faults."""
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -10,7 +10,7 @@ cdef extern from "<sys/uio.h>":
 
 
 cdef inline vf_store_kind store_kind(str name):
-    """Return the kind that the core's engines know by that name; any other is of a module with an engine of its own."""
+    """Return the kind of that name that the core's engines serve; any other name is a module with its own engine."""
     return {
         "file": VF_STORE_FILE,
         "blockdev": VF_STORE_BLOCKDEV,
@@ -20,7 +20,7 @@ cdef inline vf_store_kind store_kind(str name):
 
 
 cdef inline int store_describe(vf_store *store, vf_queue *q, vf_store_kind kind, uint64_t size_bytes, str cache) except -1:
-    """Fill in what every store has."""
+    """Fill in the fields that all kinds of stores share."""
     if q.engine.ops != NULL:
         raise ValueError("an engine is open already")
     memset(store, 0, sizeof(store[0]))
@@ -83,10 +83,10 @@ cdef inline vf_faulty *store_faults(list faults, uint64_t seed, uint32_t slot_co
 
 
 cdef inline void store_use_features(vf_queue *q, uint64_t acked_features) noexcept:
-    """Do what the driver may ask for by the features that it has accepted, and no more."""
+    """Apply the driver's accepted features: limits, discard, write zeroes, durability of writes."""
     vf_queue_limit(q, acked_features)
     q.device.discard = vf_has_feature(acked_features, VF_BLK_F_DISCARD)
     q.device.write_zeroes = vf_has_feature(acked_features, VF_BLK_F_WRITE_ZEROES)
-    # Without FLUSH the driver cannot ask for durability, so that every write has it (VIRTIO 1.3, 5.2.6.2).
+    # Without FLUSH the driver cannot ask for durability, so every write is durable (VIRTIO 1.3, 5.2.6.2).
     through = q.engine.store.cache == VF_CACHE_WRITETHROUGH or not vf_has_feature(acked_features, VF_BLK_F_FLUSH)
     q.engine.store.write_flags = RWF_DSYNC if through and q.engine.store.cache != VF_CACHE_UNSAFE else 0

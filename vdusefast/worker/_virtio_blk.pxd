@@ -10,7 +10,7 @@ from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from vdusefast.worker._csrc cimport *
 
 cdef enum:
-    BLK_DONE = 0  # answered: blk_status is set
+    BLK_DONE = 0  # done: blk_status is set
     BLK_SUBMIT = 1  # for the engine
 
 cdef extern from *:
@@ -21,7 +21,7 @@ cdef extern from *:
 
 
 cdef inline int blk_fail(vf_queue *q, vf_req *req, uint8_t blk_status) noexcept nogil:
-    """Answer req with an error that is the driver's own doing."""
+    """Complete req with an error that the driver caused."""
     req.blk_status = blk_status
     if blk_status == VF_BLK_S_UNSUPP:
         q.counters.unsupported += 1
@@ -83,7 +83,7 @@ cdef inline int blk_map(vf_queue *q, vf_req *req, uint32_t writable, uint64_t sk
 cdef inline int blk_copy_in(vf_queue *q, uint64_t skip, void *to, uint64_t want) noexcept nogil:
     """Copy `want` readable bytes after the first `skip` into private memory, once. 0 or -1 as blk_map.
 
-    In however many pieces: what is copied needs no iovec.
+    They may lie in any number of pieces: a copy needs no iovec.
     """
     cdef uint32_t i
     cdef uint64_t piece
@@ -144,14 +144,14 @@ cdef inline void blk_find_status(vf_queue *q, vf_req *req) noexcept nogil:
 
 
 cdef inline bint blk_outside(const vf_blk_device *device, uint64_t sector, uint64_t sectors) noexcept nogil:
-    """Tell whether a range is misaligned or not wholly on the device; written so that nothing overflows."""
+    """Return whether a range is misaligned or not wholly on the device; written so that nothing overflows."""
     if vf_unlikely(device.block_sectors > 1) and (sector | sectors) & (device.block_sectors - 1):
         return True
     return sector > device.capacity_sectors or sectors > device.capacity_sectors - sector
 
 
 cdef inline int blk_parse_rw(vf_queue *q, vf_req *req, uint64_t sector, bint writing) noexcept nogil:
-    """IN and OUT. Data of IN is all that is writable but the status; of OUT all that is readable but the header."""
+    """IN and OUT. Data of IN is everything writable but the status; of OUT everything readable but the header."""
     cdef uint64_t data_bytes
     req.op = VF_OP_WRITE if writing else VF_OP_READ
     if writing:
@@ -178,7 +178,7 @@ cdef inline int blk_parse_rw(vf_queue *q, vf_req *req, uint64_t sector, bint wri
 
 
 cdef inline void blk_set_range(const vf_blk_device *device, vf_req *req) noexcept nogil:
-    """Put the cursor on the range whose turn it is."""
+    """Put the cursor on the current range."""
     cdef vf_blk_range *piece = &req.ranges[req.range_at]
     req.offset_bytes = piece.sector * VF_SECTOR_BYTES
     req.left_bytes = <uint64_t> piece.num_sectors * VF_SECTOR_BYTES
@@ -273,7 +273,7 @@ cdef inline int blk_parse_any(vf_queue *q, vf_req *req) noexcept nogil:
     vf_chain_measure(&q.chain)
     req.writable_bytes = q.chain.writable_bytes
     blk_find_status(q, req)
-    # Without a status the driver cannot be told, so that nothing is done.
+    # Without a status byte the driver cannot learn the result, so nothing is done.
     if vf_unlikely(req.status == NULL or q.chain.disorder or q.chain.readable_bytes < VF_BLK_HEADER_BYTES):
         return blk_fail(q, req, VF_BLK_S_IOERR)
     if vf_unlikely(blk_copy_header(q, req, &header)):
@@ -295,7 +295,7 @@ cdef inline int blk_parse_any(vf_queue *q, vf_req *req) noexcept nogil:
 
 
 cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
-    """Make a request of the chain in q. Returns BLK_SUBMIT, or BLK_DONE when it is answered already."""
+    """Parse the chain in q into a request. Returns BLK_SUBMIT, or BLK_DONE when its status is set already."""
     cdef const vf_segment *segment = q.chain.segments
     cdef int what
     # The commonest chain: header, data and status, each in one segment.
@@ -309,12 +309,12 @@ cdef inline int blk_parse(vf_queue *q, vf_req *req) noexcept nogil:
         return BLK_SUBMIT
     what = blk_parse_any(q, req)
     if plain and what == BLK_SUBMIT and req.iov_count == 1:
-        vf_fast_path_aim(&q.tlb, segment[0].iova, segment[1].iova)  # the next ones may be seen at once to be such
+        vf_fast_path_aim(&q.tlb, segment[0].iova, segment[1].iova)  # so the fast path is tried for the next chains
     return what
 
 
 cdef inline void blk_note_host_error(vf_counters *counters, int err) noexcept nogil:
-    """Count what the store said; err is a positive errno."""
+    """Count an error of the store; err is a positive errno."""
     counters.host_errors += 1
     counters.last_host_errno = <uint64_t> err
     if err == errno.ENOSPC or err == errno.EDQUOT:
@@ -324,7 +324,7 @@ cdef inline void blk_note_host_error(vf_counters *counters, int err) noexcept no
 
 
 cdef inline int blk_begin_flush(vf_queue *q, vf_req *req) noexcept nogil:
-    """Have a flush be carried out, unless an earlier one of the device has failed. Returns BLK_SUBMIT or BLK_DONE."""
+    """Submit a flush, unless an earlier one of the device has failed. Returns BLK_SUBMIT or BLK_DONE."""
     cdef int err = vf_flush_begin(q)
     if vf_likely(err == 0):
         return BLK_SUBMIT
@@ -334,7 +334,7 @@ cdef inline int blk_begin_flush(vf_queue *q, vf_req *req) noexcept nogil:
 
 
 cdef inline bint blk_next(vf_queue *q, vf_req *req) noexcept nogil:
-    """Digest what the engine returned. True when req has another range to be submitted."""
+    """Process the engine's result. True when req has another range to submit."""
     if vf_unlikely(req.op == VF_OP_FLUSH):
         req.result = vf_flush_end(q, req.result)
     if vf_unlikely(req.result != 0):

@@ -1,7 +1,7 @@
-"""A worker: one process, one virtqueue, one CPU. Pin, map, serve, say why it ended.
+"""A worker: one process, one virtqueue, one CPU. It pins itself, maps, serves, and reports why it ended.
 
 Started by the supervisor with the arguments of a WorkerSpec (protocol.py) and the descriptors that these name. It
-knows nothing of the kernel's control messages, of netlink or of configuration files. What it imports and keeps is part
+knows nothing of the kernel's control messages, of netlink or of configuration files. Its imports and tables are part
 of the start-up time and the memory of every queue, so it is little.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vdusefast.worker._datapath import Queue
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
-# How often to look whether the rings are in the driver's map again; an invalidation makes us look, too.
+# How often to check whether the rings are in the driver's map again; an invalidation triggers a check, too.
 _REMAP_MS = 100
 _PAGES_HEADER = struct.Struct("=8sII4xIIIII")  # the start of struct vf_shm_header, without the number of queues
 _IO_URING_REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOMEM)
@@ -48,8 +48,8 @@ def _engine_order(spec: WorkerSpec) -> list[str]:
         return [spec.engine]
     if spec.store in OF_ONE_STORE:
         return [spec.store]
-    # O_DIRECT waits for a device, and a ring for many. What the page cache has costs the same by a plain read, and the
-    # ring is for what it lacks. Where reads cannot be told not to wait, as on tmpfs, there is nothing to wait for.
+    # O_DIRECT waits for a device, and a ring for many. Data in the page cache costs the same by a plain read, and the
+    # ring is for the rest. Where a read cannot be asked not to wait, as on tmpfs, there is nothing to wait for.
     return ["uring" if spec.direct_align else "cached", "sync"]
 
 
@@ -61,7 +61,7 @@ def _lock_pages(shm_fd: int) -> int:
 
 
 def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
-    """Open the engine asked for, or the best that this kernel allows. Returns what to call it.
+    """Open the configured engine, or the best that this kernel allows. Returns its name for people.
 
     Raises VdusefastError.
     """
@@ -84,7 +84,7 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
                 lock_fd=spec.shm_fd,
                 witness_fd=spec.store_witness_fd,
                 hold_fds=hold_fds,
-                merge=bool(spec.merge and not spec.faults),  # what a rule keeps back must not be part of another
+                merge=bool(spec.merge and not spec.faults),  # a request that a rule delays must not be part of another
                 sqpoll=bool(spec.sqpoll),
                 map_reads=bool(spec.map_reads and not spec.faults),
             )
@@ -100,14 +100,14 @@ def _open_engine(queue: Queue, spec: WorkerSpec) -> str:
 
 
 def _is_refusal(name: str, error: OSError) -> bool:
-    """Return whether an engine cannot be had here, so that another one may do."""
+    """Return whether the kernel or the store refuses an engine, so that the next one is tried."""
     if name == "cached" and error.errno in _CANNOT_NOT_WAIT:
         return True
     return name in IO_URING and error.errno in _IO_URING_REFUSED
 
 
 def _engine_error(name: str, error: OSError) -> VdusefastError:
-    """Return what to raise for an engine that was asked for."""
+    """Return the error for a configured engine that cannot be opened."""
     if name == "cached" and error.errno in _CANNOT_NOT_WAIT:
         return KernelSupportError(
             'engine cached: this store cannot be read without waiting (tmpfs, or cache = "none"); use engine "auto"'
@@ -121,7 +121,7 @@ def _engine_error(name: str, error: OSError) -> VdusefastError:
 
 
 def _try_reclaim(step: Callable[[], None]) -> None:
-    """Take a step of reclaim.py's. Where it is refused we continue without: `show` names the process and the reason."""
+    """Do a step of reclaim.py. If the kernel refuses it, continue without: `show` names the process and the reason."""
     try:
         step()
     except OSError:
@@ -194,12 +194,12 @@ class Worker:
         self._queue.identify(os.getpid(), spec.cpu)
 
     def _populate(self, ring_size: int) -> None:
-        """Have what a ring of that size needs of our block in the page table: no request shall wait for it."""
-        with suppress(OSError):  # a kernel before 5.14: the pages come one by one
+        """Fault in the pages of our block that a ring of that size needs, so that no request waits for a fault."""
+        with suppress(OSError):  # a kernel before 5.14: pages are faulted in one by one
             self._pages.madvise(_MADV_POPULATE_WRITE, 0, self._datapath.block_used_bytes(ring_size))
 
     def _begin_reclaim(self) -> None:
-        """Be prepared for reclaim before the engine is opened: its threads inherit that."""
+        """Prepare for memory reclaim before the engine is opened, because its threads inherit these settings."""
         _try_reclaim(self._datapath.mark_io_flusher)
         _try_reclaim(self._datapath.lock_memory)
 
@@ -225,7 +225,7 @@ class Worker:
             self._plugin.close()
 
     def _open_plugin(self) -> str:
-        """Have the module of the backend bring its engine, and open that. Returns its name. Raises VdusefastError."""
+        """Open the engine that the backend's module provides. Returns its name. Raises VdusefastError."""
         from vdusefast.backends import find, plugin_module
         from vdusefast.backends.plugin import StoreSpec
 
@@ -261,7 +261,7 @@ class Worker:
         self._queue.inject_faults(faults, seed=seed + self._spec.queue)
 
     def _tell_news(self) -> None:
-        """Pass on what the store's module has to say."""
+        """Send the events of the store's module to the supervisor."""
         if self._plugin is None:
             return
         for news in self._plugin.news():
@@ -291,7 +291,7 @@ class Worker:
         self._read_control()
 
     def _read_control(self) -> None:
-        """Carry out every command that waits. The word is read first: a later message is seen the next time."""
+        """Carry out all pending commands. The control word is read first, so a later message is noticed next time."""
         self._queue.control_seen()
         self._tell_news()
         while not self._done:
@@ -299,7 +299,7 @@ class Worker:
                 packet = self._ctl.recv(MESSAGE_MAX_BYTES)
             except BlockingIOError:
                 return
-            if not packet:  # the supervisor is gone; nobody may hold the device without it
+            if not packet:  # the supervisor is gone; nobody may keep the device open without it
                 self._done = True
                 return
             self._carry_out(unpack(packet))
@@ -325,7 +325,7 @@ class Worker:
         elif message.command in (Command.QUIESCE, Command.RESET, Command.STOP):
             last_avail_idx, last_used_idx, waiting = queue.quiesce()
             self._running = False
-            if waiting:  # the kick for these is ours already: the next worker gets it again
+            if waiting:  # we have consumed their kick, so kick the next worker again
                 os.eventfd_write(self._spec.kick_fd, 1)
             if message.command == Command.RESET:
                 queue.invalidate(0, 2**64 - 1)
@@ -342,7 +342,7 @@ class Worker:
             return ""
         self._memlock_noted = True
         return (
-            f"io_uring may not pin the driver's memory ({os.strerror(refused)}), so that each request does; "
+            f"io_uring may not pin the driver's memory ({os.strerror(refused)}), so each request pins its own; "
             "raise the limit of locked memory (LimitMEMLOCK=, ulimit -l)"
         )
 
@@ -381,7 +381,7 @@ def _check_pages(shm_fd: int, queue_size: int) -> None:
 
 
 def _report_failure(ctl_fd: int, error: VdusefastError | OSError) -> None:
-    """Tell the supervisor why this process ends; a supervisor that is gone needs no telling."""
+    """Report to the supervisor, if it still runs, why this process ends."""
     code = error.exit_code if isinstance(error, VdusefastError) else 1
     with socket.socket(fileno=os.dup(ctl_fd)) as ctl:
         try:
@@ -391,18 +391,18 @@ def _report_failure(ctl_fd: int, error: VdusefastError | OSError) -> None:
 
 
 def _pin(spec: WorkerSpec) -> tuple[WorkerSpec, str]:
-    """Go to the CPU in `spec`. Returns it as it is true, and what is to be said where the kernel refuses that CPU."""
+    """Pin to the CPU in `spec`. Returns the spec with the actual CPU, and a text if the kernel refuses that CPU."""
     if spec.cpu < 0:
         return spec, ""
     try:
         os.sched_setaffinity(0, {spec.cpu})
     except OSError as error:  # offline, or outside the cpuset: it may be back at any time
-        return spec._replace(cpu=-1), f"the worker is not pinned, as CPU {spec.cpu} is refused: {error.strerror}"
+        return spec._replace(cpu=-1), f"the worker is not pinned: the kernel refuses CPU {spec.cpu}: {error.strerror}"
     return spec, ""
 
 
 def main(argv: list[str]) -> int:
-    """Run a worker. The last word is the descriptor of its WorkerSpec; others are for `ps`. Returns the exit status."""
+    """Run a worker. The last argument is the descriptor of its WorkerSpec; others are for `ps`. Returns the status."""
     try:
         spec = WorkerSpec.from_words(read_words(int(argv[-1])))
         from vdusefast.worker import _datapath

@@ -2,8 +2,8 @@
 
 One SOCK_SEQPACKET pair per worker; one message is one packet of a fixed layout in host byte order.
 The supervisor's messages carry a sequence number that the worker's answer repeats. Beside the socket there is
-one word in the shared pages (`shm.CTL_SEQ`): the supervisor adds one to it after each message it sends, so that a busy
-loop sees that a message waits without a system call.
+one word in the shared pages (`shm.CTL_SEQ`): the supervisor adds one to it after each message. So a busy
+loop notices a pending message without a system call.
 
 Only the standard library is imported here: the module is part of a worker's start-up time.
 """
@@ -19,22 +19,22 @@ SIZE_DIGITS_MAX = 19  # of a number below 2^63
 
 
 class Command(IntEnum):
-    """What the supervisor asks of a worker."""
+    """A command of the supervisor to a worker."""
 
     START = 1  # map the rings and serve
     QUIESCE = 2  # finish what is in flight, stop popping; keep mappings
     INVALIDATE = 3  # finish what is in flight, drop mappings of [start, last], continue if running
     RESET = 4  # QUIESCE, then drop every mapping
     STOP = 5  # QUIESCE, then end with status 0
-    RESIZE = 6  # the device has `start` sectors from now on; a smaller one once what is in flight has ended
-    HOLD = 7  # INVALIDATE, then take nothing more until RELEASE, also when started meanwhile
+    RESIZE = 6  # the device has `start` sectors from now on; a smaller size applies once nothing is in flight
+    HOLD = 7  # INVALIDATE, then pop nothing until RELEASE, also when started meanwhile
     RELEASE = 8  # `last` bytes of user memory stand in for the bounce pages from now on; continue if running
 
 
 class Event(IntEnum):
-    """What a worker tells the supervisor."""
+    """An answer or event of a worker to the supervisor."""
 
-    HELLO = 101  # process is pinned and ready; text is the engine in use, and what is special about it
+    HELLO = 101  # process is pinned and ready; text is the engine in use, and its special modes
     DONE = 102  # the command with this sequence number has been carried out
     REFUSED = 103  # the command cannot be carried out; text says why
     RING_FAILED = 104  # the ring is bad; the queue has stopped; text names the reason (unsolicited)
@@ -107,7 +107,7 @@ def unpack_event(packet: bytes) -> FromWorker:
 
 
 def store_size_bytes(event: FromWorker) -> int:
-    """Return the size that a STORE_SIZE tells. Raises ValueError where it is none."""
+    """Return the size in a STORE_SIZE event. Raises ValueError if the text is none."""
     digits = event.text
     if not (digits.isascii() and digits.isdecimal() and len(digits) <= SIZE_DIGITS_MAX) or int(digits) >= 1 << 63:
         raise ValueError(f"a store of {digits[:SIZE_DIGITS_MAX]!r} bytes")

@@ -1,8 +1,8 @@
-"""A relay: one process that has a store which several may not have at once, and serves the workers of all queues.
+"""A relay: the only process that has a store open, if several may not, and serves the workers of all queues.
 
-Started by the supervisor (relay_process.py), with the descriptor of a RelaySpec as its last word. Its events
-(control.FromWorker: HELLO, STARTUP_FAILED, LOG, STORE_SIZE) are packets of a socket of their own. What the store's
-module prints is text for the log. It ends with the supervisor, or when the supervisor closes that socket.
+Started by the supervisor (relay_process.py), with the descriptor of a RelaySpec as its last argument. Its events
+(protocol.FromWorker: HELLO, STARTUP_FAILED, LOG, STORE_SIZE) are packets of a socket of their own. The output of the
+store's module goes to the log. It ends with the supervisor, or when the supervisor closes that socket.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ class RelaySpec(NamedTuple):
 
 
 class Events:
-    """The way to the supervisor."""
+    """The socket to the supervisor."""
 
     def __init__(self, fd: int):
-        """Take over the descriptor, which processes that a class starts do not get."""
+        """Own the descriptor, which child processes of a user's class must not inherit."""
         os.set_inheritable(fd, False)
         self._socket = socket.socket(fileno=fd)
 
     def fileno(self) -> int:
-        """Return the descriptor: it is readable when we are to end."""
+        """Return the descriptor: readable when the relay has to end."""
         return self._socket.fileno()
 
     def tell(self, event: Event, text: str, *, exit_code: int = 0) -> None:
-        """Tell the supervisor; one that is gone takes us with it.
+        """Send an event to the supervisor. If the supervisor is gone, the error ends the relay.
 
-        A line for the log is lost where the supervisor is behind: the store must not wait for that.
+        A log line is lost if the supervisor does not keep up, because the store must not wait for it.
         """
         flags = socket.MSG_DONTWAIT if event == Event.LOG else 0
         try:
@@ -70,7 +70,7 @@ class Events:
 
 
 def tell_news(plugin: Plugin, events: Events) -> None:
-    """Pass on what the store's module has to say."""
+    """Send the events of the store's module to the supervisor."""
     for news in plugin.news():
         if news.kind == "resized":
             events.tell(Event.STORE_SIZE, str(news.size_bytes))

@@ -240,7 +240,7 @@ def lost_run_directory_is_claimed_or_its_disk_removed() -> None:
     with subprocess.Popen(words, stderr=subprocess.DEVNULL) as dd:
         time.sleep(0.5)
         assert dd.poll() is None, "nobody serves it"
-        guest.refused("add", config, "--claim", status=1, says=r"requests were carried out is lost")
+        guest.refused("add", config, "--claim", status=1, says=r"record of its completed requests is lost")
         command("del", "vd0", "--force", "--claim")
         assert dd.wait(20) != 0
     assert not Path(node).exists()
