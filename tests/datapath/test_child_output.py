@@ -137,7 +137,7 @@ def test_output_without_an_end_of_line_is_the_last_line(tmp_path: Path, caplog: 
     with device_of(tmp_path, written=written) as device, device.driver() as driver:
         driver.write(0, b"a" * BLOCK)
         assert driver.read(0, BLOCK, queue=1) == b"a" * BLOCK
-    assert "ended with status 3; its last line: the last words; the next one follows" in caplog.text
+    assert "ended with status 3; its last line: the last words; it is restarted" in caplog.text
 
 
 def test_probe_may_print_what_it_likes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -80,7 +80,7 @@ def test_a_device_that_is_held_for_a_moment_is_waited_for(fake: FakeKernel, monk
     ("refusal", "kind", "words"),
     [
         (errno.EBUSY, DeviceBusyError, "a process holds /dev/vduse/vd0 open"),
-        (errno.EACCES, TransportError, "cannot be taken over: /dev/vduse/vd0: Permission denied"),
+        (errno.EACCES, TransportError, "cannot be adopted: /dev/vduse/vd0: Permission denied"),
     ],
 )
 def test_a_device_that_cannot_be_opened_is_left_alone(

@@ -346,7 +346,7 @@ def test_relative_base_means_the_same_elsewhere(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "gone").mkdir()
     os.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with pytest.raises(VdusefastError, match="rr: cannot tell where that is"):
+    with pytest.raises(VdusefastError, match="rr: the working directory is unknown"):
         run_dirs.base_directory()
 
 

@@ -1,1 +1,1 @@
-"""What every other part uses, and what uses none of them."""
+"""The lowest layer: every other package may use it, and it uses none of them."""

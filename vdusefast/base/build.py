@@ -1,7 +1,7 @@
-"""Which build this process is of: all parts of one build have the same identity, those of another build another one.
+"""The build identity of this process: equal in all parts of one build, and different in any other build.
 
-setup.py computes it from the version and from all that processes of a device share: headers, layouts, messages. It is
-compiled into each extension, and lies in the package's directory, where it changes when the files are upgraded.
+setup.py computes it from the version and from everything that processes of a device share: headers, layouts, messages.
+It is compiled into each extension. It also lies in the package's directory, where an upgrade of the files changes it.
 
 Only the standard library is imported here, and little of that: workers load it.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 
-PROTOCOL_VERSION = 2  # of what processes tell each other at their start (handed.py); a change is another build, too
-EXIT_OTHER_BUILD = 77  # a process ends so that was started by one of another build
+PROTOCOL_VERSION = 2  # of the arguments of processes (handed.py); a change makes another build, too
+EXIT_OTHER_BUILD = 77  # exit status of a process that was started by one of another build
 ID_MAX_BYTES = 128
 PATH = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "build_id.txt")
 
 
 def on_disk() -> str:
-    """Return the identity of the files that a process would be started from now, "" when there is none."""
+    """Return the identity of the installed files, from which a process would be started now, "" when there is none."""
     try:
         fd = os.open(PATH, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -32,7 +32,7 @@ BUILD_ID = on_disk()
 
 
 def upgraded() -> str:
-    """Return what is to be said when processes would be started from the files of another build now, "" otherwise."""
+    """Return the message for installed files of another build, "" if they are of this build."""
     found = on_disk()
     if found == BUILD_ID:
         return ""

@@ -1,7 +1,7 @@
-"""What a child process writes to its standard output and error, as lines of the device's log.
+"""The standard output and error of a child process, as lines of the device's log.
 
-A user's class may print what it likes and as much as it likes: lines are bounded in length and in number, control
-characters are escaped, and nothing of it is ever taken for an event.
+A user's class may print anything, and any amount. So lines are bounded in length and number, control characters are
+escaped, and no output is ever parsed as an event.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from vdusefast.base.guard import Guard, Part
 from vdusefast.base.printable import printable
 
-READ_BYTES = 16 << 10  # at a time: the loop has other things to do, however much a child writes
+READ_BYTES = 16 << 10  # at a time: a child that writes much must not occupy the loop
 LAST_READ_COUNT_MAX = 64  # at the child's end; the pipe may have a writer that continues
 LOST_COUNT_MAX = 100
 LINE_MAX_BYTES = 1024
@@ -49,7 +49,7 @@ class LineBudget:
 
 
 class Output:
-    """What comes out of a pipe, as lines of the log; the last ones are kept."""
+    """The bytes from a pipe, as lines of the log; the last ones are kept."""
 
     def __init__(self, title: str | Callable[[], str]):
         """Begin. title: what lines begin with."""
@@ -60,16 +60,16 @@ class Output:
 
     @property
     def last_line(self) -> str:
-        """The last line that said something, "" while there is none."""
+        """The last line that is not blank, "" while there is none."""
         return self._kept[-1] if self._kept else ""
 
     @property
     def last_lines(self) -> list[str]:
-        """The last lines that said something, the oldest first."""
+        """The last lines that are not blank, the oldest first."""
         return list(self._kept)
 
     def read(self, fd: int) -> int:
-        """Take some of what is in a pipe that does not block. Returns how many bytes, 0 at its end, -1 for nothing."""
+        """Read some bytes from a non-blocking pipe. Returns how many, 0 at its end, -1 if it is empty."""
         try:
             data = os.read(fd, READ_BYTES)
         except BlockingIOError:
@@ -81,7 +81,7 @@ class Output:
         return len(data)
 
     def finish(self, fd: int) -> None:
-        """Take what was written last; the child has ended."""
+        """Read the last output; the child has ended."""
         for _ in range(LAST_READ_COUNT_MAX):
             if self.read(fd) <= 0:
                 break
@@ -89,7 +89,7 @@ class Output:
         self._rest = b""
 
     def lose(self) -> None:
-        """Continue after what could not be logged."""
+        """Continue after a failed attempt to log."""
         self._rest = b""
 
     def _keep(self, line: bytes) -> None:
@@ -119,12 +119,12 @@ class ChildOutput(Output):
             self.write_fd = -1
 
     def watch(self) -> None:
-        """Log what comes, in the running loop."""
+        """Log the output as it comes, in the running loop."""
         self._watched = True
         self._guard.reader(self._fd, self._part, self._on_output, self._on_lost)
 
     def end(self) -> None:
-        """Log what the child wrote last; it has ended. Closes the pipe."""
+        """Log the last output of the child, which has ended. Closes the pipe."""
         if self._fd >= 0:
             self.finish(self._fd)
         self.close()
@@ -144,7 +144,7 @@ class ChildOutput(Output):
             self._unwatch()
 
     def _on_lost(self) -> None:
-        """Go on reading: a pipe that is never read would stop its writer some day."""
+        """Continue to read: a full pipe would stop its writer."""
         self.lose()
         self._lost_count += 1
         if self._lost_count >= LOST_COUNT_MAX:

@@ -1,4 +1,4 @@
-"""Time limits of what a task waits for, also while that task is being cancelled.
+"""Time limits for waiting in a task, also while the task is being cancelled.
 
 asyncio.timeout before Python 3.11.3 (Debian 12 has 3.11.2) takes its own time-out for a cancellation in a task that has
 been cancelled before: a task that cleans up after a cancellation, and waits for that with a limit, would not clean up.
@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 @asynccontextmanager
 async def limit(timeout_s: float | None) -> AsyncIterator[None]:
-    """Raise TimeoutError when what is within has not ended after `timeout_s`; None = there is no limit."""
+    """Raise TimeoutError if the block has not ended after `timeout_s`; None = no limit."""
     task = asyncio.current_task()
     assert task is not None
     cancelling = task.cancelling()

@@ -1,4 +1,4 @@
-"""Decode JSON and TOML that somebody else has written: whatever is wrong with it is one error."""
+"""Decode untrusted JSON and TOML: every fault in it raises the same kind of error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _T = TypeVar("_T")
 
 
 def decode_json(text: bytes | msgspec.Raw, kind: type[_T]) -> _T:
-    """Return the value of that type in `text`. Raises msgspec.DecodeError, whatever else the text provokes."""
+    """Return the value of that type in `text`. Raises msgspec.DecodeError for every fault in it."""
     try:
         return msgspec.json.decode(text, type=kind)
     except msgspec.DecodeError:
@@ -22,7 +22,7 @@ def decode_json(text: bytes | msgspec.Raw, kind: type[_T]) -> _T:
 
 
 def decode_toml(text: str, kind: type[_T]) -> _T:
-    """Return the value of that type in a TOML `text`. Raises msgspec.DecodeError, whatever else the text provokes."""
+    """Return the value of that type in a TOML `text`. Raises msgspec.DecodeError for every fault in it."""
     try:
         return msgspec.toml.decode(text, type=kind)
     except msgspec.DecodeError:

@@ -1,4 +1,4 @@
-"""What the program has to know of the core's engines: one row for each line of csrc/engine/engines.c."""
+"""The properties of the core's engines: one row for each line of csrc/engine/engines.c."""
 
 from __future__ import annotations
 

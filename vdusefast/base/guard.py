@@ -1,8 +1,8 @@
-"""What runs in the loop of a device, and what follows when a part of it fails in a way that nobody expected.
+"""The tasks and readers in the loop of a device, and the recovery when one of them fails unexpectedly.
 
-The supervisor, its queues, its workers and the relay start every task and every reader here. An exception that comes
-out of one is a fault in our own code. It is logged with its traceback, it is the device's failure, which `show` tells,
-and the part's own recovery follows. Nothing ends in silence.
+The supervisor, its queues, its workers and the relay start every task and every reader here. An exception that leaves
+one is a fault in our own code. It is logged with its traceback, `show` reports it as the device's failure, and the
+part's own recovery follows. No part ends silently.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from vdusefast.errors import VdusefastError
 
-PAUSE_S = 1.0  # before a part that has failed begins again
+PAUSE_S = 1.0  # before a failed part is restarted
 
 _log = logging.getLogger("vdusefast")
 _T = TypeVar("_T")
@@ -56,7 +56,7 @@ class Part(Enum):
 
 
 class InternalError(VdusefastError):
-    """A part of ours has failed in a way that nobody expected; the message says what follows."""
+    """A part has failed unexpectedly; the message says what follows."""
 
 
 class Guard:

@@ -1,4 +1,4 @@
-"""The arguments of a process of ours: words in a sealed memfd, which it inherits.
+"""The arguments of one of our processes, in a sealed memfd that it inherits.
 
 Everybody may read a command line, and a store's URI can hold secrets.
 
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from vdusefast.base.build import BUILD_ID, PROTOCOL_VERSION, check_process
 
 WORDS_MAX_BYTES = 1 << 20
-# The first word tells who speaks. It has this form in every version: a process of another build must understand it.
+# The first word names the sender's build. It has this form in every version, as other builds must understand it.
 _GREETING = "vdusefast"
 _SEALS = fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 def write_words(words: Sequence[str]) -> int:
-    """Return a descriptor that `read_words` takes in another process. Raises ValueError, OSError."""
+    """Return a descriptor for `read_words` in another process. Raises ValueError, OSError."""
     if any("\0" in word for word in words):
         raise ValueError("a NUL character cannot be handed to another process")
     greeting = f"{_GREETING} {PROTOCOL_VERSION} {BUILD_ID}"
@@ -36,7 +36,7 @@ def write_words(words: Sequence[str]) -> int:
 
 
 def read_words(fd: int) -> list[str]:
-    """Return what `write_words` was called on. Consumes the descriptor.
+    """Return the words given to `write_words`. Consumes the descriptor.
 
     Raises OtherBuildError when that was done by a process of another build, ValueError, OSError.
     """

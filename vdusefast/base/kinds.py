@@ -1,6 +1,6 @@
-"""What a configuration, the saved state and messages name by a word, as types: transports, buses, cache modes.
+"""Types for words of the configuration, the saved state and messages: transports, buses, cache modes.
 
-Each member is the word itself, a string. What follows from it is asked of the type, or of what has it.
+Each member is the word itself, a string. The type, or its owner, knows the consequences.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class TransportKind(StrEnum):
-    """How a device meets its driver."""
+    """The connection of a device to its driver."""
 
     AUTO = "auto"  # in a configuration: kernel for the commands `add` and `serve`, loopback for the Python API
     LOOPBACK = "loopback"
@@ -22,7 +22,7 @@ class TransportKind(StrEnum):
 
 
 class Bus(StrEnum):
-    """What the kernel makes of a device on its vDPA bus."""
+    """The driver for a device on the kernel's vDPA bus."""
 
     VIRTIO = "virtio"  # a disk of this machine, /dev/vdX: data is copied through bounce pages
     VHOST = "vhost"  # /dev/vhost-vdpa-N, whose client gives its own memory
@@ -34,7 +34,7 @@ class Bus(StrEnum):
 
 
 class CacheMode(StrEnum):
-    """When what is written is durable, and whether it goes through the page cache."""
+    """When writes are durable, and whether they go through the page cache."""
 
     WRITEBACK = "writeback"  # at the next flush
     WRITETHROUGH = "writethrough"  # when the write is complete

@@ -1,4 +1,4 @@
-"""Where the messages of a serving process go: a terminal, the journal, or a bounded file in the run directory."""
+"""The log of a serving process: a terminal, the journal, or a bounded file in the run directory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _JournalFormatter(logging.Formatter):
 
 
 def make_safe() -> None:
-    """Have every message of ours be one line without secrets, whatever handlers there are.
+    """Make every message of ours one line without secrets, for all handlers.
 
     A second call does nothing.
     """
@@ -41,7 +41,7 @@ def _make_safe(record: logging.LogRecord) -> bool:
 
 
 def is_journal(fd: int) -> bool:
-    """Return whether a descriptor leads to the journal, as $JOURNAL_STREAM says (systemd.exec(5))."""
+    """Return whether a descriptor is the journal's, by $JOURNAL_STREAM (systemd.exec(5))."""
     try:
         status = os.fstat(fd)
     except OSError:
@@ -51,7 +51,7 @@ def is_journal(fd: int) -> bool:
 
 @contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Within it, send messages to standard error, as the journal wants them if it is there."""
+    """Send messages to standard error in the block, in the journal's format if that is the journal."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JournalFormatter() if is_journal(2) else logging.Formatter("vdusefast: %(message)s"))
     _install(handler)
@@ -71,7 +71,7 @@ def log_to_journal(fd: int) -> None:
 class LogFile(logging.StreamHandler):  # type: ignore[type-arg]
     """Messages with their time on standard output and error, which `move` then turns into a file.
 
-    Until then both are a file without a name, so that whatever goes wrong before there is a run directory is kept.
+    Until then both are an unnamed file, which keeps errors from before there is a run directory.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class LogFile(logging.StreamHandler):  # type: ignore[type-arg]
         _install(self)
 
     def move(self, path: Path) -> None:
-        """Go on in the file at `path`, with what has been written so far: as far as there is space for it."""
+        """Continue in the file at `path`, after the earlier messages, as far as there is space for them."""
         size = os.fstat(2).st_size
         so_far = os.pread(2, min(size, COPY_BYTES), max(0, size - COPY_BYTES))
         try:
@@ -89,7 +89,7 @@ class LogFile(logging.StreamHandler):  # type: ignore[type-arg]
             self._path = path
             os.write(2, so_far)
         except OSError:
-            self.handleError(logging.makeLogRecord({"msg": "the log cannot be written"}))  # a device is worth more
+            self.handleError(logging.makeLogRecord({"msg": "the log cannot be written"}))  # serving matters more
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message; a file that has become too large makes room for a new one."""

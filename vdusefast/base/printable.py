@@ -1,14 +1,14 @@
 """Text from elsewhere in what we print: a name with a newline in it must not look like two lines of a log.
 
-Names of files and exports, messages of servers and the output of children may hold any character. Whatever a terminal
-or a log would take for more than a character is escaped as Python's repr() does it. Workers load this.
+Names of files and exports, messages of servers and the output of children may hold any character. Characters with an
+effect on a terminal or a log are escaped as in Python's repr(). Workers load this.
 """
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Return `text` with all that is no printable character escaped: one line, without effect on a terminal."""
+    """Return `text` with all non-printable characters escaped: one line, without effect on a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

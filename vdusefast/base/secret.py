@@ -1,4 +1,4 @@
-"""Secrets in the URI of a store: how they are hidden from messages, and how they are read from a file.
+"""Secrets in the URI of a store: hide them in messages, and read them from a file.
 
 A secret is a parameter whose name ends in one of SECRET_WORDS (`?api_key=`, `&password=`, `token=`), and the password
 of `scheme://user:password@host`. The names of files with secrets (`keyring=`, `tls-psk-file=`) are none.
@@ -27,7 +27,7 @@ SECRET_WORDS = (
 HIDDEN = "***"
 FILE_MAX_BYTES = 1 << 16
 
-# The last character of a value is none that ends a URI in a sentence.
+# The last character of a value is none of those that may follow a URI in a sentence.
 _VALUE = r"[^&\s'\"]*[^&\s'\",:;)]"
 _PARAMETER = re.compile(rf"([?&][\w.%-]*(?:{'|'.join(SECRET_WORDS)})=){_VALUE}", re.IGNORECASE)
 _USERINFO = re.compile(r"(\w://[^/\s:@?#]*:)[^/\s@?#]+@")
@@ -49,12 +49,12 @@ def find_ambiguous(uri: str) -> str:
 
 
 def check_file(path: str) -> None:
-    """Check that a file with a secret is as private as that. Raises OSError, ValueError with what to do."""
+    """Check that a file with a secret is private. Raises OSError, ValueError with the remedy."""
     _check_status(path, os.stat(path))
 
 
 def read_file(path: str) -> str:
-    """Return the secret in a file, without the line's end. Raises OSError, ValueError with what to do."""
+    """Return the secret in a file, without the line's end. Raises OSError, ValueError with the remedy."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(fd, "rb") as file:
         _check_status(path, os.fstat(fd))

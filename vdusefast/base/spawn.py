@@ -1,4 +1,4 @@
-"""The arguments that start a process of ours: Python, which takes this package from where it lies."""
+"""The arguments that start one of our processes: Python, with this package from its own directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HERE = str(Path(__file__).resolve().parents[2])  # the directory that holds the 
 
 
 def command(module: str, function: str = "main", *, options: tuple[str, ...] = (), at_once: bool = False) -> list[str]:
-    """Return the arguments of a process that calls a function of ours with those that follow, and ends with its status.
+    """Return the arguments of a process that calls one of our functions with its further arguments, for its status.
 
     module: below the package. options: of Python. at_once: the process ends without the interpreter's clean-up.
     Nothing is imported from the directory that the caller happens to be in (-P), and the package comes after the

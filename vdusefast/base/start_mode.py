@@ -1,4 +1,4 @@
-"""How a device is started: as a new one, or as one that was there before.
+"""The ways to start a device: as a new one, or as an orphan that is adopted.
 
 The values are words of command lines. A server of one build starts a server of another build with them, so they stay.
 """
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class StartMode(StrEnum):
-    """What a server does first."""
+    """The first step of a server."""
 
     ADD = "add"  # create the device, or adopt an orphan of that name
     NEW = "new"  # create the device; an orphan of that name that is in use is an error
@@ -28,7 +28,7 @@ class StartMode(StrEnum):
 
     @property
     def proves_store(self) -> bool:
-        """Whether the proof asks a plugin's store, which may take one client only, or be away."""
+        """Whether the proof probes a plugin's store, which may allow one client only, or be unreachable."""
         return self != StartMode.TAKE_OVER_UNSEEN
 
     @property
@@ -58,7 +58,7 @@ class StartMode(StrEnum):
 
     @property
     def may_be_service(self) -> bool:
-        """Whether the server is there to stay. One that takes over stays in the service of the old server."""
+        """Whether the server gets a service of its own. One that takes over stays in the service of the old server."""
         return self in (StartMode.ADD, StartMode.CLAIM, StartMode.RECOVER)
 
 

@@ -1,14 +1,14 @@
-"""How long the operations of a server may take, in seconds. A client derives its own limit from these.
+"""Time limits of a server's operations, in seconds. A client derives its own limit from these.
 
-A client that gives up before the server does reports a failure of what then succeeds.
+If a client gave up before the server, it would report a failure of an operation that then succeeds.
 """
 
 from __future__ import annotations
 
 START_TIMEOUT_S = 30.0  # for the workers to be ready: milliseconds, but a busy machine may take its time
 STOP_TIMEOUT_S = 30.0  # for requests in flight to end, unless a caller names another limit
-LETTING_GO_S = 10.0  # for the driver's side to let go of the device once nothing of it is pending any more
-RESIZE_TIMEOUT_S = 40.0  # the workers' own limit, there and back, and what a busy machine takes
+LETTING_GO_S = 10.0  # for the driver's side to release the device once none of its requests is pending
+RESIZE_TIMEOUT_S = 40.0  # the workers' own limit, plus the time of a busy machine
 PROBE_LIMIT_S = 30  # for a plugin's store to be described
 MARGIN_S = 30.0  # beyond what the supervisor bounds by itself: killing, reaping and closing
 ANSWER_MARGIN_S = 15.0  # for a client, beyond the server's limit

@@ -1,4 +1,4 @@
-"""Where a key stands in a TOML text, for messages about it."""
+"""The line of a key in a TOML text, for messages about it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Where workers and interrupts of a device go, and why.
+"""The placement of a device's workers and interrupts on CPUs, and its reasons.
 
-A worker that spins, and a program that submits, want a CPU each; what they hand to each other is a few lines of cache.
-So the worker of a queue goes to a CPU that shares a cache with those that submit to that queue, but is none of them,
-nor a sibling of one; the interrupts of a queue go to a CPU that submits to it, since there the driver's next step runs.
-Where there is no CPU for each worker besides one that submits, nothing is pinned: a worker on the CPU of its own driver
-takes turns with it, and the scheduler can at least move the one or the other; interrupts then stay as the kernel has
-them, among the CPUs that submit.
+A spinning worker and a submitting program need a CPU each, and exchange a few cache lines. So the worker of a queue
+goes to a CPU that shares a cache with those that submit to the queue, but that is none of them and no sibling of one.
+The interrupts of a queue go to a CPU that submits to it, because the driver's next step runs there.
+
+If there are not enough CPUs for each worker besides one that submits, nothing is pinned. A worker pinned to its
+driver's CPU would take turns with the driver, while the scheduler can move either of them. Interrupts then stay where
+the kernel has them, among the CPUs that submit.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ UNKNOWN_DRIVER = "nobody knows which CPUs submit to it: a core of its own where 
 
 @dataclass(frozen=True)
 class QueuePlace:
-    """Where one queue goes. A CPU of -1 is none: a worker that is not pinned, interrupts that go where they did."""
+    """The placement of one queue. A CPU of -1 is none: the worker is not pinned, the interrupts stay where they are."""
 
     index: int
-    submit_cpus: str  # a list as the kernel writes it; "" where it is not known, or none does
+    submit_cpus: str  # a list as the kernel writes it; "" if unknown or empty
     cpu: int
     cpu_reason: str
     irq_cpu: int
@@ -47,7 +48,7 @@ class QueuePlace:
 
 @dataclass(frozen=True)
 class Placement:
-    """A plan. source: where the knowledge of who submits comes from. advice: what would make the device faster."""
+    """A plan. source: of the map of submitting CPUs. advice: changes that would make the device faster."""
 
     queues: tuple[QueuePlace, ...]
     source: str
@@ -60,7 +61,7 @@ class Placement:
 
     @property
     def irq_cpus(self) -> tuple[int | None, ...]:
-        """Return the CPU of each queue's interrupts, None = as they go by themselves."""
+        """Return the CPU of each queue's interrupts, None = the kernel's choice."""
         return tuple(None if queue.irq_cpu < 0 else queue.irq_cpu for queue in self.queues)
 
     def apply(self, config: Config) -> Config:
@@ -99,15 +100,15 @@ def observe(config: Config, node: str) -> Placement | None:
     try:
         found = queue_map.read(node, config.device.queues)
     except OSError:
-        return None  # it has just gone, or its kernel does not tell
+        return None  # it has just gone, or its kernel does not show the map
     return place(config, read_topology(), found, f"as the kernel has it (/sys/block/{Path(node).name}/mq)")
 
 
 def place(config: Config, topology: Topology, submitters: QueueMap | None, source: str = "") -> Placement:
-    """Return where the queues of a device go: as `config` says, and where that says "auto", as is best.
+    """Return the placement of a device's queues: the configured one, and where that is "auto", the best one.
 
-    config: checked. submitters: who submits to which queue, None where that cannot be known: the driver is no
-    kernel's, or a virtual machine's. source: where that is from.
+    config: checked. submitters: the CPUs that submit to each queue, None if they cannot be known, because the driver is
+    a virtual machine's or no kernel. source: of that map.
     """
     auto = config.device.cpus == "auto"
     cpus = [queue.cpu for queue in config.queue]
@@ -118,7 +119,7 @@ def place(config: Config, topology: Topology, submitters: QueueMap | None, sourc
 
 
 def _place_blindly(config: Config, topology: Topology, auto: bool) -> Placement:
-    """Return a placement that knows nothing of the driver: its workers only are spread."""
+    """Return a placement without knowledge of the driver: it only spreads the workers."""
     cpus = [queue.cpu for queue in config.queue]
     fixed = [cpu for cpu in cpus if cpu is not None]
     chosen = iter(plan(len(cpus) - len(fixed), topology, taken=fixed) if auto else ())
@@ -156,7 +157,7 @@ class _Planner:
         return min(len(self.online) // 2, len(self.topology.allowed))
 
     def places(self, auto: bool) -> tuple[QueuePlace, ...]:
-        """Return every queue's place. The workers are placed before the interrupts, which make way for them."""
+        """Return every queue's place. Workers are placed first, and interrupts avoid their CPUs."""
         chosen = [self._place_worker(index, auto) for index in range(len(self.mapped))]
         self.placed = [cpu for cpu, _ in chosen]
         return tuple(
@@ -165,12 +166,12 @@ class _Planner:
         )
 
     def advice(self, auto: bool) -> tuple[str, ...]:
-        """Return what would make the device faster, a sentence each."""
+        """Return changes that would make the device faster, a sentence each."""
         advice = []
         idle = len(self.mapped) - len(self.used)
         if idle:
             advice.append(
-                f"{idle} of {len(self.mapped)} queues get no request, as no CPU that is online submits to them: "
+                f"{idle} of {len(self.mapped)} queues get no requests, as no online CPU submits to them: "
                 f"queues = {max(1, len(self.used))} does the same with fewer processes"
             )
         if auto and len(self.used) > self.room > 0:
@@ -201,7 +202,7 @@ class _Planner:
         return best.index, self._worker_reason(best, index)
 
     def _worker_cost(self, cpu: Cpu, index: int) -> tuple[float, ...]:
-        """Return the order of preference of CPUs for the worker of queue `index`: the first that differs decides."""
+        """Return the sort key of CPUs for the worker of queue `index`: the first element that differs decides."""
         group = self.submitters[index]
         others = [other for other in group if other.index != cpu.index]
         return (
@@ -212,7 +213,7 @@ class _Planner:
             -cpu.capacity,
             sum(cpu.distance(other) for other in others),
             self.irqs[cpu.index],
-            -cpu.index,  # the first CPUs have the machine's own work
+            -cpu.index,  # the first CPUs do the machine's own work
         )
 
     def _worker_reason(self, cpu: Cpu, index: int) -> str:

@@ -1,8 +1,8 @@
-"""Prove that this process could adopt a device while another one still serves it. Nothing of the device changes.
+"""Prove that this process could adopt a device while another one still serves it. The device is not changed.
 
-Every step of a start is done once: the state is read, the store is opened and compared with it, the shared pages are
-opened, and every worker is started, on pages of its own and without a driver. Things that only
-one process can have are left out: the lock of the store, the device's descriptor, and the engine of a plugin's store.
+Every step of a start is done once: read the state, open the store and compare it with the state, open the shared pages,
+and start every worker, on pages of its own and without a driver. Resources that only one process can have are left out:
+the lock of the store, the device's descriptor, and the engine of a plugin's store.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vdusefast.control.limits import Limits
     from vdusefast.transport import Transport
 
-STOP_TIMEOUT_S = 10.0  # for workers that have served nothing to end
+STOP_TIMEOUT_S = 10.0  # for the end of workers that have served nothing
 
 
 def prove(
@@ -39,11 +39,11 @@ def prove(
     command: Sequence[str] | None = None,
     limits: Limits | None = None,
 ) -> None:
-    """Do what a start that adopts the device of the run directory at `path` does, and undo it.
+    """Do the steps of adopting the device of the run directory at `path`, and undo them.
 
     transport: in place of the configured one (borrowed). timeout_s: for the workers to be ready. look: also ask a
-    plugin's store, which may take one client only, or be away. command, limits: as of a `Device`. Raises the
-    VdusefastError of what is in the way.
+    plugin's store, which may allow one client only, or be unreachable. command, limits: as of a `Device`. Raises the
+    VdusefastError of the failed step.
     """
     state = orphans.load_state(path)
     placed = foresee(config).apply(config)
@@ -71,7 +71,7 @@ async def _try_workers(
     command: Sequence[str] | None,
     limits: Limits | None,
 ) -> None:
-    """Start all workers and end them. Raises what the first one reports."""
+    """Start all workers and end them. Raises the error that the first one reports."""
     with SharedPages.create(None, model.name, model.queue_count, model.queue_size) as pages:
         specs = worker_specs(config, model, store, pages)
         if store.spec is not None:  # its engine may be one that no two processes can have at once

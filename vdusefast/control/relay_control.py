@@ -1,8 +1,8 @@
 """The relay of a device as its supervisor sees it: started before the workers, replaced when it dies, ended after them.
 
-Everything runs in the supervisor's event loop, in the thread that lives as long as the device: a relay asks to be
-killed when the thread that spawned it ends. The listening sockets are ours, so that workers can ask for a relay that is
-not there yet; they have no names that another process could use.
+Everything runs in the supervisor's event loop, in the thread that lives as long as the device, because a relay is
+killed when the thread that spawned it ends. The supervisor has the listening sockets, so workers can connect before the
+relay has started. The sockets have no names that another process could use.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from vdusefast.errors import VdusefastError, WorkerError
 from vdusefast.state.run_dir import PRIVATE_PREFIX
 from vdusefast.worker.relay import RelaySpec
 
-PAUSE_S = 0.1  # before the next relay, twice as long each time
+PAUSE_S = 0.1  # pause before the next relay, twice as long each time
 PAUSE_MAX_S = 5.0
-STEADY_S = 10.0  # a relay that has served for so long died of another cause than the previous one
-DEATHS_MAX = 3  # of relays that were not steady, before a failure is reported
+STEADY_S = 10.0  # after so long, a relay's death has another cause than the previous one's
+DEATHS_MAX = 3  # early deaths of relays before a failure is reported
 END_S = 5.0  # to end by itself
 BACKLOG = 4  # a queue has one worker at a time
 CHUNK_BYTES = 128 << 10  # VF_RELAY_CHUNK_BYTES, for each slot
@@ -81,7 +81,7 @@ class RelayControl:
 
     @property
     def socket_fds(self) -> list[int]:
-        """The sockets that workers connect to, one a queue."""
+        """The sockets that workers connect to, one per queue."""
         return [fd for _, fd in self._sockets]
 
     @property
@@ -91,7 +91,7 @@ class RelayControl:
 
     @property
     def upgraded(self) -> str:
-        """Why there is no relay, where the files are those of another build by now."""
+        """Why there is no relay: the installed files are of another build now. Else empty."""
         return build.upgraded() if self._pid < 0 else ""
 
     def start(self) -> None:
@@ -99,7 +99,7 @@ class RelayControl:
         self._begin(0.0)
 
     async def stop(self) -> None:
-        """End the relay. Its workers are gone, or must get no answers any more. A second call does nothing."""
+        """End the relay, when its workers have ended or must get no more answers. A second call does nothing."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -135,9 +135,9 @@ class RelayControl:
                 cause = f"cannot be started: {error.strerror}"
             steady = loop.time() - began > STEADY_S
             pause_s, deaths = (PAUSE_S, 1) if steady else (min(2 * pause_s, PAUSE_MAX_S), deaths + 1)
-            message = f"device {self._device}: the relay of its store {cause}; the next one follows"
+            message = f"device {self._device}: the relay of its store {cause}; it is restarted"
             if deaths >= DEATHS_MAX:
-                self._on_failure(WorkerError(f"{message} with pauses, as those before it died, too"))
+                self._on_failure(WorkerError(f"{message} after a pause, as earlier ones died, too"))
             else:
                 _log.warning("%s", message)
             await asyncio.sleep(pause_s)
@@ -175,13 +175,13 @@ class RelayControl:
         await self._reap(relay)
 
     def _reap_faulty(self, relay: RelayProcess) -> None:
-        """Report a relay that was killed for what it sent, and check that it ends."""
-        if relay.fault != CANNOT_BE_TAKEN:  # else it has been reported
+        """Report a relay that was killed for a malformed message, and check that it ends."""
+        if relay.fault != CANNOT_BE_TAKEN:  # otherwise it has been reported already
             self._on_failure(WorkerError(f"device {self._device}: the relay of its store {relay.cause()}"))
         self._guard.task(Part.RELAY, self._reap(relay))
 
     async def _reap(self, relay: RelayProcess) -> None:
-        """Wait for the end of a relay that was killed; report one that stays."""
+        """Wait for the end of a killed relay; report one that does not end."""
         if not await relay.wait(REAP_S):
             why = f"relay (pid {relay.pid}) waits in the kernel for its storage and cannot be killed"
             self._on_failure(
@@ -202,9 +202,9 @@ def check_relay() -> None:
 
 
 def _make_sockets(directory: Path, count: int) -> list[tuple[socket.socket, int]]:
-    """Return listening sockets without names, each with an O_PATH descriptor that /proc/self/fd makes a name of.
+    """Return listening sockets without names, each with an O_PATH descriptor, reachable by /proc/self/fd.
 
-    The caller closes what is in the list. Raises OSError.
+    The caller closes them. Raises OSError.
     """
     made: list[tuple[socket.socket, int]] = []
     with tempfile.TemporaryDirectory(dir=directory, prefix=PRIVATE_PREFIX) as private:
@@ -233,7 +233,7 @@ def _close_sockets(sockets: list[tuple[socket.socket, int]]) -> None:
 
 
 def _make_memory(length_bytes: int) -> int:
-    """Return memory that a worker and the relay share: neither can take pages of it away. Raises OSError."""
+    """Return memory that a worker and the relay share: neither can remove pages of it. Raises OSError."""
     fd = os.memfd_create("vdusefast-relay", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, length_bytes)

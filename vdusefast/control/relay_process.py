@@ -24,7 +24,7 @@ from vdusefast.worker.protocol import MESSAGE_MAX_BYTES, Event, FromWorker, stor
 from vdusefast.worker.relay import RelaySpec
 
 EVENTS_A_TURN_MAX = 64
-CANNOT_BE_TAKEN = "sent what cannot be taken"  # the fault where our own code has failed at it
+CANNOT_BE_TAKEN = "sent what cannot be taken"  # the relay's fault if our own code failed on its event
 
 
 class RelayProcess:
@@ -45,7 +45,7 @@ class RelayProcess:
         self._on_fault = on_fault
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
-        self._refusal = ""  # why it could not start, in its own words
+        self._refusal = ""  # why it could not start, as it reported
         self._process: subprocess.Popen[bytes] | None = None
         self._events: socket.socket | None = None
         self._pid_fd = -1
@@ -90,7 +90,7 @@ class RelayProcess:
         return True
 
     def ask_to_end(self) -> None:
-        """Have it end by itself."""
+        """Ask it to end by itself."""
         if self._events is not None:
             self._events.shutdown(socket.SHUT_RDWR)
 
@@ -100,7 +100,7 @@ class RelayProcess:
             self._process.kill()
 
     def cause(self) -> str:
-        """Return why it ended, as the rest of a sentence that begins with the name of the relay."""
+        """Return why it ended, as the rest of a sentence that begins with the relay's name."""
         code = self._process.poll() if self._process is not None else None
         if self.fault:
             cause = f"{self.fault} and was killed"
@@ -116,7 +116,7 @@ class RelayProcess:
         return f"(pid {self.pid}) {cause}{f'; its last line: {last_line}' if last_line else ''}"
 
     def close(self) -> None:
-        """Close every descriptor; a process that is still there is killed. A second call does nothing."""
+        """Close every descriptor; kill the process if it still runs. A second call does nothing."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()  # reaped when the next process is started
         self._stop_hearing()
@@ -135,7 +135,7 @@ class RelayProcess:
             self._events = None
 
     def _hear_no_more(self) -> None:
-        """Kill a relay whose events cannot be taken."""
+        """Kill a relay whose events cannot be processed."""
         self.fault = self.fault or CANNOT_BE_TAKEN
         self._stop_hearing()
         self.kill()
@@ -157,7 +157,7 @@ class RelayProcess:
                 packet = self._events.recv(MESSAGE_MAX_BYTES + 1)
             except BlockingIOError:
                 return
-            except OSError:  # it is gone; its end tells the cause
+            except OSError:  # it has ended; its exit status has the cause
                 packet = b""
             if not packet:
                 self._stop_hearing()

@@ -62,7 +62,7 @@ class Counters:
     invalidations: int
 
     def __init__(self, counters: dict[str, int], ops: dict[str, OpStats]):
-        """Hold `counters`, by name, and `ops`, by name of the operation (shm.OPS)."""
+        """Keep `counters`, by name, and `ops`, by name of the operation (shm.OPS)."""
         self.__dict__.update(counters)
         self.counters = counters
         self.ops = ops
@@ -79,7 +79,7 @@ class Counters:
 
     @property
     def errors(self) -> int:
-        """Requests answered with an error, of any kind."""
+        """Requests completed with an error of any kind."""
         return sum(op.errors for op in self.ops.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class QueueStats(Counters):
     """One queue: its worker and its counters."""
 
     def __init__(self, info: QueueInfo, counters: dict[str, int], ops: dict[str, OpStats]):
-        """Hold what the supervisor says of the queue and what its worker has counted."""
+        """Keep the supervisor's info about the queue and its worker's counters."""
         super().__init__(counters, ops)
         self.index = info.index
         self.pid = info.pid

@@ -1,6 +1,6 @@
-"""What differs in a container: a /dev of its own, process numbers that mean nothing elsewhere, and lesser rights.
+"""The differences of a container: a /dev of its own, process numbers that mean nothing elsewhere, and lesser rights.
 
-Everything here only looks. docs/containers.md has the way to run a server in a container.
+Nothing here changes anything. docs/containers.md explains how to run a server in a container.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def is_same_node(path: str, number: str) -> bool:
 
 
 def missing_node_text(name: str, node: str, number: str) -> str:
-    """Say how a device can be reached whose node is not in this /dev."""
+    """Return how to reach a device whose node is not in this /dev."""
     kind = "c" if "vhost-vdpa" in node else "b"
     major, _, minor = number.partition(":")
     return (
@@ -73,7 +73,7 @@ def missing_node_text(name: str, node: str, number: str) -> str:
 
 
 def refused_node_text(path: str, error: OSError) -> str:
-    """Say why root cannot open a node of VDUSE: in a container, two other things than its mode can forbid it."""
+    """Return why root cannot open a node of VDUSE: in a container, not only its mode can forbid it."""
     if error.errno == errno.EPERM:
         try:
             rule = f"c {os.major(os.stat(path).st_rdev)}:* rw"

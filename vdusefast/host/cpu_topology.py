@@ -14,13 +14,13 @@ from vdusefast.errors import ConfigError
 CPU_COUNT_MAX = 8192  # CONFIG_NR_CPUS of the largest kernels
 
 
-CAPACITY_FULL = 1024  # the kernel's number for the fastest CPU
-CAPACITY_SMALL = 512  # for the small cores of a hybrid machine whose kernel has no numbers
+CAPACITY_FULL = 1024  # the kernel's capacity of the fastest CPU
+CAPACITY_SMALL = 512  # of small cores of a hybrid machine whose kernel does not report capacities
 CACHE_INDEX_MAX = 8
 
 
 class Distance(IntEnum):
-    """What a line of memory crosses on its way from one CPU to another."""
+    """The distance of two CPUs: what a cache line crosses on its way."""
 
     SAME = 0
     SIBLING = 1  # another thread of the core
@@ -169,7 +169,7 @@ def plan(count: int, topology: Topology, taken: Iterable[int] = ()) -> list[int]
 
 
 def _cost(cpu: Cpu, used: Counter[int]) -> tuple[int, int, int, int, int]:
-    """Return the order of preference: an unused CPU, then an idle core, then the lowest place."""
+    """Return the sort key of a CPU: an unused CPU first, then an idle core, then the lowest place."""
     return (used[cpu.index], sum(used[sibling] for sibling in cpu.siblings), cpu.package, cpu.core, cpu.index)
 
 
@@ -188,7 +188,7 @@ def _read_list(path: Path) -> list[int]:
 
 
 def _read_cpu(directory: Path, index: int, small: set[int]) -> Cpu:
-    """Return what sysfs says about one CPU. small: those that are known to be a hybrid machine's small cores."""
+    """Return one CPU as sysfs describes it. small: the known small cores of a hybrid machine."""
     topology = directory / "topology"
     package, core = _read(topology / "physical_package_id"), _read(topology / "core_id")
     siblings = _read(topology / "thread_siblings_list")

@@ -1,4 +1,4 @@
-"""Which processes hold /dev/vduse/NAME open: its server, or what is left of one."""
+"""The processes that hold /dev/vduse/NAME open: its server, or remaining workers of one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def text(path: str) -> str:
 def _holds(process: Path, name: str, number: int) -> bool:
     try:
         entries = list((process / "fd").iterdir())
-    except OSError:  # it has ended, or is somebody else's
+    except OSError:  # it has ended, or belongs to another user
         return False
     for entry in entries:
         try:

@@ -1,4 +1,4 @@
-"""Block devices by their numbers: what sysfs calls them, and opening them where /dev has no node for them."""
+"""Block devices by their numbers: their names in sysfs, and opening them where /dev has no node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def number_of(directory: Path) -> int | None:
 
 
 def open_block(node: str, number: int, flags: int) -> int:
-    """Open the block device of that number, by its node if that is the one, else by a node made for the moment.
+    """Open the block device of that number, by its node if the number matches, else by a temporary node.
 
     The /dev of a container has few nodes. Raises OSError when it cannot be opened, or no node can be made.
     """

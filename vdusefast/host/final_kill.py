@@ -1,4 +1,4 @@
-"""How our processes outlive the last kill of a shutdown: file systems on their devices are unmounted after it.
+"""Let our processes survive the last kill of a shutdown, as file systems on their devices are unmounted after it.
 
 systemd-shutdown kills everything but processes of root whose first argument begins with "@", which serve storage.
 Source: systemd, docs/ROOT_STORAGE_DAEMONS.md and src/shared/killall.c. Workers import this: it imports little.
@@ -16,8 +16,8 @@ _FIRST_FIELD = 3  # of those after the name, which may hold anything
 def survive() -> None:
     """Mark this process as one that serves storage.
 
-    In place: an interpreter finds its files by the first argument that it is started with. Without the right to do so
-    the process ends a moment before the machine does, as any other.
+    The argument is changed in place, because an interpreter finds its files by the argument that it is started with.
+    Without the right to do so, the process ends a moment before the machine does, as any other.
     """
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
@@ -34,7 +34,7 @@ def survive() -> None:
 
 
 def survive_with(pid: int) -> None:
-    """Do so if the process `pid`, for which this one works, has."""
+    """Mark this process if the process `pid`, for which it works, is marked."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             marked = file.read(len(MARK)) == MARK

@@ -1,4 +1,4 @@
-"""Loop devices, and what they are attached to: by the numbers of devices and inodes, never by a path.
+"""Loop devices and their backing files, by the numbers of devices and inodes, never by a path.
 
 The path in sysfs is the file's name in the mount namespace of the process that attached it. kubelet, for
 example, attaches a device's node through a bind mount that has another name.
@@ -50,7 +50,7 @@ def find(root: Path = Path("/"), near: str = "") -> Iterator[LoopDevice]:
 
 
 def _ask(name: str, root: Path) -> LoopDevice | None:
-    """Return what the driver says; None where it has been detached meanwhile, or cannot be asked."""
+    """Return the driver's status of a loop device; None if it was detached meanwhile, or cannot be asked."""
     number = device_nodes.number_of(root / "sys/block" / name)
     if number is None:
         return None
@@ -69,7 +69,7 @@ def _ask(name: str, root: Path) -> LoopDevice | None:
 
 
 def _by_path(name: str, path: str) -> LoopDevice | None:
-    """Return what a path leads to here, where the driver cannot be asked."""
+    """Return the file behind a path in this namespace, where the driver cannot be asked."""
     try:
         status = os.stat(path)
     except OSError:

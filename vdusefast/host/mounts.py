@@ -1,4 +1,4 @@
-"""What /proc/PID/mountinfo says (proc(5))."""
+"""The mounts in /proc/PID/mountinfo (proc(5))."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vdusefast.host import processes
 
-# Where asking for a file's status may wait for another machine, or for a process such as ours.
+# File systems on which stat(2) may wait for another machine, or for a process such as ours.
 REMOTE_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "afs", "gfs", "ocfs", "lustre", "gluster")
 
 
@@ -24,7 +24,7 @@ class Mount:
 
     @property
     def is_remote(self) -> bool:
-        """Whether a look at one of its files may take for ever."""
+        """Whether stat(2) of one of its files may take for ever."""
         return self.kind.startswith(REMOTE_FILE_SYSTEMS)
 
 
@@ -42,7 +42,7 @@ def read_mounts(process: Path) -> list[Mount]:
 
 
 def remote_points(process: Path) -> tuple[str, ...]:
-    """Return where file systems are mounted on which a look at a file may take for ever."""
+    """Return the mount points of file systems on which stat(2) may take for ever."""
     return tuple(f"{mount.point}/" for mount in read_mounts(process) if mount.is_remote and mount.point != "/")
 
 

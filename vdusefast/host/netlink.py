@@ -1,4 +1,4 @@
-"""Generic netlink, as far as it is needed to ask one family of the kernel for one thing at a time.
+"""A minimal generic netlink client: one command to one family of the kernel at a time.
 
 Source: Linux 7.3, include/uapi/linux/genetlink.h and netlink.h.
 """
@@ -25,7 +25,7 @@ _NLM_F_ACK_TLVS = 0x200
 _NLMSGERR_ATTR_MSG = 1
 _SOL_NETLINK = 270
 _NETLINK_CAP_ACK = 10  # do not send our message back
-_NETLINK_EXT_ACK = 11  # but say in words what was wrong with it
+_NETLINK_EXT_ACK = 11  # but describe the error in a text
 
 _NLMSGHDR = struct.Struct("=IHHII")  # len, type, flags, seq, pid
 _GENLMSGHDR = struct.Struct("=BBH")  # cmd, version, reserved

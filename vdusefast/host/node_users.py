@@ -1,7 +1,7 @@
-"""Who uses a device's node: mounts, swap, other block devices, open descriptors, on the whole machine.
+"""The users of a device's node: mounts, swap, other block devices, open descriptors, on the whole machine.
 
-What the kernel shows is looked at in the order of what a person can do about it; opening the node exclusively finds the
-rest, which another namespace may hide. Devices are compared by their numbers: a node may have any name, and several.
+They are searched in the order in which a person can act on them. Opening the node exclusively finds the rest, which
+another namespace may hide. Devices are compared by their numbers, because a node may have any name, and several.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pathlib import Path
 from vdusefast.host import device_nodes, loop_devices, mounts, processes
 
 USERS_SHOWN_MAX = 5
-SETTLE_TRIES = 4  # what looks at every new or changed device (udev, blkid) is gone after a moment
+SETTLE_TRIES = 4  # programs that probe every new or changed device (udev, blkid) end after a moment
 SETTLE_PAUSE_S = 0.1
 
 
 def find_users(node: str, root: Path = processes.ROOT) -> list[str]:
     """Return a phrase for each user of a block device or of a /dev/vhost-vdpa-N, such as "mounted on /mnt".
 
-    node: "" has none. root: stands in for / in tests, for /proc and /sys. What only looks (udev) is waited for.
+    node: "" has none. root: replaces / in tests, for /proc and /sys. Waits for programs that only probe it (udev).
     """
     return _settled(_read_target(node.removeprefix("/dev/"), root), root)
 
 
 def find_users_of_number(number: int, root: Path = processes.ROOT) -> list[str]:
-    """Return the same for a block device by its number, which may be a partition: then also who uses the whole disk."""
+    """Return the same for a block device by its number. For a partition also the users of the whole disk."""
     directory = root / f"sys/dev/block/{os.major(number)}:{os.minor(number)}"
     if not directory.exists():
         return []
@@ -56,7 +56,7 @@ def related_numbers(number: int, root: Path = processes.ROOT) -> set[int]:
 def unseen_text(node: str) -> str:
     """Return why a user of a node may go unnoticed, "" where none can.
 
-    Mounts, swap and other block devices are found in any case: the kernel tells of their exclusive use.
+    Mounts, swap and other block devices are found in any case: the kernel refuses a second exclusive open.
     """
     if not node or processes.sees_all():
         return ""
@@ -67,16 +67,16 @@ def unseen_text(node: str) -> str:
 
 
 def pending_requests(node: str, root: Path = processes.ROOT) -> int:
-    """Return how many requests of a block device its driver waits for; 0 for other nodes."""
+    """Return how many requests of a block device are in flight in its driver; 0 for other nodes."""
     words = processes.read(root / "sys/block" / Path(node).name / "inflight").split() if node else []
     return sum(int(word) for word in words)
 
 
 def refusal(name: str, node: str, users: list[str]) -> str:
-    """Return why a device is not removed."""
+    """Return the message for a device that is in use and so is not removed."""
     found = f"{name}: {node} is in use: {describe(users)}"
     if is_vhost(node):
-        return f"{found}; removing it would wait for that without any limit: end it first"
+        return f"{found}; removing it would wait for that without limit: end it first"
     return f"{found}; end that first, or --force"
 
 
@@ -93,7 +93,7 @@ def describe(users: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _User:
-    """A phrase that tells who uses a node, and whether it may be over in a moment."""
+    """A phrase that names a user of a node, and whether that use may end in a moment."""
 
     text: str
     passing: bool = False
@@ -113,7 +113,7 @@ class _Target:
 
 
 def _settled(target: _Target | None, root: Path) -> list[str]:
-    """Return who uses a device, after programs that only look at it are gone."""
+    """Return the users of a device, after programs that only probe it have ended."""
     if target is None:
         return []
     for _ in range(SETTLE_TRIES):
@@ -137,7 +137,7 @@ def _find_users(target: _Target, root: Path) -> list[_User]:
 
 
 def _read_target(name: str, root: Path) -> _Target | None:
-    """Return what sysfs knows of a node, None when there is no such device."""
+    """Return a node as sysfs describes it, None when there is no such device."""
     if not name:
         return None
     directory = root / "sys/block" / name
@@ -174,13 +174,13 @@ def _mounts(target: _Target, root: Path) -> Iterator[_User]:
             continue
         found = mounts.read_mounts(process)
         if not found:
-            continue  # it has just ended: another process tells of the namespace
+            continue  # it has just ended: another process shows the namespace
         seen.add(namespace)
         where = "" if process in known else f" in the mount namespace of {processes.command(process)}"
         for mount in found:
             if mount.point in points:
                 continue
-            # btrfs and others show a number of their own there: the source tells then.
+            # btrfs and others show a number of their own there: use the source then.
             has_source = os.major(mount.number) == 0 and mount.source.startswith("/") and not mount.is_remote
             if mount.number in target.numbers or (has_source and _is_node(mount.source, target, remote)):
                 points.add(mount.point)
@@ -243,7 +243,7 @@ def _leads_to(descriptor: Path, target: _Target, remote: tuple[str, ...]) -> boo
 
 
 def _exclusive(target: _Target) -> Iterator[_User]:
-    """Find whether somebody holds a block device exclusively, in whatever namespace: a mount, swap, dm.
+    """Find out whether a block device is held exclusively, in any namespace: by a mount, swap, dm.
 
     Never asked of /dev/vhost-vdpa-N: opening that resets the device.
     """

@@ -1,8 +1,8 @@
-"""Which CPUs submit to which queue of a disk: as the kernel says, or, before there is a disk, by the kernel's rule.
+"""The map of CPUs to the queues of a disk: the kernel's own, or, before the disk exists, by the kernel's rule.
 
 The rule is that of lib/group_cpus.c (Linux 6.12): memory nodes get queues by their number of CPUs, and in a node each
 queue the next CPUs with their siblings. virtio-vdpa and blk-mq both use it. Later kernels also keep CPU clusters
-together, and virtio_blk may have been given poll queues: what counts is what the kernel says once the disk is there.
+together, and virtio_blk may have poll queues. The kernel's own map counts as soon as the disk exists.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from vdusefast.host import sysfs
 from vdusefast.host.cpu_topology import Cpu, Topology, parse_cpu_list
 
-# For each queue the CPUs that submit to it, also those that are offline; none for a queue that the driver does not use.
+# For each queue the CPUs that submit to it, offline ones included; none for a queue that the driver does not use.
 QueueMap = tuple[frozenset[int], ...]
 
 
@@ -27,7 +27,7 @@ def read(node: str, queue_count: int) -> QueueMap:
 def predict(topology: Topology, queue_count: int) -> QueueMap:
     """Return the map that the kernel makes for a disk of `queue_count` queues, unless the driver gets other settings.
 
-    The driver takes no more queues than there could be CPUs, nor than virtio_blk's parameter says.
+    The driver uses no more queues than possible CPUs, and no more than virtio_blk's parameter allows.
     """
     known = [*topology.cpus, *topology.absent]
     present = [cpu for cpu in known if cpu.index in topology.online or cpu.index in topology.plugged]

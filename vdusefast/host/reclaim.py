@@ -1,4 +1,4 @@
-"""Processes that this machine's own memory reclaim waits for: how a server is prepared for that, and whether it is.
+"""Prepare a server for memory reclaim of this machine, which may wait for it; and report whether it is prepared.
 
 When memory is short, the kernel writes dirty pages and swap to disks, and one of these disks may be ours. Its pages are
 clean only once the server and its workers have answered, so none of these may wait for clean pages in turn:
@@ -6,8 +6,8 @@ clean only once the server and its workers have answered, so none of these may w
 - PR_SET_IO_FLUSHER: the kernel does not throttle the process for dirty pages of other disks, nor do its allocations
   start I/O. Without it buffered writes to a disk over a file crawl, because the worker is throttled for the very pages
   that it is to clean. Threads and children inherit it.
-- Locked memory: nothing that was used once has to be read from a disk again to answer a request or a kernel message.
-- oom_score_adj: it is the last to be killed for memory.
+- Locked memory: a page that was used once need not be read from a disk again to answer a request or kernel message.
+- oom_score_adj: the OOM killer takes the process last.
 
 A relay does the same. So does a worker, by csrc/base/reclaim.c, which costs it no import; it leaves the store's bytes
 and the driver's memory alone.
@@ -34,7 +34,7 @@ REMEDY = "needs CAP_SYS_RESOURCE and CAP_IPC_LOCK, or LimitMEMLOCK=infinity for 
 
 
 class Protection(NamedTuple):
-    """What the kernel says of a process."""
+    """The kernel's settings of a process."""
 
     io_flusher: bool
     locked_bytes: int
@@ -51,27 +51,27 @@ def can_mark_io_flusher() -> bool:
 
 
 def lock_memory() -> None:
-    """Keep in memory what is, and comes to be, used of all that is mapped now. Raises OSError.
+    """Lock the current mappings: pages in use, and others as they are used. Raises OSError.
 
-    Pages that nobody uses are not made: libraries map far more than they use.
+    Unused pages are not allocated: libraries map far more than they use.
     """
     _raise_limit()
     _check(_libc().mlockall(MCL_CURRENT | MCL_ONFAULT))
 
 
 def lock_used_memory() -> None:
-    """Keep in memory what comes to be used of what is mapped, now and later. Raises OSError."""
+    """Lock current and later mappings, each page as it is used. Raises OSError."""
     _check(_libc().mlockall(MCL_CURRENT | MCL_ONFAULT | (MCL_FUTURE if _is_unlimited() else 0)))
 
 
 def spare_from_oom() -> None:
-    """Be among the last to be killed for memory, as far as that is allowed: a service has it from its unit."""
+    """Ask the OOM killer to take this process last, if that is allowed; the unit of a service asks for the same."""
     path = Path("/proc/self/oom_score_adj")
     try:
         if int(path.read_text()) > OOM_SCORE_ADJ:
             path.write_text(str(OOM_SCORE_ADJ))
     except OSError:
-        return  # it is no promise, and `describe` has the reason: the same right is missing
+        return  # best effort; `describe` has the reason: the same right is missing
 
 
 def begin() -> list[str]:
@@ -81,12 +81,12 @@ def begin() -> list[str]:
 
 
 def complete() -> list[str]:
-    """Lock what has come to be mapped since `begin`, and will. Returns a sentence where that is refused."""
+    """Lock mappings made since `begin`, and later ones. Returns a sentence if that is refused."""
     return _try({"cannot keep its memory locked": lock_used_memory})
 
 
 def look(pid: int) -> Protection | None:
-    """Return what the kernel says of a process, None when it is gone."""
+    """Return the kernel's settings of a process, None when it is gone."""
     try:
         flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -97,7 +97,7 @@ def look(pid: int) -> Protection | None:
 
 
 def describe(pids: Iterable[int]) -> str:
-    """Return what `show` says of the processes of a device."""
+    """Return the line of `show` about the processes of a device."""
     seen = {pid: protection for pid in pids if pid > 0 and (protection := look(pid)) is not None}
     unmarked = [str(pid) for pid, protection in seen.items() if not protection.io_flusher]
     unlocked = [str(pid) for pid, protection in seen.items() if not protection.locked_bytes]
@@ -132,7 +132,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _raise_limit() -> None:
-    """Raise RLIMIT_MEMLOCK as far as we may; where that is not enough, the lock is refused."""
+    """Raise RLIMIT_MEMLOCK as far as we may; if that is not enough, the lock is refused."""
     _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     for limits in ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), (hard, hard)):
         try:
@@ -143,7 +143,7 @@ def _raise_limit() -> None:
 
 
 def _is_unlimited() -> bool:
-    """Tell whether RLIMIT_MEMLOCK cannot refuse us memory that is mapped later."""
+    """Return whether RLIMIT_MEMLOCK cannot refuse us memory that is mapped later."""
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
         return True
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The run directories of this machine's devices: where they live, which there are, and who holds one."""
+"""The run directories of this machine's devices: their place, their names, and the holder of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def base_directory() -> Path | None:
     """Return where run directories live, None when each process needs a private one.
 
     `$VDUSEFAST_RUN_DIR`, else /run/vdusefast when that can be written, else `$XDG_RUNTIME_DIR/vdusefast`. Absolute: it
-    means the same in a process that has gone elsewhere. Raises VdusefastError.
+    means the same in a process with another working directory. Raises VdusefastError.
     """
     if named := os.environ.get("VDUSEFAST_RUN_DIR"):
         return _checked(absolute(Path(named)))
@@ -31,19 +31,19 @@ def base_directory() -> Path | None:
 
 
 def _checked(path: Path) -> Path:
-    """Return `path`, which servers and commands tell each other as JSON. Raises VdusefastError."""
+    """Return `path`, checked to be UTF-8, as servers and commands exchange it as JSON. Raises VdusefastError."""
     if not is_utf8(os.fspath(path)):
         raise VdusefastError(f"{path}: not UTF-8: set VDUSEFAST_RUN_DIR to another directory")
     return path
 
 
 def absolute(path: Path) -> Path:
-    """Return `path` as it is understood here. Raises VdusefastError when that cannot be known."""
+    """Return `path` made absolute. Raises VdusefastError when the working directory is unknown."""
     try:
         return path.absolute()
     except OSError as error:
         raise VdusefastError(
-            f"{path}: cannot tell where that is, the working directory: {error.strerror}; name an absolute path"
+            f"{path}: the working directory is unknown: {error.strerror}; give an absolute path"
         ) from None
 
 
@@ -83,9 +83,9 @@ def is_held(path: Path) -> bool:
 
 
 def holder_pid(path: Path) -> int:
-    """Return the process that took the run directory at `path` last.
+    """Return the process that last held the run directory at `path`.
 
-    0 where that is not known, as that of a process in another PID namespace.
+    0 if it is unknown, as of a process in another PID namespace.
     """
     return _read_holder(path)[0]
 

@@ -1,8 +1,8 @@
-"""The end of the machine: whether it has come, and what of ours is still there at its very end.
+"""The shutdown of the machine: whether it has begun, and which of our devices must be served to its very end.
 
-systemd stops services and unmounts file systems side by side. A server that ended at once would leave file systems that
-wait for it for ever, so it serves until nobody uses its device any more. What nothing else but systemd's last step ends
-(a file system that a process keeps busy, a volume on top of the device) is served to the end (final_kill.py).
+systemd stops services and unmounts file systems at the same time. If a server ended at once, file systems on its device
+would wait for ever. So it serves until nobody uses the device. Some uses end only in systemd's last step: a file system
+that a process keeps busy, a volume on top of the device. They are served to the end (final_kill.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 SYSTEMD_IS_INIT = Path("/run/systemd/system")
-LOOK_S = 0.3  # how often is looked whether a device is still in use
-JOBS_LOOKS = 3  # in a row, that must find nobody else's stop job: systemd may be between two of them
+LOOK_S = 0.3  # how often the use of a device is checked
+JOBS_LOOKS = 3  # checks in a row without a stop job of others: systemd may be between two jobs
 SYSTEMCTL_LIMIT_S = 10.0
-UNIT = re.compile(r"vdusefast[-@].*\.service")  # of a device, or of what looks after them
+UNIT = re.compile(r"vdusefast[-@].*\.service")  # units of a device, or of services that manage devices
 
 
 def is_going_down() -> bool:
@@ -34,13 +34,13 @@ def in_final_stage() -> bool:
 
 
 class Bystanders:
-    """Looks whether systemd still stops or unmounts anything else: only that may end the use of a device."""
+    """Checks whether systemd still stops or unmounts anything else: only that may end the use of a device."""
 
     def __init__(self) -> None:
         self._idle_looks = 0
 
     def are_done(self) -> bool:
-        """Return whether several looks in a row have found nothing. To be called every LOOK_S."""
+        """Return whether several checks in a row have found nothing. Call it every LOOK_S."""
         running = [line.split() for line in _systemctl("list-jobs", "--no-legend", "--plain", "--full").splitlines()]
         others = [job for job in running if len(job) == 4 and job[3] == "running" and not UNIT.fullmatch(job[1])]
         self._idle_looks = 0 if others or not running else self._idle_looks + 1
@@ -48,9 +48,9 @@ class Bystanders:
 
 
 def wait_until_unused(users: Callable[[], list[str]], go_on: Callable[[list[str]], None], *, give_up: bool) -> bool:
-    """Wait for the end of the use of a device. Returns whether it has come; with `give_up`, False once nothing ends it.
+    """Wait until a device is not in use. Returns whether it is free; with `give_up`, False once nothing ends the use.
 
-    users: returns who uses it. go_on: called with them again and again.
+    users: returns its users. go_on: called with them again and again.
     """
     bystanders = Bystanders()
     while found := users():
@@ -62,7 +62,7 @@ def wait_until_unused(users: Callable[[], list[str]], go_on: Callable[[list[str]
 
 
 def _systemctl(*words: str) -> str:
-    """Return what systemctl prints, whatever its status is; nothing where systemd does not answer."""
+    """Return the output of systemctl, whatever its status is; "" if systemd does not answer."""
     if not SYSTEMD_IS_INIT.is_dir():
         return ""
     try:

@@ -1,6 +1,6 @@
-"""What the kernel shows of a VDUSE device under /sys, and the few things that are set there.
+"""A VDUSE device under /sys: the attributes that the kernel shows, and the few that we set.
 
-udev has no part in it: a device is usable when the kernel has made its node, under whatever rules.
+udev is not involved: a device is usable when the kernel has made its node, whatever the rules are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vdusefast.host import containers
 SYS = Path("/sys")
 DEV = Path("/dev")
 
-# The driver of the vDPA bus for each of a device's faces, and the kernel module it is in.
+# For each `bus` the driver on the vDPA bus, and its kernel module.
 BUS_DRIVERS: dict[str, str] = {Bus.VIRTIO: "virtio_vdpa", Bus.VHOST: "vhost_vdpa"}
 
 
@@ -37,7 +37,7 @@ def virtio_blk_loaded() -> bool:
 
 
 def request_queue_limit() -> int:
-    """Return how many queues virtio_blk was told to use at most, 0 when it was not told."""
+    """Return the maximum of queues in virtio_blk's parameter, 0 when it is not set."""
     try:
         return int((SYS / "module/virtio_blk/parameters/num_request_queues").read_text())
     except OSError:
@@ -63,9 +63,9 @@ def bound_driver(name: str) -> str:
 
 
 def bind(name: str, driver: str) -> None:
-    """Give the device to `driver` and keep it for that, taking it from another one first.
+    """Bind the device to `driver` and reserve it for that, after unbinding it from another one.
 
-    Blocks until both drivers are done: messages must be answered meanwhile. Raises OSError.
+    Blocks until both drivers are done; messages must be answered meanwhile. Raises OSError.
     """
     _write(_device_path(name) / "driver_override", driver)
     if bound_driver(name) == driver:
@@ -75,13 +75,13 @@ def bind(name: str, driver: str) -> None:
 
 
 def unbind(name: str) -> None:
-    """Take the device from its driver, if it has one. Blocks until the driver has let go. Raises OSError."""
+    """Unbind the device from its driver, if it has one. Blocks until the driver has released it. Raises OSError."""
     bound = bound_driver(name)
     if bound:
         try:
             _write(_driver_path(bound) / "unbind", name)
         except OSError as error:
-            if error.errno != errno.ENODEV:  # somebody else has unbound it meanwhile
+            if error.errno != errno.ENODEV:  # another program has unbound it meanwhile
                 raise
 
 
@@ -120,7 +120,7 @@ def _nodes(name: str) -> Iterator[tuple[str, str]]:
 
 
 def disk_path(name: str) -> Path | None:
-    """Return what sysfs has of the disk that the device is, None where it is none."""
+    """Return the directory in sysfs of the device's disk, None where it is no disk."""
     return next(_device_path(name).glob("virtio*/block/*"), None)
 
 
@@ -148,7 +148,7 @@ def set_scheduler(name: str, scheduler: str) -> None:
 
 
 def set_rotational(name: str, rotational: int) -> None:
-    """Tell whether the disk of `name` rotates (1 or 0): its driver cannot know, and takes one or the other for all.
+    """Set whether the disk of `name` rotates (1 or 0): its driver cannot know, and assumes the same for all.
 
     Raises OSError.
     """

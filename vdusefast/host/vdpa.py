@@ -1,7 +1,7 @@
 """Attach VDUSE devices to the kernel's vDPA bus, and detach them: the generic netlink family `vdpa`.
 
-Both calls return when the kernel is done, which means that the bus driver has probed or let go of the device: its
-control messages must be answered meanwhile, by another thread. Needs CAP_NET_ADMIN.
+Both calls return after the bus driver has probed or released the device. Another thread must answer its control
+messages meanwhile. Needs CAP_NET_ADMIN.
 
 Source: Linux 7.3, include/uapi/linux/vdpa.h.
 """
@@ -23,7 +23,7 @@ _CMD_DEV_NEW = 3
 _CMD_DEV_DEL = 4
 _ATTR_MGMTDEV_DEV_NAME = 2
 _ATTR_DEV_NAME = 4
-# What says that netlink cannot be used here, rather than that it refuses something.
+# Errors that mean that netlink cannot be used here, rather than that it refuses a command.
 _NO_NETLINK = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EPERM, errno.EACCES)
 
 
@@ -38,7 +38,7 @@ def device_new(name: str) -> None:
 
 
 def device_delete(name: str) -> None:
-    """Detach the device `name` from the bus. Blocks until its driver has let go of it.
+    """Detach the device `name` from the bus. Blocks until its driver has released it.
 
     Raises OSError (ENODEV: it is not attached), KernelSupportError.
     """
@@ -55,7 +55,7 @@ def family_id() -> int:
 
 
 def _run(command: int, attributes: bytes, words: list[str]) -> None:
-    """Send a command; `words` say the same to iproute2's `vdpa`."""
+    """Send a command; `words` are the same command for iproute2's `vdpa`."""
     try:
         sock = netlink.open_socket()
     except OSError as error:
@@ -69,7 +69,7 @@ def _run(command: int, attributes: bytes, words: list[str]) -> None:
 
 
 def _run_tool(command: list[str]) -> None:
-    """Do the same where a sandbox keeps netlink from this process but not from that one."""
+    """Run iproute2's `vdpa`, for a sandbox that allows netlink to it but not to this process."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]

@@ -1,8 +1,8 @@
-"""How a device meets its driver: one small protocol, implemented once for each way.
+"""The connection of a device to its driver: one small protocol with one implementation for each transport.
 
-The supervisor and the workers see nothing else of it. The methods are what /dev/vduse offers, one for each ioctl, so
-that an implementation over the real device is a thin one; `worker_port` alone is ours: what a worker process needs to
-look up memory and to send interrupts by itself.
+The supervisor and the workers use nothing else of it. There is one method for each ioctl of /dev/vduse, so the
+implementation over the real device is thin. Only `worker_port` is ours: a worker process looks up memory and sends
+interrupts through it by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TransportError(VdusefastError):
-    """The transport refuses something, or the other side does; the message names the device."""
+    """The transport or the other side refuses an operation; the message names the device."""
 
 
 class DeviceBrokenError(TransportError):
@@ -29,7 +29,7 @@ class DeviceBrokenError(TransportError):
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """What a device is created with. `queue_size_max` counts descriptors; `config` is the whole configuration space."""
+    """Parameters of a new device. `queue_size_max` counts descriptors; `config` is the whole configuration space."""
 
     name: str
     offered_features: int
@@ -38,17 +38,17 @@ class DeviceSpec:
     queue_size_max: int
     device_id: int = VIRTIO_ID_BLOCK
     vq_align_bytes: int = 4096
-    rotational: int = -1  # 1 or 0; -1: not known. Virtio has no word for it
+    rotational: int = -1  # 1 or 0; -1: unknown. Virtio has no field for it
 
 
 @dataclass
 class WorkerPort:
-    """What one worker process inherits for reaching memory and driver.
+    """The access of one worker process to memory and driver, which it inherits.
 
-    `kind` is the worker's word for it. `port_fd` and `irq_fd` are -1 where `kind` has no use for them. The
-    descriptors in `owned_fds` belong to the holder, who closes this once the worker has its copies; the others are
-    the transport's. `api_version` is that of VDUSE, where `kind` has one. The user memory is what may stand in for the
-    kernel's bounce pages, and how much of it does.
+    `kind` is its name in the worker's arguments. `port_fd` and `irq_fd` are -1 if `kind` does not use them. The
+    descriptors in `owned_fds` belong to the caller, who closes this once the worker has its copies; the others are
+    the transport's. `api_version` is that of VDUSE, if `kind` has one. The user memory may replace the kernel's bounce
+    pages; `user_memory_bytes` of it do already.
     """
 
     kind: str
@@ -86,29 +86,29 @@ class Transport(Protocol):
         """Create the device with its queues; no driver can see it yet. Raises TransportError."""
 
     def reopen(self, spec: DeviceSpec) -> None:
-        """Take over, in place of `create`, the device that a server which has ended left as `spec` says.
+        """Adopt, instead of `create`, the orphaned device that `spec` describes.
 
-        Waits shortly while the last of its processes still hold it. Raises TransportError, DeviceBusyError when they do
-        not end, DeviceBrokenError; the device is as before then, and not held.
+        Waits shortly while the last processes of its server still hold it. Raises TransportError, DeviceBusyError when
+        they do not end, DeviceBrokenError; the device is unchanged then, and not held.
         """
 
     def check(self, spec: DeviceSpec) -> None:
-        """Raise what `reopen` would, as far as that shows while another server has the device."""
+        """Raise the errors of `reopen` that can be seen while another server has the device."""
 
     def driver_status(self) -> int:
-        """Return the device status as far as it can be told after `reopen`. Raises OSError.
+        """Return the device status, as far as it is known after `reopen`. Raises OSError.
 
         0, or ACKNOWLEDGE, DRIVER and FEATURES_OK, with or without DRIVER_OK.
         """
 
     async def attach(self) -> None:
-        """Show the device to drivers; after `reopen`, do what of that is missing. Raises TransportError.
+        """Attach the device to its driver; after `reopen`, only the missing steps. Raises TransportError.
 
         Messages must be answered before this returns.
         """
 
     async def detach(self) -> None:
-        """Take the device away from its driver; messages may come until this returns. A second call does nothing."""
+        """Detach the device from its driver; messages may come until this returns. A second call does nothing."""
 
     def message_fd(self) -> int:
         """Return the descriptor (the transport's own) that polls readable while a message waits."""
@@ -123,10 +123,10 @@ class Transport(Protocol):
         """Return the features that the driver has accepted; valid from FEATURES_OK on. Raises OSError."""
 
     def vq_info(self, index: int) -> VqInfo:
-        """Return what the driver has set up for queue `index`. Raises OSError."""
+        """Return the driver's settings of queue `index`. Raises OSError."""
 
     def set_kickfd(self, index: int, fd: int) -> None:
-        """Have the driver's kicks of queue `index` signal eventfd `fd` (borrowed); -1 takes it away. Raises OSError."""
+        """Let the driver's kicks of queue `index` signal eventfd `fd` (borrowed); -1 removes it. Raises OSError."""
 
     def place_irqs(self) -> None:
         """Send interrupts where `irq_cpus` says; at each DRIVER_OK, as drivers overwrite it. Raises OSError."""
@@ -135,7 +135,7 @@ class Transport(Protocol):
         """Interrupt the driver for queue `index`. Raises OSError: EINVAL before DRIVER_OK."""
 
     def inject_config_irq(self) -> None:
-        """Tell the driver that the configuration space has changed. Raises OSError."""
+        """Notify the driver that the configuration space has changed. Raises OSError."""
 
     def set_config(self, offset_bytes: int, data: bytes) -> None:
         """Overwrite a part of the configuration space. Raises OSError: EINVAL when it does not fit."""
@@ -144,13 +144,13 @@ class Transport(Protocol):
         """Return a new port for a worker that serves queue `index`; the caller closes it."""
 
     def user_memory(self) -> UserMemory | None:
-        """Return the memory (the transport's own) that may take the place of what the driver's data is copied through.
+        """Return the user memory (the transport's own) that may replace the kernel's bounce pages.
 
-        None where nothing is copied, or that is not to be replaced. After `create` or `reopen`.
+        None where there are none, or they are not to be replaced. After `create` or `reopen`.
         """
 
     def close(self, *, keep: bool = False) -> None:
-        """Destroy the device, or leave it to a `reopen` with `keep`, and close every descriptor.
+        """Destroy the device, or with `keep` leave it to a later `reopen`, and close every descriptor.
 
         A second call does nothing.
         """

@@ -1,4 +1,4 @@
-"""The real thing: a device of /dev/vduse, which the kernel shows to its own drivers over the vDPA bus.
+"""The kernel transport: a device of /dev/vduse, which the kernel shows to its own drivers over the vDPA bus.
 
 Source: Linux 7.3, include/uapi/linux/vduse.h and drivers/vdpa/vdpa_user/vduse_dev.c.
 """
@@ -36,7 +36,7 @@ NODE_OWN_DEV_WAIT_S = 0.3
 # shut down: Linux 7.3 resets every device then, one after the other, and waits for servers that are dead or stopped.
 REST_MSG_TIMEOUT_S = 2
 
-DRIVER_OK_WAIT_S = 0.05  # the kernel takes our answer a moment after it was given
+DRIVER_OK_WAIT_S = 0.05  # the kernel processes our answer a moment after we have written it
 
 _U64 = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
@@ -48,10 +48,10 @@ class KernelOptions:
     """How the kernel is to treat the device.
 
     bus: `virtio` for /dev/vdX, `vhost` for /dev/vhost-vdpa-N. irq_cpus: one entry a queue, None = any CPU.
-    bounce_size_min_bytes: what does where the kernel (before 6.4) has KERNEL_BOUNCE_SIZE_BYTES and no other size.
-    user_memory: give it memory of ours in place of its bounce pages, where it takes that; bus `virtio` has these.
-    scheduler: I/O scheduler of a disk that is new, "kernel" = whatever the kernel gives it.
-    api_version, vduse_features: what a device that is reopened was created with, which the kernel does not tell.
+    bounce_size_min_bytes: enough for a kernel before 6.4, which has KERNEL_BOUNCE_SIZE_BYTES and no other size.
+    user_memory: register user memory in place of its bounce pages, if it supports that; bus `virtio` has these.
+    scheduler: I/O scheduler of a new disk, "kernel" = the kernel's default.
+    api_version, vduse_features: those that a reopened device was created with, which the kernel does not report.
     """
 
     bus: Bus = Bus.VIRTIO
@@ -104,7 +104,7 @@ class KernelTransport:
 
     @property
     def bounce_size_bytes(self) -> int:
-        """How much the kernel copies data through, of a device that is there."""
+        """The size of the kernel's bounce pages, of an existing device."""
         can_choose = sysfs.has_attribute(self.name, "bounce_size")
         return self.options.bounce_size_bytes if can_choose else KERNEL_BOUNCE_SIZE_BYTES
 
@@ -128,7 +128,7 @@ class KernelTransport:
             raise self._set_up_error(error) from error
 
     def reopen(self, spec: DeviceSpec) -> None:
-        """Take over /dev/vduse/NAME, with what its driver and the server that has ended have made of it."""
+        """Adopt /dev/vduse/NAME, with the settings of its driver and of its last server."""
         fd = kernel_control.reopen_device(spec.name)
         self.name, self._fd = spec.name, fd
         try:
@@ -143,18 +143,18 @@ class KernelTransport:
         self._created, self._attached = True, sysfs.attached(spec.name)
 
     def check(self, spec: DeviceSpec) -> None:
-        """Raise what `reopen` would, as far as it shows while another server has the device."""
+        """Raise the errors of `reopen` that can be seen while another server has the device."""
         if not sysfs.created(spec.name):
-            raise TransportError(f"device {spec.name}: cannot be taken over: the kernel has no /dev/vduse/{spec.name}")
+            raise TransportError(f"device {spec.name}: cannot be adopted: the kernel has no /dev/vduse/{spec.name}")
         self.name = spec.name
         self._check_attributes(self._settings(new=False))
 
     def driver_status(self) -> int:
-        """Return what the kernel's answers tell of the device status: it has no call to ask for it.
+        """Deduce the device status from other calls, as the kernel has none that returns it.
 
-        The features are those that the driver wrote, just before FEATURES_OK, and zero after a reset. An interrupt is
-        taken from DRIVER_OK on, and harms nobody: the one of a queue that has an eventfd of a client, though, at any
-        time, for which a client gets that of the configuration space.
+        The features are those that the driver wrote just before FEATURES_OK, and zero after a reset. The kernel accepts
+        an interrupt from DRIVER_OK on, and a spurious one is harmless. A queue with a client's eventfd accepts one at
+        any time, so a client gets the interrupt of the configuration space.
         """
         if not self.acked_features():
             return 0
@@ -173,9 +173,9 @@ class KernelTransport:
             time.sleep(kernel_control.NODE_LOOK_S)
 
     async def attach(self) -> None:
-        """Put the device on the vDPA bus, give it to the driver that was asked for, and wait until its node is there.
+        """Put the device on the vDPA bus, bind it to the configured driver, and wait until its node is there.
 
-        Of a device that was reopened, only what the previous server has not done.
+        Of a reopened device, only the steps that the previous server has not done.
 
         Raises TransportError, KernelSupportError, TimedOutError.
         """
@@ -205,15 +205,15 @@ class KernelTransport:
             await asyncio.sleep(kernel_control.NODE_LOOK_S)
 
     async def detach(self) -> None:
-        """Take the device from its driver, which waits for its requests, and then off the bus.
+        """Unbind the device from its driver, which waits for its requests, and then remove it from the bus.
 
-        In two steps, as removal holds a lock that every other vDPA command of the machine needs. A client of vhost-vdpa
-        that does not let go would be waited for without any limit: DeviceBusyError names it, and the device stays.
+        In two steps, because removal holds a lock that every other vDPA command of the machine needs. The kernel would
+        wait without limit for a client of vhost-vdpa: DeviceBusyError names it then, and the device stays.
         """
         if not self._attached:
             return
         if self.driver == sysfs.BUS_DRIVERS[Bus.VHOST]:
-            # Not in this thread: to look at such a node may reset the device, which this thread answers.
+            # Not in this thread: opening such a node may reset the device, and this thread answers that message.
             users = await self._vhost_users()
             if users:
                 raise DeviceBusyError(
@@ -265,29 +265,29 @@ class KernelTransport:
         return int(_U64.unpack(self._ioctl(uapi.VDUSE_DEV_GET_FEATURES, bytes(_U64.size)))[0])
 
     def vq_info(self, index: int) -> VqInfo:
-        """Return what the driver has set up for queue `index`."""
+        """Return the driver's settings of queue `index`."""
         packed = uapi.is_packed(self.acked_features())
         answer = self._ioctl(uapi.VDUSE_VQ_GET_INFO, uapi.VQ_INFO.pack(index, 0, 0, 0, 0, b"", 0))
         vq_index, size, desc, driver, device, state, ready = uapi.VQ_INFO.unpack(answer)
         return VqInfo(vq_index, size, desc, driver, device, uapi.unpack_vq_state(state, packed=packed), bool(ready))
 
     def set_kickfd(self, index: int, fd: int) -> None:
-        """Have the driver's kicks of queue `index` signal `fd` (borrowed)."""
+        """Let the driver's kicks of queue `index` signal `fd` (borrowed)."""
         wanted = fd if fd >= 0 else uapi.VDUSE_EVENTFD_DEASSIGN
         self._ioctl(uapi.VDUSE_VQ_SETUP_KICKFD, uapi.VQ_EVENTFD.pack(index, wanted))
 
     def place_irqs(self) -> None:
-        """Let each queue's interrupts go to the CPU that `irq_cpus` names, and none to CPUs that are not there.
+        """Send each queue's interrupts to the CPU that `irq_cpus` names, and none to offline CPUs.
 
-        The kernel's driver spreads queues over all CPUs that there could be, and for a queue whose mask holds none that
-        is online the injection of an interrupt loops in the kernel for ever.
+        The kernel's driver spreads queues over all possible CPUs. If no CPU of a queue's mask is online, injection of
+        an interrupt loops in the kernel for ever.
         """
         online = sysfs.online_cpus()
         placed = list(self.irq_cpus)
         for index, cpu in enumerate(placed):
             attribute = f"vq{index}/irq_cb_affinity"
             if not sysfs.has_attribute(self.name, attribute):
-                placed[index] = None  # before Linux 6.4, which does not place interrupts
+                placed[index] = None  # Linux before 6.4 does not place interrupts
             elif cpu is not None and cpu in online:
                 sysfs.set_attribute(self.name, attribute, sysfs.pack_mask([cpu]))
             elif not sysfs.unpack_mask(sysfs.attribute(self.name, attribute)) & online:
@@ -299,7 +299,7 @@ class KernelTransport:
         self._ioctl(uapi.VDUSE_VQ_INJECT_IRQ, _U32.pack(index))
 
     def inject_config_irq(self) -> None:
-        """Tell the driver that the configuration space has changed."""
+        """Notify the driver that the configuration space has changed."""
         self._ioctl(uapi.VDUSE_DEV_INJECT_CONFIG_IRQ, b"")
 
     def set_config(self, offset_bytes: int, data: bytes) -> None:
@@ -307,7 +307,7 @@ class KernelTransport:
         self._ioctl(uapi.VDUSE_DEV_SET_CONFIG, uapi.CONFIG_DATA.pack(offset_bytes, len(data)) + data)
 
     def region_count(self) -> int:
-        """Return how many regions of memory the driver shows us; 0 where the kernel cannot tell."""
+        """Return how many regions of memory the driver has mapped for us; 0 where the kernel cannot report it."""
         count = start = 0
         while count < REGION_COUNT_MAX and start <= uapi.IOVA_LAST:
             try:
@@ -326,7 +326,7 @@ class KernelTransport:
         return port
 
     def user_memory(self) -> UserMemory | None:
-        """Return the memory that may take the place of the kernel's bounce pages."""
+        """Return the user memory that may replace the kernel's bounce pages."""
         return self._user_memory
 
     def close(self, *, keep: bool = False) -> None:
@@ -348,7 +348,7 @@ class KernelTransport:
     # -- inside
 
     def _ioctl(self, number: int, argument: bytes) -> bytes:
-        """Return what the kernel has made of `argument`. Raises OSError, EBADF once the device is closed."""
+        """Return `argument` as the kernel has filled it in. Raises OSError, EBADF once the device is closed."""
         if self._fd < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         buffer = bytearray(argument)
@@ -360,7 +360,7 @@ class KernelTransport:
             self._user_memory = UserMemory(self.name, self.bounce_size_bytes, self._ioctl)
 
     def _check_drivers(self, name: str) -> None:
-        """Refuse before anything is made what could never be attached."""
+        """Refuse a device that could never be attached, before anything is made."""
         driver = sysfs.BUS_DRIVERS[self.options.bus]
         missing = [] if sysfs.driver_loaded(self.options.bus) else [driver]
         if self.options.bus == Bus.VIRTIO and not sysfs.virtio_blk_loaded():
@@ -376,9 +376,9 @@ class KernelTransport:
             )
 
     def _set_attributes(self, *, new: bool) -> None:
-        """Set what is set through sysfs, where the configuration differs from what the kernel does by itself.
+        """Write the settings in sysfs, where the configuration differs from the kernel's defaults.
 
-        new: the bounce pages can be had in another size before the device is on the bus only.
+        new: the size of the bounce pages can be set only before the device is on the bus.
         """
         has, needs = self.bounce_size_bytes, self.options.bounce_size_min_bytes
         if new and has < needs:
@@ -390,14 +390,14 @@ class KernelTransport:
         settings = self._settings(new=new)
         self._check_attributes(settings)
         absent = {cpu for cpu in self.options.irq_cpus if cpu is not None} - sysfs.online_cpus()
-        if new and absent:  # that of a device that is taken over may have gone meanwhile
+        if new and absent:  # the CPU of an adopted device may have gone meanwhile
             raise ConfigError(f"device {self.name}: irq_cpu: CPU {min(absent)} is not online")
         for attribute, value in settings.items():
             sysfs.set_attribute(self.name, attribute, value)
         self.place_irqs()  # what is refused is better known now
 
     def _wait_for_messages(self, *, rest: bool) -> None:
-        """Set how long the kernel waits for an answer: at rest less long, of a disk. A client may send any time."""
+        """Set the kernel's time limit for an answer: shorter while a disk is at rest. A client may send at any time."""
         if self.options.bus == Bus.VIRTIO:
             limit_s = self.options.msg_timeout_s
             limit_s = min(limit_s or REST_MSG_TIMEOUT_S, REST_MSG_TIMEOUT_S) if rest else limit_s
@@ -420,7 +420,7 @@ class KernelTransport:
                 raise KernelSupportError(f"device {self.name}: this kernel cannot set {attribute}; Linux 6.4 can")
 
     def _check_whole(self) -> None:
-        """Raise DeviceBrokenError when the kernel has given the device up."""
+        """Raise DeviceBrokenError if the device is broken."""
         if kernel_control.is_broken(self._fd):
             raise DeviceBrokenError(
                 f"device {self.name} is broken: a message was not answered within its msg_timeout, after which the "
@@ -456,7 +456,7 @@ class KernelTransport:
 
 
 def _told(error: OSError) -> str:
-    """Return what the kernel says, about which file, and what to do where a container is the reason."""
+    """Return the kernel's error with its file, and the remedy where a container is the reason."""
     where = f" ({error.filename})" if error.filename else ""
     remedy = ""
     if error.errno == errno.EROFS and where:
@@ -488,7 +488,7 @@ async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
         try:
             loop.call_soon_threadsafe(finish, result, failure)
         except RuntimeError:
-            return  # the loop has ended: nobody waits for this any more
+            return  # the loop has ended: nobody waits for this result
 
     threading.Thread(target=run, name=f"vdusefast-{function.__name__}", daemon=True).start()
     return await future

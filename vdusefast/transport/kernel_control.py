@@ -1,4 +1,4 @@
-"""What is asked of /dev/vduse/control and of /dev/vduse/NAME as a file: which protocol, making, opening, destroying.
+"""Calls on /dev/vduse/control and /dev/vduse/NAME: choose the protocol; create, open and destroy a device.
 
 Source: Linux 7.3, include/uapi/linux/vduse.h and drivers/vdpa/vdpa_user/vduse_dev.c.
 """
@@ -18,11 +18,11 @@ from vdusefast.transport import DeviceSpec, TransportError, uapi
 
 DIRECTORY = "/dev/vduse"
 CONTROL_NODE = f"{DIRECTORY}/control"
-# What of VDUSE's own features is of use to us, where the kernel has it.
+# The features of VDUSE itself that we use, if the kernel has them.
 WANTED_FEATURES = 1 << uapi.VDUSE_F_QUEUE_READY | 1 << uapi.VDUSE_F_SUSPEND
 LATEST_API_VERSION = uapi.VDUSE_API_VERSION_1
 
-NODE_LOOK_S = 0.005  # between two looks for what the kernel makes by itself
+NODE_LOOK_S = 0.005  # between two checks for nodes that the kernel makes by itself
 NODE_WAIT_S = 2.0  # for /dev/vduse/NAME, which devtmpfs makes at once
 DESTROY_WAIT_S = 1.0  # for other processes' copies of the descriptor to be closed
 REOPEN_WAIT_S = 10.0  # for the last processes of a server that has ended to do so
@@ -59,7 +59,7 @@ def open_control() -> int:
         raise KernelSupportError(containers.refused_node_text(CONTROL_NODE, error)) from None
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise DeviceBusyError(f"{CONTROL_NODE} is held by another program; try again when it is done") from None
+            raise DeviceBusyError(f"{CONTROL_NODE} is held by another program; try again when that has ended") from None
         raise KernelSupportError(f"{CONTROL_NODE} cannot be opened: {error.strerror}") from None
 
 
@@ -87,7 +87,7 @@ def negotiate(control: int) -> tuple[int, int]:
 
 
 def create_device(control: int, spec: DeviceSpec, api_version: int) -> None:
-    """Create a device under the protocol that was negotiated on `control`. Raises DeviceBusyError, TransportError."""
+    """Create a device under the protocol negotiated on `control`. Raises DeviceBusyError, TransportError."""
     groups = 1 if api_version >= uapi.VDUSE_API_VERSION_1 else 0
     described = uapi.DEV_CONFIG.pack(
         spec.name.encode(),
@@ -139,17 +139,17 @@ def reopen_device(name: str) -> int:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise TransportError(
-                    f"device {name}: cannot be taken over: /dev/vduse/{name}: {error.strerror}"
+                    f"device {name}: cannot be adopted: /dev/vduse/{name}: {error.strerror}"
                 ) from error
         if time.monotonic() > deadline:
             raise DeviceBusyError(
-                f"device {name}: cannot be taken over: {_holder_text(name)}; try again when that has ended"
+                f"device {name}: cannot be adopted: {_holder_text(name)}; try again when that has ended"
             )
         time.sleep(NODE_LOOK_S)
 
 
 def _holder_text(name: str) -> str:
-    """Say who has the device, which its run directory does not tell."""
+    """Return who holds the device, as its run directory does not name the holder."""
     path = f"{DIRECTORY}/{name}"
     return (
         f"{device_holders.text(path)} holds {path} open: a worker that waits in the kernel for its storage, or a "
@@ -158,7 +158,7 @@ def _holder_text(name: str) -> str:
 
 
 def is_broken(fd: int) -> bool:
-    """Return whether the kernel has given up the device that `fd` (borrowed) is of: nothing but its removal works."""
+    """Return whether the device of `fd` (borrowed) is broken, so that nothing but its removal works."""
     poll = select.poll()
     poll.register(fd, 0)
     return any(events & select.POLLERR for _fd, events in poll.poll(0))
@@ -167,7 +167,7 @@ def is_broken(fd: int) -> bool:
 def is_left_broken(name: str) -> bool:
     """Return whether a device that nobody serves is broken; False also when that cannot be seen.
 
-    It is opened for a moment, which changes nothing: a server that comes just then waits for it.
+    It is opened for a moment, which changes nothing: a server that starts just then waits for that.
     """
     try:
         fd = os.open(f"/dev/vduse/{name}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)

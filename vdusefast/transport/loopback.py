@@ -32,9 +32,9 @@ class LoopbackTransport:
     irq_cpus: tuple[int | None, ...] = ()
 
     def __init__(self, msg_timeout_s: float = MSG_TIMEOUT_S, bus: LoopbackBus | None = None):
-        """Make a transport whose bus gives the device up after `msg_timeout_s` seconds without an answer; 0 = never.
+        """Make a transport whose bus marks the device broken after `msg_timeout_s` without an answer; 0 = never.
 
-        bus: that of a device to take over by `reopen`, after a `close(keep=True)`.
+        bus: that of a device to adopt by `reopen`, after a `close(keep=True)`.
         """
         self.msg_timeout_s = msg_timeout_s if bus is None else bus.msg_timeout_s
         self._bus = bus
@@ -55,7 +55,7 @@ class LoopbackTransport:
         self._messages = self._bus.connect()
 
     def reopen(self, spec: DeviceSpec) -> None:
-        """Take over the device on the bus, once its holder lets go of it."""
+        """Adopt the device on the bus, once its holder has released it."""
         if self._bus is None:
             raise TransportError(f"device {spec.name}: there is no bus on which it could have been left")
         deadline = time.monotonic() + REOPEN_TIMEOUT_S
@@ -69,10 +69,10 @@ class LoopbackTransport:
             time.sleep(REOPEN_PAUSE_S)
 
     def check(self, spec: DeviceSpec) -> None:
-        """Do nothing: the bus takes every server."""
+        """Do nothing: the bus accepts every server."""
 
     def driver_status(self) -> int:
-        """Return what can be told of the device status."""
+        """Return the device status, as far as it is known."""
         return self.bus.status_seen()
 
     async def attach(self) -> None:
@@ -112,12 +112,12 @@ class LoopbackTransport:
         return self.bus.driver_features
 
     def vq_info(self, index: int) -> VqInfo:
-        """Return what the driver has set up for queue `index`."""
+        """Return the driver's settings of queue `index`."""
         self.bus.check_device_call(index)
         return self.bus.vq_info(index)
 
     def set_kickfd(self, index: int, fd: int) -> None:
-        """Have the driver's kicks of queue `index` signal `fd` (borrowed)."""
+        """Let the driver's kicks of queue `index` signal `fd` (borrowed)."""
         self.bus.set_kickfd(index, fd)
 
     def place_irqs(self) -> None:
@@ -128,7 +128,7 @@ class LoopbackTransport:
         self.bus.inject_irq(index)
 
     def inject_config_irq(self) -> None:
-        """Tell the driver that the configuration space has changed."""
+        """Notify the driver that the configuration space has changed."""
         self.bus.inject_config_irq()
 
     def set_config(self, offset_bytes: int, data: bytes) -> None:
@@ -143,7 +143,7 @@ class LoopbackTransport:
         return self.bus.open_port(index)
 
     def close(self, *, keep: bool = False) -> None:
-        """Close the bus; drivers get an error from then on. With `keep` only let go of the device."""
+        """Close the bus; drivers get an error from then on. With `keep` only release the device."""
         if self._messages is not None:
             self._messages.close()
             self._messages = None

@@ -1,11 +1,11 @@
 """The bus of the loopback transport: plays the kernel (VDUSE and the vDPA bus) to a driver in this process.
 
-Messages to the device cross a SOCK_SEQPACKET pair in the structures of /dev/vduse; what are ioctls there are method
-calls here, with the same errors. The bus is synchronous and may be used from any thread but the supervisor's, which
-has to answer what the bus asks. A daemon thread takes the answers and serves the workers' ports.
+Messages to the device cross a SOCK_SEQPACKET pair in the structures of /dev/vduse. The ioctls of /dev/vduse are method
+calls here, with the same errors. The bus is synchronous. Any thread may use it except the supervisor's, which has to
+answer its messages. A daemon thread reads the answers and serves the workers' ports.
 
-A server opens the device with `connect` and lets go of it when the socket that it got is closed, by its death at the
-latest. The device then waits for the next one, with its status, its queues, and the messages not answered yet.
+A server opens the device with `connect`, and releases it by closing the socket that it got, at the latest by its death.
+The device then waits for the next server, with its status, its queues, and the unanswered messages.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class LoopbackBus:
             return self._regions.add(iova, size_bytes, perm, fd, fd_offset)
 
     def remove_region(self, iova: int) -> None:
-        """Take the region that starts at `iova` away from the device; no worker has it mapped when this returns.
+        """Remove the region that starts at `iova`; no worker has it mapped when this returns.
 
         The region leaves the table before UPDATE_IOTLB is sent, so that no worker can fetch it again in between (as
         in the kernel). Raises KeyError when there is none, TransportError when the device does not confirm.
@@ -121,7 +121,7 @@ class LoopbackBus:
             region.close()
 
     def update_iotlb(self, start: int, last: int) -> None:
-        """Have the device drop every mapping that overlaps [start, last]. Raises TransportError."""
+        """Ask the device to drop every mapping that overlaps [start, last]. Raises TransportError."""
         if not self._call("UPDATE_IOTLB", lambda i: uapi.UpdateIotlb(i, start, last)).ok:
             raise TransportError(f"device {self.name}: UPDATE_IOTLB [{start:#x}, {last:#x}] was refused")
 
@@ -150,14 +150,14 @@ class LoopbackBus:
             self.status = status
 
     def reset(self) -> None:
-        """Reset the device; once it has been stopped this does nothing, so that a driver can always clean up."""
+        """Reset the device; does nothing once the device has been stopped, so a driver can always clean up."""
         with self._lock:
             if self._closed or not self.attached:
                 return
         self.set_status(0)
 
     def set_driver_features(self, features: int) -> None:
-        """Say which features the driver takes; the device judges them at FEATURES_OK."""
+        """Set the features that the driver accepts; the device checks them at FEATURES_OK."""
         with self._lock:
             self._check_usable()
             self.driver_features = features
@@ -199,7 +199,7 @@ class LoopbackBus:
             vq.info = vq.info._replace(ready=ready)
 
     def get_vq_state(self, index: int) -> int:
-        """Have queue `index` stopped; return where it stands, as VqInfo.last_avail_idx.
+        """Stop queue `index`; return its position, as VqInfo.last_avail_idx.
 
         Raises TransportError when the device does not know it.
         """
@@ -209,7 +209,7 @@ class LoopbackBus:
         return response.avail_idx
 
     def vq_info(self, index: int) -> VqInfo:
-        """Return what has been set up for queue `index`."""
+        """Return the driver's settings of queue `index`."""
         with self._lock:
             return self._queues[index].info
 
@@ -233,9 +233,9 @@ class LoopbackBus:
     # -- the device's side: what are open() and ioctls on /dev/vduse/NAME
 
     def connect(self) -> socket.socket:
-        """Return the device's end of the messages, which is the caller's own: closing it lets go of the device.
+        """Return the device's end of the messages, owned by the caller: closing it releases the device.
 
-        What an earlier server has left unanswered comes again. Raises DeviceBusyError while one, or a worker of it,
+        Messages that an earlier server left unanswered come again. Raises DeviceBusyError while one, or its worker,
         holds the device; DeviceBrokenError; TransportError once the bus is closed.
         """
         with self._lock:
@@ -255,7 +255,7 @@ class LoopbackBus:
             return theirs
 
     def status_seen(self) -> int:
-        """Return what a device can tell of its status by its ioctls: 0, or all up to FEATURES_OK or DRIVER_OK."""
+        """Return the status that a device can deduce from its ioctls: 0, or all up to FEATURES_OK or DRIVER_OK."""
         with self._lock:
             self.check_device_call()
             features_ok = uapi.VIRTIO_CONFIG_S_FEATURES_OK
@@ -282,7 +282,7 @@ class LoopbackBus:
             _fail(errno.EINVAL)
 
     def set_kickfd(self, index: int, fd: int) -> None:
-        """Have kicks of queue `index` signal `fd` (borrowed), -1 to take it away."""
+        """Let kicks of queue `index` signal `fd` (borrowed); -1 removes it."""
         with self._lock:
             self.check_device_call(index)
             self._queues[index].set_kickfd(fd)
@@ -304,7 +304,7 @@ class LoopbackBus:
             self._config[offset_bytes : offset_bytes + len(data)] = data
 
     def inject_config_irq(self) -> None:
-        """Tell the driver that the configuration space has changed."""
+        """Notify the driver that the configuration space has changed."""
         with self._lock:
             self.check_device_call()
             os.eventfd_write(self.config_irqfd, 1)
@@ -321,7 +321,7 @@ class LoopbackBus:
             return WorkerPort("loopback", port_fd, self._queues[index].irqfd, owned_fds=[port_fd])
 
     def close(self) -> None:
-        """Stop the thread, fail what waits, and close every descriptor; a second call does nothing."""
+        """Stop the thread, fail waiting calls, and close every descriptor; a second call does nothing."""
         with self._lock:
             if self._closed:
                 return
@@ -352,7 +352,7 @@ class LoopbackBus:
             raise TransportError(f"device {self.name} is not on the bus: not yet started, or stopped")
 
     def _reset_state(self) -> None:
-        """Forget what the driver set up, except its memory, which stays the driver's own."""
+        """Forget the driver's settings, except its memory, which stays the driver's own."""
         with self._lock:
             if self._closed:
                 return
@@ -386,7 +386,7 @@ class LoopbackBus:
         raise DeviceBrokenError(f"device {self.name} is broken: it did not answer {what} within {limit_s:g} s")
 
     def _send(self, packet: bytes) -> bool:
-        """Send a message to the server. Without one, or to one that has just died, it waits for the next."""
+        """Send a message to the server. Without a living server it waits for the next one."""
         if self._messages is None:
             return True
         try:
@@ -398,7 +398,7 @@ class LoopbackBus:
         return True
 
     def _break(self) -> None:
-        """Give the device up, as the kernel does: all that waits fails, nothing works any more but removing it."""
+        """Mark the device broken, as the kernel does: waiting calls fail, and only removing it works from then on."""
         self.broken = True
         self._fail_pending()
         if self._messages is not None:
@@ -446,7 +446,7 @@ class LoopbackBus:
             pending.done.set()
 
     def _disconnect(self, messages: socket.socket) -> None:
-        """Note that the server has let go of the device. What it has not answered waits for the next one."""
+        """Note that the server has released the device. Its unanswered messages wait for the next server."""
         with self._lock:
             self._epoll.unregister(messages)
             messages.close()

@@ -1,4 +1,4 @@
-"""One queue of the loopback bus: what the driver has set up, and the eventfds of both sides."""
+"""One queue of the loopback bus: the driver's settings, and the eventfds of both sides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EVENTFD_FLAGS = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 
 
 class BusQueue:
-    """What the bus knows of one queue.
+    """The bus's state of one queue.
 
     `kickfd` keeps its number for the life of the bus: it is a duplicate of the device's eventfd, or of `idle_fd`
     while the device has set none, so that a driver may keep the number.
@@ -29,14 +29,14 @@ class BusQueue:
         self.info = VqInfo(index)
 
     def set_kickfd(self, fd: int) -> None:
-        """Let kicks go to `fd` (borrowed), -1 for nowhere. Passes on one that came too early."""
+        """Send kicks to `fd` (borrowed), -1 for nowhere. A kick that came too early is forwarded."""
         os.dup2(self.idle_fd if fd < 0 else fd, self.kickfd, inheritable=False)
         self.kickfd_set = fd >= 0
         if fd >= 0 and self._take_early_kick() and self.info.ready:
             os.eventfd_write(fd, 1)
 
     def reset(self) -> None:
-        """Forget what the driver set up."""
+        """Forget the driver's settings."""
         self.set_kickfd(-1)
         self._take_early_kick()
         self.info = VqInfo(self.info.vq_index)

@@ -141,7 +141,7 @@ _RESERVED = bytes(16)
 
 
 class GetVqState(NamedTuple):
-    """The driver wants to know where queue `vq_index` stands."""
+    """The driver asks for the position of queue `vq_index`."""
 
     request_id: int
     vq_index: int
@@ -171,7 +171,7 @@ class SetVqGroupAsid(NamedTuple):
 
 
 class SetVqReady(NamedTuple):
-    """The driver makes queue `vq_index` ready, or takes it back."""
+    """The driver makes queue `vq_index` ready, or no longer ready."""
 
     request_id: int
     vq_index: int
@@ -185,7 +185,7 @@ class Suspend(NamedTuple):
 
 
 class UnknownRequest(NamedTuple):
-    """A message of a type that was never asked for."""
+    """A message of a type that we have not negotiated."""
 
     request_id: int
     type: int
@@ -205,10 +205,10 @@ class Response(NamedTuple):
 
 
 class VqInfo(NamedTuple):
-    """What the driver has set up for one queue. Addresses are IOVAs.
+    """The driver's settings of one queue. Addresses are IOVAs.
 
     `last_avail_idx` is where the device begins. In a split queue that is a free-running u16; in a packed
-    one, as vhost has it, bits 0 to 14 name the next descriptor to take, bit 15 is the driver's wrap counter,
+    one, as in vhost, bits 0 to 14 name the next descriptor to pop, bit 15 is the driver's wrap counter,
     bits 16 to 30 name the next used descriptor to write, and bit 31 is the device's wrap counter.
     """
 
@@ -285,7 +285,7 @@ def is_packed(acked_features: int) -> bool:
 
 
 def fresh_vq_state(acked_features: int) -> int:
-    """Return where a queue that was never used stands, as VqInfo.last_avail_idx."""
+    """Return the position of a queue that was never used, as VqInfo.last_avail_idx."""
     return PACKED_FRESH if is_packed(acked_features) else 0
 
 

@@ -1,4 +1,4 @@
-"""Memory of ours that the kernel copies a device's data through, in place of bounce pages of its own.
+"""User memory that the kernel copies a device's data through, in place of its own bounce pages.
 
 A memfd, of huge pages where the machine has any. Once it is registered the kernel's file of the region shows no page
 any more: a process that has mapped it maps the memfd instead. It counts against RLIMIT_MEMLOCK of the process that
@@ -29,14 +29,14 @@ HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 MADV_POPULATE_WRITE = 23
 MADV_COLLAPSE = 25
 
-# What the kernel may answer when it will not have our memory, now or ever, and its own pages do as well.
+# Errors with which the kernel refuses user memory, now or ever; its own pages serve as well.
 REFUSALS = (errno.ENOMEM, errno.EFAULT, errno.EEXIST, errno.ENOTTY, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 
 Ioctl = Callable[[int, bytes], bytes]
 
 
 class UserMemoryError(Exception):
-    """The memory cannot be had or is refused; the message says why, and what helps."""
+    """The memory cannot be allocated, or the kernel refuses it; the message has the reason and the remedy."""
 
 
 class UserMemory:
@@ -60,12 +60,12 @@ class UserMemory:
         except OSError:
             if not self._hugetlb:
                 raise
-            self._hugetlb = False  # somebody else was quicker
+            self._hugetlb = False  # another process was faster
             self.fd, self._view = self._make()
 
     @property
     def used_bytes(self) -> int:
-        """How much of it the kernel uses: all or nothing."""
+        """How many bytes of it the kernel uses: all or none."""
         return self.size_bytes if self.registered else 0
 
     def fill(self) -> None:
@@ -78,7 +78,7 @@ class UserMemory:
         self.huge = self._hugetlb or _madvise(address, length_bytes, MADV_COLLAPSE) == 0
 
     def is_due(self) -> bool:
-        """Tell whether the kernel takes it: it does once the driver has mapped something.
+        """Return whether the kernel accepts it now: it does once the driver has mapped something.
 
         Raises UserMemoryError when it never does, OSError.
         """
@@ -93,7 +93,7 @@ class UserMemory:
         return bool(uapi.IOVA_INFO.unpack(packed)[2] & uapi.VDUSE_IOVA_CAP_UMEM)
 
     def register(self) -> bool:
-        """Give it to the kernel, once it is filled, while nobody touches the device's data.
+        """Register it with the kernel, after it is filled, while nobody touches the device's data.
 
         Returns False when the region has gone meanwhile, as by a reset: try again when it is due. Raises
         UserMemoryError.
@@ -114,7 +114,7 @@ class UserMemory:
         return True
 
     def close(self) -> None:
-        """Let go of it: the pages stay with the kernel for as long as it uses them. A second call does nothing."""
+        """Close it: the kernel keeps the pages for as long as it uses them. A second call does nothing."""
         self._unmap()
         if self.fd >= 0:
             os.close(self.fd)
@@ -148,7 +148,7 @@ class UserMemory:
 
 
 def _free_huge_pages() -> int:
-    """Return how many huge pages nobody has or waits for; 0 where there are none."""
+    """Return how many huge pages are free and not reserved; 0 where there are none."""
     try:
         free, reserved = (int((HUGE_PAGES / name).read_text()) for name in ("free_hugepages", "resv_hugepages"))
     except (OSError, ValueError):
@@ -157,7 +157,7 @@ def _free_huge_pages() -> int:
 
 
 def _raise_memlock(more_bytes: int) -> str:
-    """Allow this process to pin so much more, as far as it has the right to. Returns "", or why it has not."""
+    """Allow this process to pin so much more, if it has the right to. Returns "", or the reason against it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     needed = _pinned_bytes() + more_bytes
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -174,7 +174,7 @@ def _raise_memlock(more_bytes: int) -> str:
 
 
 def _pinned_bytes() -> int:
-    """Return what the kernel counts for this process already."""
+    """Return the bytes that the kernel already counts as locked for this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmPin:"):
             return int(line.split()[1]) << 10
@@ -186,7 +186,7 @@ def _address(view: mmap.mmap) -> int:
 
 
 def _madvise(address: int, length_bytes: int, advice: int) -> int:
-    """Return 0 or an errno. Other threads run meanwhile, which they do not with mmap.madvise."""
+    """Return 0 or an errno. Releases the GIL meanwhile, which mmap.madvise does not."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length_bytes), advice) == 0:
         return 0

@@ -21,7 +21,7 @@ REQUEST_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 RANGE = struct.Struct("<QII")  # of a discard or write-zeroes: sector, sectors, flags
 ID_BYTES = 20
 
-# All that a device of this version may have been shown with.
+# All features that a device of this version may have offered.
 KNOWN_FEATURES = (
     uapi.VIRTIO_F_VERSION_1
     | uapi.VIRTIO_F_ACCESS_PLATFORM
@@ -64,7 +64,7 @@ _CONFIG_FIELDS = (
 
 
 class Shown(NamedTuple):
-    """What a driver has been shown of a device, which stays that, whatever its store can do today."""
+    """The properties of a device that its driver was shown. They stay, whatever its store can do today."""
 
     offered_features: int
     config_space: bytes
