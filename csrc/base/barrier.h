@@ -12,11 +12,11 @@
  *      entries and descriptors below the index are complete when it is seen.
  *   B  the device stores used->idx with release    pairs with the driver's acquire load of used->idx:
  *      data, status and used elements are complete when it is seen.
- *   C  the device enables notifications (avail_event or used->flags), full fence, looks at avail->idx again;
- *      the driver publishes avail->idx, full fence, looks at avail_event or used->flags. One of the two sees the
- *      other's store, so a request is either found by the second look or announced by a kick.
- *   D  the device publishes used->idx, full fence, looks at used_event or avail->flags; the driver arms the
- *      interrupt, full fence, looks at used->idx again. The mirror image of C.
+ *   C  the device enables notifications (avail_event or used->flags), full fence, checks avail->idx again;
+ *      the driver publishes avail->idx, full fence, checks avail_event or used->flags. One of the two sees the
+ *      other's store, so a request is either found by the second check or announced by a kick.
+ *   D  the device publishes used->idx, full fence, checks used_event or avail->flags; the driver arms the
+ *      interrupt, full fence, checks used->idx again. The mirror image of C.
  *
  * One barrier has both its sides in this process: E, of publisher.h.
  *
@@ -76,7 +76,7 @@ static inline void vf_store_release_u64(uint64_t *p, uint64_t v)
 	__atomic_store_n(p, v, __ATOMIC_RELEASE);
 }
 
-/* Store v where there is 0, whatever other threads try the same. */
+/* Store v if there is 0, atomically among threads that try the same. */
 static inline void vf_set_once_u64(uint64_t *p, uint64_t v)
 {
 	uint64_t none = 0;
@@ -90,7 +90,7 @@ static inline uint16_t vf_load_relaxed_u16(const uint16_t *p)
 	return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
-/* A look whose value is only ever a hint: nothing depends on it but speed. */
+/* A load whose value is only a hint: nothing but speed depends on it. */
 static inline uint16_t vf_peek_u16(const uint16_t *p)
 {
 	return __atomic_load_n(p, __ATOMIC_RELAXED);
@@ -162,7 +162,7 @@ static inline void vf_fence_compiler(void)
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
 }
 
-/* Copy out of shared memory once: the compiler can neither repeat nor defer the reads behind the asm. */
+/* Copy out of shared memory once: the compiler can neither repeat the reads nor move them after the asm. */
 static inline void vf_copy_from_shared(void *to, const void *from, size_t len_bytes)
 {
 	VF_SHARED_READ(from, len_bytes);
@@ -170,7 +170,7 @@ static inline void vf_copy_from_shared(void *to, const void *from, size_t len_by
 	__asm__ __volatile__("" : : "r"(to) : "memory");
 }
 
-/* Two words of shared memory, at any alignment, read once: behind the asm they are values, not memory. */
+/* Two words of shared memory, at any alignment, read once: after the asm they are values, not memory. */
 static inline void vf_load_pair_from_shared(const void *from, uint64_t *first, uint64_t *second)
 {
 	uint64_t a, b;
@@ -183,7 +183,7 @@ static inline void vf_load_pair_from_shared(const void *from, uint64_t *first, u
 	*second = b;
 }
 
-/* Read one byte for nothing but that its page is there afterwards. */
+/* Read one byte, only to fault its page in. */
 static inline void vf_touch_shared(const uint8_t *p)
 {
 	VF_SHARED_READ(p, 1);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What a driver or a store has in memory is nobody's who reads the core dump of a process that had it mapped.
+ * Keep mapped memory of a driver or a store out of the core dumps of our processes.
  */
 #ifndef VF_CORE_DUMP_H
 #define VF_CORE_DUMP_H
@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <sys/mman.h>
 
-/* Leave a mapping out of core dumps. Async-signal-safe. Without an answer: every kernel since 3.4 can. */
+/* Leave a mapping out of core dumps. Async-signal-safe. No result: every kernel since 3.4 supports it. */
 static inline void vf_core_exclude(void *map, size_t len_bytes)
 {
 	(void)madvise(map, len_bytes, MADV_DONTDUMP);

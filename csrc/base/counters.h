@@ -74,7 +74,7 @@ struct vf_shm_status {
 	uint32_t last_avail_idx;
 	uint32_t last_used_idx;
 	uint32_t inflight_count;
-	uint32_t flushing; /* flushes that the store has been asked for, and whose result is not known yet */
+	uint32_t flushing; /* flushes submitted to the store and without a result */
 	uint32_t reserved[8];
 };
 
@@ -94,14 +94,14 @@ struct vf_counters {
 	uint64_t sleeps; /* idle periods that went to sleep */
 	uint64_t relooks; /* sleeps ended by the timer that found work: kicks that were lost */
 	uint64_t iotlb_misses; /* regions fetched through the transport */
-	uint64_t bad_requests; /* answered IOERR for what the driver asked */
-	uint64_t unsupported; /* answered UNSUPP */
-	uint64_t host_errors; /* answered IOERR for what the store said */
+	uint64_t bad_requests; /* completed with IOERR because of the driver */
+	uint64_t unsupported; /* completed with UNSUPP */
+	uint64_t host_errors; /* completed with IOERR because of the store */
 	uint64_t host_enospc; /* of these: ENOSPC, EDQUOT */
 	uint64_t host_eio; /* of these: EIO */
 	uint64_t last_host_errno;
 	uint64_t ring_errors; /* times the ring was found bad */
-	uint64_t memory_faults; /* pages that vanished under the device (SIGBUS) */
+	uint64_t memory_faults; /* vanished pages of mapped memory (SIGBUS) */
 	uint64_t invalidations;
 	struct vf_op_counters op[VF_OP_COUNT];
 };

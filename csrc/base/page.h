@@ -11,7 +11,7 @@
 #define VF_PAGE_MAX_BYTES 65536u
 
 /* In bytes. VDUSEFAST_TEST_PAGE_BYTES in the environment is for tests alone: a larger size than the machine's, so that
- * it shows whether everything that is mapped lies where such a machine wants it. vdusefast/base/page.py reads it, too. */
+ * it shows whether all mappings are aligned for such a machine. vdusefast/base/page.py reads it, too. */
 uint32_t vf_page_bytes(void);
 
 #endif

@@ -29,7 +29,7 @@ static void vf_memlock_raise(void)
 	if (setrlimit(RLIMIT_MEMLOCK, &limit) == 0 || getrlimit(RLIMIT_MEMLOCK, &limit))
 		return;
 	limit.rlim_cur = limit.rlim_max;
-	setrlimit(RLIMIT_MEMLOCK, &limit); /* where it is refused, the lock says so */
+	setrlimit(RLIMIT_MEMLOCK, &limit); /* if that is refused, the lock returns the error */
 }
 
 int vf_memory_lock(void)
@@ -55,6 +55,6 @@ void vf_memory_lock_stack(pthread_t thread)
 	if (!vf_memory_is_locked || pthread_getattr_np(thread, &attr))
 		return;
 	if (pthread_attr_getstack(&attr, &stack, &len) == 0)
-		(void)mlock(stack, len); /* where the limit is reached, it is as good as the rest that is mapped later */
+		(void)mlock(stack, len); /* at the limit the stack stays unlocked, as later mappings do */
 	pthread_attr_destroy(&attr);
 }

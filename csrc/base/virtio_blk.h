@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What VIRTIO 1.3 defines for both sides of a block device: feature bits (6 and 5.2.3) and requests (5.2.6).
+ * Definitions of VIRTIO 1.3 for both sides of a block device: feature bits (6 and 5.2.3) and requests (5.2.6).
  */
 #ifndef VF_VIRTIO_BLK_H
 #define VF_VIRTIO_BLK_H

@@ -16,7 +16,7 @@
 static uint32_t vf_crc32c_table[8][256];
 static bool vf_crc32c_have_sse42;
 
-/* Fill the tables and look at the CPU. Call once before the first use; calling again does no harm. */
+/* Fill the tables and check the CPU. Call once before the first use; another call is harmless. */
 static inline void vf_crc32c_init(void)
 {
 	for (uint32_t i = 0; i < 256; i++) {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * One benchmark job: which request comes next, how it is put on a vq as Linux's virtio-blk does (header, data, status),
- * and what a finished one means for the figures and for verification. One thread owns a job.
+ * One benchmark job: it chooses the next request, puts it on a vq as Linux's virtio-blk does (header, data, status), and
+ * accounts for a finished one in the figures and the verification. One thread owns a job.
  */
 #ifndef VF_DRIVER_JOB_H
 #define VF_DRIVER_JOB_H
@@ -47,8 +47,8 @@ enum vf_drv_phase {
 	VF_PHASE_DONE,
 };
 
-/* What the driver knows of a block: 0 never written (or trimmed), else the generation of the last acknowledged write. */
-#define VF_BLOCK_UNKNOWN 0x7fffffffu /* a write failed half-way, or another job trimmed it: anything may be there */
+/* The driver's knowledge of a block: 0 never written (or trimmed), else the generation of the last acknowledged write. */
+#define VF_BLOCK_UNKNOWN 0x7fffffffu /* a write failed half-way, or another job trimmed it: it may contain anything */
 #define VF_BLOCK_BUSY 0x80000000u /* a request to this block is in flight */
 
 #define VF_DRV_PAIR_SHARE 4u /* of a job with `overlap`: one write in so many is followed by another to its block */
@@ -72,7 +72,7 @@ struct vf_drv_slot {
 };
 
 struct vf_drv_job {
-	/* what to do; set once */
+	/* the parameters; set once */
 	uint32_t id; /* place in its thread's list */
 	uint32_t kind;
 	uint32_t verify;
@@ -108,7 +108,7 @@ struct vf_drv_job {
 	const uint8_t *pattern; /* one block, for VF_VERIFY_PATTERN */
 	/* state */
 	struct vf_drv_seq order;
-	struct vf_drv_seq read_order; /* of a verifying mix: else no read would meet a written block in the first pass */
+	struct vf_drv_seq read_order; /* of a verifying mix: otherwise no read would hit a written block in the first pass */
 	uint64_t random;
 	uint64_t start_ns;
 	uint64_t measure_ns; /* start of measuring: after the ramp */
@@ -140,7 +140,7 @@ struct vf_drv_job {
 	struct vf_drv_fault faults[VF_DRV_FAULTS_KEPT];
 };
 
-/* Begin a run. What earlier runs of the job have written is still known, and read back with what this one writes. */
+/* Begin a run. Blocks written by earlier runs of the job are still known, and read back with those of this run. */
 static inline void vf_drv_job_start(struct vf_drv_job *job, uint64_t now_ns)
 {
 	for (uint32_t i = 0; i < job->depth; i++)
@@ -244,7 +244,7 @@ static inline int vf_drv_job_choose(struct vf_drv_job *job, uint32_t *op, uint64
 			*block = vf_drv_seq_next(apart ? &job->read_order : &job->order);
 		job->issued++;
 	}
-	/* Two requests to one block may be served in any order, so that nothing could be said about its content. */
+	/* Two requests to one block may be served in any order, so its content would be unknown. */
 	job->held = job->blocks && (job->blocks[*block] & VF_BLOCK_BUSY);
 	if (job->held) {
 		job->held_op = *op;
@@ -277,7 +277,7 @@ static inline void vf_drv_job_prepare(struct vf_drv_job *job, struct vf_drv_slot
 		}
 	} else {
 		slot->generation = *known;
-		/* What an earlier request left in the buffer must not pass for what was read. */
+		/* Data of an earlier request in the buffer must not pass for the data read. */
 		if (slot->op != VF_DRV_TRIM && job->verify == VF_VERIFY_PATTERN)
 			for (uint32_t i = 0; i < job->block_bytes; i++)
 				data[i] = (uint8_t)~job->pattern[i];
@@ -320,7 +320,7 @@ static inline void vf_drv_job_enqueue_any(struct vf_drv_job *job, struct vf_drv_
 	}
 }
 
-/* Put header, data and status on the vq. The caller has seen that there is room. */
+/* Put header, data and status on the vq. The caller has checked that there is room. */
 static inline void vf_drv_job_enqueue(struct vf_drv_job *job, struct vf_drv_vq *vq, uint32_t index)
 {
 	static const uint32_t types[VF_DRV_OP_COUNT] = { VF_BLK_T_IN, VF_BLK_T_OUT, VF_BLK_T_DISCARD, VF_BLK_T_FLUSH, VF_BLK_T_IN };
@@ -383,7 +383,7 @@ static inline int vf_drv_job_submit(struct vf_drv_job *job, struct vf_drv_vq *vq
 	return 1;
 }
 
-/* Compare what was read with what the table of blocks says must be there. */
+/* Compare the data read with the table of blocks. */
 static inline void vf_drv_job_verify(struct vf_drv_job *job, const struct vf_drv_slot *slot, const uint8_t *data)
 {
 	bool from_earlier = job->kind == VF_KIND_READ;
@@ -460,7 +460,7 @@ static inline void vf_drv_job_complete(struct vf_drv_job *job, uint32_t index, u
 	job->free_slots[job->free_count++] = index;
 }
 
-/* Forget what was counted during the ramp. */
+/* Reset the counters of the ramp. */
 static inline void vf_drv_job_end_ramp(struct vf_drv_job *job, uint64_t now_ns)
 {
 	for (uint32_t op = 0; op < VF_DRV_OP_COUNT; op++) {
@@ -471,7 +471,7 @@ static inline void vf_drv_job_end_ramp(struct vf_drv_job *job, uint64_t now_ns)
 	job->ramping = false;
 }
 
-/* Move on with time: ramp, end of the run, verification, done. */
+/* Go to the next phase when it is time: ramp, end of the run, verification, done. */
 static inline void vf_drv_job_advance(struct vf_drv_job *job, uint64_t now_ns, bool stopping)
 {
 	if (job->ramping && now_ns - job->start_ns >= job->ramp_ns)

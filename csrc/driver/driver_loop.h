@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The driver thread: it owns some vqs and some jobs, keeps every job's requests in flight, and waits for the device by
- * spinning for a while, then by asking for interrupts, looking again and sleeping. Every wait has a limit.
+ * spinning for a while, then by asking for interrupts, checking again and sleeping. Every wait has a limit.
  */
 #ifndef VF_DRIVER_LOOP_H
 #define VF_DRIVER_LOOP_H
@@ -17,15 +17,15 @@
 #include "driver/driver_vq.h"
 
 #define VF_DRV_QUEUES_MAX 64u
-#define VF_DRV_SLEEP_MS 20 /* then look whether to stop */
-#define VF_DRV_SPIN_BURST 64u /* looks between two looks at the clock */
+#define VF_DRV_SLEEP_MS 20 /* then check whether to stop */
+#define VF_DRV_SPIN_BURST 64u /* checks between two readings of the clock */
 #define VF_DRV_SPIN_FAILS 4u /* in a row, then spinning is given up for a while */
 #define VF_DRV_SPIN_PAUSE 64u /* sleeps until it is tried again */
 #define VF_DRV_REAP_BATCH 16u /* reaped, refilled, published: the device works on these while we do the next */
 
 enum vf_drv_stop {
 	VF_DRV_GO,
-	VF_DRV_DRAIN, /* issue nothing more, wait for what is in flight */
+	VF_DRV_DRAIN, /* issue nothing more, wait for requests in flight */
 	VF_DRV_ABANDON, /* the device is gone: return at once */
 };
 

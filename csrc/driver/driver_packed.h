@@ -6,8 +6,8 @@
  * A place in the ring is a free-running u16 here: its low bits are the slot, and the bit above them says how often the ring
  * was gone round, so that it is the inverse of the wrap counter. That is exact since 2 * size divides 2^16.
  *
- * A batch is shown by one store: every descriptor is written as available but the very first, which the device, going in
- * order, cannot get past. Its flags follow at the end.
+ * A batch is published by one store: every descriptor but the very first is written as available. The device goes in order, so
+ * it cannot get past the first one, whose flags are written at the end.
  */
 #ifndef VF_DRIVER_PACKED_H
 #define VF_DRIVER_PACKED_H
@@ -45,7 +45,7 @@ static inline void vf_drv_packed_set_event(struct vf_drv_vq *vq, uint16_t off_wr
 }
 
 /*
- * Continue at `start`: where the device stands with nothing in flight, as vhost encodes it: bits 0 to 14 the slot of the
+ * Continue at `start`, the device's position with nothing in flight, as vhost encodes it: bits 0 to 14 the slot of the
  * next available descriptor, bit 15 the driver's wrap counter, and in the upper half the same again for the next used one.
  * A fresh ring is 0x80008000. The descriptors are left as they are in a ring that has come that far.
  */
@@ -172,7 +172,7 @@ static inline int vf_drv_packed_publish(struct vf_drv_vq *vq)
 	vf_store_release_u16(&areas->desc[old_pos & vq->mask].flags, areas->first_flags);
 	areas->published_pos = new_pos;
 	vq->published_idx = vq->avail_idx;
-	/* Barrier C: the flags before the look at what the device wants; pairs with its fence after enabling kicks. */
+	/* Barrier C: the flags before the check of what the device wants; pairs with its fence after enabling kicks. */
 	vf_fence_full();
 	return vf_drv_packed_kick_wanted(vq, new_pos, old_pos);
 }
@@ -189,7 +189,7 @@ static inline bool vf_drv_packed_has_used(const struct vf_drv_vq *vq)
 	return vq->batch_count || vf_drv_packed_is_used(vq, vq->packed.used_pos);
 }
 
-/* Take the chain that the used descriptor at used_pos names. 0, or -EPROTO when it is not in flight. */
+/* Reap the chain that the used descriptor at used_pos names. 0, or -EPROTO when it is not in flight. */
 static inline int vf_drv_packed_take(struct vf_drv_vq *vq, struct vf_drv_used *out)
 {
 	const struct vf_packed_desc *desc = &vq->packed.desc[vq->packed.used_pos & vq->mask];
@@ -245,7 +245,7 @@ static inline bool vf_drv_packed_enable_irq(struct vf_drv_vq *vq)
 	uint16_t off_wrap = vf_drv_packed_off_wrap(vq, vq->packed.used_pos);
 	vq->packed.irq_disabled = false;
 	vf_drv_packed_set_event(vq, off_wrap, vq->event_idx ? VF_PACKED_EVENT_DESC : VF_PACKED_EVENT_ENABLE);
-	/* Barrier D: the wish before the second look; pairs with the device's fence after publishing used descriptors. */
+	/* Barrier D: the wish before the second check; pairs with the device's fence after publishing used descriptors. */
 	vf_fence_full();
 	return vf_drv_packed_has_used(vq);
 }

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the driver's side of both ring formats shares: the state of a vq, its private tables, and the order in which
+ * Shared by the driver's side of both ring formats: the state of a vq, its private tables, and the order in which
  * chains come back. The formats are driver_split.h and driver_packed.h; driver_vq.h is the seam that chooses.
  *
- * One thread owns a vq. Nothing here blocks, allocates or calls the system. What is in flight is kept in private tables,
- * so that a device that scribbles over the ring cannot lead the driver astray.
+ * One thread owns a vq. Nothing here blocks, allocates or calls the system. Chains in flight are kept in private tables,
+ * so a device that scribbles over the ring cannot mislead the driver.
  */
 #ifndef VF_DRIVER_RING_H
 #define VF_DRIVER_RING_H
@@ -52,7 +52,7 @@ struct vf_drv_desc_state {
 	uint16_t count; /* descriptors that the chain occupies; 0 = no chain in flight has this number */
 	uint16_t reserved;
 	uint32_t cookie;
-	uint32_t writable_bytes; /* what the device has written of a chain that it skips under IN_ORDER */
+	uint32_t writable_bytes; /* bytes that the device has written of a chain that it skips under IN_ORDER */
 };
 
 struct vf_drv_used {
@@ -80,10 +80,10 @@ struct vf_drv_packed_areas {
 	struct vf_packed_event *driver_event;
 	const struct vf_packed_event *device_event;
 	uint16_t avail_pos; /* of the next descriptor to make available */
-	uint16_t published_pos; /* of the first one that the device has not been shown */
+	uint16_t published_pos; /* of the first one that is not published */
 	uint16_t used_pos; /* of the next used descriptor */
 	uint16_t first_flags; /* of published_pos: what is stored there shows the device all that was added */
-	bool irq_disabled; /* what driver_event says */
+	bool irq_disabled; /* the contents of driver_event */
 };
 
 struct vf_drv_vq {
@@ -97,7 +97,7 @@ struct vf_drv_vq {
 	uint16_t free_head; /* number that the next chain begins with */
 	uint16_t free_count; /* descriptors */
 	uint16_t avail_idx; /* chains added; free-running, as the two below */
-	uint16_t published_idx; /* chains that the device has been shown */
+	uint16_t published_idx; /* published chains */
 	uint16_t last_used_idx; /* chains reaped */
 	uint16_t batch_count; /* IN_ORDER: chains of one used element that are not reaped yet */
 	uint32_t batch_bytes; /* what that element says of the last of them */

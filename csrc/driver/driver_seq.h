@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * In which order a job visits its blocks: in sequence, in a random order that visits each block once a pass (as fio
+ * The order in which a job visits its blocks: in sequence, in a random order that visits each block once a pass (as fio
  * does unless told norandommap), or drawn each time.
  */
 #ifndef VF_DRIVER_SEQ_H

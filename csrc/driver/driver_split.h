@@ -114,7 +114,7 @@ static inline int vf_drv_split_publish(struct vf_drv_vq *vq)
 	/* Barrier A: descriptors and avail entries before the index; pairs with the device's acquire load. */
 	vf_store_release_u16(vq->split.avail_idx, new_idx);
 	vq->published_idx = new_idx;
-	/* Barrier C: the index before the look at what the device wants; pairs with its fence after enabling kicks. */
+	/* Barrier C: the index before the check of what the device wants; pairs with its fence after enabling kicks. */
 	vf_fence_full();
 	if (vq->event_idx)
 		return vf_need_event(vf_load_relaxed_u16(vq->split.avail_event), new_idx, old_idx);
@@ -131,7 +131,7 @@ static inline int vf_drv_split_used_count(const struct vf_drv_vq *vq)
 	return count;
 }
 
-/* Take the chain that the next used element names. 0, or -EPROTO when it is not in flight. */
+/* Reap the chain that the next used element names. 0, or -EPROTO when it is not in flight. */
 static inline int vf_drv_split_take(struct vf_drv_vq *vq, struct vf_drv_used *out)
 {
 	const struct vf_used_elem *elem = &vq->split.used_ring[vq->last_used_idx & vq->mask];
@@ -190,7 +190,7 @@ static inline bool vf_drv_split_enable_irq(struct vf_drv_vq *vq)
 		vf_store_relaxed_u16(vq->split.used_event, vq->last_used_idx);
 	else
 		vf_store_relaxed_u16(vq->split.avail_flags, 0);
-	/* Barrier D: the wish before the second look; pairs with the device's fence after publishing used->idx. */
+	/* Barrier D: the wish before the second check; pairs with the device's fence after publishing used->idx. */
 	vf_fence_full();
 	return vf_drv_split_used_count(vq) != 0;
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Blocks that prove themselves: each written block carries a header (where it belongs, which write it came from, a
- * checksum) and a payload made from the same. What a read returns is compared with the last write that was acknowledged.
+ * checksum) and a payload made from the same. The data of a read is compared with the last acknowledged write.
  */
 #ifndef VF_DRIVER_VERIFY_H
 #define VF_DRIVER_VERIFY_H

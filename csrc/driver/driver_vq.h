@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The seam between the driver and the ring formats: what a kernel's virtio_ring does, for tests and benchmarks. The only
- * place that knows which formats there are.
+ * The seam between the driver and the ring formats: a kernel's virtio_ring, for tests and benchmarks. The only place that
+ * knows which formats there are.
  */
 #ifndef VF_DRIVER_VQ_H
 #define VF_DRIVER_VQ_H
@@ -9,7 +9,7 @@
 #include "driver/driver_packed.h"
 #include "driver/driver_split.h"
 
-/* What a vq is made of. `state` holds `size` entries; it and the areas, zeroed memory, are borrowed for the vq's life. */
+/* The parts of a vq. `state` holds `size` entries; it and the areas, zeroed memory, are borrowed for the vq's life. */
 struct vf_drv_vq_params {
 	void *desc; /* descriptor table or descriptor ring */
 	void *driver; /* available ring or driver event suppression */
@@ -72,7 +72,7 @@ static inline int vf_drv_vq_add_indirect(struct vf_drv_vq *vq, void *table, uint
 			       vf_drv_split_add_indirect(vq, table, table_iova, segments, count, cookie);
 }
 
-/* Show the device what was added. Returns 1 when it wants a kick, else 0. */
+/* Publish the added chains. Returns 1 when the device wants a kick, else 0. */
 static inline int vf_drv_vq_publish(struct vf_drv_vq *vq)
 {
 	if (vq->avail_idx == vq->published_idx)
@@ -80,7 +80,7 @@ static inline int vf_drv_vq_publish(struct vf_drv_vq *vq)
 	return vq->is_packed ? vf_drv_packed_publish(vq) : vf_drv_split_publish(vq);
 }
 
-/* Whether vf_drv_vq_reap() has something to say: chains that are finished, or a device that broke the ring. */
+/* Whether vf_drv_vq_reap() has a result: finished chains, or a device that broke the ring. */
 static inline bool vf_drv_vq_has_used(const struct vf_drv_vq *vq)
 {
 	return vq->is_packed ? vf_drv_packed_has_used(vq) : vf_drv_split_used_count(vq) != 0;

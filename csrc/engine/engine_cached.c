@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The engine for files behind the page cache: a read that the cache can answer is one system call that does not wait
- * (preadv2 with RWF_NOWAIT); what it lacks goes to an io_uring, so that one slow read does not hold up the others.
- * Writes are plain ones, which end in the cache and with this process; flushes and zeroes take the ring.
+ * The engine for files in the page cache. A read of cached data is one system call that does not wait (preadv2 with
+ * RWF_NOWAIT). Other reads go to an io_uring, so that a slow read does not delay the others. Writes are plain system calls
+ * into the cache, which end when this process does. Flushes and zeroes go to the ring.
  */
 #define _GNU_SOURCE
 #include "engine/engine_uring.h"
@@ -13,7 +13,7 @@
 #include "base/barrier.h"
 #include "engine/merge.h"
 
-/* -EOPNOTSUPP where the file system cannot promise not to wait, as tmpfs, or where the cache is passed by. */
+/* -EOPNOTSUPP if the file system cannot promise not to wait, as tmpfs, or if the store bypasses the cache. */
 static int vf_cached_open(struct vf_engine *engine, uint32_t slot_count)
 {
 	int err = engine->store.direct_align ? -EOPNOTSUPP : vf_store_nowait(&engine->store);
@@ -28,14 +28,14 @@ static int vf_cached_open(struct vf_engine *engine, uint32_t slot_count)
 	return err;
 }
 
-/* What the cache has of the rest of a read. 1: that was all of it. */
+/* Read the cached part of the rest of a read. 1: that was all of it. */
 static int vf_cached_read(const struct vf_store *store, struct vf_req *req)
 {
 	ssize_t n = preadv2(store->fd, req->iov, (int)req->iov_count, (off_t)req->offset_bytes, RWF_NOWAIT);
 
 	if (n > 0)
 		vf_req_advance(req, (uint64_t)n);
-	return req->left_bytes == 0; /* an error or the file's end shows again in the ring */
+	return req->left_bytes == 0; /* the ring reports an error or the file's end again */
 }
 
 static int vf_cached_one(struct vf_engine *engine, struct vf_req *req)

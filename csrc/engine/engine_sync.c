@@ -94,7 +94,7 @@ static uint32_t vf_sync_reap(struct vf_engine *engine, struct vf_req **done, uin
 	return count + vf_begun_reap(engine, done + count, max - count);
 }
 
-/* After a flush all but ranges is finished, and these continue at each reap(): there is nothing to wait for. */
+/* After a flush only ranges are unfinished, and they continue at each reap(): there is nothing to wait for. */
 static void vf_sync_wait(struct vf_engine *engine)
 {
 	vf_sync_flush(engine);

@@ -19,9 +19,9 @@
 #define VF_URING_RETRY_MAX 8u
 #define VF_REAP_MAX 64u
 #define VF_BLOCK_URING_CMD_DISCARD _IO(0x12, 0) /* linux/blkdev.h of 6.12 */
-/* What is prepared for a device goes to the kernel once it is this part of all that is in flight: an idle device starts on
- * the first request at once, a busy one gets many by one system call. Through the page cache nothing starts any earlier by
- * that: what is cached is copied by the submission itself, so that a whole round goes at once. */
+/* Prepared requests for a block device are submitted once they are this part of all in flight: an idle device gets the
+ * first request at once, a busy one many by one system call. Buffered requests would not start earlier by that, because
+ * the submission itself copies cached data. So their whole round is submitted at once. */
 #define VF_URING_SHARE 4u
 #define VF_URING_SQ_IDLE_MS 10u /* without work for so long, the kernel's submitting thread sleeps */
 
@@ -31,12 +31,12 @@ struct vf_uring {
 	uint32_t watched; /* bits: descriptors of sleep() that have a poll in the ring */
 };
 
-/* The best set of flags that this kernel knows: one issuer, completions when we look (6.1); else the plain ring.
- * by_thread: the kernel hands every request to a thread of its own, which can show completions by itself, without a system
- * call of ours, unless they are to wait until we look. */
+/* The best set of flags that this kernel knows: one issuer, completions when we ask for them (6.1); else the plain ring.
+ * by_thread: the kernel carries out every request in a thread of its own, which can post completions by itself, without a
+ * system call of ours, unless they are deferred until we ask. */
 static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries, int sqpoll, int by_thread)
 {
-	/* A thread of the kernel's looks for submissions: its completions need no look of ours, and no system call. */
+	/* A kernel thread polls for submissions: it posts completions without a system call of ours. */
 	static const unsigned int sqpoll_flags[] = {
 		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_SQPOLL,
 		IORING_SETUP_SQPOLL,
@@ -60,8 +60,8 @@ static int vf_uring_init_ring(struct io_uring *ring, uint32_t entries, int sqpol
 	return err;
 }
 
-/* The store's file comes first: registered, it saves a reference count per request. The others are only held: requests
- * continue when this process is killed, and with them the ring, which alone keeps these open then. */
+/* The store's file comes first: registered, it saves a reference count per request. The others are only kept open: requests
+ * continue after this process is killed, and the ring keeps these files open until they end. */
 static int vf_uring_register(struct io_uring *ring, const struct vf_store *store)
 {
 	int fds[1u + VF_HOLD_MAX] = { store->fd };
@@ -79,7 +79,7 @@ int vf_uring_open(struct vf_engine *engine, uint32_t slot_count)
 
 	if (!uring)
 		return -ENOMEM;
-	/* A place for each request and for each descriptor watched. */
+	/* An entry for each request and for each watched descriptor. */
 	err = vf_uring_init_ring(&uring->ring, slot_count + VF_WATCH_MAX, engine->store.sqpoll, by_thread);
 	if (err) {
 		free(uring);
@@ -116,7 +116,7 @@ static int vf_uring_zero_mode(const struct vf_req *req)
 	return how | FALLOC_FL_KEEP_SIZE;
 }
 
-/* Whether the ring can do it; the rest is done by vf_store_do. */
+/* Whether the ring can do it; vf_store_do() does the rest. */
 static int vf_uring_can(const struct vf_store *store, const struct vf_req *req)
 {
 	switch ((enum vf_op)req->op) {
@@ -164,7 +164,7 @@ static void vf_uring_prepare_range(const struct vf_store *store, struct io_uring
 {
 	req->piece_bytes = vf_piece_bytes(&store->pieces, req, VF_PIECE_RING_BYTES);
 	if (req->op == VF_OP_DISCARD && store->kind == VF_STORE_BLOCKDEV) {
-		/* Nothing is locked meanwhile, and no thread waits. liburing has no function for it yet. */
+		/* It locks nothing, and no thread waits. liburing has no function for it yet. */
 		io_uring_prep_rw(IORING_OP_URING_CMD, sqe, 0, NULL, 0, 0);
 		sqe->cmd_op = VF_BLOCK_URING_CMD_DISCARD;
 		sqe->addr = req->offset_bytes;
@@ -205,7 +205,7 @@ static void vf_uring_prepare(const struct vf_engine *engine, struct io_uring_sqe
 	io_uring_sqe_set_data(sqe, req);
 }
 
-/* A ring that does not take requests for good is a bug of ours: nothing that is in it could ever be finished. */
+/* If the kernel never accepts the ring's requests, that is a bug of ours: no request in it could ever finish. */
 static void vf_uring_check(int rc)
 {
 	if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY && rc != -ENOMEM)
@@ -216,7 +216,7 @@ void vf_uring_flush(struct vf_engine *engine)
 {
 	struct vf_uring *uring = engine->state;
 
-	/* What the kernel does not take now stays in the ring for the next call. */
+	/* Requests that the kernel does not accept now stay in the ring for the next call. */
 	if (!io_uring_sq_ready(&uring->ring))
 		return;
 	vf_call_begin(engine->store.publisher);
@@ -268,7 +268,7 @@ static int vf_uring_digest_range(struct vf_engine *engine, struct vf_req *req, i
 		req->refused = 1;
 		return vf_uring_submit(engine, req); /* now by the next best way */
 	}
-	/* One that is full may need room to note what has become free: as vf_store_discard(). */
+	/* A full file system may need space to note freed blocks: as vf_store_discard(). */
 	req->result = req->op == VF_OP_DISCARD && (res == -ENOSPC || res == -EDQUOT) ? 0 : res;
 	return 1;
 }
@@ -371,7 +371,7 @@ void vf_uring_close(struct vf_engine *engine)
 	struct vf_uring *uring = engine->state;
 	struct vf_req *done[VF_REAP_MAX];
 
-	/* The kernel may still write into memory that goes next. */
+	/* The kernel may still write into memory that is unmapped next. */
 	while (engine->inflight_count) {
 		vf_uring_wait(engine);
 		vf_uring_reap(engine, done, VF_REAP_MAX);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The functions of the io_uring engine, for the engine that goes there only with what the page cache does not have.
+ * The functions of the io_uring engine, for the cached engine, which uses the ring only for data not in the page cache.
  */
 #ifndef VF_ENGINE_URING_H
 #define VF_ENGINE_URING_H

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The engines of the core by name. vdusefast/base/engines.py says of each what the rest of the program has to know.
+ * The engines of the core by name. vdusefast/base/engines.py has their properties for the rest of the program.
  */
 #include "engine/engine.h"
 

@@ -71,7 +71,7 @@ static struct vf_fault *vf_faulty_choose(struct vf_faulty *faulty, const struct 
 	return NULL;
 }
 
-/* What the loop changes in the store that it knows. */
+/* Copy the changes of the loop in its store to the inner one. */
 static void vf_faulty_follow(struct vf_engine *engine, struct vf_engine *inner)
 {
 	inner->store.write_flags = engine->store.write_flags;
@@ -118,7 +118,7 @@ static void vf_faulty_flush(struct vf_engine *engine)
 		faulty->inner.ops->flush(&faulty->inner);
 }
 
-/* Let those go whose time is up: finished ones into done, the others to the engine. */
+/* Release delayed requests whose time is up: finished ones into done, the others to the engine. */
 static uint32_t vf_faulty_release(struct vf_engine *engine, struct vf_req **done, uint32_t max)
 {
 	struct vf_faulty *faulty = engine->state;
@@ -153,7 +153,7 @@ static uint32_t vf_faulty_reap(struct vf_engine *engine, struct vf_req **done, u
 	return count;
 }
 
-/* Milliseconds until the first of the held is due, at most limit_ms; rounded up. */
+/* Milliseconds until the first delayed request is due, at most limit_ms; rounded up. */
 static int vf_faulty_due_ms(const struct vf_faulty *faulty, int limit_ms)
 {
 	uint64_t now_ns = vf_now_ns();
@@ -205,7 +205,7 @@ static void vf_faulty_wait(struct vf_engine *engine)
 	vf_faulty_flush(engine);
 	if (!faulty->held_count && inner->inflight_count)
 		inner->ops->wait(inner);
-	else if (faulty->held_count) /* what the engine holds beside them is looked at every millisecond */
+	else if (faulty->held_count) /* the engine's own requests are polled every millisecond */
 		poll(NULL, 0, vf_faulty_due_ms(faulty, inner->inflight_count ? 1 : 1000));
 	vf_faulty_hear(engine, inner);
 }
@@ -275,7 +275,7 @@ struct vf_engine *vf_faulty_inner(struct vf_faulty *faulty)
 
 void vf_faulty_attach(struct vf_engine *engine, struct vf_faulty *faulty)
 {
-	/* The store's memory is the inner engine's; what the loop asks of ours are its kind, its size and its flags. */
+	/* The inner engine owns the store's memory; the loop uses only kind, size and flags of ours. */
 	*engine = (struct vf_engine){ .ops = &vf_engine_faulty, .store = faulty->inner.store, .state = faulty };
 	engine->store.map = NULL;
 	engine->store.bounce = NULL;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Errors and delays by rule, for any engine: one engine in front of another, which sees only what no rule keeps back.
+ * Errors and delays by rule, for any engine: one engine in front of another, which does not see failed requests.
  */
 #ifndef VF_FAULTY_H
 #define VF_FAULTY_H
@@ -11,7 +11,7 @@
 #define VF_FAULT_CHANCE_ONE 1000000u
 #define VF_FAULT_PATH_BYTES 256u
 
-/* A request is met by the first rule that fits it and whose turn it is. All counts are of requests that fit. */
+/* The first rule that fits a request, and whose turn it is, applies. All counts are of requests that fit. */
 struct vf_fault {
 	uint32_t ops; /* bits 1 << enum vf_op */
 	int32_t err; /* positive errno, 0 = the request continues, after the delay */
@@ -23,7 +23,7 @@ struct vf_fault {
 	uint64_t limit; /* and no more than so many; 0 = no limit */
 	uint32_t chance; /* of those, in millionths */
 	char path[VF_FAULT_PATH_BYTES]; /* only while there is such a file; "" = always */
-	/* What has been so far. */
+	/* The state so far. */
 	uint64_t seen;
 	uint64_t done;
 };
@@ -35,11 +35,11 @@ struct vf_faulty;
 struct vf_faulty *vf_faulty_new(const struct vf_fault *faults, uint32_t fault_count, uint64_t seed, uint32_t slot_count);
 struct vf_engine *vf_faulty_inner(struct vf_faulty *faulty);
 
-/* Have `engine` be the rules with what is open behind them. Consumes faulty: closing the engine frees it. The order of the
- * ring is not kept from now on, nor should the engine behind merge requests. */
+/* Make `engine` the rules in front of the inner engine, which is open. Consumes faulty: closing the engine frees it. The
+ * order of the ring is not kept from now on, and the inner engine should not merge requests. */
 void vf_faulty_attach(struct vf_engine *engine, struct vf_faulty *faulty);
 
-/* Of one that was not attached, and whose inner engine is not open. */
+/* Free rules that were not attached, and whose inner engine is not open. */
 void vf_faulty_free(struct vf_faulty *faulty);
 
 #endif

@@ -81,7 +81,7 @@ void vf_fixed_drop(struct vf_fixed_buffers *fixed, const void *va, size_t len_by
 
 		if (buffer->iov_len == 0 || (uintptr_t)buffer->iov_base - (uintptr_t)va >= len_bytes)
 			continue;
-		/* Whatever the kernel says: it is not used any more, and its pages go with the ring at the latest. */
+		/* Even if that fails, the buffer is unused from now on; its pages are released with the ring at the latest. */
 		(void)vf_fixed_update(fixed, i, NULL, 0);
 		*buffer = (struct iovec){ .iov_len = 0 };
 	}

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Regions of the driver's memory that an io_uring knows as registered buffers: its pages are looked up and pinned once,
- * and not for every request. Only under O_DIRECT, where each request would pin them, and only regions whose pages all
- * exist: pinning would bring the others into being, as in a bounce area that no request has used yet.
+ * Regions of the driver's memory as registered buffers of an io_uring: the kernel looks their pages up and pins them once,
+ * not for every request. Only with O_DIRECT, where each request would pin them. Only regions whose pages all exist,
+ * because pinning would allocate the others, as in a bounce area that no request has used yet.
  */
 #ifndef VF_FIXED_BUFFERS_H
 #define VF_FIXED_BUFFERS_H
@@ -15,19 +15,19 @@
 
 struct vf_fixed_buffers {
 	struct io_uring *ring; /* borrowed; NULL: no table */
-	int refused; /* -errno of a refusal that stands for all: no more memory may be pinned */
+	int refused; /* -errno of a refusal that holds for all regions: no more memory may be pinned */
 	uint32_t count; /* of places that are or were in use */
 	uint32_t last_hit;
 	struct iovec buffer[VF_FIXED_MAX]; /* length 0: a free place */
 };
 
-/* Have a table in ring, if the kernel knows such (5.19). */
+/* Make a table in ring, if the kernel supports that (5.19). */
 void vf_fixed_open(struct vf_fixed_buffers *fixed, struct io_uring *ring);
 
 /* Register [va, va + len_bytes) if that is possible. */
 void vf_fixed_add(struct vf_fixed_buffers *fixed, void *va, size_t len_bytes);
 
-/* Let go of all within [va, va + len_bytes); nothing is in flight. */
+/* Release all within [va, va + len_bytes); nothing is in flight. */
 void vf_fixed_drop(struct vf_fixed_buffers *fixed, const void *va, size_t len_bytes);
 
 /* The index of the buffer that holds [va, va + len_bytes), or -1. */

@@ -54,7 +54,7 @@ int vf_merge_hold(struct vf_engine *engine, struct vf_req *req)
 	return 1;
 }
 
-/* All that is held by one call. 1: done, wholly; 0: not; -EFAULT: nothing is to be written. */
+/* Carry out all collected requests by one call. 1: all done; 0: not; -EFAULT: nothing may be written. */
 static int vf_merge_transfer(struct vf_store *store, const struct vf_merge *merge, int rw_flags)
 {
 	off_t at = (off_t)merge->held[0]->offset_bytes;
@@ -82,7 +82,7 @@ void vf_merge_flush(struct vf_engine *engine, vf_merge_one *one, int rw_flags)
 	int whole = count > 1 && vf_merge_transfer(&engine->store, merge, rw_flags);
 
 	if (count == 1)
-		merge->patience = VF_MERGE_PATIENCE; /* a driver that asks for one after the other */
+		merge->patience = VF_MERGE_PATIENCE; /* a driver with one request at a time */
 	merge->held_count = merge->iov_count = 0;
 	merge->left_bytes = 0;
 	for (uint32_t i = 0; i < count; i++) {

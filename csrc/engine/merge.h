@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Adjacent requests of a batch as one preadv() or pwritev(), for the engines sync and cached. A request that begins where
- * the previous one has ended is held back, and with it those that continue from there, until another kind of request comes, or
- * the end of the round (flush). Random requests pay a comparison.
+ * the previous one has ended is collected, and so are those that continue from there, until another kind of request or the
+ * end of the round (flush) comes. Random requests pay a comparison.
  *
- * Held requests are carried out before anything that was submitted after them, so that the order of the ring remains.
- * What the one call cannot do as a whole is done request by request: each has its own result.
+ * Collected requests are carried out before anything that was submitted after them, so the order of the ring remains. If
+ * the one call fails or is short, they are carried out one by one: each has its own result.
  */
 #ifndef VF_MERGE_H
 #define VF_MERGE_H
@@ -16,11 +16,11 @@
 #define VF_MERGE_MAX 32u /* requests of one call */
 #define VF_MERGE_IOV_MAX 128u /* and their segments */
 #define VF_MERGE_BYTES (256u << 10) /* and their bytes: larger ones gain nothing */
-#define VF_MERGE_PATIENCE 32u /* requests that go straight on after one was held back for nothing */
+#define VF_MERGE_PATIENCE 32u /* requests that are not collected after one was collected in vain */
 
 struct vf_merge {
-	uint64_t last_end_bytes; /* where the request before has ended; ~0: no neighbour is wanted */
-	uint8_t op; /* of those held */
+	uint64_t last_end_bytes; /* the end of the previous request; ~0: do not collect the next one */
+	uint8_t op; /* of the collected requests */
 	uint32_t held_count;
 	uint32_t iov_count;
 	uint32_t patience;
@@ -31,20 +31,20 @@ struct vf_merge {
 	struct vf_req *done[]; /* a place for each slot */
 };
 
-/* engine->merge, if the store's requests are to be merged. 0 or -ENOMEM. */
+/* Set engine->merge, if the store's requests are to be merged. 0 or -ENOMEM. */
 int vf_merge_open(struct vf_engine *engine, uint32_t slot_count);
 void vf_merge_close(struct vf_engine *engine);
 
-/* Does a single request as submit() would. */
+/* Carries out a single request as submit() would. */
 typedef int vf_merge_one(struct vf_engine *engine, struct vf_req *req);
 
-/* Hold back a transfer that begins where the previous one has ended; 0: it cannot be. */
+/* Collect a transfer that begins where the previous one has ended; 0: it cannot be collected. */
 int vf_merge_hold(struct vf_engine *engine, struct vf_req *req);
 
-/* Carry out what is held; rw_flags: of the read. */
+/* Carry out the collected requests; rw_flags: of the read. */
 void vf_merge_flush(struct vf_engine *engine, vf_merge_one *one, int rw_flags);
 
-/* As reap(), of what was held. */
+/* As reap(), of collected requests. */
 uint32_t vf_merge_reap(struct vf_engine *engine, struct vf_req **done, uint32_t max);
 
 /* An engine's submit(). */

@@ -20,7 +20,7 @@ static int vf_membarrier(int command)
 	return syscall(SYS_membarrier, command, 0, 0) < 0 ? -errno : 0;
 }
 
-/* The same call was there at the last look. */
+/* The last check found the same call. */
 static void vf_publisher_serve(struct vf_publisher *publisher)
 {
 	pthread_mutex_lock(&publisher->lock);
@@ -42,7 +42,7 @@ static void vf_publisher_look(struct vf_publisher *publisher)
 	vf_store_relaxed_u32(&publisher->tick, publisher->tick + 1u);
 	if (slow_ticks)
 		vf_store_relaxed_u32(&publisher->slow_ticks, slow_ticks - 1u);
-	/* A call that ended, and the next that began, have overwritten what the last look left. */
+	/* The end of a call, and the beginning of the next, overwrite the mark of the last check. */
 	if (vf_peek_acquire_u32(&publisher->call) == VF_CALL_SEEN)
 		vf_publisher_serve(publisher);
 	else
@@ -70,7 +70,7 @@ static void vf_publisher_sleep_tick(struct vf_publisher *publisher)
 		until.tv_nsec -= VF_NS_PER_S;
 		until.tv_sec++;
 	}
-	(void)sem_clockwait(&publisher->wake, CLOCK_MONOTONIC, &until); /* a look too early does no harm */
+	(void)sem_clockwait(&publisher->wake, CLOCK_MONOTONIC, &until); /* an early check does no harm */
 }
 
 static void *vf_publisher_run(void *argument)
@@ -93,7 +93,7 @@ static void *vf_publisher_run(void *argument)
 	return NULL;
 }
 
-/* Signals are the loop's, but for those that an access of the thread's own raises. */
+/* Signals go to the loop, except those that this thread's own accesses raise. */
 static int vf_publisher_spawn(struct vf_publisher *publisher)
 {
 	pthread_attr_t attr;

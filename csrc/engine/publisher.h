@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A second thread of a worker, for the time in which the loop waits in a call for storage that does not answer. What was
- * finished before that call, and what the driver is owed an interrupt for, cannot wait for it. The loop cannot know
- * beforehand which call will hang, and to publish before each of them would cost the storage that answers.
+ * A second thread of a worker, which publishes while the loop waits in a call for storage that does not answer. Requests
+ * that finished before the call, and interrupts that are due, must not wait for it. The loop cannot know beforehand which
+ * call will hang, and publishing before each call would slow down storage that answers.
  *
- * So the loop marks each call that may wait, by two plain stores. The thread looks every VF_PUBLISHER_TICK_MS while the loop
- * is at work, and sleeps otherwise. When it finds the same call at two looks, it claims the queue, publishes and interrupts,
- * as the loop would. A loop that comes back meanwhile waits until the thread has done so.
+ * So the loop marks each call that may wait, by two plain stores. The thread checks every VF_PUBLISHER_TICK_MS while the
+ * loop works, and sleeps otherwise. If two checks find the same call, it claims the queue, publishes and interrupts in the
+ * loop's place. If the loop returns meanwhile, it waits until the thread has finished.
  *
- * Barrier E: the loop stores `call` and loads `claimed`, the thread stores `claimed` and loads `call`, and one of the two has
- * to see the other's store. The thread alone pays for that: by membarrier(2), which is a full fence in the loop's thread.
+ * Barrier E: the loop stores `call` and loads `claimed`, the thread stores `claimed` and loads `call`, and one of the two
+ * must see the other's store. Only the thread pays for that, by membarrier(2), which is a full fence in the loop's thread.
  */
 #ifndef VF_PUBLISHER_H
 #define VF_PUBLISHER_H
@@ -27,20 +27,20 @@
 enum vf_call {
 	VF_CALL_NONE,
 	VF_CALL_MADE,
-	VF_CALL_SEEN, /* at one look of the thread */
-	VF_CALL_SERVED, /* nothing is held back in it any more */
+	VF_CALL_SEEN, /* at one check of the thread */
+	VF_CALL_SERVED, /* its batching is off now */
 };
 
-/* Publish what is finished and interrupt the driver. 1: nothing is owed any more. */
+/* Publish finished requests and interrupt the driver. 1: no interrupt is due any more. */
 typedef int vf_publisher_publish(void *context);
 
 /* All zeroes to begin with: then there is no thread, and the loop works as with one. */
 struct vf_publisher {
 	uint32_t call; /* enum vf_call */
-	uint32_t claimed; /* the queue is the thread's */
-	uint32_t tick; /* looks so far */
+	uint32_t claimed; /* the thread owns the queue */
+	uint32_t tick; /* checks so far */
 	uint32_t slow_ticks; /* so many more ticks the storage counts as slow */
-	uint32_t busy; /* the loop has begun a round since the last look */
+	uint32_t busy; /* the loop has begun a round since the last check */
 	uint32_t asleep; /* the thread waits for `wake` without a limit */
 	uint32_t stop;
 	uint8_t started;
@@ -57,13 +57,13 @@ int vf_publisher_start(struct vf_publisher *publisher, vf_publisher_publish *pub
 /* End it. */
 void vf_publisher_stop(struct vf_publisher *publisher);
 
-/* Have a thread that sleeps look again. */
+/* Wake a sleeping thread to check again. */
 void vf_publisher_wake(struct vf_publisher *publisher);
 
-/* Wait until the thread gives the queue back. */
+/* Wait until the thread releases the queue. */
 void vf_publisher_wait(struct vf_publisher *publisher);
 
-/* Around a call that may wait for storage. A publisher of NULL: nobody holds anything back. */
+/* Around a call that may wait for storage. A publisher of NULL: nothing waits to be published. */
 static inline void vf_call_begin(struct vf_publisher *publisher)
 {
 	if (vf_likely(publisher != NULL))

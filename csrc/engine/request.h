@@ -22,7 +22,7 @@ struct vf_req {
 	uint8_t blk_status;
 	uint8_t retry_count; /* of transfers that came back empty-handed */
 	uint8_t held; /* it has its slot until it is completed: it was in flight */
-	uint8_t queued; /* it waits for its turn to be completed: struct vf_queue.fifo */
+	uint8_t queued; /* it waits for its turn in the order of completion: struct vf_queue.fifo */
 	uint8_t finished; /* while it does: its turn is all that it waits for */
 	uint8_t refused; /* by the ring: it is carried out by hand */
 	int32_t result; /* 0 or -errno, once finished */
@@ -47,7 +47,7 @@ struct vf_req {
 	uint64_t writable_bytes; /* of the chain, with the status */
 	struct iovec *iov_base; /* this slot's VF arrays, set once */
 	struct vf_blk_range *ranges;
-	uint64_t piece_bytes; /* of a range that a ring has: what of it is under way */
+	uint64_t piece_bytes; /* of a range in a ring: the piece that is in flight */
 };
 
 #endif

@@ -71,7 +71,7 @@ void vf_store_unlock_memory(const struct vf_store *store)
 
 void vf_store_map(struct vf_store *store)
 {
-	/* What fails is a way to be faster: reads continue by pread(), which will say what is wrong, if anything is. */
+	/* A failure only costs speed: reads continue by pread(), which reports a real error. */
 	if (store->map_reads && store->kind == VF_STORE_FILE && store->direct_align == 0)
 		(void)vf_map_open(&store->read_map, store->fd, store->size_bytes);
 }
@@ -147,7 +147,7 @@ int vf_store_fault_in(struct vf_store *store, const struct iovec *iov, uint32_t 
 			vf_touch_shared(base + at);
 		vf_touch_shared(base + iov[i].iov_len - 1u);
 	}
-	return store->memory_gone ? -EFAULT : 0; /* zeroes have taken its place: they are not to be written */
+	return store->memory_gone ? -EFAULT : 0; /* zero pages have replaced it: they must not be written */
 }
 
 int vf_store_rw(struct vf_store *store, struct vf_req *req)
@@ -183,7 +183,7 @@ int vf_bounce_write(struct vf_store *store, uint64_t offset_bytes, size_t len)
 	return vf_store_rw(store, &part);
 }
 
-/* 1: the request is finished. 0: it is untouched, and for pread(). */
+/* 1: the request is finished. 0: it is unchanged; use pread(). */
 static int vf_store_read_mapped(struct vf_store *store, struct vf_req *req)
 {
 	struct vf_store_map *map = &store->read_map;
@@ -244,8 +244,8 @@ static int vf_store_punch_hole(struct vf_store *store, uint64_t offset_bytes, ui
 	return err;
 }
 
-/* A discard is advice: a store that cannot follow it loses nothing, so that it is no error. One that is full may need room
- * to note what has become free. */
+/* A discard is advice: if a store cannot carry it out, nothing is lost, so it is no error. A full file system may need
+ * space to note freed blocks. */
 static int vf_store_discard(struct vf_store *store, struct vf_req *req)
 {
 	int err;
@@ -278,8 +278,8 @@ int vf_store_write_zero_pages(struct vf_store *store, struct vf_req *req)
 }
 
 /*
- * Zeroes by the cheapest way that the store knows. Deallocated ranges of files read as zeroes, and so do those that a
- * block device's PUNCH_HOLE returns success for (fallocate(2)); both are only for a driver that allows unmapping.
+ * Zeroes by the cheapest way that the store supports. Deallocated ranges of files read as zeroes, and so do those for
+ * which a block device's PUNCH_HOLE succeeds (fallocate(2)). Both are only for a driver that allows unmapping.
  */
 static int vf_store_write_zeroes(struct vf_store *store, struct vf_req *req)
 {
@@ -309,7 +309,7 @@ static int vf_store_sync(const struct vf_store *store)
 
 	if (store->cache == VF_CACHE_UNSAFE || store->kind == VF_STORE_MEMORY)
 		return 0;
-	/* Waits for all that has been written to the file by whatever process: a flush covers every queue. */
+	/* Waits for all writes to the file by any process: a flush covers every queue. */
 	do
 		rc = fdatasync(store->fd);
 	while (rc < 0 && errno == EINTR);
@@ -325,14 +325,15 @@ int vf_store_verify(const struct vf_store *store)
 {
 	if (store->witness_fd < 0 || (store->kind != VF_STORE_FILE && store->kind != VF_STORE_BLOCKDEV))
 		return 0;
-	/* Of a range where no file has pages, so that nothing is waited for; the report is about the whole file. */
+	/* For a range without any pages, so it does not wait; the report is about the whole file. */
 	if (sync_file_range(store->witness_fd, VF_WITNESS_OFFSET, 1, SYNC_FILE_RANGE_WAIT_BEFORE) == 0)
 		return 0;
 	return errno == EINVAL || errno == ENOSYS || errno == EPERM ? 0 : -errno;
 }
 
-/* After a write or zeroes. Of a writethrough store they are durable now: the queues' writes share the description that reports
- * what went wrong, so that another one may have had the report about this one. No flag of fallocate makes zeroes durable. */
+/* End a write or zeroes. On a writethrough store they are durable after this: zeroes are synced, as no flag of fallocate makes
+ * them durable. Buffered ones are verified: all queues share the description that reports errors, so another queue may have got
+ * the report about this one. */
 static int vf_store_settle(struct vf_store *store, const struct vf_req *req, int err)
 {
 	if (err || !store->write_flags || req->op == VF_OP_READ)
@@ -342,7 +343,7 @@ static int vf_store_settle(struct vf_store *store, const struct vf_req *req, int
 	return err || store->direct_align ? err : vf_store_verify(store);
 }
 
-/* What may wait for storage. */
+/* The part that may wait for storage. */
 static int vf_store_call(struct vf_store *store, struct vf_req *req)
 {
 	switch ((enum vf_op)req->op) {
@@ -362,7 +363,7 @@ static int vf_store_call(struct vf_store *store, struct vf_req *req)
 	case VF_OP_COUNT:
 		break;
 	}
-	return -EINVAL; /* answered without a store */
+	return -EINVAL; /* completed without a store */
 }
 
 int vf_store_do(struct vf_store *store, struct vf_req *req)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A store: what holds the bytes, as a worker sees it. The calls here block; the sync engine is made of them, and the
- * uring engine uses them for what a ring cannot do.
+ * A store, which holds the bytes, as a worker sees it. The calls here block. The sync engine consists of them, and the
+ * uring engine uses them for operations that a ring cannot do.
  */
 #ifndef VF_STORE_H
 #define VF_STORE_H
@@ -20,12 +20,12 @@ enum vf_store_kind {
 	VF_STORE_BLOCKDEV,
 	VF_STORE_MEMORY,
 	VF_STORE_NULL,
-	VF_STORE_PLUGIN, /* only its engine knows it: of the functions below none but open, close and resize are for it */
+	VF_STORE_PLUGIN, /* only its engine can access it: of the functions below use only open, close and resize */
 };
 
 enum vf_store_cache {
 	VF_CACHE_WRITEBACK,
-	VF_CACHE_WRITETHROUGH, /* every write is durable when it is answered */
+	VF_CACHE_WRITETHROUGH, /* every write is durable when it is completed */
 	VF_CACHE_NONE, /* O_DIRECT */
 	VF_CACHE_UNSAFE, /* a flush does nothing */
 };
@@ -34,28 +34,28 @@ enum vf_store_cache {
 
 struct vf_store {
 	int fd; /* borrowed; -1 for null and plugin */
-	/* Borrowed: another open file description of the same file, which nothing is synced by; -1: none. The kernel reports a
-	 * failed write-back once for each description, and `fd` is shared by all queues. */
+	/* Borrowed: another open file description of the same file, which is never synced; -1: none. The kernel reports a
+	 * failed write-back once for each description, and all queues share `fd`. */
 	int witness_fd;
 	enum vf_store_kind kind;
 	enum vf_store_cache cache;
 	uint32_t direct_align; /* of offset, length and memory under O_DIRECT; 0 = anything goes */
 	uint32_t granule; /* of the ranges of discards and zeroes, and under O_DIRECT of all transfers; 0 = anything goes */
-	uint8_t emulates; /* the device has smaller blocks than that: store_blocks.h */
-	int lock_fd; /* where such blocks are locked; borrowed; -1 = nobody else serves the store */
+	uint8_t emulates; /* the device has smaller blocks than `granule`: store_blocks.h */
+	int lock_fd; /* the file of the locks on such blocks; borrowed; -1 = no other process serves the store */
 	uint64_t size_bytes;
 	int write_flags; /* RWF_DSYNC or 0 */
-	/* Borrowed. An engine whose requests can outlive its process keeps them open until the last one has ended: a process that
-	 * waits for their other end, or for the file behind them, knows then that nothing is written any more. */
+	/* Borrowed. An engine whose requests can outlive its process keeps them open until the last request has ended. So a process
+	 * that waits for their other end, or for a lock on their file, knows that all writes have ended. */
 	int hold_fds[VF_HOLD_MAX];
 	uint32_t hold_count;
 	uint8_t no_punch_hole; /* the store has refused it: do not ask again */
 	uint8_t no_zero_range;
 	uint8_t no_discard_command; /* the kernel's io_uring has none: from Linux 6.12 on it has */
-	uint8_t sqpoll; /* of the uring engine: a thread of the kernel's takes what is submitted */
+	uint8_t sqpoll; /* of the uring engine: a kernel thread polls for submissions */
 	uint8_t merge; /* adjacent requests may become one call */
 	uint8_t map_reads; /* read through a mapping where that is possible */
-	volatile int memory_gone; /* a page of the driver's has vanished; set by the signal handler */
+	volatile int memory_gone; /* a page of the driver's memory has vanished; set by the signal handler */
 	uint8_t *map; /* of a memory store */
 	struct vf_store_map read_map; /* of a file on tmpfs, while `map_reads` */
 	struct vf_pieces pieces;
@@ -70,26 +70,26 @@ struct vf_store {
 int vf_store_open(struct vf_store *store);
 void vf_store_close(struct vf_store *store);
 
-/* Exempt the store's bytes from what vf_memory_lock_used() locked: they are as large as the disk. */
+/* Unlock the store's bytes, which vf_memory_lock_used() has locked: they are as large as the disk. */
 void vf_store_unlock_memory(const struct vf_store *store);
 
-/* Map a file for reading, if that is wanted and possible: for an engine that reads by vf_store_do(). */
+/* Map a file for reading, if that is configured and possible: for an engine that reads by vf_store_do(). */
 void vf_store_map(struct vf_store *store);
 
-/* Whether a read can be told not to wait for the disk. 0 or -errno: -EOPNOTSUPP on tmpfs, for one. */
+/* Whether reads that do not wait for the disk are possible. 0 or -errno: -EOPNOTSUPP on tmpfs, for example. */
 int vf_store_nowait(const struct vf_store *store);
 
 /* The device has become as large as this; nothing is in flight. */
 void vf_store_resize(struct vf_store *store, uint64_t size_bytes);
 
-/* Whether a request's memory, and where it begins, are such that O_DIRECT takes it. */
+/* Whether a request's memory and offset are aligned for O_DIRECT. */
 int vf_store_is_aligned(const struct vf_store *store, const struct vf_req *req);
 
-/* Whether a transfer can be given to the kernel as it is. */
+/* Whether the kernel can carry out a transfer as it is. */
 int vf_store_takes(const struct vf_store *store, const struct vf_req *req);
 
-/* Whether a write-back of the store has failed since this was last asked, or its witness was opened; after a sync that went
- * well. No I/O, and no waiting. 0 or -errno. */
+/* Check, after a successful sync, whether a write-back of the store has failed since the last check, or since its witness was
+ * opened. No I/O, and no waiting. 0 or -errno. */
 int vf_store_verify(const struct vf_store *store);
 
 /* Map every page of a buffered write's memory that this process has not used before. From Linux 6.15 on the kernel copies such
@@ -97,7 +97,7 @@ int vf_store_verify(const struct vf_store *store);
  * write is not aligned to the store's pages, reads one from the disk for each. 0, or -EFAULT where a page has vanished. */
 int vf_store_fault_in(struct vf_store *store, const struct iovec *iov, uint32_t iov_count);
 
-/* Whether that is worth while for a request. */
+/* Whether that is worthwhile for a request. */
 static inline int vf_store_wants_fault_in(const struct vf_store *store, const struct vf_req *req)
 {
 	return req->op == VF_OP_WRITE && req->left_bytes > VF_TOUCH_BYTES && store->direct_align == 0;
@@ -107,15 +107,15 @@ static inline int vf_store_wants_fault_in(const struct vf_store *store, const st
  * request's cursor tells how far it came. */
 int vf_store_do(struct vf_store *store, struct vf_req *req);
 
-/* Whether the store has said that it can never do a thing: it need not be asked again. */
+/* Whether an error means that the store can never do an operation, so that it is not tried again. */
 static inline int vf_store_is_unsupported(int err)
 {
 	return err == -EOPNOTSUPP || err == -ENOSYS || err == -ENODEV || err == -ENOTTY;
 }
 
-/* Whether it did not do a thing, which has nothing to do with failing storage: file systems have their own reasons to refuse
- * fallocate() for a file or a range (EINVAL), for now (EBUSY), for what somebody has made of the file (EPERM: append-only,
- * ETXTBSY: swapped to), and disks to refuse a discard (EREMOTEIO). There is another way, or nothing is lost. */
+/* Whether an error is a refusal, and no failure of storage. File systems may refuse fallocate() for a file or a range (EINVAL),
+ * for now (EBUSY), or for the file's use (EPERM: append-only, ETXTBSY: swapped to). Disks may refuse a discard (EREMOTEIO).
+ * There is another way then, or nothing is lost. */
 static inline int vf_store_is_refused(int err)
 {
 	return vf_store_is_unsupported(err) || err == -EINVAL || err == -EBUSY || err == -EPERM || err == -ETXTBSY ||

@@ -167,7 +167,7 @@ static int vf_blocks_write(struct vf_store *store, struct vf_req *req)
 	return 0;
 }
 
-/* What needs no bounce buffer, and only the lock: whole blocks in memory that O_DIRECT takes. */
+/* A transfer that needs only the lock and no bounce buffer: whole blocks in memory that is aligned for O_DIRECT. */
 static int vf_blocks_write_as_is(struct vf_store *store, struct vf_req *req)
 {
 	uint64_t offset_bytes = req->offset_bytes, len_bytes = req->left_bytes;
@@ -187,7 +187,7 @@ int vf_blocks_rw(struct vf_store *store, struct vf_req *req)
 	return vf_store_is_aligned(store, req) ? vf_blocks_write_as_is(store, req) : vf_blocks_write(store, req);
 }
 
-/* Zero a part of one block. Through the page cache that is a write as any other: the kernel excludes it from others. */
+/* Zero a part of one block. In the page cache that is an ordinary write: the kernel serialises it with others. */
 static int vf_block_zero(struct vf_store *store, struct vf_req *part, size_t skip)
 {
 	if (!store->direct_align)

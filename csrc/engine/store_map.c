@@ -18,7 +18,7 @@
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
 #endif
 
-/* mincore() tells the truth to a file's owner and to who may write it; to everybody else it says that all is present. */
+/* mincore() tells the truth only to a file's owner and to processes that may write it; others get "all present". */
 static int vf_map_may_ask(int fd, const struct stat *status)
 {
 	char path[32];
@@ -87,7 +87,7 @@ static void vf_map_spread(uint8_t *resident, uint32_t unit_count, uint32_t units
 		resident[i] = resident[i / units_of_page];
 }
 
-/* Note which pages of a chunk are present, and have them in our page table at once: that saves a fault for each few. */
+/* Note which pages of a chunk are present, and map them at once, which saves many faults. */
 static void vf_map_look_at(struct vf_store_map *map, uint64_t chunk)
 {
 	uint64_t start = chunk << VF_MAP_CHUNK_SHIFT, first = start >> VF_MAP_UNIT_SHIFT;

@@ -3,12 +3,12 @@
  * A read-only mapping of a file on tmpfs, through which the sync engine reads: the pages are memory already, so that a
  * copy costs about half of what pread() does, most of which is finding the page.
  *
- * Only pages that are there are read so: touching a hole of such a mapping would allocate a page. Which ones are is asked
- * of the kernel (mincore) when a chunk is first read, and again after many reads that found a hole. A page that somebody
- * else punches out later costs memory when it is read, never a wrong byte: the mapping is the file.
+ * Only present pages are read so, because touching a hole of such a mapping would allocate a page. The kernel reports the
+ * present pages (mincore) when a chunk is first read, and again after many reads that found a hole. If another process
+ * punches out a page later, reading it costs memory, but never returns a wrong byte: the mapping is the file.
  *
- * A page that cannot be had (the file was cut, the machine is out of memory) is a SIGBUS. Then the mapping becomes zeroes,
- * `lost` says so, and the read is done again by pread, which has an errno for it.
+ * A page that is unavailable (the file was truncated, the machine is out of memory) raises SIGBUS. The handler replaces the
+ * mapping with zero pages and sets `lost`. The read is repeated by pread, which returns an errno.
  */
 #ifndef VF_STORE_MAP_H
 #define VF_STORE_MAP_H
@@ -18,7 +18,7 @@
 #define VF_MAP_UNIT_SHIFT 12u /* of a bit: the smallest page; a larger one has several */
 #define VF_MAP_CHUNK_SHIFT 21u /* what is asked about at once */
 #define VF_MAP_CHUNK_UNITS (1u << (VF_MAP_CHUNK_SHIFT - VF_MAP_UNIT_SHIFT))
-#define VF_MAP_LOOK_AGAIN 64u /* reads of holes until one of them is asked about again: others write, too */
+#define VF_MAP_LOOK_AGAIN 64u /* reads of holes until the kernel is asked again, as other processes write, too */
 
 struct vf_store_map {
 	uint8_t *base; /* NULL: not mapped */
@@ -35,14 +35,14 @@ struct vf_store_map {
 int vf_map_open(struct vf_store_map *map, int fd, uint64_t size_bytes);
 void vf_map_close(struct vf_store_map *map);
 
-/* As vf_map_holds(), for what it has not found: ask the kernel where that was not done yet, or is due again. */
+/* As vf_map_holds(), for ranges that it has not found: asks the kernel if that was not done yet, or is due again. */
 int vf_map_look(struct vf_store_map *map, uint64_t offset_bytes, uint64_t len_bytes);
 
 /* Forget the pages that are about to be deallocated. */
 void vf_map_forget(struct vf_store_map *map, uint64_t offset_bytes, uint64_t len_bytes);
 
-/* Replace the mapping that holds an address of this process by zeroes; async-signal-safe. 0, or -1 when it is not in
- * there or the kernel refuses. */
+/* Replace the mapping with zero pages if it holds an address of this process; async-signal-safe. 0, or -1 when it does not,
+ * or the kernel refuses. */
 int vf_map_zero_pages(struct vf_store_map *map, uintptr_t address);
 
 /* Whether all of a range, which is not empty and does not wrap, is known to be present. */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The identity of the build that an extension is part of (vdusefast/base/build.py). It is a file of its own, so that nothing else
+ * The identity of the build that an extension belongs to (vdusefast/base/build.py). It is a file of its own, so that nothing else
  * is compiled again when it changes.
  */
 #ifndef VF_BUILD_ID_H

@@ -78,7 +78,7 @@ int vf_iotlb_add(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t p
 	return vf_iotlb_insert(tlb, &region);
 }
 
-/* A mapping that stayed would outlive its invalidation. */
+/* A mapping that remained would outlive its invalidation. */
 static void vf_unmap(const struct vf_iotlb_region *region)
 {
 	if (munmap(region->map, region->map_bytes))
@@ -156,7 +156,7 @@ int vf_iotlb_map_whole(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint
 	return vf_iotlb_map_file(tlb, start, last, perm, fd, offset_bytes, 1);
 }
 
-/* Unmap the regions that are marked, and close up the others. The count of those that went. */
+/* Unmap the marked regions, and close the gaps. Returns their count. */
 static uint32_t vf_iotlb_sweep(struct vf_iotlb *tlb)
 {
 	uint32_t kept = 0, count = tlb->region_count;
@@ -257,11 +257,11 @@ int vf_iotlb_zero_pages(const struct vf_iotlb *tlb, uintptr_t address)
 		const struct vf_iotlb_region *r = &tlb->region[i];
 		if (!r->map || address < (uintptr_t)r->map || address - (uintptr_t)r->map >= r->map_bytes)
 			continue;
-		/* The whole of it: pages of a huge file cannot be replaced one by one, and many faults become one. */
+		/* The whole mapping: pages of a huge file cannot be replaced one by one, and many faults become one. */
 		if (mmap(r->map, r->map_bytes, PROT_READ | PROT_WRITE,
 			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
 			return -1;
-		vf_core_exclude_driver(r->map, r->map_bytes); /* what is stored there from now on is the driver's, too */
+		vf_core_exclude_driver(r->map, r->map_bytes); /* data stored there from now on is the driver's, too */
 		return 0;
 	}
 	return -1;

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The IOTLB: a sorted table of fixed capacity, IOVA range -> mapped address. Ranges are inclusive, [start, last], so
- * that a region may end at 2^64-1. A lookup looks at the last hit first, then searches; a miss is fetched through the
- * port and mapped. A table that is nearly full loses the regions that were not in use lately, at a moment when nothing is
- * in flight (vf_iotlb_evict): they are fetched again when they are. Mapping a region touches no page of it: in a bounce region only pages named by live descriptors may
- * be touched.
+ * that a region may end at 2^64-1. A lookup checks the last hit first, then searches. A miss is fetched through the port and
+ * mapped. If the table is nearly full, regions that were not used lately are dropped while nothing is in flight
+ * (vf_iotlb_evict), and fetched again when they are used. Mapping a region touches no page of it: in a bounce region only
+ * pages named by live descriptors may be touched.
  */
 #ifndef VF_IOTLB_H
 #define VF_IOTLB_H
@@ -29,10 +29,10 @@ struct vf_iotlb_region {
 	uint64_t last;
 	uintptr_t base; /* address of IOVA 0 of this region, modulo 2^64: va = base + iova */
 	uint32_t perm;
-	uint8_t used; /* since the last eviction looked at it */
+	uint8_t used; /* since the last eviction checked it */
 	uint8_t evicted;
 	uint16_t reserved;
-	void *map; /* the mapping, in whole pages of its file; NULL for memory that is not ours to unmap */
+	void *map; /* the mapping, in whole pages of its file; NULL for memory that we must not unmap */
 	size_t map_bytes;
 };
 
@@ -60,7 +60,7 @@ struct vf_iotlb {
 	uint64_t miss_count;
 	uint64_t evict_count;
 	struct vf_port *port; /* borrowed */
-	/* Told of what has been mapped, and what is about to be unmapped (mapping is NULL then); NULL: nobody is. */
+	/* Called for each region that has been mapped, or is about to be unmapped (mapping is NULL then); NULL: no callback. */
 	void (*region_hook)(void *context, void *va, size_t len_bytes, const struct vf_mapping *mapping);
 	void *region_context;
 	struct vf_iotlb_region none; /* start > last: matches nothing */
@@ -77,7 +77,7 @@ int vf_iotlb_map(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t p
 int vf_iotlb_map_whole(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, int fd,
 		       uint64_t offset_bytes);
 
-/* Enter memory of this process that somebody else keeps mapped (tests and fuzzing). 0 or -errno as vf_iotlb_map. */
+/* Enter memory of this process that the caller keeps mapped (tests and fuzzing). 0 or -errno as vf_iotlb_map. */
 int vf_iotlb_add(struct vf_iotlb *tlb, uint64_t start, uint64_t last, uint32_t perm, void *address);
 
 /* Drop and unmap every region that overlaps [start, last]. The count dropped. */
@@ -93,7 +93,7 @@ void vf_iotlb_obey_kernel(struct vf_iotlb *tlb);
 /* The region that holds iova: from the table, else fetched through the port. NULL when there is none. */
 struct vf_iotlb_region *vf_iotlb_find(struct vf_iotlb *tlb, uint64_t iova);
 
-/* Replace the whole mapping that holds an address of this process by zeroes; async-signal-safe. 0, or -1 when none
+/* Replace the whole mapping that holds an address of this process with zero pages; async-signal-safe. 0, or -1 when none
  * does or the kernel refuses. */
 int vf_iotlb_zero_pages(const struct vf_iotlb *tlb, uintptr_t address);
 
@@ -119,7 +119,7 @@ static inline void *vf_iotlb_translate(struct vf_iotlb *tlb, uint64_t iova, uint
 	return (void *)(r->base + (uintptr_t)iova);
 }
 
-/* Start loading iova's line, if it lies where headers did; a hint, for which any address will do. */
+/* Prefetch iova's cache line, if it lies in the region of headers; a hint, valid for any address. */
 static inline void vf_iotlb_prefetch(const struct vf_iotlb *tlb, uint64_t iova)
 {
 	__builtin_prefetch((const void *)(tlb->head_base + (uintptr_t)iova), 1);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The worker's door to its transport: fetch a region of the IOTLB, send an interrupt. One file per transport fills it
+ * A worker's interface to its transport: fetch a region of the IOTLB, send an interrupt. One file per transport fills it
  * in: port_kernel.c, port_loopback.c.
  */
 #ifndef VF_PORT_H
@@ -37,14 +37,14 @@ struct vf_port {
 	uint32_t vq_index;
 	uint8_t fetched_whole; /* every page of the region fetched last exists: map it as such */
 	int user_memory_fd; /* borrowed */
-	uint64_t user_memory_bytes; /* what of it stands in for the kernel's bounce pages; 0 = it does not */
+	uint64_t user_memory_bytes; /* the bytes of it that replace the kernel's bounce pages; 0 = none */
 };
 
 /* fd: a copy of the descriptor of /dev/vduse/NAME, which was created under api_version. */
 void vf_port_kernel_init(struct vf_port *port, int fd, uint32_t api_version, uint32_t vq_index);
 
-/* From now on memory of ours is what the kernel copies data through, in place of its bounce pages: the region
- * [0, bytes - 1] is fetched as fd, a memfd of that size whose pages exist and stay. 0 bytes: as the kernel has it. */
+/* From now on the kernel copies data through user memory in place of its bounce pages: fetch the region [0, bytes - 1] as fd,
+ * a memfd of that size whose pages exist and stay. 0 bytes: use the kernel's file again. */
 void vf_port_kernel_use_memory(struct vf_port *port, int fd, uint64_t bytes);
 
 void vf_port_loopback_init(struct vf_port *port, int fd, int irq_fd, uint32_t vq_index);

@@ -17,9 +17,9 @@
 #define VF_VDUSE_IOTLB_GET_FD2 _IOWR(VF_VDUSE_BASE, 0x1b, struct vf_vduse_iotlb_entry_v2)
 
 /*
- * The descriptor for the region in *entry; consumes fd. The kernel still names its own file for the bounce region
- * when our memory has taken the place of its pages, which that file then no longer shows. A client of vhost-vdpa may
- * map a file of its own to the same addresses: that has a type, the kernel's is an anonymous inode without one.
+ * The descriptor for the region in *entry; consumes fd. After user memory has replaced the bounce pages, the kernel still
+ * returns its own file for the region, which no longer shows any pages. A client of vhost-vdpa may map a file of its own to
+ * the same addresses. That file has a type, while the kernel's is an anonymous inode without one.
  */
 static int vf_port_kernel_stand_in(struct vf_port *port, struct vf_vduse_iotlb_entry *entry, int fd)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The loopback transport's door: regions over a SOCK_SEQPACKET pair to the bus, interrupts by eventfd.
+ * The port of the loopback transport: regions over a SOCK_SEQPACKET pair to the bus, interrupts by eventfd.
  */
 #include <errno.h>
 #include <poll.h>
@@ -73,7 +73,7 @@ static int vf_port_loopback_get_fd(struct vf_port *port, uint64_t start, uint64_
 	while (ready < 0 && errno == EINTR);
 	if (ready <= 0) {
 		int err = ready ? -errno : -ETIMEDOUT;
-		port->fd = -1; /* a late answer must not be taken for that to a later query */
+		port->fd = -1; /* a late answer must not be mistaken for that to a later query */
 		return err;
 	}
 	int fd = vf_bus_receive(port->fd, &answer);

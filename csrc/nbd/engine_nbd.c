@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * From requests to commands and back. A segment that is alone, or large, is sent from and received into the driver's
- * memory itself; small ones go together through a buffer.
+ * Translate requests to commands, and replies to completions. A single or large segment is sent from, and received into, the
+ * driver's memory itself; small ones share a buffer.
  */
 #define _GNU_SOURCE
 #include "nbd/internal.h"
@@ -23,7 +23,7 @@ static uint8_t *vf_nbd_zeroes(const struct vf_nbd *nbd)
 	return nbd->bounce + (size_t)nbd->slot_count * VF_NBD_BOUNCE_BYTES;
 }
 
-/* Give a command's buffer back, if it has one. */
+/* Free a command's buffer, if it has one. */
 static void vf_nbd_release(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 {
 	if (cmd->bounce)
@@ -108,7 +108,7 @@ static void vf_nbd_aim_range(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, uint64_
 	const struct vf_req *req = cmd->req;
 	uint64_t max = VF_NBD_RANGE_MAX_BYTES;
 
-	/* Cut at a multiple of all that a server may free at a time: it would keep a unit that is cut. */
+	/* Cut at a multiple of every unit that a server may free at a time: it would keep a unit that is cut. */
 	max -= req->offset_bytes & (max - 1u);
 	if (req->op == VF_OP_WRITE_ZEROES && !export->can_zero) { /* it could, when the device was made: write them */
 		max = VF_NBD_BOUNCE_BYTES < export->block_max_bytes ? VF_NBD_BOUNCE_BYTES : export->block_max_bytes;
@@ -123,12 +123,12 @@ static void vf_nbd_aim_range(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, uint64_
 	cmd->len_bytes = cmd->part_bytes = (uint32_t)(left < max ? left : max);
 }
 
-/* Whether what a request asks for is nothing to this store. */
+/* Whether this store has nothing to do for a request. */
 static int vf_nbd_is_void(const struct vf_nbd *nbd, const struct vf_nbd_cmd *cmd)
 {
 	const struct vf_nbd_export *export = &nbd->link.export;
 
-	if (cmd->req->op == VF_OP_FLUSH || cmd->behind) /* without the flag nothing is held back that a flush could write */
+	if (cmd->req->op == VF_OP_FLUSH || cmd->behind) /* without the flag the server caches nothing that a flush could write */
 		return nbd->engine->store.cache == VF_CACHE_UNSAFE || !export->can_flush;
 	return cmd->req->op == VF_OP_DISCARD && !export->can_trim;
 }
@@ -207,7 +207,7 @@ void vf_nbd_answer(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int err)
 		return;
 	}
 	cmd->err = err;
-	at = nbd->answered_head + nbd->answered_count++; /* there is room: a command is here at most once */
+	at = nbd->answered_head + nbd->answered_count++; /* there is room: a command is queued at most once */
 	nbd->answered[at >= nbd->slot_count ? at - nbd->slot_count : at] = (uint16_t)(cmd - nbd->cmds);
 }
 
@@ -242,7 +242,7 @@ static void vf_nbd_advance(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	vf_nbd_start(nbd, cmd);
 }
 
-/* The server has answered with an error. One that does not do a trim after all has lost nothing, and zeroes can be written. */
+/* Handle an error reply. A refused trim loses nothing, and zeroes can be written. */
 static void vf_nbd_fail(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 {
 	int is_refusal = cmd->err == EOPNOTSUPP || cmd->err == EINVAL || cmd->err == EPERM;
@@ -262,7 +262,7 @@ void vf_nbd_digest(struct vf_nbd *nbd)
 		nbd->link.has_served = 1;
 		nbd->link.pause_ns = VF_NBD_PAUSE_MIN_NS;
 	}
-	/* Under TLS, what is started here may bring answers, too; those beyond so many wait for the next time. */
+	/* Under TLS, starting commands may bring replies, too; those beyond so many wait for the next call. */
 	for (uint32_t i = 0; i < 2u * nbd->slot_count && nbd->answered_count; i++) {
 		struct vf_nbd_cmd *cmd = &nbd->cmds[nbd->answered[nbd->answered_head]];
 
@@ -277,7 +277,7 @@ void vf_nbd_digest(struct vf_nbd *nbd)
 		vf_nbd_blocks_run(nbd);
 }
 
-/* See whether a previous worker may have sent a request already. */
+/* Find out whether a previous worker may have sent a request already. */
 static void vf_nbd_suspect(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 {
 	uint8_t op = cmd->req->op;
@@ -311,7 +311,7 @@ static int vf_nbd_submit(struct vf_engine *engine, struct vf_req *req)
 	return 0;
 }
 
-/* Without a system call where there is something already. */
+/* No system call if replies are there already. */
 static uint32_t vf_nbd_reap(struct vf_engine *engine, struct vf_req **done, uint32_t max)
 {
 	struct vf_nbd *nbd = engine->state;
@@ -329,7 +329,7 @@ static uint32_t vf_nbd_reap(struct vf_engine *engine, struct vf_req **done, uint
 	return count;
 }
 
-/* Look, and unless that brought something wait for the connection, count descriptors more, or the time. 1: the time. */
+/* Check for replies; without any, wait for the connection, count other descriptors, or the time. 1: the time is up. */
 static int vf_nbd_sleep(struct vf_engine *engine, const int *fds, uint32_t count, int timeout_ms)
 {
 	struct vf_nbd *nbd = engine->state;
@@ -434,7 +434,7 @@ static void vf_nbd_close(struct vf_engine *engine)
 {
 	struct vf_nbd *nbd = engine->state;
 
-	vf_nbd_link_close(nbd); /* before the buffers: nothing is received any more */
+	vf_nbd_link_close(nbd); /* before the buffers, so that nothing is received into them */
 	vf_nbd_free(nbd);
 	nbd->engine = NULL;
 	engine->state = NULL;

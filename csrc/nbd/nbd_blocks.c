@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * An export that takes larger blocks only than the device has been shown with. Parts of blocks are written by fetching a block,
- * changing it and putting it back, and read out of a larger read.
+ * An export whose smallest block is larger than the device's. To write a part of a block, fetch the block, change it and write it
+ * back. To read a part, read more and copy it out.
  *
- * What is put back are also bytes that the request does not mention: nothing else may change the block meanwhile. So the process has
- * the export to itself (`sole`: a worker that is the only one, or the relay of all), and a request that changes a part of a
- * block waits for all that came before it and touches its blocks, as does whatever comes later and touches them. Whole blocks
- * do not wait for each other, nor do reads for anything: what is put back is what was there.
+ * Writing back includes bytes that the request does not mention, so nothing else may change the block meanwhile. So the process
+ * has the export to itself (`sole`: the only worker, or the relay of all). A request that changes a part of a block waits for
+ * all earlier ones that touch its blocks, and later ones that touch them wait for it. Whole blocks do not wait for each other.
+ * Reads never wait, because the bytes written back are unchanged.
  *
- * A connection that dies takes nothing along: the fence (nbd_fence.c) has the server end what it was given before anything is
- * sent again, and then the block is fetched again. The server writes a block or does not.
+ * A dying connection does no harm: the fence (nbd_fence.c) waits until the server has finished its commands before anything is
+ * sent again, and then the block is fetched again. The server writes a whole block or none of it.
  */
 #include "nbd/internal.h"
 
@@ -30,7 +30,7 @@ static uint64_t vf_nbd_within(const struct vf_nbd *nbd, uint64_t bytes)
 
 static int vf_nbd_is_partial(const struct vf_nbd *nbd, const struct vf_req *req)
 {
-	/* Of a discard only whole blocks are left. */
+	/* Reduce a discard to whole blocks. */
 	return req->op != VF_OP_DISCARD &&
 	       (vf_nbd_within(nbd, req->offset_bytes) || vf_nbd_within(nbd, req->offset_bytes + req->left_bytes));
 }
@@ -84,7 +84,7 @@ void vf_nbd_blocks_leave(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	nbd->is_due = 1;
 }
 
-/* A discard of what is no whole block does nothing. */
+/* A discard without a whole block does nothing. */
 static void vf_nbd_trim_discard(const struct vf_nbd *nbd, struct vf_req *req)
 {
 	uint64_t unit = nbd->link.export.block_min_bytes;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A connection in the making, by a thread: what it waits for has no limit that we set. The name service may be gone, and files of
- * keys lie on storage that hangs; a loop that waited for these would answer nobody, not even the supervisor. Each attempt has a
- * thread, resolves the name again, tries all its addresses, and ends when it hands its connection over.
+ * A thread that makes a connection, because connecting waits without a limit that we could set. The name service may be
+ * unreachable, and key files may lie on hanging storage. A loop that waited for these could not even answer the supervisor.
+ * Each attempt has its own thread, resolves the name again, tries all addresses, and ends when it hands its connection over.
  */
 #define _GNU_SOURCE
 #include "nbd/internal.h"
@@ -26,7 +26,7 @@
 enum vf_nbd_attempt_state {
 	VF_NBD_ATTEMPT_RUNS,
 	VF_NBD_ATTEMPT_DONE, /* the result is there, the thread ends */
-	VF_NBD_ATTEMPT_LEFT, /* nobody waits any more: the thread cleans up */
+	VF_NBD_ATTEMPT_LEFT, /* the loop has stopped waiting: the thread cleans up */
 };
 
 struct vf_nbd_attempt {
@@ -96,7 +96,7 @@ static void *vf_nbd_attempt_run(void *context)
 		vf_nbd_attempt_free(attempt);
 		return NULL;
 	}
-	/* Not freed meanwhile: who does waits for our end first. */
+	/* Not freed meanwhile: the loop waits for our end before it frees this. */
 	(void)!write(attempt->done_fd, &one, sizeof(one));
 	return NULL;
 }

@@ -29,9 +29,9 @@ struct nbd_handle *vf_nbd_handle_new(int listing, char *text, size_t text_bytes)
 {
 	struct nbd_handle *handle = nbd_create();
 
-	/* A simple reply brings all that was asked for, or an error: no part of a buffer can be left out by a server that
-	 * sends its answer in odd pieces, and it takes one system call less. So nothing has to be cleared before it, either.
-	 * What a URI may name: files of keys, and TLS or none as it says. */
+	/* A simple reply has all requested bytes, or an error. So a server that sends its reply in odd pieces cannot leave a part
+	 * of a buffer out, buffers need not be cleared before, and it takes one system call less. A URI may name key files, and
+	 * decides about TLS. */
 	if (handle && nbd_set_request_structured_replies(handle, false) == 0 &&
 	    nbd_set_pread_initialize(handle, false) == 0 && nbd_set_uri_allow_local_file(handle, true) == 0 &&
 	    nbd_set_uri_allow_tls(handle, LIBNBD_TLS_ALLOW) == 0 && nbd_set_full_info(handle, false) == 0 &&
@@ -58,11 +58,11 @@ int vf_nbd_export_read(struct nbd_handle *handle, struct vf_nbd_export *export, 
 	uint32_t block_max = vf_nbd_block_size(handle, LIBNBD_SIZE_MAXIMUM, VF_NBD_PAYLOAD_MAX_BYTES);
 
 	if (size < 0) {
-		snprintf(text, text_bytes, "the server has not said how large its export is");
+		snprintf(text, text_bytes, "the server does not report the size of its export");
 		return -EPROTO;
 	}
 	if (block_min & (block_min - 1u) || block_min > VF_NBD_BLOCK_MAX_BYTES || block_max < block_min) {
-		snprintf(text, text_bytes, "the server's block sizes make no sense: from %u to %u bytes", block_min, block_max);
+		snprintf(text, text_bytes, "the server's block sizes are impossible: from %u to %u bytes", block_min, block_max);
 		return -EPROTO;
 	}
 	if (block_max > VF_NBD_PAYLOAD_MAX_BYTES)

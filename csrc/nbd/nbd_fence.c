@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The fence between a connection and the next one. A server may carry out what it was given before after we have sent it
- * again and the driver has written something newer there. It closes its end of a connection once it has finished what came
- * by it. So nothing that modifies is sent again before we have seen that end.
+ * The fence between a connection and the next one. A server may carry out an old command after we have sent it again, and after
+ * the driver has written newer data there. The server closes its end of a connection after it has finished the connection's
+ * commands. So no modifying command is sent again before we have seen that end.
  *
- * For that the socket has to outlive the process that made it: it waits in a message that nobody has read, in a datagram socket that
- * is connected to itself and that the supervisor and its keeper have open. The next worker shuts its sending half, and waits
- * for the end without a limit. A note in a file beside it says whether there is such a socket. Where it is lost, or the kernel
- * gave the connection up without having heard of its end, the requests that modify and whose fate is not known are in doubt:
- * they are kept for reconnect_s and fail then.
+ * For that the socket must outlive the process that made it. It waits in an unread message of a datagram socket, which is
+ * connected to itself, and which the supervisor and its keeper have open. The next worker shuts down its sending half, and waits
+ * for the end without a limit. A note in a file tells whether there is such a socket. If it is lost, or the kernel ends the
+ * connection without having seen the server's end, then modifying requests without a known result are in doubt: they are kept
+ * for reconnect_s and then fail.
  */
 #define _GNU_SOURCE
 #include "nbd/internal.h"
@@ -28,10 +28,10 @@
 
 /* The byte at the place of a queue in the file of notes; keeper.py writes it as well. */
 enum vf_nbd_note {
-	VF_NBD_NOTE_NONE, /* nobody has written one: as VF_NBD_NOTE_DOUBT */
-	VF_NBD_NOTE_ENDED, /* there is no connection whose end nobody has seen */
-	VF_NBD_NOTE_OPEN, /* there is one, and its socket is held */
-	VF_NBD_NOTE_DOUBT, /* there was one, and its end cannot be seen any more */
+	VF_NBD_NOTE_NONE, /* no note was written: as VF_NBD_NOTE_DOUBT */
+	VF_NBD_NOTE_ENDED, /* the ends of all connections have been seen */
+	VF_NBD_NOTE_OPEN, /* an end is not seen yet, and that socket is kept */
+	VF_NBD_NOTE_DOUBT, /* an end was not seen, and cannot be seen any more */
 };
 
 union vf_nbd_control {
@@ -39,7 +39,7 @@ union vf_nbd_control {
 	char bytes[CMSG_SPACE(sizeof(int))];
 };
 
-/* Take the socket that is held, or with MSG_PEEK a copy of it. A descriptor, now owned, or -1. */
+/* Receive the kept socket, or with MSG_PEEK a copy of it. Returns a descriptor, now owned, or -1. */
 static int vf_nbd_hold_take(int hold_fd, int flags)
 {
 	union vf_nbd_control control;
@@ -82,7 +82,7 @@ static int vf_nbd_hold_put(int hold_fd, int fd)
 	return sendmsg(hold_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -1 : 0;
 }
 
-/* 0, or -1: it could not be written. Where nobody holds sockets there are no notes either. */
+/* Write the note. 0, or -1: it could not be written. Without a hold for sockets there are no notes either. */
 static int vf_nbd_note_write(const struct vf_nbd *nbd, enum vf_nbd_note note)
 {
 	const uint8_t byte = (uint8_t)note;
@@ -120,7 +120,7 @@ int vf_nbd_fence_open(struct vf_nbd *nbd, uint64_t now_ns)
 
 int vf_nbd_fence_begin(struct vf_nbd *nbd)
 {
-	/* In this order: a socket without its note is looked at all the same. */
+	/* In this order: a socket without its note is still found. */
 	if (nbd->config.hold_fd >= 0 && vf_nbd_hold_put(nbd->config.hold_fd, nbd->link.fd))
 		return -1;
 	return vf_nbd_note_write(nbd, nbd->link.doubt ? VF_NBD_NOTE_DOUBT : VF_NBD_NOTE_OPEN);
@@ -128,7 +128,7 @@ int vf_nbd_fence_begin(struct vf_nbd *nbd)
 
 void vf_nbd_fence_end(struct vf_nbd *nbd)
 {
-	/* Should it not be written, the next worker is in doubt without need. */
+	/* If it is not written, the next worker is in doubt without need. */
 	(void)vf_nbd_note_write(nbd, nbd->link.doubt ? VF_NBD_NOTE_DOUBT : VF_NBD_NOTE_ENDED);
 	vf_nbd_hold_clear(nbd->config.hold_fd);
 }
@@ -179,8 +179,8 @@ void vf_nbd_fence_doubt(struct vf_nbd *nbd, uint64_t now_ns)
 	link->doubt = 1;
 	link->doubt_ns = now_ns + nbd->config.reconnect_ns;
 	vf_nbd_fence_end(nbd);
-	vf_nbd_log(&nbd->news, "%s: whether the server still works on the writes of the old connection cannot be known: they are "
-		   "kept for %llu s and fail then; other requests go on", nbd->uri,
+	vf_nbd_log(&nbd->news, "%s: it is unknown whether the server still works on writes of the old connection: they are "
+		   "kept for %llu s and fail then; other requests continue", nbd->uri,
 		   (unsigned long long)(nbd->config.reconnect_ns / 1000000000u));
 }
 
@@ -197,8 +197,8 @@ void vf_nbd_fence_fail(struct vf_nbd *nbd, enum vf_nbd_fate fate)
 		if (!cmd->req || cmd->fate != fate)
 			continue;
 		if (fate == VF_NBD_WITHHELD && named++ < VF_NBD_NAMED_MAX)
-			vf_nbd_log(&nbd->news, "%s: %s of %llu bytes at %llu ends with an error: whether the server has carried it "
-				   "out, or will, is not known", nbd->uri, names[cmd->req->op],
+			vf_nbd_log(&nbd->news, "%s: %s of %llu bytes at %llu ends with an error: it is unknown whether the server "
+				   "has carried it out, or will", nbd->uri, names[cmd->req->op],
 				   (unsigned long long)cmd->req->left_bytes, (unsigned long long)cmd->req->offset_bytes);
 		vf_nbd_finish(nbd, cmd, fate == VF_NBD_DOOMED ? -ETIMEDOUT : -EIO);
 	}
@@ -213,7 +213,7 @@ void vf_nbd_fence_look(struct vf_nbd *nbd, uint64_t now_ns)
 	if (now_ns < link->doubt_ns)
 		return;
 	vf_nbd_fence_fail(nbd, VF_NBD_WITHHELD);
-	/* All that earlier workers have left comes before what is new. */
+	/* Requests of earlier workers come before new ones. */
 	if (!link->has_new)
 		return;
 	link->doubt = 0;

@@ -22,11 +22,11 @@
 #define VF_NBD_PAUSE_MAX_NS (1000u * VF_NBD_MS)
 #define VF_NBD_ENDING_NS (5000u * VF_NBD_MS) /* a server that takes longer to end a connection is worth a line in the log */
 #define VF_NBD_SCAN_NS (50u * VF_NBD_MS)
-/* A machine that is gone says nothing: TCP asks it after so many seconds of silence. */
+/* A dead machine sends nothing: TCP probes it after so many seconds of silence. */
 #define VF_NBD_SILENCE_S 10
 #define VF_NBD_SILENCE_ASK_S 5
 #define VF_NBD_SILENCE_ASKS 3
-#define VF_NBD_DISCARD_MAX 64u /* reads of what nobody waits for any more, of one look */
+#define VF_NBD_DISCARD_MAX 64u /* reads of unexpected data, per check */
 
 static void vf_nbd_close_fd(struct vf_nbd_link *link)
 {
@@ -53,7 +53,7 @@ static void vf_nbd_down(struct vf_nbd *nbd, uint64_t now_ns)
 	link->pause_ns = link->pause_ns < VF_NBD_PAUSE_MAX_NS / 2u ? 2u * link->pause_ns : VF_NBD_PAUSE_MAX_NS;
 }
 
-/* An attempt has failed. The log has each reason once an outage. */
+/* Note a failed attempt. Each reason is logged once per outage. */
 static void vf_nbd_refuse(struct vf_nbd *nbd, const char *text)
 {
 	struct vf_nbd_link *link = &nbd->link;
@@ -65,10 +65,10 @@ static void vf_nbd_refuse(struct vf_nbd *nbd, const char *text)
 	if (strcmp(link->refused, text) == 0)
 		return;
 	snprintf(link->refused, sizeof(link->refused), "%s", text);
-	vf_nbd_log(&nbd->news, "%s: cannot be used: %s; trying again", nbd->uri, text);
+	vf_nbd_log(&nbd->news, "%s: cannot be used: %s; retrying", nbd->uri, text);
 }
 
-/* Whether the memory of a request is still there for a system call: 0, or -EFAULT where pages of a driver's have gone. */
+/* Whether the memory of a request can be used by a system call: 0, or -EFAULT if pages of the driver's have vanished. */
 static int vf_nbd_memory_check(const struct vf_nbd_cmd *cmd)
 {
 	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -81,13 +81,13 @@ static int vf_nbd_memory_check(const struct vf_nbd_cmd *cmd)
 	return madvise((void *)first, end - first, how) ? -EFAULT : 0;
 }
 
-/* Whether a server that works on it changes what is stored. */
+/* Whether a request modifies the store. */
 static int vf_nbd_modifies(const struct vf_nbd_cmd *cmd)
 {
 	return cmd->kind == VF_NBD_WRITE || cmd->kind == VF_NBD_TRIM || cmd->kind == VF_NBD_ZERO;
 }
 
-/* What the server has not ended it may carry out later, over what is written by then. It closes its end when all is done. */
+/* The server may carry out an unfinished command later, over newer data. It closes its end when all are done. */
 static void vf_nbd_end(struct vf_nbd_link *link, uint64_t now_ns)
 {
 	shutdown(link->fd, SHUT_WR);
@@ -95,7 +95,7 @@ static void vf_nbd_end(struct vf_nbd_link *link, uint64_t now_ns)
 	link->end_ns = now_ns + VF_NBD_ENDING_NS;
 }
 
-/* Take back what was in flight on a connection that has died of err. Whether the server may still change what is stored. */
+/* Reset the commands in flight on a connection that has died of err. Whether the server may still modify the store. */
 static int vf_nbd_take_back(struct vf_nbd *nbd, int err, int in_order)
 {
 	int modifies = 0;
@@ -127,7 +127,7 @@ static int vf_nbd_take_back(struct vf_nbd *nbd, int err, int in_order)
 	return modifies;
 }
 
-/* A connection that served has died, or is of no use any more. What was in flight is taken back. */
+/* Handle the loss of a connection that has served: its commands in flight are reset. */
 static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
 {
 	struct vf_nbd_link *link = &nbd->link;
@@ -135,7 +135,7 @@ static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
 	int in_order = vf_nbd_ends_in_order(err);
 	int modifies;
 
-	/* Of connections that die one after the other of the same cause the first has a line in the log. */
+	/* If connections die one after another of the same cause, only the first is logged. */
 	link->flap_count = link->has_served || now_ns - link->up_ns > VF_NBD_PAUSE_MAX_NS ? 0 : link->flap_count + 1u;
 
 	vf_nbd_drop_handle(link);
@@ -145,7 +145,7 @@ static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
 	link->refused[0] = '\0';
 	vf_nbd_down(nbd, now_ns);
 	if (link->flap_count < 2u || strcmp(link->lost_text, text) != 0)
-		vf_nbd_log(&nbd->news, "%s: the connection is lost: %s; connecting again, for %llu s without an error", nbd->uri,
+		vf_nbd_log(&nbd->news, "%s: the connection is lost: %s; reconnecting, for %llu s without errors", nbd->uri,
 			   text, (unsigned long long)(nbd->config.reconnect_ns / 1000000000u));
 	snprintf(link->lost_text, sizeof(link->lost_text), "%s", text);
 	if (modifies && in_order) {
@@ -193,7 +193,7 @@ static void vf_nbd_look_ending(struct vf_nbd *nbd, uint64_t now_ns)
 	} else if (link->end_ns && now_ns >= link->end_ns) {
 		link->end_ns = 0;
 		vf_nbd_log(&nbd->news, "%s: the server has not closed the old connection, and may still work on writes of it: "
-			   "nothing is sent before it has; if it hangs, start it again", nbd->uri);
+			   "nothing is sent before it has; if it hangs, restart it", nbd->uri);
 	}
 }
 
@@ -208,7 +208,7 @@ static void vf_nbd_connect(struct vf_nbd *nbd)
 		vf_nbd_refuse(nbd, "no thread can be started to connect");
 }
 
-/* Why an export cannot be what the device is made on. 0, or -1 with text filled in. */
+/* Check that an export still fits the device. 0, or -1 with the reason in text. */
 static int vf_nbd_check(const struct vf_nbd *nbd, const struct vf_nbd_export *export, char *text, size_t text_bytes)
 {
 	uint64_t needed = nbd->engine->store.size_bytes;
@@ -222,7 +222,7 @@ static int vf_nbd_check(const struct vf_nbd *nbd, const struct vf_nbd_export *ex
 		snprintf(text, text_bytes, "the export has %llu bytes now, no multiple of its block size %u",
 			 (unsigned long long)export->size_bytes, export->block_min_bytes);
 	else if (export->block_min_bytes > nbd->config.block_size_bytes && !nbd->config.sole)
-		snprintf(text, text_bytes, "the export takes no blocks below %u bytes now, but the device has blocks of %u",
+		snprintf(text, text_bytes, "the export has no blocks below %u bytes now, but the device has blocks of %u",
 			 export->block_min_bytes, nbd->config.block_size_bytes);
 	else
 		return 0;
@@ -267,7 +267,7 @@ static void vf_nbd_arrive(struct vf_nbd *nbd)
 		return;
 	}
 	if (link->was_up ? link->flap_count < 2u : link->refused[0])
-		vf_nbd_log(&nbd->news, "%s: connected again after %.1f s", nbd->uri,
+		vf_nbd_log(&nbd->news, "%s: reconnected after %.1f s", nbd->uri,
 			   (double)(vf_now_ns() - link->lost_ns) / 1e9);
 	if (nbd_get_tls_negotiated(link->handle) == 0) {
 		if (vf_nbd_wire_start(nbd)) {
@@ -310,9 +310,8 @@ static void vf_nbd_look_connecting(struct vf_nbd *nbd)
 		vf_nbd_refuse(nbd, text);
 }
 
-/* End requests that have been without an answer for too long, and the connection with them: a late answer must find no
- * buffer. What modifies may still be carried out: it has ended when the connection has, before which nothing that is
- * newer is written. */
+/* End requests that had no reply for too long, and the connection with them, so that a late reply finds no buffer. The server may
+ * still carry out modifying ones. They have ended when the connection has, and nothing newer is written before that. */
 static void vf_nbd_scan(struct vf_nbd *nbd, uint64_t now_ns)
 {
 	uint32_t expired_count = 0;
@@ -338,7 +337,7 @@ static void vf_nbd_scan(struct vf_nbd *nbd, uint64_t now_ns)
 		else
 			vf_nbd_finish(nbd, cmd, -ETIMEDOUT);
 	}
-	snprintf(text, sizeof(text), "%u requests had no answer for %.1f s", expired_count,
+	snprintf(text, sizeof(text), "%u requests had no reply for %.1f s", expired_count,
 		 (double)nbd->config.timeout_ns / 1e9);
 	nbd->link.has_served = 1; /* whatever it did: this has to be said */
 	vf_nbd_lose(nbd, 0, text);
@@ -458,7 +457,7 @@ void vf_nbd_link_open(struct vf_nbd *nbd)
 		vf_nbd_connect(nbd);
 }
 
-/* Whether the connection may be left without a look back: the server has nothing that changes what is stored. */
+/* Whether the connection may be closed without waiting: the server has no command that modifies the store. */
 static int vf_nbd_is_at_rest(const struct vf_nbd *nbd)
 {
 	for (uint32_t i = 0; i < nbd->slot_count; i++) {

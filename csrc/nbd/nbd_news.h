@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What an engine has to say to the process around it: lines for a log, and sizes. A ring of them and an eventfd.
+ * Events of an engine for the process around it: lines for a log, and sizes. A ring of them and an eventfd.
  */
 #ifndef VF_NBD_NEWS_H
 #define VF_NBD_NEWS_H
@@ -26,11 +26,11 @@ struct vf_nbd_news_ring {
 int vf_nbd_news_open(struct vf_nbd_news_ring *ring);
 void vf_nbd_news_close(struct vf_nbd_news_ring *ring);
 
-/* What does not fit is dropped: what was said first says more. */
+/* An event that does not fit is dropped: the first ones say more. */
 void vf_nbd_log(struct vf_nbd_news_ring *ring, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void vf_nbd_tell_size(struct vf_nbd_news_ring *ring, uint64_t size_bytes);
 
-/* Take the oldest. 1, or 0 when there is none, which makes the descriptor unreadable. */
+/* Pop the oldest. 1, or 0 when there is none, which makes the descriptor unreadable. */
 int vf_nbd_news_take(struct vf_nbd_news_ring *ring, struct vf_nbd_news *news);
 
 #endif

@@ -50,7 +50,7 @@ void vf_nbd_tls_send(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd)
 	if (vf_likely(cookie >= 0))
 		return;
 	err = nbd_get_errno();
-	if (nbd_aio_get_direction(handle)) /* else it has died: the next look sees it */
+	if (nbd_aio_get_direction(handle)) /* otherwise it has died: the next check finds it */
 		vf_nbd_answer(nbd, cmd, err > 0 && err != ESHUTDOWN ? err : EIO);
 }
 
@@ -60,7 +60,7 @@ int vf_nbd_tls_look(struct vf_nbd *nbd, char *text, size_t text_bytes, int *err)
 	unsigned int direction;
 	int rc = 0, is_closed;
 
-	/* libnbd takes an error of the socket and tells of a failure of TLS; so it is looked at first. */
+	/* libnbd consumes an error of the socket and reports a failure of TLS, so read the error first. */
 	*err = vf_nbd_socket_err(link->fd, &is_closed);
 	if (vf_unlikely(*err || is_closed)) {
 		snprintf(text, text_bytes, "%s", *err ? strerror(*err) : "it has failed, and the cause is lost");

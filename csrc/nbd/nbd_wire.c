@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Requests and simple replies on a socket that libnbd has brought through the handshake: all that a round has made go by
- * one system call, and what has come is taken by one. libnbd itself takes three for a request. Under TLS the socket
- * belongs to it.
+ * Requests and simple replies on a socket after libnbd's handshake. One system call sends all requests of a round, and one
+ * receives the replies. libnbd itself needs three system calls per request. Under TLS the socket belongs to libnbd.
  *
  * Source: doc/proto.md of the NBD project, "Transmission phase".
  */
@@ -72,7 +71,7 @@ static uint64_t vf_nbd_sip(const uint64_t *key, uint64_t word)
 	return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
-/* A cookie that nobody can guess: neither who has seen earlier ones, nor who has had the same slot before. */
+/* A cookie that cannot be guessed, not even from earlier ones or from those of the same slot. */
 static uint64_t vf_nbd_cookie(struct vf_nbd_wire *wire, uint32_t slot)
 {
 	uint64_t bits;
@@ -229,7 +228,7 @@ void vf_nbd_wire_flush(struct vf_nbd *nbd)
 
 		if (vf_unlikely(n < 0)) {
 			if (errno != EAGAIN && errno != EINTR)
-				wire->err = errno; /* the next look tells */
+				wire->err = errno; /* the next check reports it */
 			return;
 		}
 		vf_nbd_wire_sent(nbd, (size_t)n);
@@ -238,7 +237,7 @@ void vf_nbd_wire_flush(struct vf_nbd *nbd)
 	}
 }
 
-/* What the protocol calls by these numbers, Linux does, too. */
+/* The protocol's numbers are those of Linux. */
 static int vf_nbd_errno(uint32_t error)
 {
 	switch (error) {
@@ -264,7 +263,7 @@ static void vf_nbd_wire_done(struct vf_nbd *nbd, struct vf_nbd_cmd *cmd, int err
 	vf_nbd_answer(nbd, cmd, err);
 }
 
-/* Take one reply, whose header is in the buffer. 0, or -1 with text filled in: it makes no sense. */
+/* Parse one reply, whose header is in the buffer. 0, or -1 with text filled in: it is malformed. */
 static int vf_nbd_wire_reply(struct vf_nbd *nbd, char *text, size_t text_bytes)
 {
 	struct vf_nbd_wire *wire = &nbd->wire;
@@ -285,7 +284,7 @@ static int vf_nbd_wire_reply(struct vf_nbd *nbd, char *text, size_t text_bytes)
 	cmd = &nbd->cmds[slot < nbd->slot_count ? slot : 0];
 	/* A request has a cookie from when it is sent on this connection to its one answer, and only while it is in flight. */
 	if (cookie >> 16 == 0 || cmd->cookie != cookie || cmd->queued || !cmd->req || !cmd->sent) {
-		snprintf(text, text_bytes, "the server answers what it was not asked");
+		snprintf(text, text_bytes, "the server replies to a request that was not sent");
 		return -1;
 	}
 	wire->in_at += VF_NBD_REPLY_BYTES;

@@ -92,7 +92,7 @@ static void vf_handoff_flush(struct vf_engine *engine)
 		handoff->hand_over(handoff->owner);
 }
 
-/* Hand out what has ended; what has another stage goes back to be handed over. */
+/* Return requests that have ended; those with another stage are queued to be handed over again. */
 static uint32_t vf_handoff_take(struct vf_handoff *handoff, struct vf_req **done, uint32_t max)
 {
 	uint32_t tail = vf_load_acquire_u32(&handoff->done_tail), count = 0;
@@ -150,7 +150,7 @@ static int vf_handoff_sleep(struct vf_engine *engine, const int *fds, uint32_t c
 			engine->readable |= (uint32_t)(polled[i].revents != 0) << i;
 		if (ready > 0 && polled[count].revents) {
 			ssize_t n = read(handoff->wake_fd, &wakes, sizeof(wakes));
-			(void)n; /* nothing to read: it was taken already */
+			(void)n; /* nothing to read: it was read already */
 		}
 	}
 	vf_store_relaxed_u32(&handoff->sleeping, 0);
@@ -161,7 +161,7 @@ static void vf_handoff_wait(struct vf_engine *engine)
 {
 	const struct vf_handoff *handoff = engine->state;
 
-	/* Their time-out is looked at now and then. */
+	/* Time-outs are checked now and then. */
 	vf_handoff_sleep(engine, NULL, 0, handoff->timeout_ns ? (int)(VF_HANDOFF_EXPIRY_NS / 1000000u) : -1);
 }
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The half of the engine for Python classes that knows no Python: what is submitted waits here until the round ends and
- * the interpreter's lock is taken once for all of it; what has been answered comes back through a ring, from any thread that
- * holds that lock, and is reaped without it.
+ * The half of the engine for Python classes that needs no Python. Submitted requests wait here until the round ends, and are
+ * handed over under one hold of the interpreter's lock. Any thread that holds the lock pushes completed requests to a ring,
+ * from which they are reaped without the lock.
  */
 #ifndef VF_HANDOFF_H
 #define VF_HANDOFF_H
@@ -11,8 +11,8 @@
 #include "base/clock.h"
 #include "engine/engine.h"
 
-#define VF_HANDOFF_STEP_NS 1000000u /* at least so often tasks of the class's own run */
-#define VF_HANDOFF_EXPIRY_NS 50000000u /* how often it is looked for requests that are too old */
+#define VF_HANDOFF_STEP_NS 1000000u /* the class's own tasks run at least this often */
+#define VF_HANDOFF_EXPIRY_NS 50000000u /* how often time-outs are checked */
 
 enum vf_handoff_stage {
 	VF_STAGE_DATA,
@@ -38,7 +38,7 @@ struct vf_handoff {
 	void (*expire)(void *owner);
 	int (*sleep_in_loop)(void *owner, const int *fds, uint32_t count, int timeout_ms);
 	void (*region)(void *owner, void *va, size_t len_bytes, const struct vf_mapping *mapping);
-	int (*zero_pages)(void *owner, uintptr_t address); /* this one does not, as it runs in a signal handler */
+	int (*zero_pages)(void *owner, uintptr_t address); /* this one does not take the lock, as it runs in a signal handler */
 	void (*shut)(void *owner);
 
 	struct vf_engine *engine; /* NULL: it is not open */
@@ -53,10 +53,10 @@ struct vf_handoff {
 	uint32_t done_mask;
 	uint32_t sleeping;
 	int wake_fd; /* an eventfd; borrowed */
-	uint8_t stuck; /* there was no room for the first of the backlog */
+	uint8_t stuck; /* there was no room for the first request of the backlog */
 	uint8_t has_loop;
 	uint64_t timeout_ns; /* 0: none */
-	uint64_t looked_ns; /* for requests that are too old */
+	uint64_t looked_ns; /* when time-outs were last checked */
 	uint64_t stepped_ns;
 };
 
@@ -65,10 +65,10 @@ extern const struct vf_engine_ops vf_engine_python;
 
 void vf_handoff_free(struct vf_handoff *handoff);
 
-/* The next slot of the backlog, which is not empty, is handed over. */
+/* Pop the next slot of the backlog, which is not empty. */
 void vf_handoff_pop(struct vf_handoff *handoff);
 
-/* A slot's stage is over; under the lock, so that there is one at a time. 1: the loop sleeps and has to be woken. */
+/* Push a slot whose stage has ended; under the lock, so one at a time. 1: the loop sleeps and has to be woken. */
 int vf_handoff_push(struct vf_handoff *handoff, uint16_t slot);
 
 /* CLOCK_MONOTONIC; the extensions share no code. */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The fast path for the commonest request: a read or write whose header, data and status are one descriptor each, in the regions
- * that the previous request used. It peeks at the next chain in the ring. It either makes a request of it, or changes nothing:
- * then the general way (vf_vring_pop and blk_parse) copies, walks and checks the chain, and uses nothing that was read here.
+ * that the previous request used. It peeks at the next chain in the ring, and either makes a request of it, or changes nothing.
+ * Then the general path (vf_vring_pop and blk_parse) copies, walks and checks the chain, and uses no value that was read here.
  *
  * The checks are those of blk_parse_any for such a request, on values in registers; nothing of the driver's memory is read twice.
  */
@@ -36,7 +36,7 @@ static inline void vf_fast_path_aim(struct vf_iotlb *tlb, uint64_t header_iova, 
 	tlb->has_windows = 1;
 }
 
-/* The shape of a segment that vf_fast_path_fill() takes. */
+/* The shape of a segment for vf_fast_path_fill(). */
 static inline uint64_t vf_fast_path_shape(const struct vf_segment *segment)
 {
 	return (uint64_t)segment->writable << 33 | segment->len;
@@ -82,7 +82,7 @@ static inline int vf_fast_path_fill(struct vf_queue *q, struct vf_req *req, uint
 	return 1;
 }
 
-/* The next chain of a split ring, of which vf_split_available() has said that there is one. It is not taken yet. */
+/* Peek at the next chain of a split ring; vf_split_available() has found one. It is not popped yet. */
 static inline int vf_fast_path_parse_split(struct vf_queue *q, struct vf_req *req)
 {
 	const struct vf_split *vr = &q->vring.split;

@@ -5,8 +5,8 @@
 #include <errno.h>
 #include <time.h>
 
-/* Whether a flush that ended so may have lost data. Not so where nothing was tried, or where a store beyond a network gave no
- * answer: what it has taken is with it, and the next flush asks for that again. */
+/* Whether a flush with this result may have lost data. Not if nothing was tried, or if a store on a network did not reply: it
+ * has the data that it has accepted, and the next flush covers that again. */
 static int vf_flush_loses(const struct vf_engine *engine, int err)
 {
 	if (err == 0 || engine->ops == &vf_engine_fail || vf_store_is_unsupported(err))
@@ -35,7 +35,7 @@ int vf_flush_end(struct vf_queue *q, int result)
 		vf_flush_keep(q->flush_failure, result);
 	if (result == 0) /* another queue may have met one meanwhile */
 		result = -vf_flush_failure_errno(vf_load_relaxed_u64(q->flush_failure));
-	/* After what was kept: a reader that finds no flush under way knows that none has failed unseen. */
+	/* After the failure is noted: a reader that finds no flush in flight knows that none has failed unseen. */
 	vf_store_release_u32(&q->shm_status->flushing, q->shm_status->flushing - 1u);
 	return result;
 }

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * After the first failure of a write-back every later flush of the device fails, until an operator says otherwise.
+ * After the first failure of a write-back every later flush of the device fails, until an operator clears that.
  *
- * The kernel reports such a failure once for each open file description, and then calls the pages clean whose data is lost: the
- * next fdatasync() says OK. So the failure is kept in the header of the shared pages, where all queues of the device and all
- * processes after them see it. Who learns of it, and what if the process is killed before it can tell:
+ * The kernel reports such a failure once for each open file description, and then marks the pages clean although their data is
+ * lost: the next fdatasync() succeeds. So the failure is kept in the header of the shared pages, where all queues of the device
+ * and all later processes see it. The cases, also if a process is killed before it has kept the failure:
  *
- *   a flush fails                       It is kept before the flush is answered. Killed in between: the supervisor, which has a
- *                                       witness of its own, learns it from that once more (write_back.py), before a successor starts.
- *   another queue's flush took it       All queues share one description. Each has a witness beside it: a description of the same
- *                                       file that is never synced, so that the failure is still to be reported there.
- *   two flushes of a queue at once      The same witness: it is asked after every flush that went well, by one thread.
+ *   a flush fails                       The failure is kept before the flush is completed. If the worker is killed in between, the
+ *                                       supervisor's own witness reports it again (write_back.py), before a successor starts.
+ *   another queue's flush got it        All queues share one description. Each also has a witness: a description of the same
+ *                                       file that is never synced, so the failure is still reported there.
+ *   two flushes of a queue at once      The same witness: one thread asks it after every successful flush.
  *   everything is killed                A failure that no process has seen is reported to the next server's descriptions. One that
  *                                       was seen by a flush in that moment is not; the next server says which flushes were cut off.
  *
@@ -30,7 +30,7 @@ static inline int vf_flush_failure_errno(uint64_t failure)
 	return (int)(failure & ((1u << VF_FLUSH_ERRNO_BITS) - 1u));
 }
 
-/* Begin a flush. 0, or -errno of the failure that answers it. */
+/* Begin a flush. 0, or -errno of the kept failure, with which it is completed. */
 static inline int vf_flush_begin(struct vf_queue *q)
 {
 	uint64_t failure = vf_load_relaxed_u64(q->flush_failure);
@@ -41,7 +41,7 @@ static inline int vf_flush_begin(struct vf_queue *q)
 	return 0;
 }
 
-/* A flush that began has ended with result: what it is to be answered with. A failure is kept. */
+/* End a flush with the store's result. Returns the result to complete it with. A failure is kept. */
 int vf_flush_end(struct vf_queue *q, int result);
 
 #endif

@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Interrupt moderation: when to interrupt a sleeping driver for what it can see already. One interrupt for several
- * completions costs less than one for each, on the CPU that the driver needs to send more; but a driver that has nothing
- * more to send, or CPU to spare, only loses time by it. The device cannot see which is the case. So it measures: for a
- * window of completions the interrupt waits for twice as many of them, and that batch is kept only if completions
- * then come faster; a smaller one is kept if it does as well. A wait ends when completions stop coming, or after
- * `limit_ns`; waits in vain end a trial, and trials without success become rare: a driver with one request at a time
- * meets two such waits in 8192 requests.
+ * Interrupt moderation: when to interrupt a sleeping driver for published completions. One interrupt for several completions
+ * costs less than one for each, on the CPU that the driver needs to send more. But a driver that has nothing more to send, or
+ * CPU to spare, only loses time by it. The device cannot see which case it is, so it measures. For a window of completions the
+ * interrupt waits for twice as many of them. That batch is kept only if completions then come faster. A smaller batch is kept if
+ * it does as well. A wait ends when completions stop coming, or after `limit_ns`. Waits in vain end a trial, and trials without
+ * success become rare: a driver with one request at a time meets two such waits in 8192 requests.
  *
  * Nothing here depends on the ring's format, or on anything that the driver writes.
  */
@@ -17,10 +16,10 @@
 
 #include "base/barrier.h"
 
-#define VF_IRQ_BATCH_MAX 32u /* beyond that, what an interrupt costs is lost among the requests */
+#define VF_IRQ_BATCH_MAX 32u /* beyond that, the cost of an interrupt is negligible */
 #define VF_IRQ_WINDOW 128u /* completions of one measurement */
 #define VF_IRQ_PAUSE_MAX 64u /* windows between two trials when none is of use */
-#define VF_IRQ_STOPPED 4u /* completions have stopped coming: none for so many times the usual */
+#define VF_IRQ_STOPPED 4u /* completions have stopped if none comes for so many times the usual interval */
 #define VF_IRQ_VAIN_MAX 2u /* waits in vain, beyond those that were filled, that end a batch */
 
 /* All zeroes to begin with. */
@@ -29,7 +28,7 @@ struct vf_irq_coalesce {
 	uint64_t since_ns; /* the first completion without an interrupt; 0 = none */
 	uint64_t last_ns; /* the last such completion */
 	uint32_t batch; /* completions for one interrupt: 0 and 1 interrupt at once */
-	uint32_t kept_batch; /* that of no trial */
+	uint32_t kept_batch; /* the batch outside of trials */
 	uint8_t trial; /* batch is on trial */
 	uint8_t smaller; /* the direction of this trial, or of the next */
 	uint32_t vain; /* waits that ended because completions had stopped, less those that were filled */
@@ -54,7 +53,7 @@ static inline void vf_irq_coalesce_end_trial(struct vf_irq_coalesce *co, int kep
 	co->pause = co->pause_next;
 }
 
-/* At the end of a window: judge a trial by what a completion has cost, or begin one. */
+/* At the end of a window: judge a trial by the cost of a completion, or begin one. */
 static inline void vf_irq_coalesce_judge(struct vf_irq_coalesce *co, uint64_t now_ns)
 {
 	uint64_t old_ns = co->cost_ns;

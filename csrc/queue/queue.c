@@ -11,7 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
-static struct vf_queue *vf_guarded; /* for the signal handler, which gets no argument of ours */
+static struct vf_queue *vf_guarded; /* for the signal handler, which gets no argument from us */
 static volatile int vf_stop;
 static int vf_stop_wake_fd = -1;
 
@@ -78,7 +78,7 @@ static int vf_queue_alloc(struct vf_queue *q)
 	struct vf_blk_range *ranges;
 
 	q->slot_count = q->queue_size < VF_SLOT_MAX ? q->queue_size : VF_SLOT_MAX;
-	/* Twice what we ask drivers to keep to, for segments that straddle regions and headers in pieces. */
+	/* Twice the limit that we offer, for segments that straddle regions and headers in pieces. */
 	q->iov_max = 2u * q->device.seg_max + 8u < VF_IOV_MAX ? 2u * q->device.seg_max + 8u : VF_IOV_MAX;
 	q->reqs = calloc(q->slot_count, sizeof(*q->reqs));
 	q->free_slots = calloc(q->slot_count, sizeof(*q->free_slots));
@@ -216,7 +216,7 @@ void vf_queue_destroy(struct vf_queue *q)
 	free(q);
 }
 
-/* Async-signal-safe: a table walk, mmap(2), a counter or a flag of our own. */
+/* Async-signal-safe: it only walks a table, calls mmap(2), and sets a counter or flag of ours. */
 static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
 {
 	(void)context;
@@ -232,7 +232,7 @@ static void vf_on_sigbus(int signo, siginfo_t *info, void *context)
 	}
 	if (vf_guarded && vf_map_zero_pages(&vf_guarded->engine.store.read_map, (uintptr_t)info->si_addr) == 0)
 		return;
-	signal(signo, SIG_DFL); /* not the driver's doing: the access faults again and ends the process */
+	signal(signo, SIG_DFL); /* not in the driver's memory: the access faults again and ends the process */
 }
 
 int vf_queue_guard(struct vf_queue *q)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Everything a worker holds for its virtqueue. All memory is allocated by vf_queue_create() and, for what depends on the ring that
- * the driver has set up, by vf_queue_fit() before that is started; serving allocates nothing.
+ * The whole state of a worker's virtqueue. vf_queue_create() allocates its memory. vf_queue_fit() allocates the parts that
+ * depend on the driver's ring, before that is started. Serving allocates nothing.
  */
 #ifndef VF_QUEUE_H
 #define VF_QUEUE_H
@@ -23,7 +23,7 @@
 #define VF_INFLIGHT_BYTES_MAX (32u << 20) /* no more is popped until some of it is done: a reset waits for all of it */
 #define VF_SEG_MAX_LIMIT 1022u /* with header and status a chain of 1024 */
 
-/* What the device is; set once. Sectors are of 512 bytes. */
+/* The properties of the device; set once. Sectors are of 512 bytes. */
 struct vf_blk_device {
 	uint64_t capacity_sectors;
 	uint32_t block_sectors; /* smallest unit of a transfer */
@@ -41,7 +41,7 @@ struct vf_blk_device {
 	char serial[VF_BLK_ID_BYTES]; /* padded with zeroes */
 };
 
-/* A request that was answered with an error because workers died of it. */
+/* A request that was completed with an error because it has killed workers. */
 struct vf_poison {
 	uint32_t count; /* how many there were; what follows is of the last */
 	uint32_t deaths;
@@ -132,18 +132,18 @@ uint32_t vf_shm_block_bytes(uint32_t queue_size);
 /* A queue with its tables, or NULL with errno set. shm_block is the queue's block, borrowed. No engine is open yet. */
 struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t queue_size, void *shm_block);
 
-/* Have room for the chains of a ring of that size, which is about to be started. 0 or -ENOMEM. */
+/* Allocate room for the chains of a ring of that size, which is started next. 0 or -ENOMEM. */
 int vf_queue_fit(struct vf_queue *q, uint32_t ring_size);
 void vf_queue_destroy(struct vf_queue *q);
 
-/* Share what the header (borrowed) says of the whole device with the other queues. */
+/* Share the device's part of the header (borrowed) with the other queues. */
 static inline void vf_queue_use_header(struct vf_queue *q, struct vf_shm_header *header)
 {
 	q->flush_failure = &header->flush_failure;
 }
 
-/* Turn a region of which a page vanishes under an access of this process (SIGBUS in a mapping of q's IOTLB) into zeroes
- * and a count in q's counters, instead of the process's death. One queue a process. 0 or -errno. */
+/* Survive accesses to vanished pages (SIGBUS in a mapping of q's IOTLB): replace the region with zero pages, and count that in
+ * q's counters. One queue per process. 0 or -errno. */
 int vf_queue_guard(struct vf_queue *q);
 
 /* Make SIGTERM and SIGINT raise *vf_stop_flag() and write to wake_fd (an eventfd). 0 or -errno. */
@@ -153,11 +153,11 @@ const volatile int *vf_stop_flag(void);
 /* SIGKILL for this process when the thread that started it ends, however it does. 0 or -errno; -ESRCH: it has ended. */
 int vf_die_with_parent(int parent_pid);
 
-/* Hold reads and writes to what a driver with these features was told (VIRTIO 1.3, 5.2.4). One that has not acknowledged a
- * limit knows of none: EDK2 reads a file by one descriptor, however large it is. */
+/* Check reads and writes against the limits that a driver with these features knows (VIRTIO 1.3, 5.2.4). A driver that has not
+ * acknowledged a limit knows none: EDK2 reads a file by one descriptor, however large it is. */
 void vf_queue_limit(struct vf_queue *q, uint64_t acked_features);
 
-/* Have room in the IOTLB again. Nothing is in flight: a request refers to memory of the driver's until it is completed. The
+/* Make room in the IOTLB. Nothing is in flight: a request refers to the driver's memory until it is completed. The
  * rings stay where they are. */
 void vf_queue_evict(struct vf_queue *q);
 
@@ -196,7 +196,7 @@ static inline void vf_queue_free(struct vf_queue *q, struct vf_req *req)
 	q->next_req = req;
 }
 
-/* Count what has been completed: requests, bytes, and how long they took up to now. */
+/* Count completed requests: their number, bytes, and time up to now. */
 void vf_queue_count(struct vf_queue *q, uint64_t now_ns);
 
 /* Note a request that is completed and is of another kind, or was begun at another moment, than the one before. */

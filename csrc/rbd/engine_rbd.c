@@ -11,10 +11,10 @@
 #include "base/barrier.h"
 
 #define VF_RBD_REAP_MAX 64
-#define VF_RBD_POLL_MS 100 /* how often requests that wait for the image are looked at */
+#define VF_RBD_POLL_MS 100 /* how often requests that wait for the image are checked */
 #define VF_RBD_CLOSE_LIMIT_MS 3000u
 
-/* What an open engine has. Requests lie in at most one of the two queues; each has room for all. */
+/* The state of an open engine. A request is in at most one of the two queues; each has room for all. */
 struct vf_rbd_work {
 	struct vf_req **waiting; /* for the image to be open, in their order */
 	double *since_s; /* of those */
@@ -98,7 +98,7 @@ static int vf_rbd_call(rbd_image_t image, struct vf_req *req, rbd_completion_t c
 /* Of what a completion leads to: it is the flush after a write, and not the request. Requests lie at even addresses. */
 #define VF_RBD_IS_FLUSH ((uintptr_t)1)
 
-/* Hand a request, or the flush after it, to librbd. 0 or -errno. */
+/* Pass a request, or the flush after it, to librbd. 0 or -errno. */
 static int vf_rbd_start(struct vf_engine *engine, struct vf_req *req, int is_flush)
 {
 	struct vf_rbd *rbd = engine->context;
@@ -115,7 +115,7 @@ static int vf_rbd_start(struct vf_engine *engine, struct vf_req *req, int is_flu
 	return err;
 }
 
-/* Tell what the driver's error does not, once. */
+/* Log once a cause that the driver's error does not show. */
 static void vf_rbd_tell_error(struct vf_engine *engine, int err)
 {
 	struct vf_rbd *rbd = engine->context;
@@ -165,7 +165,7 @@ static void vf_rbd_finish(struct vf_rbd_work *work, struct vf_req *req, int resu
 	work->finished[work->finished_count++] = req;
 }
 
-/* Take note of an answer; the request is finished, unless a flush after it has begun. */
+/* Process a completion; the request is finished, unless a flush after it has begun. */
 static void vf_rbd_digest(struct vf_engine *engine, struct vf_req *req, int is_flush, ssize_t got)
 {
 	const struct vf_rbd *rbd = engine->context;
@@ -190,7 +190,7 @@ static void vf_rbd_digest(struct vf_engine *engine, struct vf_req *req, int is_f
 	vf_rbd_finish(work, req, err);
 }
 
-/* The image is open: start what has waited for it. */
+/* The image is open: start the requests that have waited for it. */
 static void vf_rbd_admit(struct vf_engine *engine)
 {
 	struct vf_rbd_work *work = engine->state;
@@ -207,7 +207,7 @@ static void vf_rbd_admit(struct vf_engine *engine)
 	}
 }
 
-/* The image is not open yet: end what has waited for too long. */
+/* The image is not open yet: end requests that have waited for too long. */
 static void vf_rbd_expire(struct vf_engine *engine)
 {
 	struct vf_rbd *rbd = engine->context;
@@ -229,7 +229,7 @@ static void vf_rbd_expire(struct vf_engine *engine)
 	}
 }
 
-/* What is due while the image is not open, or has just become so. */
+/* Do the work that is due before the image is open, or when it has just been opened. */
 static void vf_rbd_look(struct vf_engine *engine)
 {
 	struct vf_rbd *rbd = engine->context;

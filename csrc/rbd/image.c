@@ -22,7 +22,7 @@ static int vf_rbd_given(const char *text)
 	return text && *text;
 }
 
-/* An option that this library does not know is not needed either. */
+/* If this library does not know an option, it does not need it. */
 static void vf_rbd_set(rados_t cluster, const char *name, uint32_t value)
 {
 	char text[16];
@@ -31,8 +31,8 @@ static void vf_rbd_set(rados_t cluster, const char *name, uint32_t value)
 	rados_conf_set(cluster, name, text);
 }
 
-/* With a thread of librados' for each of few CPUs a request costs a third more than with one, all of it for waking each other.
- * A number that somebody has chosen stays. */
+/* With one thread of librados per CPU, on few CPUs, a request costs a third more than with one thread, because the threads wake
+ * each other. A configured number stays. */
 static void vf_rbd_set_threads(rados_t cluster)
 {
 	char count[16] = "";
@@ -44,9 +44,9 @@ static void vf_rbd_set_threads(rados_t cluster)
 		vf_rbd_set(cluster, "librados_thread_count", 1);
 }
 
-/* A write that was answered must be there after the death of this process, which a driver does not learn of, so that it does
- * not write again. The default policy is for writes alone, so that reads stay as they are without a cache; another one keeps
- * its cache for reads. An image may have a configuration of its own, over this one: see vf_rbd_about(). */
+/* A completed write must survive the death of this process: the driver does not learn of it, so it does not write again. The
+ * default cache policy is for writes only, so without a cache reads are unchanged. Another policy keeps its cache for reads.
+ * An image may have a configuration of its own, which overrides this one: see vf_rbd_about(). */
 static void vf_rbd_set_cache(rados_t cluster)
 {
 	char policy[32] = "";
@@ -111,7 +111,7 @@ int vf_rbd_client(const struct vf_rbd_image *image, char text[static VF_RBD_CLIE
 	return (size_t)len < VF_RBD_CLIENT_MAX - used ? 0 : -ENAMETOOLONG;
 }
 
-/* The address out of what vf_rbd_client() has said; NULL when that was said of another cluster. */
+/* The address in the result of vf_rbd_client(); NULL if that is of another cluster. */
 static const char *vf_rbd_address_here(const struct vf_rbd_image *image, const char *client)
 {
 	char fsid[VF_RBD_ADDRESS_MAX];
@@ -122,8 +122,8 @@ static const char *vf_rbd_address_here(const struct vf_rbd_image *image, const c
 	return client + strlen(fsid) + 1;
 }
 
-/* With the answer comes the cluster's map from which on that client is refused, and what we do carries that map's number:
- * no OSD does it before it refuses the other. */
+/* Blocklist the previous client. The answer includes the cluster map that refuses it, and our requests carry that map's number:
+ * no OSD serves them before it refuses the other client. */
 static int vf_rbd_fence(struct vf_rbd_image *image, const char *before)
 {
 	char address[VF_RBD_ADDRESS_MAX];
@@ -134,7 +134,7 @@ static int vf_rbd_fence(struct vf_rbd_image *image, const char *before)
 	return err ? err : rados_wait_for_latest_osdmap(image->cluster);
 }
 
-/* A lock that the previous client holds would be waited for until its watch has timed out. */
+/* Otherwise we would wait for the previous client's lock until its watch has timed out. */
 static void vf_rbd_break_lock(struct vf_rbd_image *image, const char *before)
 {
 	rbd_lock_mode_t mode;
@@ -142,10 +142,10 @@ static void vf_rbd_break_lock(struct vf_rbd_image *image, const char *before)
 	size_t count = VF_RBD_OWNER_MAX;
 
 	if (rbd_lock_get_owners(image->image, &mode, owners, &count))
-		return; /* nobody has it, or the image has no such lock */
+		return; /* the lock is free, or the image has none */
 	for (size_t i = 0; i < count; i++) {
 		if (strcmp(vf_rbd_plain_address(owners[i]), before) == 0)
-			rbd_lock_break(image->image, mode, owners[i]); /* on an error it is waited for */
+			rbd_lock_break(image->image, mode, owners[i]); /* on an error we wait for it */
 	}
 	rbd_lock_get_owners_cleanup(owners, count);
 }
@@ -209,7 +209,7 @@ int vf_rbd_image_open(struct vf_rbd_image *image, const struct vf_rbd_settings *
 		image->reached = VF_RBD_FENCE;
 		*fenced = vf_rbd_fence(image, before);
 		if (*fenced && *fenced != -EACCES && *fenced != -EPERM)
-			return *fenced; /* those rights do not come by trying again */
+			return *fenced; /* a retry does not bring those rights */
 	}
 	err = vf_rbd_enter(image, settings);
 	if (err)
@@ -250,7 +250,7 @@ int vf_rbd_option(const struct vf_rbd_image *image, const char *name, char *valu
 	return image->reached > VF_RBD_CLIENT ? rados_conf_get(image->cluster, name, value, size) : -ENOENT;
 }
 
-/* What librbd's cache does for this image, which may have a configuration of its own. */
+/* Read librbd's cache mode for this image, which may have a configuration of its own. */
 static int vf_rbd_about_cache(const struct vf_rbd_image *image, struct vf_rbd_about *about)
 {
 	rbd_config_option_t *options = calloc(VF_RBD_OPTION_MAX, sizeof(*options));
@@ -259,7 +259,7 @@ static int vf_rbd_about_cache(const struct vf_rbd_image *image, struct vf_rbd_ab
 
 	if (!options)
 		return -ENOMEM;
-	about->caches = about->early_writes = 1; /* where nothing is said */
+	about->caches = about->early_writes = 1; /* the default */
 	err = rbd_config_image_list(image->image, options, &max);
 	if (err == 0) {
 		for (int i = 0; i < max; i++) {

@@ -40,9 +40,9 @@ struct vf_rbd_settings {
 	const char *snap;
 	const char *wanted; /* the image's identity, where another one under its name is to be refused (-ESTALE) */
 	uint8_t read_only;
-	uint8_t early_writes; /* librbd may answer a write that it only has in memory, where it is configured to */
+	uint8_t early_writes; /* librbd may complete a write that is only in its memory, if it is configured to */
 	uint32_t connect_limit_s; /* for the monitors to answer */
-	uint32_t op_limit_s; /* an operation without an answer for so long fails with -ETIMEDOUT; 0: it waits for ever */
+	uint32_t op_limit_s; /* an operation that takes longer fails with -ETIMEDOUT; 0: no limit */
 };
 
 struct vf_rbd_image {
@@ -52,7 +52,7 @@ struct vf_rbd_image {
 	enum vf_rbd_step reached;
 };
 
-/* What a device has to know of an image. */
+/* The properties of an image that a device needs. */
 struct vf_rbd_about {
 	uint64_t size_bytes;
 	uint64_t object_bytes;
@@ -60,20 +60,20 @@ struct vf_rbd_about {
 	uint64_t stripe_count;
 	uint8_t exclusive_lock;
 	uint8_t caches; /* librbd keeps data of it in memory */
-	uint8_t early_writes; /* and answers writes that are only there */
+	uint8_t early_writes; /* and completes writes that are only there */
 	char identity[VF_RBD_IDENTITY_MAX]; /* "": not known */
 };
 
 /* 0 or -errno. `reached` is the step that failed then, else VF_RBD_OPEN; either way vf_rbd_image_close() follows.
- * `before` is what vf_rbd_client() has said of a client that had the image, and is dead for sure; it is shut out, so that
- * nothing that it has under way is done any more. `*fenced` is 0 then, or a negative errno when we may not do that, or
- * VF_RBD_NOBODY: there was none in this cluster. */
+ * `before` is the result of vf_rbd_client() of a client that had the image and is certainly dead. It is blocklisted, so that
+ * none of its requests takes effect any more. `*fenced` is 0 then, a negative errno when we lack the right, or VF_RBD_NOBODY:
+ * there was none in this cluster. */
 int vf_rbd_image_open(struct vf_rbd_image *image, const struct vf_rbd_settings *settings, const char *before, int *fenced);
 
-/* Flush and release what was reached. On a cluster that is lost this waits for ever, unless op_limit_s was set. */
+/* Flush, and close all that was opened. If the cluster is lost this waits for ever, unless op_limit_s was set. */
 void vf_rbd_image_close(struct vf_rbd_image *image);
 
-/* Who this client is: the cluster's id, a space, and the address as a lock names its owner. 0 or -errno. */
+/* The identity of this client: the cluster's id, a space, and the address as a lock names its owner. 0 or -errno. */
 int vf_rbd_client(const struct vf_rbd_image *image, char text[static VF_RBD_CLIENT_MAX]);
 
 int vf_rbd_about(const struct vf_rbd_image *image, struct vf_rbd_about *about);

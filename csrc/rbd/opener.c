@@ -22,7 +22,7 @@ static void vf_rbd_raise(int fd)
 	(void)written; /* it fails only when the counter is full: it is readable then */
 }
 
-/* Of what the device is to know nothing may get lost, and only the newest counts: the size. */
+/* The size is the one event that must not get lost, and only its newest value counts. */
 static struct vf_rbd_event *vf_rbd_event_place(struct vf_rbd_opener *opener, enum vf_rbd_event_kind kind)
 {
 	for (uint32_t i = 0; i < opener->event_count && kind == VF_RBD_EVENT_RESIZED; i++) {
@@ -31,7 +31,7 @@ static struct vf_rbd_event *vf_rbd_event_place(struct vf_rbd_opener *opener, enu
 		if (event->kind == kind)
 			return event;
 	}
-	/* One place is for the size. */
+	/* One entry is reserved for the size. */
 	if (opener->event_count >= VF_RBD_EVENT_MAX - (kind != VF_RBD_EVENT_RESIZED))
 		return NULL;
 	return &opener->events[(opener->event_first + opener->event_count++) % VF_RBD_EVENT_MAX];
@@ -77,7 +77,7 @@ static void vf_rbd_tell_size(struct vf_rbd_opener *opener)
 	uint64_t size_bytes;
 
 	if (rbd_get_size(opener->image.image, &size_bytes))
-		return; /* the image is going, or the cluster is: what is asked of it next says so */
+		return; /* the image or the cluster is going: the next operation reports that */
 	pthread_mutex_lock(&opener->lock);
 	if (size_bytes == opener->device_bytes) {
 		pthread_mutex_unlock(&opener->lock);
@@ -88,13 +88,13 @@ static void vf_rbd_tell_size(struct vf_rbd_opener *opener)
 	vf_rbd_event_put(opener, (struct vf_rbd_event){ .kind = VF_RBD_EVENT_RESIZED, .value = size_bytes });
 }
 
-/* In a thread of librbd's: something about the image is another. */
+/* In a thread of librbd's: the image has changed. */
 static void vf_rbd_on_update(void *context)
 {
 	vf_rbd_tell_size(context);
 }
 
-/* What the previous client has left. "": it has ended well, or there was none. */
+/* Read the note of the previous client. "": it has ended cleanly, or there was none. */
 static void vf_rbd_notes_read(const struct vf_rbd_opener *opener, char *client, size_t size)
 {
 	ssize_t got = opener->notes_fd < 0 ? 0 : pread(opener->notes_fd, client, size - 1, opener->notes_offset);
@@ -126,7 +126,7 @@ static int vf_rbd_opener_try(struct vf_rbd_opener *opener)
 		return err;
 	if (fenced != VF_RBD_NOBODY)
 		vf_rbd_event_put(opener, (struct vf_rbd_event){ .kind = VF_RBD_EVENT_FENCED, .err = fenced });
-	/* Before our first request: the next worker shuts us out. */
+	/* Before our first request: the next worker can blocklist us. */
 	err = vf_rbd_client(&opener->image, client);
 	if (err == 0)
 		err = vf_rbd_notes_write(opener, client);
@@ -146,7 +146,7 @@ static int vf_rbd_opener_try(struct vf_rbd_opener *opener)
 	return 0;
 }
 
-/* Wait for the end of a pause, or for stop; the lock is held. Whether it is to stop. */
+/* Wait for the end of a pause, or for stop, with the lock held. Returns whether to stop. */
 static int vf_rbd_opener_pause(struct vf_rbd_opener *opener, uint32_t pause_ms)
 {
 	struct timespec until;
@@ -174,7 +174,7 @@ static int vf_rbd_opener_stopped(struct vf_rbd_opener *opener)
 	return stop;
 }
 
-/* Open it, however long that takes. 0, or -ECANCELED: it is to stop. */
+/* Open the image, however long that takes. 0, or -ECANCELED: stopped. */
 static int vf_rbd_opener_open(struct vf_rbd_opener *opener)
 {
 	enum vf_rbd_step told_step = VF_RBD_OPEN;
@@ -208,7 +208,7 @@ static int vf_rbd_opener_open(struct vf_rbd_opener *opener)
 	return -ECANCELED;
 }
 
-/* Once all is closed there is nothing to shut out. */
+/* After a clean close there is nothing to blocklist. */
 static void vf_rbd_opener_close(struct vf_rbd_opener *opener)
 {
 	vf_store_release_u32(&opener->phase, VF_RBD_CLOSED); /* pairs with the acquire of vf_rbd_is_open() */
@@ -218,8 +218,8 @@ static void vf_rbd_opener_close(struct vf_rbd_opener *opener)
 	vf_rbd_notes_write(opener, "");
 }
 
-/* The worker is tied to one CPU, and threads inherit where they may run from the thread that makes them: those of librbd, which
- * do the larger part of the work, are to use whatever this process may use. */
+/* The worker is pinned to one CPU, and new threads inherit that. But librbd's threads do most of the work, so they may use all
+ * CPUs of this process. */
 static void vf_rbd_opener_untie(void)
 {
 	cpu_set_t all;

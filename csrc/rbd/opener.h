@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What opens an image for an engine: a thread of its own, since librados and librbd block while they connect. It tries
- * until it succeeds, tells what it meets as events, and watches the image's size from then on.
+ * A thread that opens an image for an engine, because librados and librbd block while they connect. It retries until it
+ * succeeds, reports failures as events, and then watches the image's size.
  */
 #ifndef VF_RBD_OPENER_H
 #define VF_RBD_OPENER_H
@@ -18,7 +18,7 @@ enum vf_rbd_event_kind {
 	VF_RBD_EVENT_NONE,
 	VF_RBD_EVENT_RETRIES, /* opening failed: step, err; it continues */
 	VF_RBD_EVENT_OPENED, /* after RETRIES or GAVE_UP */
-	VF_RBD_EVENT_GAVE_UP, /* it is not open for reconnect_s: requests get errors until it is */
+	VF_RBD_EVENT_GAVE_UP, /* it could not be opened for reconnect_s: requests get errors until it is open */
 	VF_RBD_EVENT_FENCED, /* a client that has died was shut out: err = 0, or why that was not possible */
 	VF_RBD_EVENT_SHUT_OUT, /* this client was */
 	VF_RBD_EVENT_TIMED_OUT, /* a request had no answer for too long */
@@ -42,7 +42,7 @@ enum vf_rbd_phase {
 struct vf_rbd_opener {
 	struct vf_rbd_settings settings;
 	struct vf_rbd_image image; /* the thread's, until `phase` says that it is open */
-	uint64_t device_bytes; /* what the device has now, as far as events have told */
+	uint64_t device_bytes; /* the device's size, by the last event */
 	int notes_fd; /* borrowed; -1: none. The client that has the image is noted there, for the next worker */
 	uint32_t notes_offset;
 	int wake_fd; /* an eventfd: completions of the image, and its opening */
@@ -58,7 +58,7 @@ struct vf_rbd_opener {
 	pthread_mutex_t lock; /* of all below */
 	pthread_cond_t changed;
 	uint8_t stop;
-	uint8_t ended; /* the thread needs nothing of this any more */
+	uint8_t ended; /* the thread does not use this any more */
 	uint32_t event_first;
 	uint32_t event_count;
 	struct vf_rbd_event events[VF_RBD_EVENT_MAX];
@@ -78,10 +78,10 @@ int vf_rbd_opener_stop(struct vf_rbd_opener *opener, uint32_t limit_ms);
 /* Release what init has made; it was stopped. */
 void vf_rbd_opener_destroy(struct vf_rbd_opener *opener);
 
-/* Any thread's. What has no room is dropped; of events with a size the last one stays. */
+/* Add an event; from any thread. Without room it is dropped, but the last size always stays. */
 void vf_rbd_event_put(struct vf_rbd_opener *opener, struct vf_rbd_event event);
 
-/* Take the oldest: 1, or 0 when there is none. */
+/* Pop the oldest: 1, or 0 when there is none. */
 int vf_rbd_event_take(struct vf_rbd_opener *opener, struct vf_rbd_event *event);
 
 static inline int vf_rbd_is_open(const struct vf_rbd_opener *opener)

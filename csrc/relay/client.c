@@ -30,7 +30,7 @@ enum vf_client_state {
 };
 
 enum vf_client_place {
-	VF_CLIENT_KEPT, /* to be sent, or sent again to the next relay */
+	VF_CLIENT_KEPT, /* to be sent, perhaps again to the next relay */
 	VF_CLIENT_BATCHED,
 	VF_CLIENT_ASKED, /* this relay has it: one answer belongs to it */
 };
@@ -38,7 +38,7 @@ enum vf_client_place {
 struct vf_client_slot {
 	struct vf_req *req; /* NULL: none is in flight */
 	uint8_t place; /* enum vf_client_place */
-	uint8_t replays; /* a relay before may have had it */
+	uint8_t replays; /* an earlier relay may have had it */
 };
 
 struct vf_client {
@@ -63,7 +63,7 @@ static uint8_t *vf_client_chunk(const struct vf_client *client, const struct vf_
 	return client->memory + (size_t)req->slot * VF_RELAY_CHUNK_BYTES;
 }
 
-/* How much of a request goes next. What has no data goes as a whole. */
+/* The size of a request's next piece. Requests without data are one piece. */
 static uint64_t vf_client_piece(const struct vf_req *req)
 {
 	int has_data = req->op == VF_OP_READ || req->op == VF_OP_WRITE;
@@ -71,7 +71,7 @@ static uint64_t vf_client_piece(const struct vf_req *req)
 	return has_data && req->left_bytes > VF_RELAY_CHUNK_BYTES ? VF_RELAY_CHUNK_BYTES : req->left_bytes;
 }
 
-/* Between the chunk and the driver's memory at the request's cursor, which stays. */
+/* Copy between the chunk and the driver's memory at the request's cursor, which stays. */
 static void vf_client_copy(struct vf_client *client, struct vf_req *req, uint64_t len, int to_driver)
 {
 	uint8_t *chunk = vf_client_chunk(client, req);
@@ -88,7 +88,7 @@ static void vf_client_copy(struct vf_client *client, struct vf_req *req, uint64_
 	}
 }
 
-/* The relay is gone: all that it had is sent again to the next one. */
+/* The relay has ended: its requests are sent again to the next one. */
 static void vf_client_leave(struct vf_client *client)
 {
 	if (client->fd >= 0)
@@ -111,7 +111,7 @@ static void vf_client_send_batch(struct vf_client *client)
 	if (client->state != VF_CLIENT_READY || client->batch_count == 0)
 		return;
 	if (send(client->fd, client->batch, len, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)len) {
-		if (errno != EAGAIN && errno != EINTR) /* a relay that is behind takes it later */
+		if (errno != EAGAIN && errno != EINTR) /* a busy relay receives it later */
 			vf_client_leave(client);
 		return;
 	}
@@ -146,7 +146,7 @@ static void vf_client_queue(struct vf_engine *engine, struct vf_req *req)
 	};
 }
 
-/* Send what there is, and what could not be sent before. */
+/* Send new requests, and those that could not be sent before. */
 static void vf_client_send(struct vf_engine *engine)
 {
 	struct vf_client *client = engine->state;
@@ -175,7 +175,7 @@ static int vf_client_greet(const struct vf_engine *engine, int fd)
 	return send(fd, &hello, sizeof(hello), MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)sizeof(hello) ? 0 : -errno;
 }
 
-/* Try to reach a relay, not more often than every 20 ms. One that is not there yet refuses at once. */
+/* Try to connect to a relay, at most every 20 ms. Without a relay that fails at once. */
 static void vf_client_reach(struct vf_engine *engine)
 {
 	struct vf_client *client = engine->state;
@@ -188,9 +188,9 @@ static void vf_client_reach(struct vf_engine *engine)
 		return;
 	client->retry_ns = now_ns + VF_RETRY_NS;
 	memcpy(address.sun_path, to->path, sizeof(address.sun_path));
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); /* a stopped relay takes nobody */
+	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); /* a stopped relay accepts nobody */
 	if (fd < 0)
-		return; /* tried again, as whatever else is in the way */
+		return; /* tried again, as after any other error */
 	if (connect(fd, (const struct sockaddr *)&address, sizeof(address)) || vf_client_greet(engine, fd)) {
 		close(fd);
 		return;
@@ -220,7 +220,7 @@ static int vf_client_take(struct vf_engine *engine, const struct vf_relay_answer
 	return 1;
 }
 
-/* One packet. The number of requests that it finishes, -1: there is none. */
+/* Receive one packet. The number of requests that it finishes, -1: there is none. */
 static int vf_client_hear(struct vf_engine *engine, struct vf_req **done)
 {
 	struct vf_client *client = engine->state;
@@ -250,7 +250,7 @@ static int vf_client_hear(struct vf_engine *engine, struct vf_req **done)
 		struct vf_client_slot *slot = answer[i].slot < client->slot_count ? &client->slot[answer[i].slot] : NULL;
 		struct vf_req *req = slot ? slot->req : NULL;
 
-		if (!req || slot->place != VF_CLIENT_ASKED) { /* it answers what was not asked, or for the second time */
+		if (!req || slot->place != VF_CLIENT_ASKED) { /* an answer to no request, or a second one */
 			vf_client_leave(client);
 			return count;
 		}
@@ -338,7 +338,7 @@ static int vf_client_poll(struct vf_engine *engine, const int *fds, uint32_t cou
 
 	for (uint32_t i = 0; i < count; i++)
 		polled[i] = (struct pollfd){ .fd = fds[i], .events = POLLIN };
-	polled[count] = (struct pollfd){ .fd = client->fd, .events = POLLIN }; /* -1 is looked past */
+	polled[count] = (struct pollfd){ .fd = client->fd, .events = POLLIN }; /* poll() skips -1 */
 	ready = poll(polled, count + 1u, limit_ms);
 	for (uint32_t i = 0; ready > 0 && i < count; i++)
 		engine->readable |= (uint32_t)(polled[i].revents != 0) << i;

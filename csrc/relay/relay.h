@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * One process for a store that several may not have at once: the relay has the store's engine, the workers of all queues
- * send it their requests. Data goes through memory that a worker shares with the relay, a chunk for each of its slots; the
- * requests and their answers are packets of a Unix socket (SOCK_SEQPACKET), many in one. Each queue has a socket and a memory
- * of its own, which the supervisor makes: a worker can reach no other queue's, nor choose what the relay maps.
+ * A relay is the only process that has a store open, if several may not. It has the store's engine, and the workers of all
+ * queues send it their requests. Data goes through memory that a worker shares with the relay, a chunk for each of its slots.
+ * Requests and answers are packets of a Unix socket (SOCK_SEQPACKET), many in one. The supervisor makes a socket and a memory
+ * for each queue, so a worker can neither reach those of another queue nor choose what the relay maps.
  *
- * A worker that has gone leaves requests behind, which the relay finishes before it hears the next worker of that queue:
- * nothing of the past can overtake what is done again. A relay that has gone is waited for, and gets all requests again.
+ * When a worker ends, the relay finishes its requests before it serves the next worker of that queue, so no old request can
+ * overtake a replayed one. When a relay ends, the workers wait for the next one and send it all their requests again.
  */
 #ifndef VF_RELAY_H
 #define VF_RELAY_H
@@ -19,8 +19,8 @@
 #define VF_RELAY_QUEUE_MAX 64u
 
 #define VF_RELAY_F_UNMAP 1u
-#define VF_RELAY_F_DURABLE 2u /* a write is to be on disk when it is answered */
-#define VF_RELAY_F_REPLAY 4u /* a relay before this one may have had it */
+#define VF_RELAY_F_DURABLE 2u /* a write must be durable when it is completed */
+#define VF_RELAY_F_REPLAY 4u /* an earlier relay may have had it */
 #define VF_RELAY_F_ALL (VF_RELAY_F_UNMAP | VF_RELAY_F_DURABLE | VF_RELAY_F_REPLAY)
 
 /* The first packet. */
@@ -30,12 +30,12 @@ struct vf_relay_hello {
 	uint32_t slot_count;
 };
 
-/* The answer to it, once nothing is left of the previous worker. */
+/* The answer to it, after all requests of the previous worker have ended. */
 struct vf_relay_ready {
 	uint32_t magic;
 };
 
-/* What the two sides of a queue meet by. */
+/* The connection between the two sides of a queue. */
 struct vf_relay_place {
 	int listen_fd; /* of the relay */
 	int memory_fd; /* of both: slot_count chunks, which cannot shrink (F_SEAL_SHRINK) */
@@ -67,7 +67,7 @@ struct vf_relay_address {
 
 struct vf_relay_server;
 
-/* What ended vf_relay_serve(). */
+/* The reason why vf_relay_serve() returned. */
 enum {
 	VF_RELAY_NEWS = 1, /* of the engine */
 	VF_RELAY_WOKEN, /* wake_fd is readable */

@@ -2,9 +2,9 @@
  *
  * The relay's side: packets of the workers' sockets into requests of the one engine, and back.
  *
- * A worker may be in somebody else's hands. What it sends is copied once and checked before it counts; its queue is that of
- * the socket it came by; the memory is not its own choice; it has its own slots, its own answers and its own turn. One that
- * breaks the rules is sent away, and the others do not notice.
+ * A worker is not trusted. Its packets are copied once and checked before they are used. Its socket decides its queue, and the
+ * supervisor chooses its memory. It has its own slots, answers and turn. A worker that breaks the rules is disconnected, and the
+ * others are not affected.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -27,22 +27,22 @@
 #define VF_REAP_MAX 64u
 #define VF_PACKET_MAX 16u /* of one worker, before it is another's turn */
 #define VF_TICK_MS 100
-#define VF_BEHIND_MS 5 /* a worker does not take its answers: look again soon */
+#define VF_BEHIND_MS 5 /* a worker does not receive its answers: try again soon */
 #define VF_COMPLAINT_NS 1000000000u /* between two lines about one queue's workers */
 
 enum vf_slot_state {
 	VF_SLOT_FREE,
 	VF_SLOT_ASKED, /* the engine has it */
-	VF_SLOT_ANSWERED, /* and the worker has not been told */
+	VF_SLOT_ANSWERED, /* and its answer is not sent */
 };
 
-/* Of one queue: the worker that is served, and the one that has come after it. */
+/* One queue: the worker that is served, and the next one, if it has connected. */
 struct vf_seat {
 	int listen_fd; /* borrowed */
-	int fd; /* -1: nobody is served; requests of the one before may still be under way */
-	int next_fd; /* waits until nothing is left of the one before; -1: nobody. Not listened to before that */
+	int fd; /* -1: no worker is served; requests of the previous one may still be in flight */
+	int next_fd; /* waits, unread, until the previous worker's requests have ended; -1: none */
 	uint8_t welcome; /* it has said hello */
-	uint8_t durable; /* it wants writes to be on disk when they are answered */
+	uint8_t durable; /* its writes must be durable when they are completed */
 	uint8_t *memory;
 	uint8_t *slot_state; /* enum vf_slot_state, of slot_count slots */
 	struct vf_relay_answer *answer; /* slot_count: each slot has one at most */
@@ -87,7 +87,7 @@ static void vf_seat_want_durable(struct vf_relay_server *server, struct vf_seat 
 		server->engine.store.write_flags |= server->seat[i].durable;
 }
 
-/* Once nobody is there any more, and nothing under way: the next one. */
+/* If no worker is left, and nothing is in flight, serve the next one. */
 static void vf_seat_settle(struct vf_relay_server *server, struct vf_seat *seat)
 {
 	if (seat->fd >= 0 || seat->asked_count)
@@ -115,7 +115,7 @@ static void vf_seat_leave(struct vf_relay_server *server, struct vf_seat *seat)
 	vf_seat_settle(server, seat);
 }
 
-/* Send a worker away that has broken the rules. */
+/* Disconnect a worker that has broken the rules. */
 static void vf_seat_expel(struct vf_relay_server *server, struct vf_seat *seat, const char *why)
 {
 	uint64_t now_ns = vf_now_ns();
@@ -197,7 +197,7 @@ static int vf_is_range(const struct vf_relay_request *asked)
 	       asked->offset_bytes <= INT64_MAX && asked->len_bytes <= INT64_MAX - asked->offset_bytes;
 }
 
-/* What is wrong with a request, NULL: nothing. */
+/* Returns what is wrong with a request, NULL: nothing. */
 static const char *vf_server_judge(const struct vf_relay_server *server, const struct vf_seat *seat,
 				   const struct vf_relay_request *asked)
 {
@@ -269,7 +269,7 @@ static void vf_seat_greet(struct vf_relay_server *server, struct vf_seat *seat)
 		seat->welcome = 1;
 }
 
-/* One packet of requests. Whether there may be more. */
+/* Receive one packet of requests. Returns whether there may be more. */
 static int vf_seat_take(struct vf_relay_server *server, struct vf_seat *seat)
 {
 	struct vf_relay_request asked[VF_RELAY_BATCH_MAX];
@@ -307,7 +307,7 @@ static void vf_seat_hear(struct vf_relay_server *server, struct vf_seat *seat)
 		;
 }
 
-/* The newest of those who wait is the one that is waited for: the worker that a supervisor has started last. */
+/* Accept the newest connection: that of the worker that the supervisor has started last. */
 static void vf_seat_accept(struct vf_relay_server *server, struct vf_seat *seat)
 {
 	int fd = accept4(seat->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -384,7 +384,7 @@ static int vf_seat_allocate(struct vf_relay_server *server, struct vf_seat *seat
 	if (fstat(place->memory_fd, &status) || seals < 0)
 		return -errno;
 	if (!(seals & F_SEAL_SHRINK) || (uint64_t)status.st_size < len)
-		return -EINVAL; /* pages that a worker could take away would kill us */
+		return -EINVAL; /* pages that a worker could remove would kill us */
 	memory = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, place->memory_fd, 0);
 	if (memory == MAP_FAILED)
 		return -errno;

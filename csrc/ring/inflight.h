@@ -1,38 +1,38 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The in-flight log: which heads a queue has popped and not yet completed, and in which order. It lies in the shared
- * pages, after the histograms of its queue, so that it outlives the worker that writes it. With the used index, which
- * lies in the driver's memory and outlives us as well, it tells the next worker where this one stood.
+ * pages, after the histograms of its queue, so it outlives the worker that writes it. Together with the used index, which
+ * lies in the driver's memory and also outlives the worker, it shows the next worker where to continue.
  *
- * The log is read when its writer is dead. A process that is killed has carried out its stores up to
- * some instruction and none after it, so that the order of the stores in the program is what counts; every store here
- * is a release, which the compiler does not move earlier stores after, and which is free on x86. The order is
+ * The log is read when its writer is dead. A killed process has carried out its stores up to some instruction and none
+ * after it, so the order of the stores in the program matters. Every store here is a release, which the compiler does not
+ * move earlier stores after, and which is free on x86. The order is
  *
- *   1. entry.order = n                  the head is popped. Killed before: it is still in the avail ring after all that
- *                                       is logged, and is taken again. Nothing of it has taken effect.
- *   2. the request is carried out       Killed from here to 4: it is carried out again, whole. The driver has not been
- *                                       told of its end, so that it may not have used what it was reading from or into.
+ *   1. entry.order = n                  the head is popped. Killed before: it is still in the avail ring after all
+ *                                       logged heads, and is popped again. Nothing of it has taken effect.
+ *   2. the request is carried out       Killed from here to 4: it is replayed, whole. The driver has not seen its
+ *                                       completion, so it may not have used its buffers yet.
  *   3. used ring entry                  not yet visible: as 2.
  *   4. used index                       published, of a whole batch by one store.
- *   5. entry.order = 0, for each        Killed between 4 and 6: the entries of the batch are logged and told. They are found
- *                                       in the used ring, from header.last_used_idx on, and forgotten.
- *   6. header.last_used_idx             No head is taken between 4 and 6: one that the driver has made available again
- *                                       meanwhile cannot be mistaken for the one that was told.
+ *   5. entry.order = 0, for each        Killed between 4 and 6: the entries of the batch are logged and published. They are
+ *                                       found in the used ring, from header.last_used_idx on, and forgotten.
+ *   6. header.last_used_idx             No head is popped between 4 and 6, so one that the driver has made available again
+ *                                       meanwhile cannot be mistaken for the published one.
  *
- * A request that was carried out and not published is replayed after those that were. So that this is never an older write over a
- * newer one, an engine that keeps the order of writes publishes in that order: 4 waits for what it has held back (merge.h).
+ * A request that was carried out and not published is replayed after the published ones. That must never put an older write over
+ * a newer one. So an engine that keeps the order of writes publishes in that order: 4 waits for its collected writes (merge.h).
  *
- * Hence everything that was made available is published, or logged, or after them: the next worker takes from
- * used index + number of entries on. A replay keeps the orders, so that one that is killed is repeated in the same order.
+ * So every available head is published, or logged, or lies after these in the avail ring: the next worker pops from used index +
+ * number of entries on. A replay keeps the orders, so a killed replay is repeated in the same order.
  *
  * With IN_ORDER the used ring does not name every head. There the order of a head is, modulo 2^16, its place in the avail ring,
- * which tells the same.
+ * which gives the same information.
  *
- * A packed ring needs less. Its chains are completed in the order of popping, so that a used element never overwrites what is in
- * flight, and all that was not told is taken again from the ring. header.last_used_idx is the position of the next used element,
- * noted at each publication. Of each element shown since, header.next_used_idx says where it ends, and entry.order of its slot how
- * many descriptors it stands for; both are written before the element. Hence the elements up to next_used_idx can be followed, and
- * only of the last one is it to be asked whether the driver was shown it.
+ * A packed ring needs less. Its chains are completed in the order of popping, so a used element never overwrites a descriptor in
+ * flight, and all unpublished chains are popped again from the ring. header.last_used_idx is the position of the next used
+ * element, noted at each publication. For each element published since, header.next_used_idx notes its end, and entry.order of
+ * its slot the number of its descriptors; both are written before the element. So the next worker can follow the elements up to
+ * next_used_idx, and only has to check whether the last one was published.
  */
 #ifndef VF_INFLIGHT_H
 #define VF_INFLIGHT_H
@@ -44,8 +44,8 @@
 
 #define VF_LOG_MAGIC "VDUSELOG"
 #define VF_LOG_VERSION 2u
-#define VF_LOG_DEATHS_MAX 3u /* a request that so many workers died of is answered with an error */
-#define VF_LOG_HOPELESS 6u /* even that was of no use */
+#define VF_LOG_DEATHS_MAX 3u /* a request that has killed so many workers is completed with an error */
+#define VF_LOG_HOPELESS 6u /* even that did not help */
 
 enum vf_log_format {
 	VF_LOG_SPLIT, /* a head is the index of an entry; the chain is found again in the ring */
@@ -65,17 +65,17 @@ struct vf_inflight_header {
 	uint16_t entry_bytes;
 	uint32_t entry_count; /* in use: at least the size of the ring that the log is of */
 	uint32_t state; /* enum vf_log_state */
-	uint32_t last_avail_idx; /* where the device stood at its last publication: indices, or positions of a packed ring */
+	uint32_t last_avail_idx; /* the device's cursors at its last publication: indices, or positions of a packed ring */
 	uint32_t last_used_idx;
-	uint32_t working; /* head + 1 of the request that our own code is at; 0 = none. Whose fault a death may be. */
-	uint32_t next_used_idx; /* packed ring: the end of the used element that is about to be shown, or was shown last */
+	uint32_t working; /* head + 1 of the request that our own code is processing; 0 = none. A death is counted against it. */
+	uint32_t next_used_idx; /* packed ring: the end of the used element that is published next, or was published last */
 	uint32_t reserved[6];
 };
 
-/* One a head, or a slot. Of a head: 0 when it is not in flight, else its place in the sequence of heads taken. */
+/* One per head, or slot. Of a head: 0 when it is not in flight, else its place in the sequence of popped heads. */
 struct vf_inflight_entry {
 	uint64_t order;
-	uint32_t deaths; /* workers that died while at it */
+	uint32_t deaths; /* workers that died while they processed it */
 	uint32_t reserved;
 };
 
@@ -88,14 +88,14 @@ static inline void vf_log_set(struct vf_inflight_entry *entry, uint64_t order)
 	vf_store_release_u64(&entry->order, order);
 }
 
-/* Take a head that is not in flight. */
+/* Enter a head that is not in flight. */
 static inline void vf_log_take(struct vf_inflight_entry *entry, uint64_t order)
 {
 	entry->deaths = 0;
 	vf_log_set(entry, order);
 }
 
-/* Note where the device stands, after everything that it has published and cleared. */
+/* Note the device's cursors, after it has published and cleared everything before them. */
 static inline void vf_log_note(struct vf_inflight_header *header, uint16_t last_avail_idx, uint16_t last_used_idx)
 {
 	vf_store_release_u32(&header->last_avail_idx, last_avail_idx);
@@ -108,7 +108,7 @@ static inline void vf_log_announce(struct vf_inflight_header *header, uint16_t n
 	vf_store_release_u32(&header->next_used_idx, next_used_idx);
 }
 
-/* Note whose request comes next, before it is looked at; 0 when it is done or in the engine's hands. */
+/* Note the request that is processed next, before it is read; 0 when it is done or submitted. */
 static inline void vf_log_work(struct vf_inflight_header *header, uint32_t head_plus_one)
 {
 	vf_store_release_u32(&header->working, head_plus_one);

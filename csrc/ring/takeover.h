@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Taking a ring over from a worker that died: where it stood, by the ring and the in-flight log (inflight.h).
+ * Adopt a ring from a dead worker: set its cursors by the ring and the in-flight log (inflight.h).
  */
 #ifndef VF_TAKEOVER_H
 #define VF_TAKEOVER_H
@@ -9,7 +9,7 @@
 #include "ring/inflight.h"
 #include "ring/vring_format.h"
 
-/* Start a mapped split ring where all that was popped has been completed: at its used index, with an empty log. */
+/* Start a mapped split ring whose popped chains are all completed: at its used index, with an empty log. */
 static inline void vf_takeover_begin(struct vf_vring *vr, struct vf_inflight_header *header, struct vf_inflight_entry *log,
 				     uint16_t state)
 {
@@ -21,18 +21,18 @@ static inline void vf_takeover_begin(struct vf_vring *vr, struct vf_inflight_hea
 	vf_log_begin(header, log, vr->size, vf_vring_log_format(vr), vf_vring_avail_state(vr), vf_vring_used_state(vr));
 }
 
-/* Whether the driver waits for nothing, and the ring itself tells so. A packed ring does not: it has no index. */
+/* Whether the ring itself shows that the driver waits for nothing. A packed ring never does: it has no index. */
 static inline int vf_takeover_is_idle(const struct vf_vring *vr)
 {
 	return !vr->is_packed && vf_split_is_idle(&vr->split);
 }
 
-/* Forget what was published: the `given_back` heads after the used index that was noted. */
+/* Forget the published heads: the `given_back` ones after the noted used index. */
 static inline void vf_takeover_forget_told(const struct vf_split *vr, struct vf_inflight_entry *log, uint32_t entry_count,
 					   uint16_t logged_used_idx, uint32_t given_back)
 {
 	if (vr->in_order) {
-		/* The used ring names the last head of each run alone; but the order of a head is its place in the avail ring. */
+		/* The used ring names only the last head of each run, but the order of a head is its place in the avail ring. */
 		for (uint32_t i = 0; i < entry_count; i++)
 			if (log[i].order && (uint16_t)((uint16_t)log[i].order - logged_used_idx) < given_back)
 				vf_log_set(&log[i], 0);
@@ -47,8 +47,8 @@ static inline void vf_takeover_forget_told(const struct vf_split *vr, struct vf_
 }
 
 /*
- * A batch that was shown to the driver may still be in the log: its note of the used index, written after the clearing, tells
- * how far back to look. forget: whether to do so (a fault that tests build in does not).
+ * A published batch may still be in the log. The log's used index, written after the clearing, tells how far back to search.
+ * forget: whether to forget such a batch (a fault that tests build in does not).
  */
 static inline int vf_takeover_split(struct vf_vring *vr, struct vf_inflight_header *header, struct vf_inflight_entry *log,
 				    int forget)
@@ -77,7 +77,7 @@ static inline int vf_takeover_split(struct vf_vring *vr, struct vf_inflight_head
 	return (int)count;
 }
 
-/* All that was taken is still in the ring, and is taken again: there is nothing in flight from the log. */
+/* All popped chains are still in the ring, and are popped again: there is nothing to replay from the log. */
 static inline int vf_takeover_packed(struct vf_vring *vr, struct vf_inflight_header *header, int forget)
 {
 	struct vf_packed *packed = &vr->packed;
@@ -91,14 +91,14 @@ static inline int vf_takeover_packed(struct vf_vring *vr, struct vf_inflight_hea
 		uint32_t distance = (header->working - 1u + packed->size - noted_slot) % packed->size;
 
 		if (distance < (uint32_t)passed)
-			vf_log_work(header, 0); /* completed: nobody's fault */
+			vf_log_work(header, 0); /* completed: no request is to blame */
 	}
 	return vf_packed_start(packed, position);
 }
 
 /*
- * Start a mapped ring where a worker that died stood. state: where it began, for a packed ring of which nothing was taken. How
- * many requests are to be taken from the log, or -enum vf_ring_error.
+ * Start a mapped ring where a dead worker stopped. state: its start, for a packed ring from which nothing was popped. Returns
+ * how many requests of the log to replay, or -enum vf_ring_error.
  */
 static inline int vf_takeover(struct vf_vring *vr, struct vf_inflight_header *header, struct vf_inflight_entry *log,
 			      uint16_t state, int forget)
@@ -113,14 +113,14 @@ static inline int vf_takeover(struct vf_vring *vr, struct vf_inflight_header *he
 		return -VF_RING_LOG_FOREIGN;
 	count = vr->is_packed ? vf_takeover_packed(vr, header, forget) : vf_takeover_split(vr, header, log, forget);
 	if (count >= 0) {
-		/* In this order: between the two the note is as far behind as it was. */
+		/* In this order: between the two stores the note is as old as before. */
 		vf_log_announce(header, vf_vring_used_state(vr));
 		vf_log_note(header, vf_vring_avail_state(vr), vf_vring_used_state(vr));
 	}
 	return count;
 }
 
-/* Turn the order of the log round before it is replayed. */
+/* Reverse the order of the log before it is replayed. */
 static inline void vf_seed_disorder(struct vf_inflight_entry *entries, uint32_t count)
 {
 	uint64_t low = UINT64_MAX, high = 0;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What every ring format shares: structures of a split virtqueue (VIRTIO 1.3, 2.7), the chain that a pop fills, and the
- * reasons for which a ring is given up. The formats themselves are vring_split.h and vring_packed.h: each offers start,
- * pop, push, publish and notification under the same names with its own prefix.
+ * Shared by all ring formats: structures of a split virtqueue (VIRTIO 1.3, 2.7), the chain that a pop fills, and the
+ * reasons for which a ring fails. The formats themselves are vring_split.h and vring_packed.h: each offers start, pop,
+ * push, publish and notification under the same names with its own prefix.
  */
 #ifndef VF_VRING_H
 #define VF_VRING_H
@@ -36,7 +36,7 @@ struct vf_used_elem {
 _Static_assert(sizeof(struct vf_desc) == 16, "VIRTIO 1.3, 2.7.5");
 _Static_assert(sizeof(struct vf_used_elem) == 8, "VIRTIO 1.3, 2.7.8");
 
-/* Why a queue stopped: the driver broke the ring itself, so that nothing in it can be trusted. */
+/* Why a queue has failed: the driver broke the ring itself, so nothing in it can be trusted. */
 enum vf_ring_error {
 	VF_RING_OK,
 	VF_RING_AVAIL_OVERRUN, /* avail->idx is more than the queue size ahead */
@@ -51,10 +51,10 @@ enum vf_ring_error {
 	VF_RING_HEAD_BUSY, /* an avail entry names a chain that is in flight */
 	VF_RING_UNMAPPED, /* a ring area is not (any longer) mapped, or lacks permissions */
 	VF_RING_MISALIGNED, /* a ring area is not aligned as VIRTIO 1.3, 2.7 asks */
-	VF_RING_MEMORY_GONE, /* pages of a region vanished under us (SIGBUS) */
+	VF_RING_MEMORY_GONE, /* pages of a region have vanished (SIGBUS) */
 	VF_RING_LOG, /* the in-flight log of the previous worker does not fit the ring */
-	VF_RING_LOG_FOREIGN, /* it is no such log, or of another version or geometry */
-	VF_RING_POISON, /* workers die of a request even when it is only to be refused */
+	VF_RING_LOG_FOREIGN, /* it is no in-flight log, or of another version or geometry */
+	VF_RING_POISON, /* a request kills workers even when they only refuse it */
 	VF_RING_ERROR_COUNT,
 };
 
@@ -111,7 +111,7 @@ static inline void vf_chain_add(struct vf_chain *chain, uint64_t iova, uint32_t 
 	segment->writable = (flags / VF_DESC_F_WRITE) & 1u;
 }
 
-/* Sum up what the chain holds of each direction. No sum overflows: at most 2^15 segments of less than 2^32 bytes. */
+/* Sum up the bytes of each direction. No sum overflows: at most 2^15 segments of less than 2^32 bytes. */
 static inline void vf_chain_measure(struct vf_chain *chain)
 {
 	chain->disorder = 0;

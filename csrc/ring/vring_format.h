@@ -52,7 +52,7 @@ static inline int vf_vring_map(struct vf_vring *vr, struct vf_iotlb *tlb)
 	void *device = vf_vring_area(tlb, vr->device_addr, device_bytes, VF_PERM_RW);
 	if (!desc || !driver || !device)
 		return -VF_RING_UNMAPPED;
-	/* An IOVA is aligned; the address behind it is only as aligned as the region's offset in its file. */
+	/* The IOVA is aligned, but its address is only as aligned as the region's offset in its file. */
 	if ((uintptr_t)desc % 8u || (uintptr_t)driver % driver_align || (uintptr_t)device % 4u)
 		return -VF_RING_MISALIGNED;
 	if (vr->is_packed)
@@ -124,20 +124,20 @@ static inline int vf_vring_start(struct vf_vring *vr, uint16_t state)
 	return 0;
 }
 
-/* How many chains there are to take, as far as that is known without looking at each: of a packed ring 1 means some. 0, or
+/* How many chains are available, as far as that is known without walking them: of a packed ring 1 means some. 0, or
  * -enum vf_ring_error. */
 static inline int vf_vring_available(struct vf_vring *vr)
 {
 	return vr->is_packed ? vf_packed_available(&vr->packed) : vf_split_available(&vr->split);
 }
 
-/* Take the next chain. 0, VF_RING_EMPTY, or -enum vf_ring_error. */
+/* Pop the next chain. 0, VF_RING_EMPTY, or -enum vf_ring_error. */
 static inline int vf_vring_pop(struct vf_vring *vr, struct vf_iotlb *tlb, struct vf_chain *chain)
 {
 	return vr->is_packed ? vf_packed_pop(&vr->packed, tlb, chain) : vf_split_pop(&vr->split, tlb, chain);
 }
 
-/* Start loading what the next count pops will read; hints. */
+/* Prefetch for the next count pops; hints. */
 static inline void vf_vring_prefetch(const struct vf_vring *vr, const struct vf_iotlb *tlb, uint32_t count)
 {
 	if (vr->is_packed)
@@ -186,13 +186,13 @@ static inline int vf_vring_kick_enable(struct vf_vring *vr)
 	return vr->is_packed ? vf_packed_kick_enable(&vr->packed) : vf_split_kick_enable(&vr->split);
 }
 
-/* Where the device takes next: an index, or a position. */
+/* Where the device pops next: an index, or a position. */
 static inline uint16_t vf_vring_avail_state(const struct vf_vring *vr)
 {
 	return vr->is_packed ? vf_packed_avail_position(&vr->packed) : vr->split.last_avail_idx;
 }
 
-/* What the driver has been shown: the used index, or the position of the next used element. */
+/* The published position: the used index, or the position of the next used element. */
 static inline uint16_t vf_vring_used_state(const struct vf_vring *vr)
 {
 	return vr->is_packed ? vf_packed_used_position(&vr->packed) : vr->split.published_used_idx;

@@ -3,13 +3,12 @@
  * The device's side of a packed virtqueue (VIRTIO 1.3, 2.8). As in vring_split.h the driver is an adversary: each field
  * is loaded once, into a local, and checked before use.
  *
- * Chains are completed in the order in which they were popped, whether the driver has asked for that (IN_ORDER) or not. A used
- * element then stands where its own chain began, and nothing that is still in flight is ever overwritten: a worker that takes
- * the ring over from a worker that died finds the descriptors of all that it has to do again.
+ * Chains are completed in the order in which they were popped, also if the driver has not asked for that (IN_ORDER). So a used
+ * element stands where its own chain began, and no descriptor in flight is ever overwritten: the next worker finds the
+ * descriptors of all requests that it has to replay.
  *
- * Each element is visible to the driver once it is written. Before that the in-flight log gets to know how many descriptors it
- * stands for and where it ends, so that the next worker can follow the elements from the last position noted
- * (vf_packed_find_used).
+ * Each element is visible to the driver once it is written. Before that, its end and the number of its descriptors are written
+ * to the in-flight log, so that the next worker can follow the elements from the last noted position (vf_packed_find_used).
  */
 #ifndef VF_VRING_PACKED_H
 #define VF_VRING_PACKED_H
@@ -29,8 +28,8 @@ struct vf_packed {
 	struct vf_inflight_entry *log; /* one a slot: order is how many descriptors the used element there stands for */
 
 	uint32_t size; /* 1..32768 */
-	uint16_t avail_slot; /* next one to take */
-	uint16_t used_slot; /* next one to complete, when the run that is open has been written */
+	uint16_t avail_slot; /* next one to pop */
+	uint16_t used_slot; /* next one to complete, once the open run is written */
 	uint32_t taken_count; /* descriptors popped and not completed */
 	uint32_t given_count; /* descriptors completed since the last interrupt decision */
 	uint32_t owed_count; /* chains of these */
@@ -111,7 +110,7 @@ static inline int vf_packed_flags_avail(uint16_t flags, uint8_t wrap_counter)
 	return avail == wrap_counter && used != wrap_counter;
 }
 
-/* Whether there is a chain to take. */
+/* Whether there is a chain to pop. */
 static inline int vf_packed_available(const struct vf_packed *vr)
 {
 	uint16_t flags = vf_load_acquire_u16(&vr->desc[vr->avail_slot].flags); /* Barrier A */
@@ -189,14 +188,14 @@ static inline int vf_packed_walk(struct vf_packed *vr, struct vf_iotlb *tlb, uin
 	return room == vr->size ? -VF_RING_CHAIN_TOO_LONG : -VF_RING_AVAIL_OVERRUN;
 }
 
-/* Count the next chain, of so many descriptors, as taken. */
+/* Count the next chain, of so many descriptors, as popped. */
 static inline void vf_packed_took(struct vf_packed *vr, uint32_t slot_count)
 {
 	vf_packed_advance(vr, &vr->avail_slot, &vr->avail_wrap_counter, slot_count);
 	vr->taken_count += slot_count;
 }
 
-/* Take the next chain. 0, VF_RING_EMPTY, or -enum vf_ring_error; it counts as taken with 0 alone. */
+/* Pop the next chain. 0, VF_RING_EMPTY, or -enum vf_ring_error; it counts as popped only with 0. */
 static inline int vf_packed_pop(struct vf_packed *vr, struct vf_iotlb *tlb, struct vf_chain *chain)
 {
 	uint64_t rest = vf_packed_load_rest(&vr->desc[vr->avail_slot]); /* Barrier A */
@@ -223,7 +222,7 @@ static inline void vf_packed_prefetch(const struct vf_packed *vr, const struct v
 	}
 }
 
-/* Write the used element of the run that is open, if one is: the driver sees it at once. */
+/* Write the used element of the open run, if there is one: the driver sees it at once. */
 static inline void vf_packed_end_run(struct vf_packed *vr)
 {
 	uint64_t flags = vr->used_wrap_counter ? VF_PACKED_DESC_F_AVAIL | VF_PACKED_DESC_F_USED : 0;
@@ -243,7 +242,7 @@ static inline void vf_packed_end_run(struct vf_packed *vr)
 	vr->run_count = vr->run_chain_count = 0;
 }
 
-/* Give a chain back, in the order of taking. It is shown with the next vf_packed_publish() at the latest. full: as in
+/* Push a chain, in the order of popping. It is published with the next vf_packed_publish() at the latest. full: as in
  * vf_split_push(). */
 static inline void vf_packed_push(struct vf_packed *vr, uint16_t id, uint32_t slot_count, uint32_t written_bytes, int full)
 {
@@ -296,7 +295,7 @@ static inline void vf_packed_kick_disable(struct vf_packed *vr)
 	vf_packed_set_wish(vr, 0, VF_PACKED_EVENT_DISABLE);
 }
 
-/* Ask for a kick, then look again: true when a request came in between. */
+/* Ask for a kick, then check again: true when a request came in between. */
 static inline int vf_packed_kick_enable(struct vf_packed *vr)
 {
 	if (vr->event_idx)
@@ -307,8 +306,8 @@ static inline int vf_packed_kick_enable(struct vf_packed *vr)
 	return vf_packed_available(vr);
 }
 
-/* Whether the driver has been shown the used element that was to come at a position where it had made a chain available: the USED
- * bit says so, also when the driver has made the slot available again. */
+/* Whether the used element of the chain at a position has been published: the USED bit shows that, also when the driver has
+ * made the slot available again. */
 static inline int vf_packed_is_used(const struct vf_packed *vr, uint16_t slot, uint8_t wrap_counter)
 {
 	return ((vf_load_acquire_u16(&vr->desc[slot].flags) >> VF_PACKED_DESC_F_USED_BIT) & 1u) == wrap_counter;

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-/* Bits of a descriptor's flags, beside VF_DESC_F_*. Available: AVAIL is the driver's wrap counter, USED its inverse. Used:
+/* Bits of a descriptor's flags, besides VF_DESC_F_*. Available: AVAIL is the driver's wrap counter, USED its inverse. Used:
  * both are the device's wrap counter (2.8.1). */
 #define VF_PACKED_DESC_F_AVAIL_BIT 7u
 #define VF_PACKED_DESC_F_USED_BIT 15u
@@ -29,7 +29,7 @@ struct vf_packed_desc {
 	uint16_t flags;
 };
 
-/* Of the driver: which used descriptors it wants interrupts for. Of the device: which available ones it wants kicks for. */
+/* The driver's: for which used descriptors it wants interrupts. The device's: for which available ones it wants kicks. */
 struct vf_packed_event {
 	uint16_t off_wrap;
 	uint16_t flags;

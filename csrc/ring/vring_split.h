@@ -22,15 +22,15 @@ struct vf_split {
 
 	uint32_t size; /* 1..32768, a power of two */
 	uint16_t mask;
-	uint16_t last_avail_idx; /* next entry to take; free-running */
-	uint16_t seen_avail_idx; /* the driver's index when last looked at */
+	uint16_t last_avail_idx; /* next entry to pop; free-running */
+	uint16_t seen_avail_idx; /* the driver's index at the last check */
 	uint16_t last_used_idx; /* next entry to fill; not yet published from published_used_idx on */
 	uint16_t published_used_idx;
 	uint16_t decided_used_idx; /* published index at the last interrupt decision */
 	uint8_t event_idx;
 	uint8_t indirect;
 	uint8_t in_order;
-	uint8_t first; /* after a start the driver's wish is unknown: the first publication interrupts */
+	uint8_t first; /* after a start it is unknown whether the driver wants one: the first publication interrupts */
 
 	/* IN_ORDER: one used entry stands for a run of buffers, of which it names the last (VIRTIO 1.3, 2.7.9). */
 	uint16_t run_idx; /* where the entry of the run goes */
@@ -84,7 +84,7 @@ static inline void vf_split_start(struct vf_split *vr, uint16_t last_avail_idx)
 	vr->first = 1;
 }
 
-/* How many entries wait, at most size; -VF_RING_AVAIL_OVERRUN when the driver's index is further ahead. */
+/* How many entries are available, at most size; -VF_RING_AVAIL_OVERRUN when the driver's index is further ahead. */
 static inline int vf_split_available(struct vf_split *vr)
 {
 	uint16_t count = (uint16_t)(vr->seen_avail_idx - vr->last_avail_idx);
@@ -184,8 +184,8 @@ static inline int vf_split_walk(struct vf_split *vr, struct vf_iotlb *tlb, uint1
 }
 
 /*
- * Take the next chain. The caller has seen vf_split_available() > 0. 0 or -enum vf_ring_error; on an error the entry
- * counts as not taken.
+ * Pop the next chain. The caller has checked vf_split_available() > 0. 0 or -enum vf_ring_error; on an error the entry
+ * counts as not popped.
  */
 static inline int vf_split_pop(struct vf_split *vr, struct vf_iotlb *tlb, struct vf_chain *chain)
 {
@@ -207,13 +207,13 @@ static inline int vf_split_used_since(const struct vf_split *vr, uint16_t logged
 	return count <= vr->size ? count : -1;
 }
 
-/* Whether the driver waits for nothing: all that it has made available was completed. */
+/* Whether the driver waits for nothing: all available chains were completed. */
 static inline int vf_split_is_idle(const struct vf_split *vr)
 {
 	return vf_load_acquire_u16(vr->avail_idx) == vf_load_relaxed_u16(vr->used_idx);
 }
 
-/* Whether the driver has made at least as much available as `last_avail_idx` says was taken. */
+/* Whether the driver has made at least as many entries available as `last_avail_idx` counts as popped. */
 static inline int vf_split_could_take(const struct vf_split *vr, uint16_t last_avail_idx)
 {
 	return (uint16_t)(vf_load_acquire_u16(vr->avail_idx) - last_avail_idx) <= vr->size;
@@ -227,17 +227,17 @@ static inline uint32_t vf_split_used_head(const struct vf_split *vr, uint16_t id
 	return head < vr->size ? head : vr->size;
 }
 
-/* Give the chain that was popped last back to the ring: it counts as not taken. */
+/* Undo the last pop: the chain counts as not popped. */
 static inline void vf_split_unpop(struct vf_split *vr)
 {
 	vr->last_avail_idx--;
 }
 
 /*
- * Start loading what the next `count` pops will read: their first descriptors, and what these point at, the headers. No load waits for
- * the one before, so that the CPU has many of them under way at once. Most chains have three descriptors, side by side: the line behind the
- * first one comes by itself. Hints only: everything is loaded again, and checked, when it is popped, and a prefetch neither
- * faults nor brings a page into being.
+ * Prefetch for the next `count` pops: their first descriptors, and the headers that these point at. No load depends on the previous
+ * one, so the CPU has many of them in flight at once. Most chains have three adjacent descriptors: the cache line after the first
+ * one comes by itself. Hints only: everything is loaded again, and checked, when it is popped. A prefetch neither faults nor
+ * allocates a page.
  */
 static inline void vf_split_prefetch(const struct vf_split *vr, const struct vf_iotlb *tlb, uint32_t count)
 {
@@ -256,7 +256,7 @@ static inline void vf_split_put_used(struct vf_split *vr, uint16_t used_idx, uin
 	vf_store_relaxed_u32(&elem->len, written_bytes);
 }
 
-/* Write the entry of the run that is open, if one is. */
+/* Write the entry of the open run, if there is one. */
 static inline void vf_split_end_run(struct vf_split *vr)
 {
 	if (vr->run_idx == vr->last_used_idx)
@@ -265,8 +265,8 @@ static inline void vf_split_end_run(struct vf_split *vr)
 	vr->run_idx = vr->last_used_idx;
 }
 
-/* Give a chain back; seen by the driver with the next vf_split_publish(). full: all that the device may write of it was
- * written. With IN_ORDER chains come back in the order in which they were taken. */
+/* Push a chain; the next vf_split_publish() publishes it. full: the device has written all that it may write of it. With
+ * IN_ORDER chains are pushed in the order in which they were popped. */
 static inline void vf_split_push(struct vf_split *vr, uint16_t head, uint32_t written_bytes, int full)
 {
 	if (!vr->in_order) {
@@ -281,7 +281,7 @@ static inline void vf_split_push(struct vf_split *vr, uint16_t head, uint32_t wr
 	vr->last_used_idx++;
 }
 
-/* Show the driver everything pushed: one store. */
+/* Publish everything pushed, by one store. */
 static inline void vf_split_publish(struct vf_split *vr)
 {
 	if (vr->in_order)
@@ -307,13 +307,13 @@ static inline int vf_split_irq_wanted(struct vf_split *vr)
 	return wanted;
 }
 
-/* Completions that the driver can see and that no interrupt has been decided for. */
+/* Published completions since the last interrupt decision. */
 static inline uint32_t vf_split_irq_owed(const struct vf_split *vr)
 {
 	return (uint16_t)(vr->published_used_idx - vr->decided_used_idx);
 }
 
-/* No kicks while the device looks by itself. With EVENT_IDX that is an event half the index space away: the one that
+/* No kicks while the device polls. With EVENT_IDX that is an event half the index space away: the one that
  * was asked for would be passed by the next request. */
 static inline void vf_split_kick_disable(struct vf_split *vr)
 {
@@ -323,7 +323,7 @@ static inline void vf_split_kick_disable(struct vf_split *vr)
 		vf_store_relaxed_u16(vr->used_flags, VF_USED_F_NO_NOTIFY);
 }
 
-/* Ask for a kick, then look again: true when a request came in between. */
+/* Ask for a kick, then check again: true when a request came in between. */
 static inline int vf_split_kick_enable(struct vf_split *vr)
 {
 	if (vr->event_idx)

@@ -219,7 +219,7 @@ def test_server_killed_and_restarted_under_load_is_a_pause(
         load.check()
         assert device.failure is None
         assert all(queue.restarts == 0 for queue in device.queues())
-        wait_until(lambda: "connected again after" in caplog.text, "a line in the log")
+        wait_until(lambda: "reconnected after" in caplog.text, "a line in the log")
     assert "the connection is lost" in caplog.text
     assert server.uri in caplog.text
 
@@ -240,7 +240,7 @@ def test_loss_beyond_the_limit_is_an_error_and_the_return_of_the_server_ends_it(
                 driver.read(0, BLOCK)
         assert time.monotonic() - began < 20 * 0.5 / 2
         server.start()
-        wait_until(lambda: "connected again" in caplog.text, "the device finds its server")
+        wait_until(lambda: "reconnected" in caplog.text, "the device finds its server")
         assert driver.read(0, BLOCK) == b"a" * BLOCK
         assert device.failure is None
     assert "requests end with errors until there is one" in caplog.text
@@ -252,7 +252,7 @@ def test_loss_is_noticed_while_nothing_is_asked(sock: Path, image: Path, caplog:
         server.stop()
         wait_until(lambda: "the connection is lost" in caplog.text, "the loss is noticed")
         server.start()
-        wait_until(lambda: "connected again" in caplog.text, "the connection is back")
+        wait_until(lambda: "reconnected" in caplog.text, "the connection is back")
 
 
 def test_worker_does_not_wait_for_a_server_that_is_away(sock: Path, image: Path) -> None:
@@ -343,7 +343,7 @@ def test_request_without_an_answer_ends_with_an_error_after_its_time(
         answers.set()
         assert driver.read(0, BLOCK) == b"x" * BLOCK
         assert server.connection_count == 3
-    assert "had no answer for 3.0 s" in caplog.text
+    assert "had no reply for 3.0 s" in caplog.text
 
 
 def test_qcow2_of_qemu_nbd_is_right_and_stays_sound(sock: Path, tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_device_resized_on_request_reaches_what_the_old_connection_did_not_have(
         (Behaviour(size=4 * MIB), "the export has 4194304 bytes now, but the device has 8388608", 1),
         (Behaviour(size=8 * MIB + 512, blocks=(4096, 4096, MIB)), "bytes now, no multiple of its block size 4096", 1),
         (Behaviour(flags=ALL_FLAGS | 2), "the export is read-only now", 1),
-        (Behaviour(blocks=(4096, 4096, MIB)), "takes no blocks below 4096 bytes now", 2),  # which several would change
+        (Behaviour(blocks=(4096, 4096, MIB)), "has no blocks below 4096 bytes now", 2),  # which several would change
     ],
     ids=["smaller", "odd", "read-only", "blocks"],
 )

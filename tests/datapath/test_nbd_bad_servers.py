@@ -90,7 +90,7 @@ def test_server_that_hangs_in_the_handshake(sock: Path, monkeypatch: pytest.Monk
         (Behaviour(greeting=b""), "hung up|handshake within"),
         (Behaviour(greeting=b"NBDMAGIC" + b"\xff" * 10), "no NBD server|handshake failed"),
         (Behaviour(go_reply=b"\xde\xad" * 10), "handshake failed|no NBD server"),
-        (Behaviour(go_reply=option_reply(1, b"")), "has not said how large its export is; correct the server"),
+        (Behaviour(go_reply=option_reply(1, b"")), "does not report the size of its export; correct the server"),
         (Behaviour(go_reply=option_reply(3, bytes(2))), "handshake failed"),
         (Behaviour(go_reply=option_reply(3, b"", length=1 << 31)), "handshake failed"),
         (Behaviour(refuse=(0x80000002, "not for you")), "policy"),
@@ -261,7 +261,7 @@ def test_answers_to_requests_of_earlier_connections_write_nothing(sock: Path, ca
         assert stale.answered_count > 1
         assert bytes(region.buf[:BLOCK]) == b"G" * BLOCK
         assert device.queues()[0].restarts == 0
-    assert "the server answers what it was not asked" in caplog.text
+    assert "the server replies to a request that was not sent" in caplog.text
 
 
 def test_no_cookie_can_be_told_from_earlier_ones(sock: Path) -> None:

@@ -184,7 +184,7 @@ def test_write_in_doubt_fails_after_a_while_and_the_rest_goes_on(tmp_path: Path,
             driver.write(2 * BLOCK, b"c" * BLOCK)
             assert driver.read(BLOCK, BLOCK) == b"r" * BLOCK
             assert "quick a" not in order
-            said = "a write of 4096 bytes at 0 ends with an error: whether the server has carried it out"
+            said = "a write of 4096 bytes at 0 ends with an error: it is unknown whether the server"
             wait_until(lambda: said in server.log.read_text(), said)
 
 

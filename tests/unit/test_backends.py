@@ -249,7 +249,7 @@ def test_block_size_is_the_stores_or_a_larger_one() -> None:
         with pytest.raises(ConfigError, match=r"null:5K has 5120 bytes, no multiple of the block size 4096"):
             block_size(store, 4096)
         store.block_size_bytes = 4096
-        with pytest.raises(ConfigError, match=r"block_size_bytes: 512, but null:5K takes no blocks below 4096"):
+        with pytest.raises(ConfigError, match=r"block_size_bytes: 512, but null:5K has no blocks below 4096"):
             block_size(store, 512)
         store.granule_bytes = 4096  # of a file: a worker changes parts of blocks
         with pytest.raises(ConfigError, match="no multiple of the block size 4096"):
