@@ -308,7 +308,7 @@ def test_recovery_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None
 
     guard = Guard("d0", refuse)
     guard.call(Part.LOOP, refuse, refuse)
-    assert sum("so did what follows" in record.getMessage() for record in caplog.records) == 2
+    assert sum("so did its recovery" in record.getMessage() for record in caplog.records) == 2
 
 
 def test_task_that_is_cancelled_before_it_begins_leaves_nothing() -> None:

@@ -84,7 +84,7 @@ class Store:
     shareable: bool = True  # several processes may serve it, each by itself
     persistent: bool = True  # its bytes outlive the server
     faults: str = ""  # errors and delays by rule, as JSON: backends.faulty
-    present_size_bytes: int = 0  # of a plugin: what it had when somebody last looked
+    present_size_bytes: int = 0  # of a plugin: its size at the last probe
     granule_bytes: int = 0  # its smallest block, if smaller ones can be emulated; 0: they cannot
     content_block_bytes: int = 0  # the sectors that its contents were made for (backends.content); 0: any
     path: str = ""  # that it was opened by
@@ -292,7 +292,7 @@ def _check_engine(backend: BackendConfig, registration: Registration) -> None:
     scheme = registration.schemes[0]
     if registration.plugin:
         if backend.engine != "auto":
-            raise ConfigError(f"backend.engine: {backend.uri} brings its own engine; leave {backend.engine!r} out")
+            raise ConfigError(f"backend.engine: {backend.uri} has its own engine; remove engine = {backend.engine!r}")
         if backend.is_direct:
             raise ConfigError(
                 f'backend.cache: "none" is O_DIRECT, which is for files and block devices, not for {backend.uri}'

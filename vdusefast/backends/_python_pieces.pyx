@@ -492,7 +492,7 @@ def _release(view):
 
 
 def _int64_array(values):
-    """Return values as a contiguous array of 64-bit integers. Raises TypeError for what is none."""
+    """Return values as a contiguous array of 64-bit integers. Raises TypeError for other values."""
     import numpy as np
     array = np.asarray(values)
     if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):

@@ -18,7 +18,7 @@ from vdusefast.errors import BackendError
 from vdusefast.units import SECTOR_BYTES
 
 ALIGN_MAX_BYTES = 65536
-CAUTIOUS_ALIGN_BYTES = 4096  # where nobody says
+CAUTIOUS_ALIGN_BYTES = 4096  # if the kernel does not say
 XFS_IOC_DIOINFO = 0x800C581E  # xfs_fs.h
 _DIOATTR = struct.Struct("=III")  # struct dioattr: d_mem, d_miniosz, d_maxiosz
 

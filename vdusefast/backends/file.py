@@ -123,7 +123,7 @@ def _users_text(path: str) -> str:
 
 
 def find_loops(store: Store) -> list[str]:
-    """Return the loop devices through which somebody may write to an open store, or read what is written to it.
+    """Return the loop devices through which other programs may write to an open store, or read it.
 
     The loop driver takes no lock that would keep us out, and none keeps it out.
     """

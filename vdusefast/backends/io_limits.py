@@ -32,9 +32,9 @@ class IoLimits(NamedTuple):
     """Sizes in bytes; 0: unknown, or nothing to align to."""
 
     min_io_bytes: int = 0  # smaller requests cost more
-    opt_io_bytes: int = 0  # as does what is no multiple of this
+    opt_io_bytes: int = 0  # as do sizes that are no multiple of this
     alignment_offset_bytes: int = 0  # where the first physical block begins
-    discard_granularity_bytes: int = 0  # what is freed at a time
+    discard_granularity_bytes: int = 0  # bytes that are freed at a time
     discard_offset_bytes: int = 0  # where the first such unit begins
     rotational: int = -1  # 1 or 0, -1: not known
 

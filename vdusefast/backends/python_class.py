@@ -40,7 +40,7 @@ class Batch(Protocol):
         """Complete one tag, an array of tags, or all of this batch that are still open; from any thread.
 
         error: 0, or an errno, with which the driver gets IOERR. Raises ValueError for a tag that is not open,
-        TypeError for what is no tag; then none of them is completed.
+        TypeError for a value that is no tag; then none of them is completed.
         """
 
 

@@ -196,7 +196,7 @@ class RbdPlugin:
                 f"the previous worker could not be blocklisted ({os.strerror(error)}): waiting for its lock; "
                 f"give client.{self._image.id} the monitor capability 'profile rbd'"
             )
-        return {"opened": "open", "fenced": "the previous worker was blocklisted: what it had under way is void"}[kind]
+        return {"opened": "open", "fenced": "the previous worker was blocklisted: its pending requests are void"}[kind]
 
 
 def _module(uri: str):  # type: ignore[no-untyped-def]

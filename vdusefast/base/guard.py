@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 class Part(Enum):
-    """A part of what runs for a device: what it does, and what follows when it fails. The same table is in
+    """A part of a serving device: its work, and its recovery when it fails. The same table is in
     docs/design/control-plane.md.
 
     The recovery itself is where the part is started.
@@ -32,23 +32,23 @@ class Part(Enum):
         "reading the kernel's messages",
         "the next one is read; after three in a row the device is broken",
     )
-    ANSWER = "answering a message", "FAILED is answered"
-    QUEUE_WATCH = "looking for queues that wait", "it begins again after a second"
-    MEMORY = "putting user memory in place", "the kernel's bounce pages stay in use"
-    CONFIG_IRQ = "telling the driver its configuration", "the driver sees it when it looks the next time"
+    ANSWER = "answering a message", "it is answered with FAILED"
+    QUEUE_WATCH = "checking for waiting queues", "it restarts after a second"
+    MEMORY = "registering user memory", "the kernel's bounce pages stay in use"
+    CONFIG_IRQ = "notifying the driver of its configuration", "the driver sees the change when it next reads it"
     QUEUE_START = "starting a queue", "the queue has failed; a reset starts it again"
     QUEUE_RESET = "stopping a queue of a broken device", "its worker is killed"
-    KICK = "looking at a queue that was kicked", "the queue has failed; a reset starts it again"
+    KICK = "checking a kicked queue", "the queue has failed; a reset starts it again"
     TAKE_OVER = "replacing a worker", "it is tried again after a second"
-    WORKER_EVENTS = "taking a worker's events", "the worker is killed and replaced"
+    WORKER_EVENTS = "processing a worker's events", "the worker is killed and replaced"
     WORKER_OUTPUT = "logging a worker's output", "these lines are lost"
     WORKER_END = "noticing a worker's end", "it is replaced once its storage I/O has ended"
-    RELAY = "keeping a relay", "the relay is killed, the next one follows after a pause"
-    RELAY_EVENTS = "taking the relay's events", "the relay is killed, the next one follows"
+    RELAY = "running a relay", "the relay is killed and restarted after a pause"
+    RELAY_EVENTS = "processing the relay's events", "the relay is killed and restarted"
     RELAY_OUTPUT = "logging the relay's output", "these lines are lost"
-    KEEPER = "watching the keeper of connections", "another keeper follows after a second"
+    KEEPER = "watching the keeper of connections", "another keeper is started after a second"
     RESIZE = "following the store's size", "the device keeps its size; vdusefast resize tries again"
-    LOOP = "running the device's loop", "the loop goes on"
+    LOOP = "running the device's loop", "the loop continues"
 
     def __init__(self, what: str, follows: str) -> None:
         self.what = what
@@ -100,7 +100,7 @@ class Guard:
                 if what is not None:
                     what()
             except Exception:
-                _log.exception("device %s: %s: so did what follows", self._device, part.what)
+                _log.exception("device %s: %s: so did its recovery", self._device, part.what)
 
     async def close(self) -> None:
         """Cancel every task that still runs, and wait for its end."""

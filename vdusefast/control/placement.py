@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PIN_CPUS_MIN = 3
 
 GIVEN = "as configured"
-UNKNOWN_DRIVER = "nobody knows which CPUs submit to it: a core of its own where there is one"
+UNKNOWN_DRIVER = "it is unknown which CPUs submit to this queue: a core of its own if one is free"
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class _Planner:
         nearest = min((cpu.distance(other) for other in others), default=Distance.SAME)
         words = ["does not submit to this queue"]
         if cpu in group:
-            words = ["every CPU that workers may use submits to this queue; of these the one with the least other work"]
+            words = ["every CPU that workers may use submits to this queue; this one has the least other work"]
         elif nearest == Distance.SIBLING:
             words.append("but shares a core with one that does, as no other core is free")
         if nearest == Distance.CACHE:
@@ -241,7 +241,7 @@ class _Planner:
             return given, GIVEN
         group = self.submitters[index]
         if not group:
-            return -1, "no CPU that is online submits to this queue"
+            return -1, "no online CPU submits to this queue"
         if not auto or self.placed[index] < 0:
             return -1, "as the kernel has them, among the CPUs that submit to this queue"
         best = min(group, key=self._irq_cost)

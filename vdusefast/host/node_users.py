@@ -226,7 +226,7 @@ def _openers(target: _Target, root: Path) -> Iterator[_User]:
         try:
             descriptors = os.listdir(process / "fd")
         except OSError:
-            continue  # it has ended, or is somebody else's
+            continue  # it has ended, or belongs to another user
         namespace = processes.mount_namespace(process)
         if namespace not in remote:
             remote[namespace] = mounts.remote_points(process)

@@ -26,7 +26,7 @@ def is_going_down() -> bool:
 
 
 def in_final_stage() -> bool:
-    """Return whether all services have been stopped, and systemd-shutdown unmounts what is left."""
+    """Return whether all services have been stopped, and systemd-shutdown unmounts the remaining file systems."""
     try:
         return Path("/proc/1/comm").read_text().startswith("systemd-shutdow")
     except OSError:

@@ -101,7 +101,7 @@ class KeeperControl:
                 raise ConnectionError("not the holds of this device")
             self.pid = int(pid)
         except (OSError, ValueError) as error:
-            _log.warning("device %s: its keeper does not give what it has: %s", self._device, error)
+            _log.warning("device %s: its keeper does not hand its connections over: %s", self._device, error)
             for hold in self._holds:
                 hold.close()
             self._holds = []

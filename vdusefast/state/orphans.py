@@ -100,7 +100,7 @@ def advice(name: str) -> str:
 
 
 def lost_text(name: str) -> str:
-    """Return why nobody can adopt a device without a saved state, and what to do."""
+    """Return why a device without a saved state cannot be adopted, and the remedy."""
     from vdusefast.state import claim
 
     node = sysfs.node(name)
@@ -122,7 +122,7 @@ def destroy(name: str) -> bool:
 
 
 def refuse_users(name: str) -> None:
-    """Raise DeviceBusyError while somebody uses the node of a broken device, or has requests pending in it.
+    """Raise DeviceBusyError while the node of a broken device is in use, or has pending requests.
 
     Such requests never end, and detaching the device from its driver would wait for them in the kernel for ever.
     """

@@ -96,10 +96,10 @@ class RunDirectory:
         return self.path / "lock"
 
     def close(self) -> None:
-        """Remove the directory with all of ours that is in it, then give the name back. Idempotent.
+        """Remove the directory with our files in it, then release the name. Idempotent.
 
-        Raises VdusefastError when it cannot be removed, or is not the one that was made: what is there stays then; and
-        when there is something else in it, which stays and is named.
+        Raises VdusefastError when it cannot be removed; when it is not the one that was made, which stays then; and
+        when there are other files in it, which stay and are named.
         """
         if self._lock_fd < 0:
             return

@@ -53,7 +53,7 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def shown(self) -> Shown:
-        """Return what the driver was shown."""
+        """Return the properties that the driver was shown."""
         from vdusefast.transport.virtio_blk import Shown
 
         return Shown(self.offered_features, bytes.fromhex(self.config_space))
@@ -75,7 +75,7 @@ def make_state(
 ) -> SavedState:
     """Return the state of a device that `transport` has created from `spec`; the next server places "auto" again.
 
-    described: its store, of a backend whose module brings the engine. identity: of its store.
+    described: its store, if a module has the engine. identity: of its store.
     """
     api_version = vduse_features = 0
     if transport.kind == TransportKind.KERNEL:

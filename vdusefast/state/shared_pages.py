@@ -363,7 +363,7 @@ class SharedPages:
             seq[0] = (seq[0] + 1) & 0xFFFFFFFF  # one aligned 32-bit store
 
     def status(self, queue: int) -> StatusView:
-        """Return what the worker of `queue` last wrote about itself."""
+        """Return the last status that the worker of `queue` has written."""
         return StatusView(*_STATUS.unpack_from(self.map, self._offset(queue) + STATUS_OFFSET))
 
     def counters(self, queue: int) -> Any:

@@ -80,7 +80,7 @@ class LoopbackTransport:
         self.bus.attached = True
 
     async def detach(self) -> None:
-        """Refuse every further call of the driver; what it has in flight is drained by the workers' stop."""
+        """Refuse every further call of the driver; stopping the workers drains its requests in flight."""
         if self._bus is not None:
             self._bus.attached = False
 

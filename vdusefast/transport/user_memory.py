@@ -3,7 +3,7 @@
 A memfd, of huge pages where the machine has any. Once it is registered the kernel's file of the region shows no page
 any more: a process that has mapped it maps the memfd instead. It counts against RLIMIT_MEMLOCK of the process that
 registers it, survives a reset of the device, and ends with the last close of /dev/vduse/NAME, when the kernel copies
-what is in use back into pages of its own.
+the used parts back into pages of its own.
 
 Source: Linux 7.3, drivers/vdpa/vdpa_user/vduse_dev.c, vduse_dev_reg_umem; mm/memfd.c.
 """

@@ -1,6 +1,6 @@
 """virtio-blk as both sides of a device see it: features, configuration space, requests.
 
-Source: VIRTIO 1.3, 5.2 (block device). csrc/base/virtio_blk.h has what the data path needs of it.
+Source: VIRTIO 1.3, 5.2 (block device). csrc/base/virtio_blk.h has the part for the data path.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ cdef class Queue:
     """One virtqueue of a virtio-blk device: rings, IOTLB, engine, and the loop over them.
 
     `pages` is a writable buffer of the queue's block of the shared pages, kept until close(), as is `header`, of their first
-    HEADER_BYTES, through which the queues of a device share what is true of all. All sizes are in bytes, sectors of 512. Raises ValueError for parameters out of range, MemoryError.
+    HEADER_BYTES, which all queues of the device share. Sizes are in bytes, sectors of 512. Raises ValueError, MemoryError.
     """
 
     cdef vf_queue *q
@@ -219,7 +219,7 @@ cdef class Queue:
     def open_plugin(self, plugin, *, uint64_t size_bytes, str cache="writeback"):
         """Open the engine that a backend's module provides: `plugin.engine` is a capsule. Keeps `plugin`.
 
-        Returns its name. Raises OSError (EPROTO: it was built for another version), ValueError for what is no engine.
+        Returns its name. Raises OSError (EPROTO: it was built for another version), ValueError if it is no engine.
         """
         cdef vf_store described
         cdef vf_queue *q = self._open()

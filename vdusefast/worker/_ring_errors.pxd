@@ -22,12 +22,12 @@ cdef inline str ring_error_text(int err):
         VF_RING_MEMORY_GONE: "pages of the driver's memory vanished while in use",
         VF_RING_LOG: "the in-flight log of the previous worker does not fit the ring",
         VF_RING_LOG_FOREIGN: "the in-flight log is none, or of another version or geometry",
-        VF_RING_POISON: f"{VF_LOG_HOPELESS} workers have died of one request, even of refusing it",
+        VF_RING_POISON: f"one request has killed {VF_LOG_HOPELESS} workers, the last ones although they refused it",
     }[err]
 
 
 cdef inline str poison_text(const vf_poison *poison):
-    """Return which requests have ended too many workers."""
+    """Return the text about requests that have killed too many workers."""
     operation = ("read", "write", "flush", "discard", "write zeroes", "get id", "other")[poison.op]
     more = f" (and {poison.count - 1} more)" if poison.count > 1 else ""
     return (f"request at head {poison.head} ({operation} at byte {poison.offset_bytes}){more} has ended "

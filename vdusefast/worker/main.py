@@ -129,7 +129,7 @@ def _try_reclaim(step: Callable[[], None]) -> None:
 
 
 def _is_plugin(spec: WorkerSpec) -> bool:
-    """Return whether the module of a backend brings the engine."""
+    """Return whether a backend's module has the engine."""
     return bool(spec.store_spec) and spec.engine != "fail"
 
 

@@ -159,9 +159,9 @@ class WorkerSpec(NamedTuple):
     store: str = "null"  # file, blockdev, memory, null, or that of a module (store_spec)
     store_fd: int = -1
     store_witness_fd: int = -1  # another open file description of that file, of this queue alone: csrc/queue/flush.h
-    relay_fd: int = -1  # O_PATH, of the socket of the store's relay, which brings the engine then
+    relay_fd: int = -1  # O_PATH, of the socket of the store's relay, which has the engine then
     relay_memory_fd: int = -1  # a memfd that the queue shares with the relay
-    store_spec: str = ""  # backends.plugin.StoreSpec as JSON, where a module brings the engine
+    store_spec: str = ""  # backends.plugin.StoreSpec as JSON, for a module's engine
     faults: str = ""  # errors and delays by rule, as JSON (backends.faulty)
     store_notes_fd: int = -1  # a file where such a module leaves notes for the workers to come
     store_hold_fd: int = -1  # a socket to itself, in which such a module leaves descriptors for the next worker
@@ -172,7 +172,7 @@ class WorkerSpec(NamedTuple):
     map_reads: int = 1  # engine sync: a file on tmpfs may be read through a mapping
     direct_align: int = 0  # O_DIRECT: alignment of offset, length and memory; 0 = not O_DIRECT
     granule_bytes: int = 0  # the store's smallest blocks, which may be larger than the device's
-    discard_unit_bytes: int = 0  # what the store frees at a time
+    discard_unit_bytes: int = 0  # bytes that the store frees at a time
     discard_offset_bytes: int = 0  # where the first such unit begins
     # the device
     capacity_sectors: int = 0
@@ -180,7 +180,7 @@ class WorkerSpec(NamedTuple):
     read_only: int = 0
     limits: RequestLimits = RequestLimits()
     ignores_discards: int = 0  # they are answered, and nothing is done
-    keeps_zeroes: int = 0  # what is zeroed stays allocated
+    keeps_zeroes: int = 0  # zeroed ranges stay allocated
     serial: str = ""
 
     def to_words(self) -> list[str]:
