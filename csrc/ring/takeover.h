@@ -27,18 +27,19 @@ static inline int vf_takeover_is_idle(const struct vf_vring *vr)
 	return !vr->is_packed && vf_split_is_idle(&vr->split);
 }
 
-/* Forget the published heads: the `given_back` ones after the noted used index. */
-static inline void vf_takeover_forget_told(const struct vf_split *vr, struct vf_inflight_entry *log, uint32_t entry_count,
-					   uint16_t logged_used_idx, uint32_t given_back)
+/* Forget the published heads: the `published_count` ones after the noted used index. */
+static inline void vf_takeover_forget_published(const struct vf_split *vr, struct vf_inflight_entry *log,
+						uint32_t entry_count, uint16_t logged_used_idx,
+						uint32_t published_count)
 {
 	if (vr->in_order) {
 		/* The used ring names only the last head of each run, but the order of a head is its place in the avail ring. */
 		for (uint32_t i = 0; i < entry_count; i++)
-			if (log[i].order && (uint16_t)((uint16_t)log[i].order - logged_used_idx) < given_back)
+			if (log[i].order && (uint16_t)((uint16_t)log[i].order - logged_used_idx) < published_count)
 				vf_log_set(&log[i], 0);
 		return;
 	}
-	for (uint32_t i = 0; i < given_back; i++) {
+	for (uint32_t i = 0; i < published_count; i++) {
 		uint32_t head = vf_split_used_head(vr, (uint16_t)(logged_used_idx + i));
 
 		if (head < vr->size)
@@ -55,13 +56,13 @@ static inline int vf_takeover_split(struct vf_vring *vr, struct vf_inflight_head
 {
 	struct vf_split *split = &vr->split;
 	uint16_t logged_used_idx = (uint16_t)header->last_used_idx, next_idx;
-	int given_back = vf_split_used_since(split, logged_used_idx);
+	int published_count = vf_split_used_since(split, logged_used_idx);
 	uint32_t entry_count = header->entry_count, count = 0;
 
-	if (given_back < 0)
+	if (published_count < 0)
 		return -VF_RING_LOG;
 	if (forget)
-		vf_takeover_forget_told(split, log, entry_count, logged_used_idx, (uint32_t)given_back);
+		vf_takeover_forget_published(split, log, entry_count, logged_used_idx, (uint32_t)published_count);
 	for (uint32_t i = 0; i < entry_count; i++) {
 		if (log[i].order == 0)
 			continue;
@@ -70,7 +71,7 @@ static inline int vf_takeover_split(struct vf_vring *vr, struct vf_inflight_head
 		count++;
 	}
 	/* Everything made available before this index was either completed or is in the log. */
-	next_idx = (uint16_t)(logged_used_idx + (uint32_t)given_back + count);
+	next_idx = (uint16_t)(logged_used_idx + (uint32_t)published_count + count);
 	if (!vf_split_could_take(split, next_idx))
 		return -VF_RING_LOG;
 	vf_split_start(split, next_idx);

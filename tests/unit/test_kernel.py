@@ -283,7 +283,7 @@ def test_a_refused_attach(
     [
         (None, "did not finish attaching"),
         ("", "bound to no driver, not to virtio_vdpa"),
-        ("virtio_vdpa", "virtio_vdpa has it, but it has made no usable node"),
+        ("virtio_vdpa", "virtio_vdpa has it, but has made no usable node"),
     ],
 )
 def test_an_attach_that_takes_too_long_says_what_is_missing(

@@ -167,7 +167,7 @@ def _refusal(store: Store, name: str) -> str:
     return (
         f"{store.uri} is a disk image in the format {_NAMES.get(name, name)}: served as a raw disk, the device would "
         f"hold that format's own tables, and writing to it would destroy the image. {_way(store.path, name)}. "
-        f"If it is a raw disk all the same, say so: {store.uri}{RAW}"
+        f"If it is a raw disk nevertheless, use {store.uri}{RAW}"
     )
 
 

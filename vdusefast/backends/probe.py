@@ -160,7 +160,7 @@ def _checked(uri: str, described: Description) -> Description:
     }
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
-            raise BackendError(f"{uri}: says that its {name} is {value!r}; that must be a number of bytes")
+            raise BackendError(f"{uri}: its module reports {name} {value!r}; it must be a number of bytes")
     flags = {
         name: value
         for name, value in described._asdict().items()
@@ -168,15 +168,15 @@ def _checked(uri: str, described: Description) -> Description:
     }
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise BackendError(f"{uri}: says that {name} is {value!r}; that must be true or false")
+            raise BackendError(f"{uri}: its module reports {name} = {value!r}; it must be true or false")
     if not isinstance(described.identity, str) or len(described.identity) > IDENTITY_MAX:
-        raise BackendError(f"{uri}: says that its identity is {described.identity!r:.100}; that must be a short text")
+        raise BackendError(f"{uri}: its module reports identity {described.identity!r:.100}; it must be a short text")
     if described.rotational not in (-1, 0, 1):
-        raise BackendError(f"{uri}: says that rotational is {described.rotational!r}; that must be -1, 0 or 1")
+        raise BackendError(f"{uri}: its module reports rotational = {described.rotational!r}; it must be -1, 0 or 1")
     block = described.block_size_bytes
     if not BLOCK_SIZE_MIN_BYTES <= block <= BLOCK_SIZE_MAX_BYTES or block & (block - 1):
         raise BackendError(
-            f"{uri}: says that its block size is {block}; that must be a power of two from {BLOCK_SIZE_MIN_BYTES} to "
+            f"{uri}: its module reports block size {block}; it must be a power of two from {BLOCK_SIZE_MIN_BYTES} to "
             f"{BLOCK_SIZE_MAX_BYTES}"
         )
     return described

@@ -71,7 +71,7 @@ def is_held(path: Path) -> bool:
         return False
     except OSError as error:
         raise VdusefastError(
-            f"{path.name}: cannot look at {path}: {error.strerror}; be the user who added it"
+            f"{path.name}: cannot read {path}: {error.strerror}; run this as the user who added the device"
         ) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -168,9 +168,8 @@ def check_store(state: SavedState, store: Store) -> None:
     name = state.config.device.name
     raise BackendError(
         f"{name}: {store.uri} is another store than the one that was served: that was {text_of(state.identity)}, "
-        f"this is {text_of(store.identity)}; put that one back; or adopt the device with this one, which has none of "
-        f"what the driver wrote: vdusefast recover {name} --other-store; or remove the device: "
-        f"vdusefast del {name} --force"
+        f"this is {text_of(store.identity)}; put the old one back; or adopt the device with this one, which lacks the "
+        f"driver's data: vdusefast recover {name} --other-store; or remove the device: vdusefast del {name} --force"
     )
 
 
@@ -266,4 +265,4 @@ def _text(value: object) -> str:
 
 
 def _advice(name: str) -> str:
-    return f"keep what it was made with (vdusefast recover {name}), or remove it first (vdusefast del {name})"
+    return f"keep its old configuration (vdusefast recover {name}), or remove it first (vdusefast del {name})"

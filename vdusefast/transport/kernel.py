@@ -424,7 +424,7 @@ class KernelTransport:
         if kernel_control.is_broken(self._fd):
             raise DeviceBrokenError(
                 f"device {self.name} is broken: a message was not answered within its msg_timeout, after which the "
-                f"kernel lets it do nothing; `vdusefast recover {self.name}` recreates it once nobody uses it"
+                f"kernel disables it; `vdusefast recover {self.name}` recreates it once nobody uses it"
             )
 
     def _set_up_error(self, error: OSError) -> TransportError:
@@ -440,7 +440,7 @@ class KernelTransport:
         elif bound != driver:
             what = f"it is bound to {bound or 'no driver'}, not to {driver}"
         else:
-            what = f"{driver} has it, but it has made no usable node under {sysfs.DEV} (the kernel log may say why)"
+            what = f"{driver} has it, but has made no usable node under {sysfs.DEV} (see the kernel log)"
         return f"device {self.name}: not attached within {limit_s:g} s: {what}"
 
     def _attach_error(self, error: OSError) -> VdusefastError:

@@ -371,7 +371,7 @@ class LoopbackBus:
             sent = self._send(pending.packet)
         try:
             if not sent:
-                raise TransportError(f"device {self.name}: {what} cannot be sent: its server takes no messages")
+                raise TransportError(f"device {self.name}: {what} cannot be sent: its server reads no messages")
             pending.done.wait(limit_s or None)
         finally:
             with self._lock:
