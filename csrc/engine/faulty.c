@@ -71,7 +71,7 @@ static struct vf_fault *vf_faulty_choose(struct vf_faulty *faulty, const struct 
 	return NULL;
 }
 
-/* Copy the changes of the loop in its store to the inner one. */
+/* Copy the loop's changes of its store to the inner one. */
 static void vf_faulty_follow(struct vf_engine *engine, struct vf_engine *inner)
 {
 	inner->store.write_flags = engine->store.write_flags;

@@ -305,7 +305,7 @@ class SharedPages:
     def disown_log(self, queue: int) -> None:
         """Mark the log of `queue` foreign: its requests in flight are unknown.
 
-        A worker continues only where the ring shows that nothing is.
+        A worker continues only where the ring shows that nothing is in flight.
         """
         self.void_log(queue)
         offset = self._offset(queue) + INFLIGHT_OFFSET
