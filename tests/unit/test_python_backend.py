@@ -209,7 +209,7 @@ def test_class_that_is_another_one_in_its_worker(disk: Callable[..., str], openi
 
 
 def test_engine_and_cache_that_are_for_files_are_refused(disk: Callable[..., str]) -> None:
-    with pytest.raises(ConfigError, match="brings its own engine"):
+    with pytest.raises(ConfigError, match="has its own engine"):
         vdusefast.open_store(vdusefast.BackendConfig(uri=disk(), engine="sync"))
     with pytest.raises(ConfigError, match="O_DIRECT"):
         vdusefast.open_store(vdusefast.BackendConfig(uri=disk(), cache="none"))
