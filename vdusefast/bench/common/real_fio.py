@@ -193,7 +193,7 @@ def run_fio(
     """Run fio to its end and return how it went.
 
     limit_s: it is killed after so many seconds. stop_fd: borrowed; when it becomes readable, fio is killed, or, with
-    `finish`, asked to finish, and its report so far is returned. tick: called ten times a second with the seconds passed;
+    `finish`, asked to finish, and its report so far is returned. tick: called ten times a second with the time passed;
     an exception of it ends fio. Raises VdusefastError, FioStuckError.
     """
     began = time.monotonic()
