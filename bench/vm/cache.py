@@ -45,7 +45,8 @@ MODULES_WHERE_SEPARATE = (
     *("crc32c_generic", "crc32c_intel", "crc32c_cryptoapi", "libcrc32c"),
     *("xts", "ecb", "aes_generic", "aesni_intel"),  # what dm_crypt asks for by name
 )
-
+# For the programs that others test with (tests/vm/test_other_suites.py), where Debian builds them of a kernel.
+SUITE_MODULES = ("btrfs", "bfq", "kyber_iosched")
 
 OLD_BOOT_MODULES = ("virtio_pci", "virtio_console", *BOOT_MODULES)
 OLD_MODULES = tuple(name for name in MODULES if name != "ublk_drv")
@@ -106,7 +107,7 @@ def tree(suite: str, names: Sequence[str]) -> Path:
 def _recipe(make: Callable[..., None]) -> str:
     if make is _make_old_kernel:
         return repr((old_kernel.VERSION, OLD_BOOT_MODULES, OLD_MODULES, MODULES_WHERE_SEPARATE, vmlinux.VERSION))
-    return repr((make.__name__, BOOT_MODULES, MODULES, MODULES_WHERE_SEPARATE, vmlinux.VERSION))
+    return repr((make.__name__, BOOT_MODULES, MODULES, MODULES_WHERE_SEPARATE, SUITE_MODULES, vmlinux.VERSION))
 
 
 def _entry(name: str, make: Callable[[Path], None], recipe: str) -> Path:
@@ -221,7 +222,7 @@ def _copy_modules(tree: Path, into: Path, release: str, boot_names: Sequence[str
 
     for name in (*boot_names, *names):
         copy(name)
-    for name in MODULES_WHERE_SEPARATE:
+    for name in (*MODULES_WHERE_SEPARATE, *SUITE_MODULES):
         if name in modules:
             copy(name)
     run_tool(["depmod", "--basedir", str(into), release], limit_s=60)
