@@ -235,7 +235,7 @@ def test_the_third_death_answers_the_request_with_an_error_and_the_others_are_do
 def test_a_request_that_kills_even_when_refused_stops_the_queue() -> None:
     with (
         Crashed(used=[], logged={0: 1}, working=0, deaths={0: 5}) as rig,
-        pytest.raises(RingError, match="died of one"),
+        pytest.raises(RingError, match="one request has killed"),
     ):
         rig.recover()
 

@@ -166,7 +166,7 @@ def test_a_request_that_was_given_back_is_not_blamed() -> None:
 def test_a_request_that_kills_even_when_refused_stops_the_queue() -> None:
     with Crashed(working=0) as rig:
         rig.put_entry(0, deaths=5)
-        with pytest.raises(RingError, match="died of one"):
+        with pytest.raises(RingError, match="one request has killed"):
             rig.recover()
 
 
