@@ -14,7 +14,7 @@ from suite import ROOT, slow_nbdkit, torture
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 FORGET, WRITE_EARLY, FLUSH_EARLY, DISORDER, REPEAT, DEADLY, NO_FENCE = range(1, 8)
-KILLS = "worker=40"  # the first few are enough; each takes half a second
+KILLS = "worker=400"  # a run ends with the first loss: after some 30 kills, seldom 100; each takes a quarter second
 
 
 def build(fault: int, target: Path) -> Path:
