@@ -83,7 +83,7 @@ def test_device_whose_server_died_before_it_wrote_anything_is_created_again(mach
 @pytest.mark.parametrize("mode", [StartMode.ADD, StartMode.ADOPT])
 def test_orphan_without_a_saved_state_is_not_adopted(machine: FakeMachine, mode: StartMode) -> None:
     with orphaned_directory(state=False):
-        with pytest.raises(errors.DeviceBusyError, match=r"is not there; .*vdusefast add CONFIG --claim"):
+        with pytest.raises(errors.DeviceBusyError, match=r"is missing; .*vdusefast add CONFIG --claim"):
             choose(mode)
         with pytest.raises(errors.DeviceBusyError, match="vdusefast add CONFIG --claim"):
             orphans.load_state(BASE / "vd0")
