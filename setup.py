@@ -71,7 +71,7 @@ class BuildExtensions(build_ext):
     """Build all extensions of one build, and write its identity beside the modules."""
 
     def run(self) -> None:
-        """Build. An extension that is left from another build is built anew, however new it is."""
+        """Build. Rebuild an extension of another build, however new it is."""
         package = Path("." if self.inplace else self.build_lib) / "vdusefast"
         path = package / "build_id.txt"
         if not path.exists() or path.read_text().strip() != BUILD_ID:

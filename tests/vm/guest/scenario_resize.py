@@ -128,7 +128,7 @@ def vhost_capacity(client: vhost.VhostClient) -> int:
 
 @check(limit_s=90)
 def client_of_vhost_follows() -> None:
-    """A client that is there is told of the new size; without one, the next client sees it."""
+    """A connected client learns the new size; without one, the next client sees it."""
     path = guest.image(IMAGE, 32 * MIB)
     with guest.device("vd0", f"file:{path}", bus="vhost") as node:
         resize(48 * MIB)
