@@ -22,6 +22,7 @@ CSRC_LAYERS: dict[str, set[str]] = {
     "rbd": {"base", "engine"},
     "relay": {"base", "engine"},
     "python": {"base", "engine"},
+    "preload": {"base", "ring", "driver"},
 }
 INCLUDE = re.compile(r'^#include "(.*)"$', re.M)
 
