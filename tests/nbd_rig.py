@@ -152,7 +152,7 @@ def served(uri: str, **options: object) -> Iterator[tuple[vdusefast.Device, Loop
 
 
 def verified_fio(uri: str, *options: str, seconds: float = 1.0) -> None:
-    """Load the store with `bench fio` and have every block compared."""
+    """Load the store with `bench raw` and have every block compared."""
     words = [
         "--name=v",
         "--rw=randrw",
@@ -162,7 +162,7 @@ def verified_fio(uri: str, *options: str, seconds: float = 1.0) -> None:
         "--size=8M",
         "--output-format=json",
     ]
-    command = [sys.executable, "-m", "vdusefast.bench", "fio", *words, f"--runtime={seconds * 1000:g}ms", *options]
+    command = [sys.executable, "-m", "vdusefast.bench", "raw", *words, f"--runtime={seconds * 1000:g}ms", *options]
     done = subprocess.run(
         [*command, f"--backend={uri}"], capture_output=True, text=True, timeout=50, env=dict(os.environ)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from vdusefast.bench.fio.memory import Workload, make_job
+from vdusefast.bench.raw.memory import Workload, make_job
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
 

@@ -82,8 +82,8 @@ def vdusefast(
 ) -> float:
     """Return IOPS of our device under one job or several."""
     cpus = driver_cpus if driver_cpus is not None else [setup.driver_cpu]
-    words = [sys.executable, "-m", "vdusefast.bench", "fio", "--name=speed", f"--rw={rw}", f"--bs={bs}"]
-    words += ["--transport=loopback", f"--iodepth={IODEPTH}", "--time_based", f"--runtime={setup.seconds * 1000:g}ms"]
+    words = [sys.executable, "-m", "vdusefast.bench", "raw", "--name=speed", f"--rw={rw}", f"--bs={bs}"]
+    words += [f"--iodepth={IODEPTH}", "--time_based", f"--runtime={setup.seconds * 1000:g}ms"]
     words += [f"--ramp_time={RAMP}", f"--numjobs={jobs}", "--output-format=json"]
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(config_text(device_config(setup, backend, **changed)))

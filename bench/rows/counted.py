@@ -24,9 +24,9 @@ from pathlib import Path
 from rows.contestants import IODEPTH, ROOT, RowError, Setup, device_config
 from vdusefast.api import Device
 from vdusefast.backends import keeps_data
-from vdusefast.bench.fio.jobs import parse_arguments
-from vdusefast.bench.fio.plan import place_jobs
-from vdusefast.bench.fio.run import Control, run_group
+from vdusefast.bench.raw.jobs import parse_arguments
+from vdusefast.bench.raw.plan import place_jobs
+from vdusefast.bench.raw.run import Control, run_group
 from vdusefast.config import Config
 from vdusefast.control.stats import DeviceStats
 from vdusefast.control.worker_process import default_command

@@ -34,8 +34,8 @@ def _image() -> str:
     except ceph_rig.CephError as error:
         raise RowError(str(error)) from None
     os.environ["CEPH_CONF"] = str(cluster.conf)  # where fio looks
-    words = [sys.executable, "-m", "vdusefast.bench", "fio", "--name=fill", "--rw=write", "--bs=1m", "--iodepth=4"]
-    words += ["--transport=loopback", "--queues=1", "--verify=crc32c", "--output-format=json", f"--backend={uri}"]
+    words = [sys.executable, "-m", "vdusefast.bench", "raw", "--name=fill", "--rw=write", "--bs=1m", "--iodepth=4"]
+    words += ["--queues=1", "--verify=crc32c", "--output-format=json", f"--backend={uri}"]
     checks = parse_json(words)["vdusefast"]["verify"]
     if any(check["verify_errors"] or check["request_errors"] or not check["blocks_verified"] for check in checks):
         raise RowError(f"{uri} does not hold what was written: {checks}")

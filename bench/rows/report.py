@@ -7,8 +7,8 @@ from typing import TextIO
 
 from rows.table import Figures, Result
 from vdusefast.base.json_types import Json
+from vdusefast.bench.common.host import host
 from vdusefast.bench.common.rounds import summarize
-from vdusefast.bench.fio.figures import host
 
 
 def spread_text(spread: float) -> str:

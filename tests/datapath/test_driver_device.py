@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vdusefast.api import Device
-from vdusefast.bench.fio.memory import Workload, make_job
+from vdusefast.bench.raw.memory import Workload, make_job
 from vdusefast.config import make_config
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver

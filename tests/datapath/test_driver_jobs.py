@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from driver_device import DISCARD, FLUSH, FORMATS, IN, OUT, FakeBus
 
-from vdusefast.bench.fio.memory import Workload, make_job
+from vdusefast.bench.raw.memory import Workload, make_job
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
 

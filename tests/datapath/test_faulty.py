@@ -135,7 +135,7 @@ def test_what_is_delayed_keeps_its_data(image: Path, inner: str, options: list[s
         return
     uri = f"faulty:delay=2ms,chance=5%:{f'file:{image}' if inner == 'file' else inner}"
     words = ["--name=v", "--rw=randrw", "--verify=crc32c", "--bs=4k", "--iodepth=32", "--size=8M", "--runtime=1s"]
-    command = [sys.executable, "-m", "vdusefast.bench", "fio", *words, "--output-format=json", f"--backend={uri}"]
+    command = [sys.executable, "-m", "vdusefast.bench", "raw", *words, "--output-format=json", f"--backend={uri}"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=50, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
     job = json.loads(done.stdout)["jobs"][0]

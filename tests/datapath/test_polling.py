@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import vdusefast
-from vdusefast.bench.fio.memory import Workload, make_job
+from vdusefast.bench.raw.memory import Workload, make_job
 from vdusefast.driver import _driver
 
 MIB = 1 << 20

@@ -10,7 +10,7 @@ import pytest
 from verified_load import Load
 
 import vdusefast
-from vdusefast.bench.fio.memory import Workload, make_job
+from vdusefast.bench.raw.memory import Workload, make_job
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.transport import uapi

@@ -1,4 +1,4 @@
-"""Verified load on an image: `python -m vdusefast.bench fio` in a process of its own, whose workers may be killed."""
+"""Verified load on an image: `python -m vdusefast.bench raw` in a process of its own, whose workers may be killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Load:
         words = words if "--queues" in words else ("--queues", "1", *words)
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "vdusefast.bench", "fio", "--backend", uri, "--transport", "loopback"),
+                *(sys.executable, "-m", "vdusefast.bench", "raw", "--backend", uri),
                 *("--name", "load", "--output-format", "json", "--output", str(self._report)),
                 *words,
             ],

@@ -19,13 +19,14 @@ import pytest
 from vdusefast import doctor
 from vdusefast.bench.common import block_node, real_fio
 from vdusefast.bench.common.real_fio import FioOutcome, FioProcess, FioStuckError, run_fio, split_output
+from vdusefast.bench.common.transport import choose_transport
 from vdusefast.bench.fio import kernel as kernel_fio
-from vdusefast.bench.fio.command import build_config, choose_transport, run_plan
 from vdusefast.bench.fio.fio_words import VERIFY_BACKLOG_COUNT, device_words, file_name, milliseconds
-from vdusefast.bench.fio.jobs import parse_arguments
-from vdusefast.bench.fio.measured import Outcome
-from vdusefast.bench.fio.plan import place_jobs
-from vdusefast.bench.fio.report import job_rows, verify_lines
+from vdusefast.bench.raw.command import build_config, run_plan
+from vdusefast.bench.raw.jobs import parse_arguments
+from vdusefast.bench.raw.measured import Outcome
+from vdusefast.bench.raw.plan import place_jobs
+from vdusefast.bench.raw.report import job_rows, verify_lines
 from vdusefast.errors import ConfigError, KernelSupportError, VdusefastError
 from vdusefast.server.signals import StopSignals
 

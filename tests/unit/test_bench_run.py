@@ -15,7 +15,7 @@ import fake_fio
 import pytest
 
 from vdusefast.bench.fio.baseline import run_baseline
-from vdusefast.bench.fio.jobs import parse_arguments
+from vdusefast.bench.raw.jobs import parse_arguments
 from vdusefast.driver import _driver
 from vdusefast.errors import VdusefastError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from vdusefast.bench.fio.help import option_help
-from vdusefast.bench.fio.jobs import parse_arguments
+from vdusefast.bench.raw.help import option_help
+from vdusefast.bench.raw.jobs import parse_arguments
 from vdusefast.bench.torture.plan import RINGS
 from vdusefast.errors import VdusefastError
 
@@ -22,17 +22,28 @@ def main() -> None:
     """Measure block devices that vdusefast serves."""
 
 
+@main.command(context_settings=RAW, short_help="load a device through the loopback driver")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def raw(arguments: tuple[str, ...]) -> None:
+    """Load a device through the loopback driver, which issues requests faster than fio can."""
+    _run_jobs("raw", ("--transport=loopback", *arguments) if arguments else ())
+
+
 @main.command(context_settings=RAW, short_help="run jobs that are written in fio's options")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def fio(arguments: tuple[str, ...]) -> None:
     """Run jobs that are written in fio's options, on a device made for them."""
+    _run_jobs("fio", arguments)
+
+
+def _run_jobs(name: str, arguments: tuple[str, ...]) -> None:
     if not arguments or "--help" in arguments or "-h" in arguments:
-        click.echo("Usage: python -m vdusefast.bench fio [OPTION...] [JOBFILE...]\n")
+        click.echo(f"Usage: python -m vdusefast.bench {name} [OPTION...] [JOBFILE...]\n")
         click.echo(option_help())
         return
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        from vdusefast.bench.fio.command import run_plan
+        from vdusefast.bench.raw.command import run_plan
 
         status = run_plan(parse_arguments(arguments))
     except VdusefastError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vdusefast.bench.common.real_fio import find_fio, job_figures, problem, run_fio
 from vdusefast.bench.fio.fio_words import file_name, milliseconds
-from vdusefast.bench.fio.jobs import JobSpec
+from vdusefast.bench.raw.jobs import JobSpec
 from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.host.cpu_topology import format_cpu_list
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from vdusefast.bench.fio.jobs import JobSpec, parse_pattern
-from vdusefast.bench.fio.plan import Instance
+from vdusefast.bench.raw.jobs import JobSpec, parse_pattern
+from vdusefast.bench.raw.plan import Instance
 from vdusefast.errors import ConfigError
 from vdusefast.host.cpu_topology import format_cpu_list
 

@@ -12,13 +12,15 @@ from vdusefast.backends import keeps_data
 from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import Bus
 from vdusefast.bench.common import block_node
+from vdusefast.bench.common.measured import cpu_seconds, queue_figures, queue_lines
 from vdusefast.bench.common.real_fio import KILL_S, FioOutcome, FioStuckError, choose_engine, find_fio, problem, run_fio
+from vdusefast.bench.common.tables import bytes_text
 from vdusefast.bench.fio.fio_words import device_words
-from vdusefast.bench.fio.jobs import JobSpec, Plan
-from vdusefast.bench.fio.measured import Outcome, cpu_seconds, job_lines, queue_figures, queue_lines
-from vdusefast.bench.fio.plan import place_jobs
-from vdusefast.bench.fio.report import ProgressLine, bytes_text
-from vdusefast.bench.fio.run import Progress, driver_cpus
+from vdusefast.bench.raw.jobs import JobSpec, Plan
+from vdusefast.bench.raw.measured import Outcome, job_lines
+from vdusefast.bench.raw.plan import place_jobs
+from vdusefast.bench.raw.report import ProgressLine
+from vdusefast.bench.raw.run import Progress, driver_cpus
 from vdusefast.config import Config
 from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.host.cpu_topology import parse_cpu_list

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vdusefast.bench.fio.report import bytes_text
+from vdusefast.bench.common.tables import bytes_text
 from vdusefast.errors import ConfigError
 
 SHM = Path("/dev/shm")  # noqa: S108 (a directory of our own is made there)

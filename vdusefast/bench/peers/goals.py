@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common.rounds import verdict
-from vdusefast.bench.fio.report import Table
+from vdusefast.bench.common.tables import Table
 
 JOB = re.compile(r"rand(?:read|write) 4k qd(\d+) x[12]")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common import rounds
-from vdusefast.bench.fio.jobs import JobSpec
 from vdusefast.bench.peers import variants as peers_variants
 from vdusefast.bench.peers.report import OURS
 from vdusefast.bench.peers.session import MARGIN_S, PeersOptions, check_outputs, emit, job_limit_s, say, standard_jobs
+from vdusefast.bench.raw.jobs import JobSpec
 from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.server.signals import PatientStopSignals
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vdusefast.base.json_types import Json
-from vdusefast.bench.fio.report import count_text
+from vdusefast.bench.common.tables import count_text
 from vdusefast.bench.peers.report import OURS
 from vdusefast.errors import ConfigError
 

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common import rounds
-from vdusefast.bench.fio.report import Table, bytes_text, count_text, latency_text, print_tables
+from vdusefast.bench.common.tables import Table, bytes_text, count_text, latency_text, print_tables
 from vdusefast.bench.peers.goals import goals_table
 
 OURS = "vdusefast"

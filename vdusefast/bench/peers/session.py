@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common import rounds
+from vdusefast.bench.common.host import host
 from vdusefast.bench.common.real_fio import (
     KILL_S,
     FioOutcome,
@@ -23,16 +24,15 @@ from vdusefast.bench.common.real_fio import (
     problem,
     run_fio,
 )
-from vdusefast.bench.fio import figures
+from vdusefast.bench.common.tables import count_text
 from vdusefast.bench.fio.fio_words import measure_words, verify_words
-from vdusefast.bench.fio.jobs import JobSpec, RunOptions, parse_arguments
-from vdusefast.bench.fio.report import count_text
 from vdusefast.bench.peers import data_check, dirty_pages
 from vdusefast.bench.peers import variants as peers_variants
 from vdusefast.bench.peers.awake import Awake
 from vdusefast.bench.peers.files import backing_directory, file_system
 from vdusefast.bench.peers.peer import Peer, PeerSetup, first_line, load_modules
 from vdusefast.bench.peers.report import print_peers
+from vdusefast.bench.raw.jobs import JobSpec, RunOptions, parse_arguments
 from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
 from vdusefast.host.cpu_topology import check_cpu, parse_cpu_list, read_topology
 from vdusefast.server.signals import PatientStopSignals
@@ -363,7 +363,7 @@ class Session:
         jobs = [job.name for job in options.jobs]
         backing = file_system(self.directory) or "unknown file system"
         return {
-            "host": figures.host(),
+            "host": host(),
             "method": {
                 "fio": first_line([self.fio, "--version"]),
                 "ioengine": self.engine,

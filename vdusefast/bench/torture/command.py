@@ -20,8 +20,8 @@ from vdusefast.backends import store_scheme
 from vdusefast.backends.image_format import path_of
 from vdusefast.base.engines import ENGINES
 from vdusefast.base.kinds import StoreKind, TransportKind
-from vdusefast.bench.fio.command import choose_transport
-from vdusefast.bench.fio.store import BenchStore
+from vdusefast.bench.common.store import BenchStore
+from vdusefast.bench.common.transport import choose_transport
 from vdusefast.bench.torture.leaks import Leaks
 from vdusefast.bench.torture.load import DriverLoad
 from vdusefast.bench.torture.loopback_host import LoopbackHost

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vdusefast.base.json_types import Json
-from vdusefast.bench.fio.figures import host
-from vdusefast.bench.fio.report import count_text
+from vdusefast.bench.common.host import host
+from vdusefast.bench.common.tables import count_text
 from vdusefast.bench.torture.load import ERRORS, Lost
 
 LOST_SHOWN_MAX = 20

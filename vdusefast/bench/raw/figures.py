@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +12,8 @@ import numpy.typing as npt
 
 from vdusefast import __version__
 from vdusefast.base.json_types import Json
-from vdusefast.bench.fio.jobs import Plan
-from vdusefast.bench.fio.run import JobRun
+from vdusefast.bench.raw.jobs import Plan
+from vdusefast.bench.raw.run import JobRun
 from vdusefast.state.histogram import bucket_bounds_ns, percentile_ns
 from vdusefast.state.shared_pages import HIST_BUCKET_COUNT
 
@@ -136,22 +133,3 @@ def fio_report(plan: Plan, runs: Sequence[JobRun], started_s: float, extra: Json
         "jobs": [job_report(members) for members in merge_groups(runs)],
         "vdusefast": extra,
     }
-
-
-def host() -> Json:
-    """Return the machine and the versions that the figures belong to."""
-    model = platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    except OSError:
-        model = platform.processor() or model
-    versions = {"vdusefast": __version__, "python": platform.python_version(), "numpy": np.__version__}
-    for package in ("msgspec", "psutil"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    return {"cpu": model, "kernel": platform.release(), "versions": versions}

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vdusefast.bench.fio.memory import Workload, make_job
-from vdusefast.bench.fio.plan import Instance, ThreadPlan, plan_threads
+from vdusefast.bench.raw.memory import Workload, make_job
+from vdusefast.bench.raw.plan import Instance, ThreadPlan, plan_threads
 from vdusefast.driver import _driver
 from vdusefast.driver.loopback_driver import LoopbackDriver
 from vdusefast.errors import VdusefastError

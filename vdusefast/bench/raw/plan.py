@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vdusefast.bench.fio.jobs import JobSpec
+from vdusefast.bench.raw.jobs import JobSpec
 from vdusefast.errors import ConfigError
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -15,43 +14,28 @@ from vdusefast.api import Device
 from vdusefast.backends import keeps_data
 from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import TransportKind
+from vdusefast.bench.common.host import host
+from vdusefast.bench.common.measured import cpu_seconds, queue_figures, queue_lines
 from vdusefast.bench.common.real_fio import find_fio
-from vdusefast.bench.fio import figures
+from vdusefast.bench.common.store import BenchStore, StoppedError
+from vdusefast.bench.common.tables import bytes_text
+from vdusefast.bench.common.transport import choose_transport
 from vdusefast.bench.fio.baseline import NULL_ENGINE, run_baseline
-from vdusefast.bench.fio.jobs import AUTO_QUEUES, JobSpec, Plan, RunOptions
 from vdusefast.bench.fio.kernel import has_failed, kernel_report, run_on_kernel
-from vdusefast.bench.fio.measured import Outcome, cpu_seconds, job_lines, queue_figures, queue_lines
-from vdusefast.bench.fio.plan import place_jobs, required_bytes
-from vdusefast.bench.fio.report import INTRODUCTION, ProgressLine, bytes_text, print_report
-from vdusefast.bench.fio.run import Control, JobRun, driver_cpus, run_group
-from vdusefast.bench.fio.store import BenchStore, StoppedError
+from vdusefast.bench.raw import figures
+from vdusefast.bench.raw.jobs import AUTO_QUEUES, JobSpec, Plan, RunOptions
+from vdusefast.bench.raw.measured import Outcome, job_lines
+from vdusefast.bench.raw.plan import place_jobs, required_bytes
+from vdusefast.bench.raw.report import INTRODUCTION, ProgressLine, print_report
+from vdusefast.bench.raw.run import Control, JobRun, driver_cpus, run_group
 from vdusefast.config import Config, load_config, make_config, override, resolve_cpus
-from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
+from vdusefast.errors import BackendError, ConfigError, VdusefastError
 from vdusefast.host.cpu_topology import check_cpu, parse_cpu_list, read_topology
 from vdusefast.server.signals import PatientStopSignals, StopSignals
 from vdusefast.transport import uapi
 
 if TYPE_CHECKING:
     from vdusefast.driver.loopback_driver import LoopbackDriver
-
-
-def choose_transport(wanted: str) -> tuple[TransportKind, str]:
-    """Return the transport to use and the reason. Raises KernelSupportError for one that cannot be used here."""
-    if wanted == TransportKind.LOOPBACK:
-        return TransportKind.LOOPBACK, "as asked"
-    from vdusefast.doctor import kernel_usable
-
-    usable, reason = kernel_usable()
-    if wanted == TransportKind.KERNEL:
-        if not usable:
-            raise KernelSupportError(f"--transport=kernel: {reason}; --transport=loopback needs no kernel module")
-        return TransportKind.KERNEL, "as asked"
-    if not usable:
-        return TransportKind.LOOPBACK, f"it needs no kernel module; the kernel's VDUSE cannot be used: {reason}"
-    if shutil.which("fio") is None:
-        missing = "VDUSE can be used here, but fio, which would load the device, is not installed"
-        return TransportKind.LOOPBACK, missing
-    return TransportKind.KERNEL, reason or "VDUSE can be used here"
 
 
 def build_config(run: RunOptions, uri: str | None, transport: str = TransportKind.LOOPBACK) -> Config:
@@ -238,7 +222,7 @@ def _extra(config: Config, transport: str, outcome: Outcome) -> Json:
         "engine": config.backend.engine,
         "engine_used": outcome.engine_used,
         "queue_size": config.device.effective_queue_size,
-        "host": figures.host(),
+        "host": host(),
         "queues": outcome.queues,
         "verify": figures.verification(outcome.runs),
         "baseline": [],

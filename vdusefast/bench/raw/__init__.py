@@ -1,0 +1,1 @@
+"""`python -m vdusefast.bench raw`: load through the loopback driver, as fast as rings go."""
