@@ -11,6 +11,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vdusefast.backends.plugin import Description, Plugin, StoreSpec, Usability
+from vdusefast.backends.python_errors import describe as say
+from vdusefast.backends.python_errors import print_traceback
 from vdusefast.base.secret import read_file
 from vdusefast.errors import BackendError, ConfigError
 
@@ -137,7 +139,6 @@ def _decoded(text: str) -> str:
 def make_disk(spec: StoreSpec) -> Backend:
     """Import the class and make one of it. Raises ConfigError, BackendError."""
     from vdusefast.backends.python_class import Backend, overrides
-    from vdusefast.backends.python_errors import describe as say
 
     uri = spec.uri
     target, name, _ = split_uri(uri)
@@ -152,6 +153,7 @@ def make_disk(spec: StoreSpec) -> Backend:
     try:
         disk = made(**arguments)
     except BaseException as error:
+        print_traceback(error)
         given = ", ".join(arguments) or "no arguments"
         raise BackendError(f"{uri}: {name}() raised {say(error)}; it was called with {given}") from error
     if not overrides(disk, "submit") and not overrides(disk, "pread"):
@@ -184,8 +186,6 @@ def _load(uri: str, target: str) -> ModuleType:
     import importlib
     import importlib.util
 
-    from vdusefast.backends.python_errors import describe as say
-
     try:
         if not is_path(target):
             return importlib.import_module(target)
@@ -207,8 +207,10 @@ def _load(uri: str, target: str) -> ModuleType:
             raise BackendError(
                 f"{uri}: there is no module {error.name}; install it, set PYTHONPATH, or write the path of its file"
             ) from error
+        print_traceback(error)
         raise BackendError(f"{uri}: cannot be imported: {say(error)}; install what it needs") from error
     except BaseException as error:
+        print_traceback(error)
         raise BackendError(f"{uri}: cannot be imported: {say(error)}; fix it there") from error
     return module
 
@@ -226,8 +228,6 @@ def _classes(module: ModuleType) -> str:
 
 def _run(spec: StoreSpec, disk: Backend, method: str) -> None:
     """Call open or close, which may be coroutines. Raises BackendError."""
-    from vdusefast.backends.python_errors import describe as say
-
     try:
         result: Any = getattr(disk, method)()
         if hasattr(result, "__await__"):
@@ -238,18 +238,18 @@ def _run(spec: StoreSpec, disk: Backend, method: str) -> None:
 
             asyncio.run(wait())
     except BaseException as error:
+        print_traceback(error)
         raise BackendError(f"{spec.uri}: {method}() raised {say(error)}; nothing is served") from error
 
 
 def _open_within(engine: Engine, spec: StoreSpec, disk: Backend) -> None:
     """Open a worker's disk; a coroutine runs in the loop that serves later. Raises BackendError."""
-    from vdusefast.backends.python_errors import describe as say
-
     try:
         result: Any = disk.open()
         if hasattr(result, "__await__"):
             engine.have_loop().call(result)
     except BaseException as error:
+        print_traceback(error)
         raise BackendError(f"{spec.uri}: open() raised {say(error)}; nothing is served") from error
 
 
@@ -281,11 +281,10 @@ def _description(spec: StoreSpec, disk: Backend) -> Description:
 
 def _size_of(spec: StoreSpec, disk: Backend, name: str) -> int:
     """Return a size attribute, checked to be a whole number. Raises BackendError."""
-    from vdusefast.backends.python_errors import describe as say
-
     try:
         value: object = getattr(disk, name)
     except BaseException as error:
+        print_traceback(error)
         raise BackendError(f"{spec.uri}: {name} raised {say(error)}; fix it there") from error
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
         raise BackendError(f"{spec.uri}: {name} is {value!r}; it must be a whole number of bytes")

@@ -53,7 +53,7 @@ class Backend:
     def`. A class overrides `pread` and the like, or `submit`, which gets all requests of a round at once.
 
     An OSError gives the driver IOERR and is counted by its errno. So does any other exception, whose traceback goes to
-    the log. So does all that a class prints, with limits on the length and number of lines.
+    the log. So does all that a class prints, as warnings, with limits on the length and number of lines.
 
     A buffer is the driver's memory, and is released when its request is complete. Keep bytes(buffer), not the buffer, a
     slice or an array of it. Those read as zeroes after the release, and the class gets slower copies from then on.

@@ -1,7 +1,8 @@
 """The standard output and error of a child process, as lines of the device's log.
 
 A user's class may print anything, and any amount. So lines are bounded in length and number, control characters are
-escaped, and no output is ever parsed as an event.
+escaped, and no output is ever parsed as an event. Their level is WARNING: Python's default logging shows no lower one,
+and the author of a class needs its tracebacks and prints.
 """
 
 from __future__ import annotations
@@ -93,10 +94,10 @@ class Output:
         self._rest = b""
 
     def _keep(self, line: bytes) -> None:
-        text = printable(line[:LINE_MAX_BYTES].decode(errors="replace").strip())
+        text = printable(line[:LINE_MAX_BYTES].decode(errors="replace").rstrip().expandtabs())
         if text:
-            self._kept.append(text)
-            self.budget.log(logging.INFO, f"{self._title()}: {text}")
+            self._kept.append(text.lstrip())
+            self.budget.log(logging.WARNING, f"{self._title()}: {text}")
 
 
 class ChildOutput(Output):
