@@ -50,7 +50,7 @@ struct vf_engine_ops {
 };
 
 /* A bit of `readable` besides those of sleep()'s descriptors: the engine's module has events for the process around us. */
-#define VF_READABLE_NEWS (1u << 31)
+#define VF_READABLE_EVENTS (1u << 31)
 
 struct vf_engine {
 	const struct vf_engine_ops *ops;

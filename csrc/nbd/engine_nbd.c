@@ -318,8 +318,8 @@ static uint32_t vf_nbd_reap(struct vf_engine *engine, struct vf_req **done, uint
 	uint32_t count;
 
 	vf_nbd_link_pump(nbd);
-	if (vf_unlikely(nbd->news.count))
-		engine->readable |= VF_READABLE_NEWS;
+	if (vf_unlikely(nbd->events.count))
+		engine->readable |= VF_READABLE_EVENTS;
 	for (count = 0; count < max && nbd->done_count; count++) {
 		done[count] = nbd->done[nbd->done_head];
 		nbd->done_head = nbd->done_head + 1u < nbd->slot_count ? nbd->done_head + 1u : 0;
@@ -339,7 +339,7 @@ static int vf_nbd_sleep(struct vf_engine *engine, const int *fds, uint32_t count
 	int ready;
 
 	vf_nbd_link_pump(nbd);
-	if (nbd->done_count == 0 && nbd->news.count == 0) {
+	if (nbd->done_count == 0 && nbd->events.count == 0) {
 		for (uint32_t i = 0; i < count; i++)
 			polled[i] = (struct pollfd){ .fd = fds[i], .events = POLLIN };
 		polled[count] = (struct pollfd){ .fd = -1 };
@@ -360,8 +360,8 @@ static int vf_nbd_sleep(struct vf_engine *engine, const int *fds, uint32_t count
 		if (ready <= 0 || polled[count].revents)
 			vf_nbd_link_pump(nbd);
 	}
-	if (nbd->news.count)
-		engine->readable |= VF_READABLE_NEWS;
+	if (nbd->events.count)
+		engine->readable |= VF_READABLE_EVENTS;
 	return 0;
 }
 
@@ -469,7 +469,7 @@ struct vf_nbd *vf_nbd_create(const struct vf_nbd_config *config)
 	nbd->config.uri = nbd->uri;
 	nbd->known_size_bytes = config->size_bytes;
 	nbd->plugin = (struct vf_engine_plugin)VF_ENGINE_PLUGIN(&vf_engine_nbd, nbd);
-	err = vf_nbd_news_open(&nbd->news);
+	err = vf_nbd_events_open(&nbd->events);
 	if (err) {
 		free(nbd);
 		errno = -err;
@@ -482,7 +482,7 @@ void vf_nbd_destroy(struct vf_nbd *nbd)
 {
 	if (!nbd)
 		return;
-	vf_nbd_news_close(&nbd->news);
+	vf_nbd_events_close(&nbd->events);
 	free(nbd);
 }
 
@@ -491,7 +491,7 @@ const struct vf_engine_plugin *vf_nbd_plugin(const struct vf_nbd *nbd)
 	return &nbd->plugin;
 }
 
-struct vf_nbd_news_ring *vf_nbd_news_of(struct vf_nbd *nbd)
+struct vf_nbd_event_ring *vf_nbd_events_of(struct vf_nbd *nbd)
 {
-	return &nbd->news;
+	return &nbd->events;
 }

@@ -10,7 +10,7 @@
 #define VF_ENGINE_NBD_H
 
 #include "engine/engine.h"
-#include "nbd/nbd_news.h"
+#include "nbd/nbd_events.h"
 
 struct vf_nbd_config {
 	const char *uri;
@@ -33,6 +33,6 @@ void vf_nbd_destroy(struct vf_nbd *nbd);
 
 /* The argument of vf_engine_open_plugin(), and the engine's events; both are the engine's own. */
 const struct vf_engine_plugin *vf_nbd_plugin(const struct vf_nbd *nbd);
-struct vf_nbd_news_ring *vf_nbd_news_of(struct vf_nbd *nbd);
+struct vf_nbd_event_ring *vf_nbd_events_of(struct vf_nbd *nbd);
 
 #endif

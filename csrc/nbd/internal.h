@@ -140,7 +140,7 @@ static inline void vf_nbd_cmd_disarm(struct vf_nbd_cmd *cmd)
 struct vf_nbd {
 	struct vf_nbd_config config;
 	char uri[VF_NBD_URI_BYTES];
-	struct vf_nbd_news_ring news;
+	struct vf_nbd_event_ring events;
 	struct vf_engine_plugin plugin;
 	/* While the engine is open: */
 	struct vf_engine *engine;

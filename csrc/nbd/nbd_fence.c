@@ -179,7 +179,7 @@ void vf_nbd_fence_doubt(struct vf_nbd *nbd, uint64_t now_ns)
 	link->doubt = 1;
 	link->doubt_ns = now_ns + nbd->config.reconnect_ns;
 	vf_nbd_fence_end(nbd);
-	vf_nbd_log(&nbd->news, "%s: it is unknown whether the server still works on writes of the old connection: they are "
+	vf_nbd_log(&nbd->events, "%s: it is unknown whether the server still works on writes of the old connection: they are "
 		   "kept for %llu s and fail then; other requests continue", nbd->uri,
 		   (unsigned long long)(nbd->config.reconnect_ns / 1000000000u));
 }
@@ -197,13 +197,13 @@ void vf_nbd_fence_fail(struct vf_nbd *nbd, enum vf_nbd_fate fate)
 		if (!cmd->req || cmd->fate != fate)
 			continue;
 		if (fate == VF_NBD_WITHHELD && named++ < VF_NBD_NAMED_MAX)
-			vf_nbd_log(&nbd->news, "%s: %s of %llu bytes at %llu ends with an error: it is unknown whether the server "
+			vf_nbd_log(&nbd->events, "%s: %s of %llu bytes at %llu ends with an error: it is unknown whether the server "
 				   "has carried it out, or will", nbd->uri, names[cmd->req->op],
 				   (unsigned long long)cmd->req->left_bytes, (unsigned long long)cmd->req->offset_bytes);
 		vf_nbd_finish(nbd, cmd, fate == VF_NBD_DOOMED ? -ETIMEDOUT : -EIO);
 	}
 	if (named > VF_NBD_NAMED_MAX)
-		vf_nbd_log(&nbd->news, "%s: so do %u more", nbd->uri, named - VF_NBD_NAMED_MAX);
+		vf_nbd_log(&nbd->events, "%s: so do %u more", nbd->uri, named - VF_NBD_NAMED_MAX);
 }
 
 void vf_nbd_fence_look(struct vf_nbd *nbd, uint64_t now_ns)

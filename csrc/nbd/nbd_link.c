@@ -65,7 +65,7 @@ static void vf_nbd_refuse(struct vf_nbd *nbd, const char *text)
 	if (strcmp(link->refused, text) == 0)
 		return;
 	snprintf(link->refused, sizeof(link->refused), "%s", text);
-	vf_nbd_log(&nbd->news, "%s: cannot be used: %s; retrying", nbd->uri, text);
+	vf_nbd_log(&nbd->events, "%s: cannot be used: %s; retrying", nbd->uri, text);
 }
 
 /* Whether the memory of a request can be used by a system call: 0, or -EFAULT if pages of the driver's have vanished. */
@@ -112,7 +112,7 @@ static int vf_nbd_take_back(struct vf_nbd *nbd, int err, int in_order)
 			continue;
 		}
 		if (++cmd->losses == VF_NBD_LOSSES_MAX) {
-			vf_nbd_log(&nbd->news, "%s: %u connections have died with a request at %llu; it ends with an error",
+			vf_nbd_log(&nbd->events, "%s: %u connections have died with a request at %llu; it ends with an error",
 				   nbd->uri, cmd->losses, (unsigned long long)cmd->offset_bytes);
 			if (!cmd->is_old) {
 				vf_nbd_finish(nbd, cmd, -EIO);
@@ -145,7 +145,7 @@ static void vf_nbd_lose(struct vf_nbd *nbd, int err, const char *text)
 	link->refused[0] = '\0';
 	vf_nbd_down(nbd, now_ns);
 	if (link->flap_count < 2u || strcmp(link->lost_text, text) != 0)
-		vf_nbd_log(&nbd->news, "%s: the connection is lost: %s; reconnecting, for %llu s without errors", nbd->uri,
+		vf_nbd_log(&nbd->events, "%s: the connection is lost: %s; reconnecting, for %llu s without errors", nbd->uri,
 			   text, (unsigned long long)(nbd->config.reconnect_ns / 1000000000u));
 	snprintf(link->lost_text, sizeof(link->lost_text), "%s", text);
 	if (modifies && in_order) {
@@ -192,7 +192,7 @@ static void vf_nbd_look_ending(struct vf_nbd *nbd, uint64_t now_ns)
 		vf_nbd_ended(nbd, n == 0 || vf_nbd_ends_in_order(errno), now_ns);
 	} else if (link->end_ns && now_ns >= link->end_ns) {
 		link->end_ns = 0;
-		vf_nbd_log(&nbd->news, "%s: the server has not closed the old connection, and may still work on writes of it: "
+		vf_nbd_log(&nbd->events, "%s: the server has not closed the old connection, and may still work on writes of it: "
 			   "nothing is sent before it has; if it hangs, restart it", nbd->uri);
 	}
 }
@@ -267,7 +267,7 @@ static void vf_nbd_arrive(struct vf_nbd *nbd)
 		return;
 	}
 	if (link->was_up ? link->flap_count < 2u : link->refused[0])
-		vf_nbd_log(&nbd->news, "%s: reconnected after %.1f s", nbd->uri,
+		vf_nbd_log(&nbd->events, "%s: reconnected after %.1f s", nbd->uri,
 			   (double)(vf_now_ns() - link->lost_ns) / 1e9);
 	if (nbd_get_tls_negotiated(link->handle) == 0) {
 		if (vf_nbd_wire_start(nbd)) {
@@ -285,7 +285,7 @@ static void vf_nbd_arrive(struct vf_nbd *nbd)
 	link->refused[0] = '\0';
 	if (link->export.size_bytes > nbd->known_size_bytes) {
 		nbd->known_size_bytes = link->export.size_bytes;
-		vf_nbd_tell_size(&nbd->news, link->export.size_bytes);
+		vf_nbd_report_size(&nbd->events, link->export.size_bytes);
 	}
 	vf_nbd_blocks_reset(nbd);
 	for (uint32_t i = 0; i < nbd->slot_count && link->state == VF_NBD_UP; i++) {
@@ -372,7 +372,7 @@ static void vf_nbd_look_up(struct vf_nbd *nbd)
 static void vf_nbd_give_up(struct vf_nbd *nbd)
 {
 	nbd->link.gave_up = 1;
-	vf_nbd_log(&nbd->news, "%s: no connection for %llu s: requests end with errors until there is one", nbd->uri,
+	vf_nbd_log(&nbd->events, "%s: no connection for %llu s: requests end with errors until there is one", nbd->uri,
 		   (unsigned long long)(nbd->config.reconnect_ns / 1000000000u));
 	for (uint32_t i = 0; i < nbd->slot_count; i++) {
 		if (nbd->cmds[i].req)

@@ -25,8 +25,8 @@ struct vf_rbd_work {
 	double opening_since_s;
 	uint8_t open; /* as the loop's thread has seen it */
 	uint8_t gave_up;
-	uint8_t told_shut_out;
-	uint8_t told_timed_out;
+	uint8_t logged_shut_out;
+	uint8_t logged_timed_out;
 };
 
 static double vf_rbd_now_s(void)
@@ -116,19 +116,19 @@ static int vf_rbd_start(struct vf_engine *engine, struct vf_req *req, int is_flu
 }
 
 /* Log once a cause that the driver's error does not show. */
-static void vf_rbd_tell_error(struct vf_engine *engine, int err)
+static void vf_rbd_report_error(struct vf_engine *engine, int err)
 {
 	struct vf_rbd *rbd = engine->context;
 	struct vf_rbd_work *work = engine->state;
 
-	if (err == -ESHUTDOWN && !work->told_shut_out) {
-		work->told_shut_out = 1;
+	if (err == -ESHUTDOWN && !work->logged_shut_out) {
+		work->logged_shut_out = 1;
 		vf_rbd_event_put(&rbd->opener, (struct vf_rbd_event){ .kind = VF_RBD_EVENT_SHUT_OUT });
-	} else if (err == -ETIMEDOUT && !work->told_timed_out) {
-		work->told_timed_out = 1;
+	} else if (err == -ETIMEDOUT && !work->logged_timed_out) {
+		work->logged_timed_out = 1;
 		vf_rbd_event_put(&rbd->opener, (struct vf_rbd_event){ .kind = VF_RBD_EVENT_TIMED_OUT });
 	} else if (err >= 0) {
-		work->told_timed_out = 0; /* the cluster answers again */
+		work->logged_timed_out = 0; /* the cluster answers again */
 	}
 }
 
@@ -144,7 +144,7 @@ static int vf_rbd_submit(struct vf_engine *engine, struct vf_req *req)
 	if (vf_likely(work->open)) {
 		err = vf_rbd_start(engine, req, 0);
 		if (vf_unlikely(err)) {
-			vf_rbd_tell_error(engine, err);
+			vf_rbd_report_error(engine, err);
 			req->result = err;
 			return 1;
 		}
@@ -172,7 +172,7 @@ static void vf_rbd_digest(struct vf_engine *engine, struct vf_req *req, int is_f
 	struct vf_rbd_work *work = engine->state;
 	int err = got < 0 ? (int)got : 0;
 
-	vf_rbd_tell_error(engine, err);
+	vf_rbd_report_error(engine, err);
 	if (req->op == VF_OP_READ && got > 0) {
 		uint64_t filled = (uint64_t)got < req->left_bytes ? (uint64_t)got : req->left_bytes;
 
@@ -265,8 +265,8 @@ static uint32_t vf_rbd_reap(struct vf_engine *engine, struct vf_req **done, uint
 		vf_rbd_look(engine);
 	if (vf_likely(work->open))
 		vf_rbd_poll(engine);
-	if (vf_unlikely(vf_rbd_has_news(&rbd->opener)))
-		engine->readable |= VF_READABLE_NEWS;
+	if (vf_unlikely(vf_rbd_has_events(&rbd->opener)))
+		engine->readable |= VF_READABLE_EVENTS;
 	count = work->finished_count < max ? work->finished_count : max;
 	for (uint32_t i = 0; i < count; i++)
 		done[i] = work->finished[i];
@@ -301,8 +301,8 @@ static int vf_rbd_sleep(struct vf_engine *engine, const int *fds, uint32_t count
 	}
 	if (!work->open)
 		vf_rbd_look(engine);
-	if (vf_rbd_has_news(&rbd->opener))
-		engine->readable |= VF_READABLE_NEWS;
+	if (vf_rbd_has_events(&rbd->opener))
+		engine->readable |= VF_READABLE_EVENTS;
 	return ready == 0;
 }
 

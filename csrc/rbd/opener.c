@@ -45,8 +45,8 @@ void vf_rbd_event_put(struct vf_rbd_opener *opener, struct vf_rbd_event event)
 	place = vf_rbd_event_place(opener, event.kind);
 	if (place)
 		*place = event;
-	vf_store_relaxed_u32(&opener->has_news, 1);
-	vf_rbd_raise(opener->news_fd);
+	vf_store_relaxed_u32(&opener->has_events, 1);
+	vf_rbd_raise(opener->events_fd);
 	pthread_mutex_unlock(&opener->lock);
 	vf_rbd_raise(opener->wake_fd);
 }
@@ -63,16 +63,16 @@ int vf_rbd_event_take(struct vf_rbd_opener *opener, struct vf_rbd_event *event)
 		opener->event_first = (opener->event_first + 1u) % VF_RBD_EVENT_MAX;
 		opener->event_count--;
 	} else {
-		ssize_t got = read(opener->news_fd, &count, sizeof(count));
+		ssize_t got = read(opener->events_fd, &count, sizeof(count));
 
 		(void)got; /* it is not readable now either way */
-		vf_store_relaxed_u32(&opener->has_news, 0);
+		vf_store_relaxed_u32(&opener->has_events, 0);
 	}
 	pthread_mutex_unlock(&opener->lock);
 	return any;
 }
 
-static void vf_rbd_tell_size(struct vf_rbd_opener *opener)
+static void vf_rbd_report_size(struct vf_rbd_opener *opener)
 {
 	uint64_t size_bytes;
 
@@ -91,7 +91,7 @@ static void vf_rbd_tell_size(struct vf_rbd_opener *opener)
 /* In a thread of librbd's: the image has changed. */
 static void vf_rbd_on_update(void *context)
 {
-	vf_rbd_tell_size(context);
+	vf_rbd_report_size(context);
 }
 
 /* Read the note of the previous client. "": it has ended cleanly, or there was none. */
@@ -141,7 +141,7 @@ static int vf_rbd_opener_try(struct vf_rbd_opener *opener)
 		return err;
 	if (!*opener->settings.snap) {
 		opener->watches = rbd_update_watch(opener->image.image, &opener->update_handle, vf_rbd_on_update, opener) == 0;
-		vf_rbd_tell_size(opener);
+		vf_rbd_report_size(opener);
 	}
 	return 0;
 }
@@ -274,15 +274,15 @@ int vf_rbd_opener_init(struct vf_rbd_opener *opener, const struct vf_rbd_setting
 		.notes_fd = notes_fd,
 		.notes_offset = notes_offset,
 		.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
-		.news_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+		.events_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
 	};
-	err = opener->wake_fd < 0 || opener->news_fd < 0 ? -errno : vf_rbd_opener_primitives(opener);
+	err = opener->wake_fd < 0 || opener->events_fd < 0 ? -errno : vf_rbd_opener_primitives(opener);
 	if (err == 0)
 		return 0;
 	if (opener->wake_fd >= 0)
 		close(opener->wake_fd);
-	if (opener->news_fd >= 0)
-		close(opener->news_fd);
+	if (opener->events_fd >= 0)
+		close(opener->events_fd);
 	return err;
 }
 
@@ -332,5 +332,5 @@ void vf_rbd_opener_destroy(struct vf_rbd_opener *opener)
 	pthread_cond_destroy(&opener->changed);
 	pthread_mutex_destroy(&opener->lock);
 	close(opener->wake_fd);
-	close(opener->news_fd);
+	close(opener->events_fd);
 }

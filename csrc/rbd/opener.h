@@ -46,9 +46,9 @@ struct vf_rbd_opener {
 	int notes_fd; /* borrowed; -1: none. The client that has the image is noted there, for the next worker */
 	uint32_t notes_offset;
 	int wake_fd; /* an eventfd: completions of the image, and its opening */
-	int news_fd; /* an eventfd: readable while there are events */
+	int events_fd; /* an eventfd: readable while there are events */
 	uint32_t phase; /* enum vf_rbd_phase */
-	uint32_t has_news;
+	uint32_t has_events;
 	uint64_t update_handle;
 	uint8_t watches;
 	uint8_t early_writes; /* known once it is open: vf_rbd_about() */
@@ -89,9 +89,9 @@ static inline int vf_rbd_is_open(const struct vf_rbd_opener *opener)
 	return vf_load_acquire_u32(&opener->phase) == VF_RBD_IS_OPEN; /* pairs with the release of the opening thread */
 }
 
-static inline int vf_rbd_has_news(const struct vf_rbd_opener *opener)
+static inline int vf_rbd_has_events(const struct vf_rbd_opener *opener)
 {
-	return (int)vf_load_relaxed_u32(&opener->has_news);
+	return (int)vf_load_relaxed_u32(&opener->has_events);
 }
 
 #endif

@@ -69,7 +69,7 @@ struct vf_relay_server;
 
 /* The reason why vf_relay_serve() returned. */
 enum {
-	VF_RELAY_NEWS = 1, /* of the engine */
+	VF_RELAY_EVENTS = 1, /* of the engine */
 	VF_RELAY_WOKEN, /* wake_fd is readable */
 };
 

@@ -368,8 +368,8 @@ int vf_relay_serve(struct vf_relay_server *server, int wake_fd)
 		engine->readable = 0;
 		if (readable & 2u)
 			return VF_RELAY_WOKEN;
-		if (readable & VF_READABLE_NEWS)
-			return VF_RELAY_NEWS;
+		if (readable & VF_READABLE_EVENTS)
+			return VF_RELAY_EVENTS;
 	}
 }
 

@@ -29,14 +29,14 @@ ssize_t __wrap_recvmsg(int fd, struct msghdr *message, int flags)
 
 static void turn(struct vf_nbd *nbd, uint32_t *left)
 {
-	struct vf_nbd_news news;
+	struct vf_nbd_event event;
 	struct vf_req *done[4];
 
 	engine.ops->flush(&engine);
 	*left -= engine.ops->reap(&engine, done, 4);
 	engine.ops->sleep(&engine, NULL, 0, 20);
-	while (vf_nbd_news_take(&nbd->news, &news))
-		printf("%s\n", news.text);
+	while (vf_nbd_event_take(&nbd->events, &event))
+		printf("%s\n", event.text);
 }
 
 int main(int argc, char **argv)

@@ -150,7 +150,7 @@ int main(int argc, char **argv)
 					.reconnect_ns = 60ull * 1000000000u, .hold_fd = -1, .notes_fd = -1 };
 	struct vf_engine engine = { .store = { .fd = -1, .kind = VF_STORE_PLUGIN, .size_bytes = SLOTS * PART_BYTES } };
 	struct vf_req *done[SLOTS];
-	struct vf_nbd_news news;
+	struct vf_nbd_event event;
 	struct vf_nbd *nbd;
 	uint64_t end_ns;
 	uint8_t free_slots[SLOTS];
@@ -204,8 +204,8 @@ int main(int argc, char **argv)
 		}
 		if (count == 0)
 			engine.ops->sleep(&engine, NULL, 0, 20);
-		while (vf_nbd_news_take(vf_nbd_news_of(nbd), &news))
-			fprintf(stderr, "%s\n", news.text);
+		while (vf_nbd_event_take(vf_nbd_events_of(nbd), &event))
+			fprintf(stderr, "%s\n", event.text);
 	}
 	for (uint32_t i = 0; i < SLOTS && !bad; i++)
 		bad |= check_memory(&slots[i]);

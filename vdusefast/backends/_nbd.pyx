@@ -8,7 +8,7 @@ from vdusefast.worker._csrc cimport VF_ENGINE_CAPSULE, vf_engine_plugin
 
 import os
 
-from vdusefast.backends.plugin import News
+from vdusefast.backends.plugin import StoreEvent
 
 from vdusefast.base._build cimport vf_build_id
 from vdusefast.base.build import check_extension
@@ -54,13 +54,13 @@ cdef extern from "nbd/nbd_export.h" nogil:
     int vf_nbd_probe_ "vf_nbd_probe"(vf_nbd_probe *, const char *, int)
     void vf_nbd_list(vf_nbd_probe *, const char *, int)
 
-cdef extern from "nbd/nbd_news.h" nogil:
-    struct vf_nbd_news:
+cdef extern from "nbd/nbd_events.h" nogil:
+    struct vf_nbd_event:
         uint64_t size_bytes
         char text[800]
-    struct vf_nbd_news_ring:
+    struct vf_nbd_event_ring:
         int fd
-    int vf_nbd_news_take(vf_nbd_news_ring *, vf_nbd_news *)
+    int vf_nbd_event_take(vf_nbd_event_ring *, vf_nbd_event *)
 
 cdef extern from "nbd/engine_nbd.h" nogil:
     struct vf_nbd_config:
@@ -79,7 +79,7 @@ cdef extern from "nbd/engine_nbd.h" nogil:
     vf_nbd *vf_nbd_create(const vf_nbd_config *)
     void vf_nbd_destroy(vf_nbd *)
     const vf_engine_plugin *vf_nbd_plugin(const vf_nbd *)
-    vf_nbd_news_ring *vf_nbd_news_of(vf_nbd *)
+    vf_nbd_event_ring *vf_nbd_events_of(vf_nbd *)
 
 STAGES = {
     VF_NBD_STAGE_URI: "uri",
@@ -189,17 +189,17 @@ cdef class Engine:
 
     def fileno(self):
         """See Plugin."""
-        return vf_nbd_news_of(self._open()).fd
+        return vf_nbd_events_of(self._open()).fd
 
-    def news(self):
+    def events(self):
         """See Plugin."""
-        cdef vf_nbd_news one
+        cdef vf_nbd_event one
         found = []
-        while vf_nbd_news_take(vf_nbd_news_of(self._open()), &one):
+        while vf_nbd_event_take(vf_nbd_events_of(self._open()), &one):
             if one.size_bytes:
-                found.append(News("resized", "", one.size_bytes))
+                found.append(StoreEvent("resized", "", one.size_bytes))
             else:
-                found.append(News("log", one.text.decode(errors="replace")))
+                found.append(StoreEvent("log", one.text.decode(errors="replace")))
         return found
 
     def close(self):

@@ -82,7 +82,7 @@ cdef class Engine(Pieces):
     def fileno(self):
         return -1
 
-    def news(self):
+    def events(self):
         return []
 
     def close(self):

@@ -75,7 +75,7 @@ cdef extern from "rbd/engine_rbd.h" nogil:
         int err
         uint64_t value
     struct vf_rbd_opener:
-        int news_fd
+        int events_fd
     struct vf_rbd:
         vf_engine_plugin plugin
         vf_rbd_opener opener
@@ -180,7 +180,7 @@ cdef class Engine:
         return PyCapsule_New(&self.rbd.plugin, VF_ENGINE_CAPSULE, NULL)
 
     def fileno(self):
-        return self.rbd.opener.news_fd if self.rbd != NULL else -1
+        return self.rbd.opener.events_fd if self.rbd != NULL else -1
 
     def events(self):
         """Return the events since the last call: (kind, step, errno, value) each."""

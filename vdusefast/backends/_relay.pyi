@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vdusefast.backends.plugin import News, Plugin
+from vdusefast.backends.plugin import Plugin, StoreEvent
 
 PATH_MAX_BYTES: int
 
@@ -11,7 +11,7 @@ class Client:
     @property
     def engine(self) -> object: ...
     def fileno(self) -> int: ...
-    def news(self) -> list[News]: ...
+    def events(self) -> list[StoreEvent]: ...
     def close(self) -> None: ...
 
 class Server:

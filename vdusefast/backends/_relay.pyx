@@ -16,7 +16,7 @@ check_extension(__name__, vf_build_id())
 
 cdef extern from "relay/relay.h" nogil:
     enum:
-        VF_RELAY_NEWS
+        VF_RELAY_EVENTS
         VF_RELAY_QUEUE_MAX
     struct vf_relay_address:
         char path[108]
@@ -64,7 +64,7 @@ cdef class Client:
         """See Plugin: there are no events, as the relay sends them to the supervisor itself."""
         return -1
 
-    def news(self):
+    def events(self):
         """See Plugin."""
         return []
 
@@ -107,7 +107,7 @@ cdef class Server:
         cdef int reason
         with nogil:
             reason = vf_relay_serve(self.server, wake_fd)
-        return reason == VF_RELAY_NEWS
+        return reason == VF_RELAY_EVENTS
 
     def close(self):
         """Drop all requests and release everything; a second call does nothing."""

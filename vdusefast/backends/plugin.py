@@ -68,7 +68,7 @@ class Description(NamedTuple):
     granule_bytes: int = 0
 
 
-class News(NamedTuple):
+class StoreEvent(NamedTuple):
     """An event of a store's module."""
 
     kind: str  # "log": `text` is a line for the device's log; "resized": the store has `size_bytes` from now on
@@ -113,7 +113,7 @@ class Plugin(Protocol):
     def fileno(self) -> int:
         """Return a descriptor that is readable while there are events, -1 for none."""
 
-    def news(self) -> list[News]:
+    def events(self) -> list[StoreEvent]:
         """Return the events since the last call."""
 
     def close(self) -> None:

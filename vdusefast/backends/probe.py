@@ -73,7 +73,7 @@ def describe(spec: StoreSpec, limit_s: float = PROBE_LIMIT_S) -> Description:
             os.close(write_fd)
         output = Output(f"{spec.uri}: probe (pid {process.pid})")
         try:
-            _tell(process, spec)
+            _send_spec(process, spec)
             ended = _listen(process, read_fd, output, limit_s)
         finally:
             _end(process, spec.uri)
@@ -92,7 +92,7 @@ def _make_answer(opened: ExitStack) -> int:
     return fd
 
 
-def _tell(process: subprocess.Popen[bytes], spec: StoreSpec) -> None:
+def _send_spec(process: subprocess.Popen[bytes], spec: StoreSpec) -> None:
     assert process.stdin is not None
     try:
         process.stdin.write(spec.to_json().encode())

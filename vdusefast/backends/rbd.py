@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, unquote
 
-from vdusefast.backends.plugin import NOTES_BYTES, Description, News, StoreSpec, Usability, extension_usability
+from vdusefast.backends.plugin import NOTES_BYTES, Description, StoreEvent, StoreSpec, Usability, extension_usability
 from vdusefast.base.secret import check_file
 from vdusefast.errors import BackendError, ConfigError
 
@@ -161,9 +161,9 @@ class RbdPlugin:
         """See plugin.Plugin."""
         return self._engine.fileno()
 
-    def news(self) -> list[News]:
+    def events(self) -> list[StoreEvent]:
         """See plugin.Plugin."""
-        return [self._news(*event) for event in self._engine.events()]
+        return [self._event(*event) for event in self._engine.events()]
 
     def close(self) -> None:
         """See plugin.Plugin. If the cluster is lost, it ends the process and does not return."""
@@ -171,10 +171,10 @@ class RbdPlugin:
             # librbd waits for the cluster in threads of its own; we have nothing left that must be ended in order.
             os._exit(0)
 
-    def _news(self, kind: str, step: str, error: int, value: int) -> News:
+    def _event(self, kind: str, step: str, error: int, value: int) -> StoreEvent:
         if kind == "resized":
-            return News("resized", size_bytes=value)
-        return News("log", f"{self._uri}: {self._text(kind, step, error)}")
+            return StoreEvent("resized", size_bytes=value)
+        return StoreEvent("log", f"{self._uri}: {self._text(kind, step, error)}")
 
     def _text(self, kind: str, step: str, error: int) -> str:
         reconnect = f"{self._spec.reconnect_s:g} s"

@@ -418,7 +418,7 @@ class WorkerProcess:
     def _wait_last_io(self) -> None:
         self._life.apply(WorkerEvent.EXIT)
         self._loop.remove_reader(self._pid_fd)
-        self._guard.reader(self._life_fd, Part.WORKER_END, self._on_exit, self._tell_end)
+        self._guard.reader(self._life_fd, Part.WORKER_END, self._on_exit, self._report_end)
 
     def _on_exit(self) -> None:
         """Read the last events and lines of the process, and wake everyone who waits for its end."""
@@ -426,9 +426,9 @@ class WorkerProcess:
         self._guard.call(Part.WORKER_EVENTS, self._on_messages)
         if self._output is not None:
             self._output.end()
-        self._tell_end()
+        self._report_end()
 
-    def _tell_end(self) -> None:
+    def _report_end(self) -> None:
         """Wake everyone who waits for the end of the process."""
         if self.state is WorkerState.GONE:
             return

@@ -97,7 +97,7 @@ class WriteBack:
         without a device is not the driver's: the log says that it may be lost.
         """
         if is_left and not forgive:
-            self._tell_cut_off()
+            self._warn_of_cut_off_flushes()
             self.look()
         elif error := self.forgive():
             _log.warning(
@@ -122,7 +122,7 @@ class WriteBack:
         while self._fds:
             os.close(self._fds.pop())
 
-    def _tell_cut_off(self) -> None:
+    def _warn_of_cut_off_flushes(self) -> None:
         """Log the flushes that the previous processes were carrying out: if one failed, nobody knows any more."""
         queues = [queue for queue in range(self._pages.queue_count) if self._pages.status(queue).flushing]
         if queues and self._fds:

@@ -327,7 +327,7 @@ def main(words: Sequence[str]) -> int:
         try:
             return _serve(_read_config(), StartMode(words[3]), log, report_fd)
         except VdusefastError as error:
-            _tell(report_fd, _Report(error=str(error), exit_code=error.exit_code))
+            _send_report(report_fd, _Report(error=str(error), exit_code=error.exit_code))
             return error.exit_code
 
 
@@ -357,7 +357,7 @@ def main_of_service(words: Sequence[str]) -> int:
         _serve(config, StartMode(start.mode) if report_fd >= 0 else StartMode.ADD, log, report_fd)
     except VdusefastError as error:
         if report_fd >= 0:
-            _tell(report_fd, _Report(error=str(error), exit_code=error.exit_code))
+            _send_report(report_fd, _Report(error=str(error), exit_code=error.exit_code))
             return EXIT_DELETED  # the caller knows
         logging.getLogger("vdusefast").error("%s", error)
         return error.exit_code
@@ -409,7 +409,7 @@ def _serve(config: Config, mode: StartMode, log: logs.LogFile | None, report_fd:
         os.chdir("/")
         if report_fd < 0:
             return
-        if not _tell(report_fd, _Report(info=info)) and not mode.takes_over:
+        if not _send_report(report_fd, _Report(info=info)) and not mode.takes_over:
             raise VdusefastError(f"{config.device.name}: the command that added it has not waited for it")
         null_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(null_fd, report_fd, inheritable=False)  # the waiting side sees its end, and its number stays taken
@@ -419,7 +419,7 @@ def _serve(config: Config, mode: StartMode, log: logs.LogFile | None, report_fd:
     return service.exit_status
 
 
-def _tell(report_fd: int, report: _Report) -> bool:
+def _send_report(report_fd: int, report: _Report) -> bool:
     """Return whether somebody hears the report."""
     line = msgspec.json.encode(report) + b"\n"
     try:

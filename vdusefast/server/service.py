@@ -255,7 +255,7 @@ class Service:
             self._device.stop(params.timeout_s, force=params.force)
         finally:
             os.eventfd_write(self._deleted_fd, 1)
-        return self._tell_deleted()
+        return self._deleted_answer()
 
     def _join_delete(self, params: DeleteParams) -> Json:
         """Wait for the removal that another client has asked for; with `force`, make it one by force."""
@@ -275,12 +275,12 @@ class Service:
                     f"{self.name}: is being removed, which takes longer than {params.timeout_s:g} s; try again"
                 )
             time.sleep(DELETE_LOOK_S)
-        return self._tell_deleted()
+        return self._deleted_answer()
 
     def _is_deleted(self) -> bool:
         return bool(select.select([self._deleted_fd], [], [], 0)[0])
 
-    def _tell_deleted(self) -> Json:
+    def _deleted_answer(self) -> Json:
         if self._config.device.is_in_kernel and orphans.in_kernel(self.name):
             raise self._device.failure or VdusefastError(f"{self.name}: the kernel still has the device; see its log")
         return {"name": self.name, "pid": os.getpid()}
@@ -352,9 +352,9 @@ class Service:
                 if self._device.outlives_server and shutdown.in_final_stage() and not self._users():
                     self._final_stage = True
                     return
-                told = self._tell_manager(told, watchdog_s)
+                told = self._notify_manager(told, watchdog_s)
 
-    def _tell_manager(self, told: str, watchdog_s: float) -> str:
+    def _notify_manager(self, told: str, watchdog_s: float) -> str:
         """Tell the service manager how things are. Returns the status that it has been told."""
         if self._notifier.active:
             if watchdog_s and self._device.responds(watchdog_s):

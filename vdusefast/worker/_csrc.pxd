@@ -92,7 +92,7 @@ cdef extern from "engine/engine.h" nogil:
         uint32_t done_count
     const uint32_t VF_ENGINE_ABI
     const char *VF_ENGINE_CAPSULE
-    const uint32_t VF_READABLE_NEWS
+    const uint32_t VF_READABLE_EVENTS
     struct vf_engine_ops:
         const char *name
         int (*open)(vf_engine *, uint32_t) noexcept nogil

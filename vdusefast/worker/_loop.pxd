@@ -423,7 +423,7 @@ cdef inline void loop_hear(vf_queue *q, uint32_t readable, int kick_fd) noexcept
     cdef uint64_t kicks = 0
     if readable & WATCH_KICK and read(kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks):
         q.counters.kicks += kicks
-    if readable & (WATCH_CTL | VF_READABLE_NEWS):
+    if readable & (WATCH_CTL | VF_READABLE_EVENTS):
         # A message, an event of the store, or the end of the supervisor: Python handles each.
         q.ctl_seen = vf_load_relaxed_u32(&q.ctl.ctl_seq) - 1
 

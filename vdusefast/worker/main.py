@@ -260,15 +260,15 @@ class Worker:
         faults, seed = faulty.from_json(self._spec.faults)
         self._queue.inject_faults(faults, seed=seed + self._spec.queue)
 
-    def _tell_news(self) -> None:
+    def _send_store_events(self) -> None:
         """Send the events of the store's module to the supervisor."""
         if self._plugin is None:
             return
-        for news in self._plugin.news():
-            if news.kind == "resized":
-                self.send(FromWorker(Event.STORE_SIZE, 0, text=str(news.size_bytes)))
+        for event in self._plugin.events():
+            if event.kind == "resized":
+                self.send(FromWorker(Event.STORE_SIZE, 0, text=str(event.size_bytes)))
             else:
-                self.send(FromWorker(Event.LOG, 0, text=news.text))
+                self.send(FromWorker(Event.LOG, 0, text=event.text))
 
     def _run_queue(self) -> None:
         spec = self._spec
@@ -293,7 +293,7 @@ class Worker:
     def _read_control(self) -> None:
         """Carry out all pending commands. The control word is read first, so a later message is noticed next time."""
         self._queue.control_seen()
-        self._tell_news()
+        self._send_store_events()
         while not self._done:
             try:
                 packet = self._ctl.recv(MESSAGE_MAX_BYTES)

@@ -57,7 +57,7 @@ class Events:
         """Return the descriptor: readable when the relay has to end."""
         return self._socket.fileno()
 
-    def tell(self, event: Event, text: str, *, exit_code: int = 0) -> None:
+    def send(self, event: Event, text: str, *, exit_code: int = 0) -> None:
         """Send an event to the supervisor. If the supervisor is gone, the error ends the relay.
 
         A log line is lost if the supervisor does not keep up, because the store must not wait for it.
@@ -69,13 +69,13 @@ class Events:
             return
 
 
-def tell_news(plugin: Plugin, events: Events) -> None:
+def send_store_events(plugin: Plugin, events: Events) -> None:
     """Send the events of the store's module to the supervisor."""
-    for news in plugin.news():
-        if news.kind == "resized":
-            events.tell(Event.STORE_SIZE, str(news.size_bytes))
+    for event in plugin.events():
+        if event.kind == "resized":
+            events.send(Event.STORE_SIZE, str(event.size_bytes))
         else:
-            events.tell(Event.LOG, news.text)
+            events.send(Event.LOG, event.text)
 
 
 def main(argv: list[str]) -> int:
@@ -107,11 +107,11 @@ def main(argv: list[str]) -> int:
             reclaim.complete()
     except (VdusefastError, OSError, ValueError) as error:
         code = error.exit_code if isinstance(error, VdusefastError) else 1
-        events.tell(Event.STARTUP_FAILED, str(error), exit_code=code)
+        events.send(Event.STARTUP_FAILED, str(error), exit_code=code)
         return 1
-    events.tell(Event.HELLO, "relay")
+    events.send(Event.HELLO, "relay")
     while server.serve(events.fileno()):
-        tell_news(plugin, events)
+        send_store_events(plugin, events)
     server.close()
     return 0
 

@@ -39,7 +39,7 @@ STALL_MAX_S = 60.0  # a busy host computes nothing for seconds, a hung task for 
 LOOK_S = 1.0
 
 
-def hog(tell: Callable[[], None]) -> None:
+def hog(count_step: Callable[[], None]) -> None:
     """Go round through memory: each page must hold what the round before has left in it."""
     page_count = int(total_memory() * HOG_SHARE) // PAGE_BYTES
     with mmap.mmap(-1, page_count * PAGE_BYTES) as memory:
@@ -52,11 +52,11 @@ def hog(tell: Callable[[], None]) -> None:
                 assert found == wanted, f"page {page}: {found}, expected {wanted}"
                 memory[at : at + 8] = ((turn + 1) * page_count + page).to_bytes(8, "little")
                 if page % 1024 == 0:
-                    tell()
+                    count_step()
             turn += 1
 
 
-def write(directory: Path, tell: Callable[[], None]) -> None:
+def write(directory: Path, count_step: Callable[[], None]) -> None:
     """Write one file after another, over the oldest; each begins with the digest of the rest."""
     number = 0
     while True:
@@ -65,7 +65,7 @@ def write(directory: Path, tell: Callable[[], None]) -> None:
             file.write(hashlib.blake2b(body).digest())
             for at in range(0, len(body), MIB):
                 file.write(body[at : at + MIB])
-                tell()
+                count_step()
         number += 1
 
 
@@ -101,13 +101,13 @@ class Load:
     def _work(self, work: Callable[[Callable[[], None]], None]) -> None:
         status = 1
         try:
-            work(self._tell)
+            work(self._count_step)
         except BaseException as error:
             print(f"{self.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)
 
-    def _tell(self) -> None:
+    def _count_step(self) -> None:
         self._shared[:8] = (self.count + 1).to_bytes(8, "little")
 
     @property
@@ -163,7 +163,7 @@ def mounted(node: str, place: Path) -> Iterator[Path]:
 
 def live(seconds: float, data: Path) -> dict[str, object]:
     """Keep both loads going for so long. Returns what they did."""
-    loads = [Load("the writer", lambda tell: write(data, tell)), Load("the hog", hog)]
+    loads = [Load("the writer", lambda count_step: write(data, count_step)), Load("the hog", hog)]
     try:
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s:

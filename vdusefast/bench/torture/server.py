@@ -248,12 +248,12 @@ class LoopbackServer(TorturedServer):
 
     def resize(self, size_bytes: int) -> None:
         """Ask it to, by a line on its standard input."""
-        self._tell(f"resize {size_bytes}")
+        self._send_line(f"resize {size_bytes}")
         self.wait_ready()
 
     def hand_over(self) -> None:
         """Ask it to, and start the next one."""
-        self._tell("hand over")
+        self._send_line("hand over")
         self._wait_end()
         self.start(recover=True)
         self.wait_ready()
@@ -281,7 +281,7 @@ class LoopbackServer(TorturedServer):
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return "; ".join(lines[-LOG_TAIL_LINES:]) or "it has said nothing"
 
-    def _tell(self, line: str) -> None:
+    def _send_line(self, line: str) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
         try:
