@@ -8,7 +8,10 @@ C_STRICT := -std=gnu11 -fsyntax-only -O2 -Wall -Wextra -Werror -Wshadow -Wpointe
 	-Wmissing-prototypes -Wwrite-strings -Wvla -Icsrc
 
 .DEFAULT_GOAL := help
+LINTS := lint-python lint-types lint-c lint-tests
+
 .PHONY: help build fio test check lint fuzz soak clean
+.PHONY: $(LINTS) fast-tests
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,17 +26,30 @@ test: ## Run every test, with a minute of fuzzing and guests of two kernels
 	@./bootstrap.sh test
 	@$(PYTHON) tests/parts.py
 
-check: lint ## The fast inner loop: lint, then the tests that take no time
-	@$(PYTHON) -m pytest tests -q -m "not slow and not vm"
+check: ## The fast inner loop: lint, and beside it the tests that take little time
+	@./bootstrap.sh test
+	@$(MAKE) --no-print-directory --jobs $(LINTS) fast-tests
 
 lint: ## ruff, mypy --strict, the C compiler's opinion of csrc, and whether pytest finds every test
 	@./bootstrap.sh test
+	@$(MAKE) --no-print-directory --jobs $(LINTS)
+
+lint-python:
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check --quiet . || { echo "make lint: the files below want 'ruff format':"; \
 		$(PYTHON) -m ruff format --check .; exit 1; }
+
+lint-types:
 	@$(PYTHON) -m mypy --strict vdusefast
-	@for file in $$(find csrc -name "*.[ch]" | sort); do $(CC) $(C_STRICT) -x c $$file || exit 1; done
+
+lint-c:
+	@find csrc -name "*.[ch]" | sort | xargs -P "$$(nproc)" -n 8 $(CC) $(C_STRICT) -x c
+
+lint-tests:
 	@found=$$($(PYTHON) -m pytest tests --collect-only -q 2>&1) || { echo "$$found" | tail -n 30; exit 1; }
+
+fast-tests:
+	@$(PYTHON) tests/parts.py --fast
 
 fuzz: build ## Fuzz the parsing code: make fuzz SECONDS=600
 	@SECONDS=$(FUZZ_SECONDS) tests/fuzz/run.sh $(FUZZ_SECONDS)

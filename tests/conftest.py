@@ -5,6 +5,7 @@ from __future__ import annotations
 import compileall
 import gc
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,11 +24,16 @@ if TYPE_CHECKING:
     import ceph_rig
 
 RUN_DIR_KEY = pytest.StashKey[str]()
+CPU_KEY = pytest.StashKey[float]()
+# CPU time of a test in `make check`, with its fixtures. Several times what one without the mark `slow` takes, as a busy
+# machine needs more of it for the same.
+FAST_LIMIT_S = 1.5
 SETTLE_S = 10.0  # how long a process or thread that was told to end may take, where others have the CPUs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --soak: run the tests marked `soak`, and only these; without it they are left out. And --part."""
+    """Add --soak: run the tests marked `soak`, and only these; without it they are left out. And --fast, --part."""
+    parser.addoption("--fast", action="store_true", help="run the tests that take little time (make check)")
     parser.addoption("--soak", action="store_true", help="run the long tests, and only these (make soak)")
     parser.addoption("--part", choices=parts.PARTS, help="run the tests of one part of the suite (tests/parts.py)")
 
@@ -67,14 +73,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the long tests (or all others), those of other parts, and without loop devices what needs them."""
+    """Deselect the long tests (or all others), those of other parts, and without loop devices what needs them.
+
+    With --fast also those marked `slow` or `vm`.
+    """
     has_loop_devices = os.access("/dev/loop-control", os.W_OK) and shutil.which("losetup")
     left_out = [
         item
         for item in items
         if (item.get_closest_marker("soak") is not None) != config.option.soak
         or (item.get_closest_marker("loop_device") and not has_loop_devices)
-        or config.option.part not in (None, part_of(item))
+        or (config.option.part and config.option.part != part_of(item))
+        or (config.option.fast and (item.get_closest_marker("slow") or item.get_closest_marker("vm")))
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -85,6 +95,29 @@ def part_of(item: pytest.Item) -> str:
     """Return the part of the suite that a test belongs to."""
     values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     return parts.part_of(item.path, values.get("kernel"))
+
+
+def cpu_time_s() -> float:
+    """Return the CPU time of this process and of the children that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Note the CPU time before a test and its fixtures."""
+    item.stash[CPU_KEY] = cpu_time_s()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test of `make check` that takes too long, so that it stays an inner loop. CPU time: others may run too."""
+    result = yield
+    used_s = cpu_time_s() - item.stash[CPU_KEY]
+    if item.config.option.fast and used_s > FAST_LIMIT_S:
+        pytest.fail(f"{used_s:.1f} s of CPU time, over {FAST_LIMIT_S:g}: make it faster or mark it slow", pytrace=False)
+    return result
 
 
 def open_descriptors() -> dict[int, str]:

@@ -3,6 +3,8 @@
 Each part is a pytest of its own, `pytest --part NAME`, and each test belongs to one part. Side by side they keep the
 CPUs busy: a guest computes, while most other tests wait. Each line of a part's output begins with its name. The report
 of a part that fails is printed whole at the end.
+
+With --fast first, as `make check` does: the tests that take little time, in parts by their files, each `pytest --fast`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,13 @@ PARTS = {
     "rings": ("tests/datapath",),
     "servers": ("tests",),
 }
+FAST_PARTS = 4  # more than CPUs: many tests wait
+
+
+def fast_parts() -> dict[str, tuple[str, ...]]:
+    """Return the parts of the fast tests. Each has its share of the files, so that it imports no others."""
+    files = sorted(str(path.relative_to(TESTS.parent)) for path in TESTS.rglob("test_*.py"))
+    return {f"fast {n}": ("--fast", "-q", *files[n::FAST_PARTS]) for n in range(FAST_PARTS)}
 
 
 def part_of(path: Path, kernel: object) -> str:
@@ -101,5 +110,15 @@ def run(parts: Mapping[str, Sequence[str]], directory: Path) -> int:
     return 1 if failed else 0
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit status."""
+    if arguments[:1] == ["--fast"]:
+        chosen = fast_parts()
+        arguments = arguments[1:]
+    else:
+        chosen = {name: ("--part", name, *where) for name, where in PARTS.items()}
+    return run({name: (*part, *arguments) for name, part in chosen.items()}, TESTS.parent)
+
+
 if __name__ == "__main__":
-    sys.exit(run({name: ("--part", name, *where, *sys.argv[1:]) for name, where in PARTS.items()}, TESTS.parent))
+    sys.exit(main(sys.argv[1:]))

@@ -154,6 +154,7 @@ class Writers:
             self.errors.append(error)
 
 
+@pytest.mark.slow
 @pytest.mark.loop_device
 @pytest.mark.parametrize("engine", ["auto", "sync"])
 def test_writes_of_several_queues_to_one_block_are_all_kept(uri: str, engine: str) -> None:
@@ -165,6 +166,7 @@ def test_writes_of_several_queues_to_one_block_are_all_kept(uri: str, engine: st
         Writers(device, rounds=150).run()
 
 
+@pytest.mark.slow
 @pytest.mark.loop_device
 def test_worker_that_dies_with_a_block_locked_holds_nobody_up(uri: str) -> None:
     config = make_config(name="small", uri=uri, cache="none", block_size_bytes=512, queues=3)
@@ -194,6 +196,7 @@ def test_worker_that_dies_with_a_block_locked_holds_nobody_up(uri: str) -> None:
             killer.join(10)
 
 
+@pytest.mark.slow
 @pytest.mark.loop_device
 def test_device_goes_on_over_a_store_that_wants_larger_blocks_by_now(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those do that were made when a trial read in a hole said 512."""
@@ -260,6 +263,7 @@ def own_loop(tmp_path: Path) -> Iterator[str]:
         os.close(control)
 
 
+@pytest.mark.slow
 @pytest.mark.loop_device
 def test_discard_limit_that_went_is_made_up_for(own_loop: str) -> None:
     node = own_loop

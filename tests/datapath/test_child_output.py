@@ -74,6 +74,7 @@ def wait_for(caplog: pytest.LogCaptureFixture, text: str) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shareable", [False, True], ids=["relay", "worker"])
 @pytest.mark.parametrize(
     ("said", "logged"),
@@ -100,6 +101,7 @@ def test_print_is_a_line_of_the_log(
         assert ([queue.pid for queue in device.queues()], info["relay_pid"]) == pids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stream", "piece"),
     [("stdout", r"'\n' * 4096"), ("stderr", r"'x' * 4096"), ("stdout", r"'y\n' * 100")],
@@ -132,6 +134,7 @@ def once(path: Path, statement: str) -> str:
             {statement}"""
 
 
+@pytest.mark.slow
 def test_output_without_an_end_of_line_is_the_last_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     written = once(tmp_path, 'print("the last words", end=""); os._exit(3)')
     with device_of(tmp_path, written=written) as device, device.driver() as driver:
@@ -158,6 +161,7 @@ def test_probe_may_print_what_it_likes(tmp_path: Path, caplog: pytest.LogCapture
     time.sleep(max(0.0, began + 2 - time.monotonic()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     ["[" * 60000, "5", '{"description": {"x": 1}}', '{"description": {"size_bytes": 1e999}}', "\\xff", '{"error": 5}',
@@ -186,6 +190,7 @@ MALFORMED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packet", MALFORMED)
 def test_malformed_event_of_a_relay_is_seen_and_the_next_one_serves(tmp_path: Path, packet: bytes) -> None:
     """A class that looks for the socket of the events can write there what it likes."""

@@ -80,6 +80,7 @@ rig.queue.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[8 * PAGE], [PAGE, 3 * PAGE, 4 * PAGE]])
 @pytest.mark.parametrize("engine", file_engines())
 def test_nothing_is_written_of_memory_that_has_vanished(engine: str, lengths: list[int]) -> None:

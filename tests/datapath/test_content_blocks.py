@@ -87,6 +87,7 @@ def large_sectors(tmp_path: Path, attach_loop: Callable[..., str]) -> Iterator[P
     subprocess.run(["umount", where], check=True, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.loop_device
 @pytest.mark.parametrize(("kind", "wanted"), [("gpt", 512), ("dos", 512), ("blank", 4096), ("ext4-4096", 4096)])
 def test_image_is_offered_as_it_was_made(large_sectors: Path, kind: str, wanted: int) -> None:

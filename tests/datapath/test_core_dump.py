@@ -38,7 +38,7 @@ class Disk(vdusefast.Backend):
 # The mappings that have the driver's data, by their names in /proc/PID/smaps.
 SECRET = re.compile(r"memfd:|disk\.img")
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -45,17 +45,20 @@ def test_table_has_every_backend() -> None:
     assert len(URIS) == len(BACKENDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uri", [uri for uri in URIS if not uri.startswith(("nbd", "rbd", "null"))])
 def test_command_runs_on_what_needs_no_server(directory: Path, uri: str) -> None:
     assert ", 0 wrong" in run(command_with(uri), directory)
 
 
+@pytest.mark.slow
 def test_command_runs_on_nothing(directory: Path) -> None:
     (uri,) = [uri for uri in URIS if uri.startswith("null")]
     words = [word for word in command_with(uri) if not word.startswith("--verify")]
     assert "failed requests: 0" in run(words, directory)
 
 
+@pytest.mark.slow
 def test_command_runs_on_the_documented_nbd_server(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (uri,) = [uri for uri in URIS if uri.startswith("nbd")]
     words = shlex.split(block_with("nbdkit", STORES))
@@ -64,6 +67,7 @@ def test_command_runs_on_the_documented_nbd_server(directory: Path, monkeypatch:
         assert ", 0 wrong" in run(command_with(uri), directory)
 
 
+@pytest.mark.slow
 def test_command_runs_on_the_documented_image(directory: Path, ceph: Cluster) -> None:
     (uri,) = [uri for uri in URIS if uri.startswith("rbd")]
     ceph.rbd(*shlex.split(block_with("rbd create", STORES))[1:])

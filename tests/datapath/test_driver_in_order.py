@@ -233,6 +233,7 @@ class Model:
         assert self.rig.ring.inflight == len(self.shown) + len(self.held)
 
 
+@pytest.mark.slow
 @given(schedule=schedules, data=st.data())
 def test_driver_and_device_agree_on_every_schedule(schedule: Schedule, data: st.DataObject) -> None:
     size = 1 << schedule.size_bits

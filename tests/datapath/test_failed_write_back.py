@@ -135,6 +135,7 @@ def test_durable_write_is_told_of_what_another_one_was_told(full_node: str, tmp_
             driver.write(0, b"x" * 4096)
 
 
+@pytest.mark.slow
 def test_failure_outlives_the_servers_until_it_is_forgiven(full_node: str, tmp_path: Path) -> None:
     config = config_for(full_node)
     with ExitStack() as opened:

@@ -90,6 +90,7 @@ def test_rules_are_for_a_modules_engine_as_well(tmp_path: Path) -> None:
         assert time.monotonic() - began >= 0.02
 
 
+@pytest.mark.slow
 def test_chance_is_repeated_by_its_seed() -> None:
     said = []
     for seed in (7, 7, 8):
@@ -128,6 +129,7 @@ def test_errors_are_counted_by_their_errno(image: Path) -> None:
     assert (counters["host_errors"], counters["host_enospc"]) == (3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["file", "memory:8M"])
 @pytest.mark.parametrize("options", [["--engine=auto"], ["--engine=uring"], ["--queues=2"]])
 def test_what_is_delayed_keeps_its_data(image: Path, inner: str, options: list[str]) -> None:

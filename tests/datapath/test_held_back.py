@@ -49,7 +49,7 @@ int fdatasync(int fd)
 }}
 """
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

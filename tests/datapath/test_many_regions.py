@@ -16,7 +16,7 @@ from vdusefast.transport.loopback_region import Region
 REGIONS_HELD = 8192 - 1100  # VF_IOTLB_CAPACITY less VF_IOTLB_RESERVE
 STORE_BYTES = 1 << 20
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
 def read_into(driver: LoopbackDriver, head: Region, region: Region, sector: int) -> bytes:
@@ -45,7 +45,6 @@ def many_descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("many_descriptors")
 def test_more_regions_than_the_table_holds(tmp_path: Path) -> None:
     """All are used in turn, again and again; those that had to go come back, and the rings stay."""

@@ -72,6 +72,7 @@ def kill_worker(device: Device) -> None:
     wait_until(lambda: device.queues()[0].pid not in (pid, -1), "another worker")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plugin", "filters"),
     [
@@ -104,6 +105,7 @@ def test_everything_that_is_written_is_read_back(
         verified_fio(server.uri, f"--bs={block}", "--cache=writethrough" if block == "64k" else "--fsync=16")
 
 
+@pytest.mark.slow
 def test_segments_of_odd_lengths_go_together(sock: Path, image: Path) -> None:
     options = ("--filter=blocksize-policy",)
     words = ("blocksize-minimum=512", "blocksize-maximum=64K", "blocksize-error-policy=error")
@@ -141,6 +143,7 @@ def test_discard_and_zeroes_reach_the_store(sock: Path) -> None:
         assert driver.read(0, 2 * BLOCK) == b"\xff" * BLOCK + bytes(BLOCK)
 
 
+@pytest.mark.slow
 def test_what_the_server_cannot_do_is_not_offered(sock: Path) -> None:
     with (
         FakeServer(sock, Behaviour(flags=ALL_FLAGS & ~(FLAG_TRIM | FLAG_ZERO))) as server,
@@ -152,6 +155,7 @@ def test_what_the_server_cannot_do_is_not_offered(sock: Path) -> None:
         assert not [request for request in server.requests if request.kind in (TRIM, ZERO)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache", "flags", "expected"),
     [
@@ -173,6 +177,7 @@ def test_durability_is_asked_for_as_the_server_can(
     assert done[len(expected) - 1 :] in ([], expected[-1:])
 
 
+@pytest.mark.slow
 def test_read_only_export_is_served_read_only(sock: Path, image: Path) -> None:
     image.write_bytes(b"r" * SIZE)
     with nbdkit(sock, "file", f"file={image}", options=("--readonly",)) as server:
@@ -198,12 +203,14 @@ def test_error_of_the_server_is_an_error_of_that_request_alone(sock: Path, tmp_p
         assert device.stats().counters["host_eio"] == 1
 
 
+@pytest.mark.slow
 def test_delays_of_a_server_keep_every_block_right(sock: Path) -> None:
     words = ("memory", "8M", "rdelay=2ms", "wdelay=5ms")
     with nbdkit(sock, *words, options=("--filter=delay",)) as server:
         verified_fio(server.uri)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queues", [1, 2])
 def test_server_killed_and_restarted_under_load_is_a_pause(
     sock: Path, image: Path, queues: int, caplog: pytest.LogCaptureFixture
@@ -224,6 +231,7 @@ def test_server_killed_and_restarted_under_load_is_a_pause(
     assert server.uri in caplog.text
 
 
+@pytest.mark.slow
 def test_loss_beyond_the_limit_is_an_error_and_the_return_of_the_server_ends_it(
     sock: Path, image: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,6 +254,7 @@ def test_loss_beyond_the_limit_is_an_error_and_the_return_of_the_server_ends_it(
     assert "requests end with errors until there is one" in caplog.text
 
 
+@pytest.mark.slow
 def test_loss_is_noticed_while_nothing_is_asked(sock: Path, image: Path, caplog: pytest.LogCaptureFixture) -> None:
     with nbdkit(sock, "file", f"file={image}") as server, served(server.uri) as (_, driver):
         driver.read(0, BLOCK)
@@ -255,6 +264,7 @@ def test_loss_is_noticed_while_nothing_is_asked(sock: Path, image: Path, caplog:
         wait_until(lambda: "reconnected" in caplog.text, "the connection is back")
 
 
+@pytest.mark.slow
 def test_worker_does_not_wait_for_a_server_that_is_away(sock: Path, image: Path) -> None:
     with nbdkit(sock, "file", f"file={image}") as server, served(server.uri) as (device, driver):
         driver.write(0, b"a" * BLOCK)
@@ -270,6 +280,7 @@ def test_worker_does_not_wait_for_a_server_that_is_away(sock: Path, image: Path)
         assert found == [b"a" * BLOCK]
 
 
+@pytest.mark.slow
 def test_worker_killed_under_load_loses_nothing(sock: Path, image: Path) -> None:
     with kept_nbdkit(sock, "file", f"file={image}") as server, served(server.uri) as (device, driver):
         load = Load(driver, seconds=1.5)
@@ -280,6 +291,7 @@ def test_worker_killed_under_load_loses_nothing(sock: Path, image: Path) -> None
         assert device.failure is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["worker", "relay"])
 def test_write_of_a_killed_process_ends_before_it_is_repeated(sock: Path, victim: str) -> None:
     """Else a server that is slow would carry it out again, over what was written to the same place afterwards."""
@@ -318,6 +330,7 @@ def test_write_of_a_killed_process_ends_before_it_is_repeated(sock: Path, victim
     assert order == ["slow begins", "slow ends", "quick", "quick"]
 
 
+@pytest.mark.slow
 def test_request_without_an_answer_ends_with_an_error_after_its_time(
     sock: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -346,6 +359,7 @@ def test_request_without_an_answer_ends_with_an_error_after_its_time(
     assert "had no reply for 3.0 s" in caplog.text
 
 
+@pytest.mark.slow
 def test_qcow2_of_qemu_nbd_is_right_and_stays_sound(sock: Path, tmp_path: Path) -> None:
     image = tmp_path / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "16M"], check=True)
@@ -364,6 +378,7 @@ def test_qcow2_of_qemu_nbd_is_right_and_stays_sound(sock: Path, tmp_path: Path) 
     subprocess.run(["qemu-img", "check", "-q", str(image)], check=True)
 
 
+@pytest.mark.slow
 def test_larger_export_after_a_reconnect_makes_the_device_larger(sock: Path, image: Path) -> None:
     with nbdkit(sock, "file", f"file={image}") as server, served(server.uri) as (_, driver):
         driver.write(0, b"a" * BLOCK)
@@ -375,6 +390,7 @@ def test_larger_export_after_a_reconnect_makes_the_device_larger(sock: Path, ima
         assert driver.read(0, BLOCK) == b"a" * BLOCK
 
 
+@pytest.mark.slow
 def test_device_resized_on_request_reaches_what_the_old_connection_did_not_have(sock: Path, image: Path) -> None:
     # nbdkit's file plugin looks at the size for each connection.
     with nbdkit(sock, "file", f"file={image}") as server, served(server.uri) as (device, driver):
@@ -386,6 +402,7 @@ def test_device_resized_on_request_reaches_what_the_old_connection_did_not_have(
         assert driver.read(2 * SIZE - BLOCK, BLOCK) == b"z" * BLOCK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "said", "queues"),
     [
@@ -412,11 +429,13 @@ def test_export_that_has_changed_is_refused_until_it_is_right_again(
         assert device.failure is None
 
 
+@pytest.mark.slow
 def test_plain_tcp(image: Path) -> None:
     with nbdkit_tcp("file", f"file={image}") as server:
         verified_fio(server.uri, "--queues=2")
 
 
+@pytest.mark.slow
 def test_memory_that_vanishes_under_the_socket_fails_that_request_alone(sock: Path) -> None:
     with FakeServer(sock, Behaviour()) as server, served(server.uri, queues=2) as (device, driver):
         driver.write(0, b"a" * BLOCK)

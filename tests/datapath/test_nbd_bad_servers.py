@@ -154,6 +154,7 @@ def test_paths_in_a_uri_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     assert nbd.absolute_uri("nbd://h") == "nbd://h"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bad", "kind"),
     [
@@ -188,6 +189,7 @@ def test_what_makes_no_sense_costs_the_connection_and_no_request(
     assert server.uri in caplog.text
 
 
+@pytest.mark.slow
 def test_second_answer_to_one_request_costs_the_connection(sock: Path) -> None:
     met = []
 
@@ -205,6 +207,7 @@ def test_second_answer_to_one_request_costs_the_connection(sock: Path) -> None:
         assert device.failure is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [1, 5, 12, 22, 28, 75, 95, 0xDEAD])
 def test_errors_of_a_server_are_errors_of_the_request(sock: Path, error: int) -> None:
     def behave(connection: socket.socket, request: Request) -> bool:
@@ -222,6 +225,7 @@ def test_errors_of_a_server_are_errors_of_the_request(sock: Path, error: int) ->
         assert device.stats().counters["host_errors"] == 1
 
 
+@pytest.mark.slow
 def test_request_that_kills_every_connection_ends_with_an_error(sock: Path, caplog: pytest.LogCaptureFixture) -> None:
     def behave(connection: socket.socket, request: Request) -> bool:
         if request.offset == 0 and request.kind == READ:
@@ -235,6 +239,7 @@ def test_request_that_kills_every_connection_ends_with_an_error(sock: Path, capl
     assert "connections have died with a request at 0; it ends with an error" in caplog.text
 
 
+@pytest.mark.slow
 def test_answers_to_requests_of_earlier_connections_write_nothing(sock: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The request has ended with an error; its memory is the driver's again when its cookie is answered."""
     stale = StaleCookies()
@@ -264,6 +269,7 @@ def test_answers_to_requests_of_earlier_connections_write_nothing(sock: Path, ca
     assert "the server replies to a request that was not sent" in caplog.text
 
 
+@pytest.mark.slow
 def test_no_cookie_can_be_told_from_earlier_ones(sock: Path) -> None:
     with FakeServer(sock, Behaviour()) as server:
         for _ in range(2):
@@ -278,6 +284,7 @@ def test_no_cookie_can_be_told_from_earlier_ones(sock: Path) -> None:
     assert 20 < ones < 28  # of 48 random bits
 
 
+@pytest.mark.slow
 def test_answers_in_pieces_and_out_of_order_are_put_together(sock: Path) -> None:
     chance, lock = random.Random(7), threading.Lock()
 

@@ -18,6 +18,8 @@ from nbd_rig import MIB, Behaviour, FakeServer, Server, kept_nbdkit, served
 
 from vdusefast.driver.loopback_driver import LoopbackDriver
 
+pytestmark = pytest.mark.slow
+
 BLOCK = 65536
 SIZE = 2 * MIB
 ROUNDS = 60

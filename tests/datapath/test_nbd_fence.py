@@ -22,6 +22,8 @@ from vdusefast.bench.torture.server import LoopbackServer
 from vdusefast.config import make_config
 from vdusefast.driver.loopback_driver import LoopbackDriver
 
+pytestmark = pytest.mark.slow
+
 BLOCK = 4096
 ROOT = Path(__file__).parents[2]
 

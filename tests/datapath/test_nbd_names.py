@@ -15,6 +15,8 @@ from nbd_rig import nbdkit_tcp
 from vdusefast.api import Device
 from vdusefast.config import make_config
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 30.0
 # The limits below tell a wait for the name service, which ends with the test, from a slow machine.
 PROMPT_S = 8.0

@@ -39,6 +39,7 @@ def make_certificates(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queues", ["1", "2"])
 def test_tls_with_a_shared_key(tmp_path: Path, queues: str) -> None:
     keys, sock = make_psk(tmp_path), tmp_path / "s"
@@ -59,6 +60,7 @@ def test_tls_key_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> N
             pass
 
 
+@pytest.mark.slow
 def test_tls_connection_that_dies_is_replaced(tmp_path: Path) -> None:
     keys, sock, image = make_psk(tmp_path), tmp_path / "s", tmp_path / "disk.img"
     image.write_bytes(bytes(8 * MIB))
@@ -73,6 +75,7 @@ def test_tls_connection_that_dies_is_replaced(tmp_path: Path) -> None:
         assert device.failure is None
 
 
+@pytest.mark.slow
 def test_tls_with_certificates_over_tcp(tmp_path: Path) -> None:
     pki = make_certificates(tmp_path)
     with nbdkit_tcp("memory", "8M", options=("--tls=require", f"--tls-certificates={pki}")) as server:

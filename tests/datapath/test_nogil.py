@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 MODULES = ("_loop", "_completion", "_virtio_blk", "_recover")
 SOURCES = [f"vdusefast/worker/{name}.pxd" for name in MODULES]

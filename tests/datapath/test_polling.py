@@ -109,6 +109,7 @@ def test_worker_that_polls_always_ends_with_its_supervisor(uri: str, tmp_path: P
     assert wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("irq_delay_us", [0, 200])
 def test_driver_that_polls_gets_no_interrupts_but_one_in_the_index_space(irq_delay_us: int) -> None:
     """As a kernel's poll queue: it never asks for an interrupt, and with EVENT_IDX has no way to say so for good."""

@@ -13,6 +13,8 @@ from model import F_EVENT_IDX, F_IN_ORDER, F_PACKED, Reason
 from rig import DISK_DIR, Rig, file_engines, pattern
 from schedules import CAPACITY, chains, layouts, params, put, regions_of
 
+pytestmark = pytest.mark.slow
+
 sizes = st.sampled_from([2, 4, 16, 64, 256])
 start_indices = st.sampled_from([0, 1, 65530, 65535, 32767])
 FORMATS = {"split": 0, "split in order": F_IN_ORDER, "packed": F_PACKED, "packed in order": F_PACKED | F_IN_ORDER}

@@ -66,6 +66,7 @@ def scribble(driver: LoopbackDriver, seed: int, block_bytes: int) -> bytearray:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ram", "ram-batch", "thin", "sqlite", "slow"])
 def test_disk_keeps_what_is_written_also_over_a_restart(where: dict[str, str], name: str) -> None:
     with device_of(where[name]) as device, device.driver() as driver:
@@ -80,6 +81,7 @@ def test_disk_keeps_what_is_written_also_over_a_restart(where: dict[str, str], n
         assert device.failure is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "queues"),
     [("ram", 2), ("ram-batch", 2), ("thin", 1), ("thin", 2), ("sqlite", 2), ("slow", 1), ("slow", 2)],
@@ -145,6 +147,7 @@ def test_generated_disk_is_what_it_should_be_and_read_only() -> None:
             driver.write(0, b"x" * 512)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ram", "ram-batch"])
 def test_killed_workers_cost_no_request(where: dict[str, str], name: str) -> None:
     """The RAM disk lies in shared memory: the next worker finds what the killed one has answered for."""
@@ -207,6 +210,7 @@ def test_class_that_blocks_is_shown_to_wait_and_its_worker_replaced(tmp_path: Pa
         assert device.queues()[0].restarts == 1
 
 
+@pytest.mark.slow
 def test_number_of_the_queue_and_what_the_class_prints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     body = """
         def open(self):
@@ -287,6 +291,7 @@ def test_invalidations_under_load_with_a_class_that_keeps_buffers(tmp_path: Path
         assert device.failure is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["writeback", "writethrough"])
 def test_requests_completed_by_threads_in_any_order_pass_a_verified_load(tmp_path: Path, cache: str) -> None:
     body = """

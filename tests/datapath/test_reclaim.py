@@ -137,6 +137,7 @@ def test_a_relay_and_the_memory_that_it_shares_are_locked(tmp_path: Path) -> Non
         assert "not locked" not in info["reclaim"]
 
 
+@pytest.mark.slow
 @needs_lock
 @pytest.mark.parametrize("queues", [1, 2])
 def test_what_a_class_has_mapped_is_not_locked(tmp_path: Path, queues: int) -> None:
@@ -159,6 +160,7 @@ def test_what_a_class_has_mapped_is_not_locked(tmp_path: Path, queues: int) -> N
         assert device.stats().counters["bad_requests"] == 0
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_named() -> None:
     """Without the rights the device is served all the same, and `show` says what that means."""
     program = textwrap.dedent("""
@@ -208,6 +210,7 @@ def test_workers_are_io_flushers_where_that_is_allowed(engine: str, tmp_path: Pa
         assert ("is no I/O flusher (needs CAP_SYS_RESOURCE)" in device.info()["reclaim"]) == (not CAN_MARK)
 
 
+@pytest.mark.slow
 @needs_lock
 def test_a_server_is_locked_and_says_what_is_missing(tmp_path: Path) -> None:
     config = tmp_path / "vd0.toml"

@@ -77,6 +77,7 @@ def test_device_with_one_queue_needs_no_relay(tmp_path: Path) -> None:
         assert (device.queues()[0].engine, device.info()["relay_pid"]) == ("nbd", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [512, CHUNK - 512, CHUNK, CHUNK + 512, 3 * CHUNK + 512])
 def test_requests_of_any_length_arrive_whole(tmp_path: Path, length: int) -> None:
     with relayed(tmp_path) as (_, driver):
@@ -101,6 +102,7 @@ def test_error_of_the_store_is_that_of_its_request_alone(tmp_path: Path) -> None
         assert device.stats().counters["host_enospc"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["relay", "worker", "both", "stopped"])
 def test_load_goes_on_when_somebody_dies(tmp_path: Path, victim: str) -> None:
     """Delays let writes of a dead worker be under way when the next one begins."""
@@ -159,6 +161,7 @@ def is_hung_up(sock: socket.socket) -> bool:
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("greeting", "asked"),
     [
@@ -196,6 +199,7 @@ def test_worker_that_breaks_the_rules_is_sent_away_and_the_others_are_served(
         assert "queue 1: its worker is disconnected from the store: it sent" in caplog.text
 
 
+@pytest.mark.slow
 def test_worker_cannot_write_to_a_read_only_device(tmp_path: Path) -> None:
     with relayed(tmp_path, read_only=True) as (device, driver), in_place_of_a_worker(device, 1) as sock:
         sock.send(hello())

@@ -161,6 +161,7 @@ class Disk(vdusefast.Backend):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["class", "relay", "file"])
 def test_reset_does_not_wait_for_the_requests_that_it_ends(store: str, tmp_path: Path) -> None:
     """No driver waits for them after a reset, and one request may be as large, or its storage as slow, as it likes."""

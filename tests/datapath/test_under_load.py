@@ -29,6 +29,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "cache"), [("sync", "writeback"), ("cached", "writeback"), ("uring", "writeback"), ("uring", "none")]
 )
@@ -46,6 +47,7 @@ def test_invalidating_all_memory_under_load_loses_nothing(image: Path, engine: s
         assert device.failure is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event_idx", [True, False])
 @pytest.mark.parametrize("queue_size", [4, 64])
 @pytest.mark.parametrize("first_idx", [0, 65530])

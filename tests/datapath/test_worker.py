@@ -77,6 +77,7 @@ def test_bytes_in_the_file_are_what_was_written(image: Path) -> None:
     assert image.read_bytes() == bytes(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["writeback", "writethrough", "none", "unsafe"])
 @pytest.mark.parametrize("engine", ["sync", "uring"])
 def test_every_cache_mode_and_engine_keeps_data(image: Path, cache: str, engine: str) -> None:
@@ -160,6 +161,7 @@ def test_no_worker_survives_its_supervisor(image: Path, how: signal.Signals) -> 
     assert wait_until(lambda: all(gone(pid) for pid in pids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("to_group", [False, True])
 def test_stop_signals_drain_and_end_with_status_0(image: Path, how: signal.Signals, to_group: bool) -> None:
@@ -189,6 +191,7 @@ def test_stuck_worker_does_not_hold_up_messages(image: Path) -> None:
         assert device.queues()[0].pid != stuck
 
 
+@pytest.mark.slow
 def test_idle_worker_sleeps(image: Path) -> None:
     config = vdusefast.make_config(name="idle", uri=f"file:{image}", queues=2)
     with vdusefast.Device(config) as device, device.driver() as driver:
@@ -201,6 +204,7 @@ def test_idle_worker_sleeps(image: Path) -> None:
         assert all(worker.memory_info().rss < 24 * MIB for worker in workers)
 
 
+@pytest.mark.slow
 @pytest.mark.loop_device
 @pytest.mark.parametrize("cache", ["writeback", "none"])
 @pytest.mark.parametrize("engine", ["sync", "uring"])
@@ -261,6 +265,7 @@ def serve_forbidden(number: int | None, with_flags: bool, features: int | None =
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "answer"), [("auto", "sync"), ("uring", "KernelSupportError"), ("sync", "sync")])
 def test_kernel_that_forbids_io_uring(image: Path, engine: str, answer: str) -> None:
     out = serve_forbidden(IO_URING_SETUP, False, uri=f"file:{image}", engine=engine, cache="none")
@@ -270,6 +275,7 @@ def test_kernel_that_forbids_io_uring(image: Path, engine: str, answer: str) -> 
         assert "queue 0" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["writeback", "writethrough"])
 @pytest.mark.parametrize("flush", [True, False])
 def test_writes_are_durable_unless_the_driver_can_flush(image: Path, cache: str, flush: bool) -> None:

@@ -40,6 +40,7 @@ def minor_faults(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uri", ["null:1M", "memory:1M", "file"])
 def test_no_page_faults_in_steady_state(uri: str, tmp_path: Path) -> None:
     if uri == "file":

@@ -13,6 +13,8 @@ import pytest
 from nbd_misdeeds import MISDEEDS, StaleCookies, half_of_the_data
 from nbd_rig import ALL_FLAGS, FLAG_FUA, FLAG_ZERO, READ, Behaviour, FakeServer, Request
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SIZE = 4 << 20

@@ -140,6 +140,7 @@ def wait_hung_up(sock: socket.socket) -> None:
         return
 
 
+@pytest.mark.slow
 def test_full_batch_for_one_slot_is_refused(binary: Path, tmp_path: Path) -> None:
     with served(binary, tmp_path) as (honest, other):
         honest.greet()
@@ -149,6 +150,7 @@ def test_full_batch_for_one_slot_is_refused(binary: Path, tmp_path: Path) -> Non
         honest.verify(random.Random(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_one_worker_sends_the_other_is_served(binary: Path, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)

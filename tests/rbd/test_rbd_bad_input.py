@@ -15,6 +15,8 @@ from vdusefast.backends import absolute_uri, probe, rbd
 from vdusefast.backends.plugin import StoreSpec
 from vdusefast.errors import BackendError, ConfigError, VdusefastError
 
+pytestmark = pytest.mark.slow
+
 
 def refusal(uri: str) -> str:
     """Return why a device over `uri` is refused."""

@@ -20,6 +20,8 @@ from vdusefast import Device
 from vdusefast.backends import probe
 from vdusefast.backends.plugin import StoreSpec
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 BLOCK = bytes(range(256)) * 16  # 4 KiB
 VERIFIED = ("--rw", "randrw", "--bs", "4k", "--size", "4m", "--iodepth", "32", "--fsync", "64")

@@ -245,6 +245,7 @@ def test_signal_just_after_the_start_leaves_nothing(monkeypatch: pytest.MonkeyPa
     assert str(device.state) == "created"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", StopSignals.SIGNALS)
 def test_command_that_is_told_to_stop_drains_and_ends_with_status_0(number: signal.Signals) -> None:
     code = """
@@ -365,6 +366,7 @@ def test_features_that_were_shown_are_served_whatever_would_be_offered(tmp_path:
     second.stop()
 
 
+@pytest.mark.slow
 def test_start_that_cannot_go_on_leaves_all_for_the_next(tmp_path: Path) -> None:
     """The store is somebody else's for a while: `start` waits for it, but not for ever."""
     first = Device(recover_config(tmp_path))

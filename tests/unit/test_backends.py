@@ -264,6 +264,7 @@ def test_store_that_nobody_closed_is_closed_with_a_warning() -> None:
         stores.clear()
 
 
+@pytest.mark.slow
 def test_every_backend_opens_its_example_or_says_what_is_missing() -> None:
     for registration in BACKENDS:
         try:

@@ -119,6 +119,7 @@ def test_report_without_us_has_no_ratios() -> None:
     assert ratio_table(report) is None
 
 
+@pytest.mark.slow
 @pytest.mark.keeps_resources  # matplotlib keeps its fonts open
 def test_plot_is_a_picture(tmp_path: Path) -> None:
     path = tmp_path / "p.png"

@@ -173,6 +173,7 @@ def test_load_of_a_counted_run_is_the_one_that_was_asked_for() -> None:
 # -- the bare exchange
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["-p"], ["-p", "-q", "4", "-d", "1"]], ids=["split", "packed", "packed, tight"])
 def test_bare_exchange_goes_round_the_ring(tmp_path: Path, words: list[str]) -> None:
     cpus = sorted(counted.os.sched_getaffinity(0))
@@ -250,6 +251,7 @@ def test_words_that_are_refused(words: list[str], message: str, capsys: pytest.C
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_list_names_every_row() -> None:
     words = [sys.executable, str(ROOT / "bench" / "speed.py"), "--list"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)

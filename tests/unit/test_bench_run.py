@@ -36,6 +36,7 @@ def report(*words: str) -> dict[str, Any]:
     return parsed
 
 
+@pytest.mark.slow
 def test_verified_file_holds_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     words = ["--name=v", "--rw=randrw", "--bs=4k", "--iodepth=16", "--verify=crc32c", "--queues=2", "--size=4m"]
@@ -51,6 +52,7 @@ def test_verified_file_holds_what_was_written(tmp_path: Path) -> None:
     assert all(q["requests"] > 0 for q in queues)
 
 
+@pytest.mark.slow
 def test_report_keeps_to_fios_schema() -> None:
     data = report(
         *["--name=s", "--rw=randwrite", "--bs=4k", "--iodepth=4", "--fsync=8", "--size=1m", "--backend=memory:4M"]
@@ -77,6 +79,7 @@ def test_report_keeps_to_fios_schema() -> None:
     assert extra["queues"][0]["bytes_written"] == MIB
 
 
+@pytest.mark.slow
 def test_write_then_read_in_two_runs(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     report(
@@ -93,6 +96,7 @@ def test_write_then_read_in_two_runs(tmp_path: Path) -> None:
     assert "read of block 5 at byte 40960: checksum" in done.stdout
 
 
+@pytest.mark.slow
 def test_pattern_trim_and_numjobs_in_one_run(tmp_path: Path) -> None:
     job = tmp_path / "all.fio"
     job.write_text(
@@ -108,6 +112,7 @@ def test_pattern_trim_and_numjobs_in_one_run(tmp_path: Path) -> None:
     assert data["vdusefast"]["verify"][4]["blocks_verified"] == 224
 
 
+@pytest.mark.slow
 def test_group_reporting_and_time_based() -> None:
     words = "--name=g --rw=randread --numjobs=3 --group_reporting --time_based --runtime=0.3 --ramp_time=0.1"
     data = report(*words.split(), "--backend=null:1G", "--queues=2")
@@ -116,6 +121,7 @@ def test_group_reporting_and_time_based() -> None:
     assert job["read"]["total_ios"] > 100
 
 
+@pytest.mark.slow
 def test_text_report_says_what_was_done(tmp_path: Path) -> None:
     out = tmp_path / "report.txt"
     done = fio(*["--name=x", "--rw=rw", "--size=1m", "--verify=crc32c", "--explain"], f"--output={out}")
@@ -126,6 +132,7 @@ def test_text_report_says_what_was_done(tmp_path: Path) -> None:
         assert words in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
@@ -146,6 +153,7 @@ def test_errors_are_one_line(words: str, status: int, message: str) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_existing_file_is_never_grown(tmp_path: Path) -> None:
     path = tmp_path / "small.img"
     path.write_bytes(bytes(MIB))
@@ -155,6 +163,7 @@ def test_existing_file_is_never_grown(tmp_path: Path) -> None:
     assert path.stat().st_size == MIB
 
 
+@pytest.mark.slow
 def test_baseline_runs_the_real_fio_on_the_same_file(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     words = ["--name=b", "--rw=randread", "--bs=4k", "--iodepth=4", "--size=4m", "--runtime=0.3", "--time_based"]
@@ -164,6 +173,7 @@ def test_baseline_runs_the_real_fio_on_the_same_file(tmp_path: Path) -> None:
     assert all(line["iops"] > 0 and line["ratio"] > 0 for line in lines.values())
 
 
+@pytest.mark.slow
 def test_baseline_takes_a_path_with_colons_for_one_file(tmp_path: Path) -> None:
     path = tmp_path / "c:d.img"
     words = ["--name=b", "--rw=randread", "--bs=4k", "--size=1m", "--baseline=psync", f"--backend=file:{path}"]
@@ -171,6 +181,7 @@ def test_baseline_takes_a_path_with_colons_for_one_file(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["c:d.img"]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
     new = tmp_path / "new.img"
     for words in (
@@ -185,6 +196,7 @@ def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
     assert not new.exists()
 
 
+@pytest.mark.slow
 def test_failed_baseline_does_not_cost_the_report(tmp_path: Path) -> None:
     words = ["--name=b", "--rw=write", "--size=1m", f"--backend=file:{tmp_path / 'x'}", "--baseline=nosuch"]
     done = fio(*words, "--output-format=json")
@@ -205,6 +217,7 @@ def test_signal_during_the_baseline_ends_fio_too(tmp_path: Path, monkeypatch: py
         os.close(stop_fd)
 
 
+@pytest.mark.slow
 def test_missing_fio_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     done = fio(*["--name=a", "--rw=read", "--size=1m", "--baseline=psync"])
@@ -212,6 +225,7 @@ def test_missing_fio_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "apt-get install fio" in done.stderr
 
 
+@pytest.mark.slow
 def test_config_file_and_options_over_it(tmp_path: Path) -> None:
     path = tmp_path / "vd.toml"
     path.write_text('[device]\nname = "vdbench"\nqueues = 2\n[backend]\nuri = "memory:4M"\n[[queue]]\npoll_us = 0\n')
@@ -222,6 +236,7 @@ def test_config_file_and_options_over_it(tmp_path: Path) -> None:
     assert data["backend"] == "memory:4M"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_drains_reports_and_ends_with_status_0(tmp_path: Path, number: signal.Signals) -> None:
     words = ["--name=s", "--rw=randrw", "--verify=crc32c", "--size=4m", "--time_based", "--runtime=60"]
@@ -241,6 +256,7 @@ def test_signal_drains_reports_and_ends_with_status_0(tmp_path: Path, number: si
     assert not list(tmp_path.glob("vdusefast-bench-*"))
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_killed_worker_and_names_it() -> None:
     words = ["--name=k", "--rw=randrw", "--backend=memory:4M", "--queues=2", "--time_based", "--runtime=2"]
     command = [sys.executable, "-m", "vdusefast.bench", "fio", "--transport=loopback", "--verify=crc32c", *words]

@@ -186,6 +186,7 @@ def test_blocks_that_go_back_in_time_are_found_on_both_sides(load: DriverLoad, s
     assert load.new_faults() == []
 
 
+@pytest.mark.slow
 def test_errors_are_found_unless_the_store_was_made_to_fail(store: Path, tmp_path: Path) -> None:
     with LoopbackHost(tmp_path / "bus") as host:
         config = make_config(name="t3", uri=f"file:{store}", queues=1, queue_size=64)

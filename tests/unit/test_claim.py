@@ -95,6 +95,7 @@ def lost(tmp_path: Path, machine: Machine) -> Iterator[Lost]:
         yield Lost(tmp_path, host)
 
 
+@pytest.mark.slow
 def test_device_with_nothing_in_flight_is_gone_on_with(lost: Lost, machine: Machine) -> None:
     first = lost.make_device()
     first.start()
@@ -116,6 +117,7 @@ def test_device_with_nothing_in_flight_is_gone_on_with(lost: Lost, machine: Mach
     third.stop()
 
 
+@pytest.mark.slow
 def test_request_in_flight_keeps_a_device_from_being_gone_on_with(lost: Lost) -> None:
     """It may have been carried out, and later ones too: to do it again may put the older bytes over the newer ones."""
     first = lost.make_device()

@@ -231,6 +231,7 @@ time.sleep(60)
     assert asked == "SIGTERM" if was_left else asked.startswith("SIGINT")
 
 
+@pytest.mark.slow
 def test_server_whose_adder_is_gone_ends(config: str) -> None:
     """As when `add` is killed: nobody reads the report, and nobody would know of the device."""
     read_fd, write_fd = os.pipe()
@@ -246,6 +247,7 @@ def test_server_whose_adder_is_gone_ends(config: str) -> None:
 # -- where it runs
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_and_makes_nothing() -> None:
     words = ("add", "vd0", "--backend=null:1M", "--queues=2", "--cpus=auto", "--dry-run")
     done = vdusefast(*words)
@@ -258,6 +260,7 @@ def test_dry_run_prints_the_plan_and_makes_nothing() -> None:
     assert vdusefast("serve", *words[1:]).stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_plan_follows_the_node(config: str) -> None:
     try:
         done = vdusefast("add", config, "--cpus=auto", "--explain")

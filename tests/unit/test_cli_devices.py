@@ -51,6 +51,7 @@ def added(config: str) -> Iterator[int]:
     registry.remove_dead(BASE / "vd0")
 
 
+@pytest.mark.slow
 def test_life_of_a_device_in_the_background(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     done = vdusefast("add", config)
     assert (done.returncode, done.stderr) == (0, "")
@@ -90,6 +91,7 @@ def test_life_of_a_device_in_the_background(config: str, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out) == []
 
 
+@pytest.mark.slow
 def test_serve_stays_in_the_foreground(config: str) -> None:
     command = [sys.executable, "-m", "vdusefast", "serve", config, "--queues", "1", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -104,6 +106,7 @@ def test_serve_stays_in_the_foreground(config: str) -> None:
     assert not (BASE / "vd0").exists()
 
 
+@pytest.mark.slow
 def test_serve_tells_systemd_a_deleted_device_from_one_to_be_served_again(
     config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +134,7 @@ def computing_s(run: Callable[[], subprocess.CompletedProcess[Any]]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.slow
 def test_list_is_quick_and_loads_little(added: int) -> None:
     """Less than eight bare starts of Python, 0.15 s where one takes 20 ms: of computing, as it waits for nothing."""
     ours, bare = [], []
@@ -146,6 +150,7 @@ def test_list_is_quick_and_loads_little(added: int) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_server_that_hangs_and_then_dies(
     added: int, config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +188,7 @@ def test_kernel_device_of_a_loopback_devices_name_is_none_of_ours(
     RunDirectory("vd0", BASE, "loopback").close()
 
 
+@pytest.mark.slow
 def test_loopback_device_is_removed_although_the_kernel_has_one_of_its_name(
     added: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +197,7 @@ def test_loopback_device_is_removed_although_the_kernel_has_one_of_its_name(
         assert cli.run(["del", "vd0"]) == 0
 
 
+@pytest.mark.slow
 def test_server_that_refuses_to_answer_is_not_dead(
     added: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +253,7 @@ def test_no_file_of_the_kernels_is_taken_for_a_device(name: str, monkeypatch: py
     assert cli.run(["del", name, "--force"]) == 3
 
 
+@pytest.mark.slow
 def test_dead_name_is_added_again(added: int, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     os.kill(added, signal.SIGKILL)
     assert ended(added)
@@ -316,6 +324,7 @@ def test_kernel_without_vduse_is_5(capsys: pytest.CaptureFixture[str], monkeypat
     assert not os.listdir(BASE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["0<&- 1>&- 2>&-", "0<&-", "1>&-", "0<&- 2>&-"])
 def test_closed_standard_descriptors_harm_nothing(config: str, closed: str) -> None:
     words = shlex.join([sys.executable, "-m", "vdusefast", "add", config])
@@ -325,6 +334,7 @@ def test_closed_standard_descriptors_harm_nothing(config: str, closed: str) -> N
     assert cli.run(["del", "vd0"]) == 0
 
 
+@pytest.mark.slow
 def test_node_that_cannot_be_printed_is_told(config: str) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "vdusefast", "add", config]

@@ -23,6 +23,8 @@ from vdusefast.transport import Transport
 from vdusefast.transport.uapi import VIRTIO_F_VERSION_1, VqInfo
 from vdusefast.worker.protocol import WorkerSpec
 
+pytestmark = pytest.mark.slow
+
 SCHEDULES = 250  # of one test: half a second of CPU time
 STEPS = 14
 SETTLE_S = 200.0  # of the loop's own clock: longer than every limit, pause and hang together

@@ -220,6 +220,7 @@ async def disturb(device: Device, chosen: random.Random) -> None:
             await vq.fail_pending()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_no_order_of_operations_deaths_and_failures_is_forbidden(seed: int) -> None:
     """The state machine allows every event at any time, and after a reset the queue serves again."""

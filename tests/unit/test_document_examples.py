@@ -40,6 +40,7 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_python_example(disk: Path) -> None:
     (example,) = [block for block in blocks("README.md", "python") if "device.driver()" in block]
     lines = run([sys.executable, "-c", example], disk.parent).splitlines()
@@ -48,6 +49,7 @@ def test_python_example(disk: Path) -> None:
     assert disk.read_bytes()[4096:4115] == b"hello, block device"
 
 
+@pytest.mark.slow
 def test_command_example(disk: Path) -> None:
     """The command that serves a file; on a machine with one CPU both workers share it."""
     block = block_with("truncate -s 64M").replace("--cpus=0,1", f"--cpus={CPUS[0]},{CPUS[-1]}")

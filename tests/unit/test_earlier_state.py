@@ -75,6 +75,7 @@ def test_device_is_served_as_its_driver_knows_it(path: Path, image: Path, tmp_pa
     assert (spec.queue_count, spec.queue_size_max) == (state.queue_count, state.queue_size_max)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # a write that is not answered ends after held_writes.WAIT_S, with its reason
 @pytest.mark.parametrize("release", sorted(RELEASES.iterdir()), ids=lambda path: path.name)
 def test_device_of_a_killed_server_is_adopted(release: Path, image: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_process_in_between_that_fails_is_named(
         start("")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "kind", "text"),
     [

@@ -55,6 +55,7 @@ def file_config(tmp_path: Path) -> Config:
     return resolve_cpus(make_config(name="vd0", uri=f"file:{tmp_path}/disk.img"))
 
 
+@pytest.mark.slow
 def test_device_is_handed_over_recovered_and_resized_without_space(small: Path, tmp_path: Path) -> None:
     config = file_config(tmp_path)
     with LoopbackHost(tmp_path / "bus") as host:

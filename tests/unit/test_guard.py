@@ -172,6 +172,7 @@ def provoke_loop(device: Device) -> None:
     device._loop.call_soon_threadsafe(boom)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "provoke"),
     [
@@ -259,6 +260,7 @@ class EagerLoop:
             asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(30)
 
 
+@pytest.mark.slow
 def test_relay_that_fails_before_the_start_goes_on_is_seen(
     tmp_path: Path, injector: Injector, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +272,7 @@ def test_relay_that_fails_before_the_start_goes_on_is_seen(
         check_seen(device, Part.RELAY, caplog)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [Part.RELAY, Part.RELAY_EVENTS, Part.RELAY_OUTPUT])
 def test_relay_that_fails_is_seen_and_the_device_serves_on(
     tmp_path: Path, part: Part, injector: Injector, caplog: pytest.LogCaptureFixture
@@ -285,6 +288,7 @@ def test_relay_that_fails_is_seen_and_the_device_serves_on(
         assert driver.read(0, 4096, queue=0) == b"b" * 4096
 
 
+@pytest.mark.slow
 def test_keeper_that_is_not_understood_is_replaced(
     tmp_path: Path, injector: Injector, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +361,7 @@ def unkillable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Devi
         process.wait(10)
 
 
+@pytest.mark.slow
 def test_relay_that_cannot_be_killed_holds_up_neither_the_loop_nor_the_stop(
     unkillable: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -367,6 +372,7 @@ def test_relay_that_cannot_be_killed_holds_up_neither_the_loop_nor_the_stop(
     assert f"relay (pid {pid}) waits in the kernel for its storage and cannot be killed" in caplog.text
 
 
+@pytest.mark.slow
 def test_no_other_relay_takes_the_place_of_one_that_cannot_be_killed(
     unkillable: Device, injector: Injector, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -48,6 +48,7 @@ def wait_serving(path: Path, pid: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_new_server_takes_over_and_the_old_one_ends_once_it_serves(servers: Servers) -> None:
     old = servers.start("first")
     said_pid(old)
@@ -60,6 +61,7 @@ def test_new_server_takes_over_and_the_old_one_ends_once_it_serves(servers: Serv
         assert hand_over.serving_pid(servers.path) == new.pid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["start", "die", "hang"])
 def test_old_server_takes_the_device_back_when_the_new_one_fails(servers: Servers, wrong: str) -> None:
     """Once it has the device; twice, as the old one is a server like any other afterwards."""
@@ -82,6 +84,7 @@ def refused(servers: Servers, config: Config | None = None) -> str:
     return err
 
 
+@pytest.mark.slow
 def test_what_the_new_server_could_not_do_is_found_before_the_hand_over(servers: Servers, image: Path) -> None:
     old = servers.start("first")
     said_pid(old)
@@ -104,6 +107,7 @@ def test_what_the_new_server_could_not_do_is_found_before_the_hand_over(servers:
     assert old.wait(READY_S) == 0
 
 
+@pytest.mark.slow
 def test_worker_that_cannot_start_is_found_before_the_hand_over(tmp_path: Path, image: Path) -> None:
     """Beside a device that is served: its store is locked, and the proof leaves everything as it is."""
     config = resolve_cpus(make_config(name="vd0", uri=f"file:{image}", queues=2))

@@ -143,6 +143,7 @@ def state_path(device: Device) -> Path:
     return device._directory.state_path
 
 
+@pytest.mark.slow
 def test_replaced_store_is_refused_until_somebody_says_so(tmp_path: Path) -> None:
     """Nothing is written to it before, by replay or otherwise."""
     make_image(tmp_path / "d.img")
@@ -178,6 +179,7 @@ def test_replaced_store_is_refused_until_somebody_says_so(tmp_path: Path) -> Non
     third.stop()
 
 
+@pytest.mark.slow
 def test_state_of_a_version_that_wrote_no_identity_is_accepted_once(tmp_path: Path) -> None:
     make_image(tmp_path / "d.img")
     first = Device(configured(tmp_path))

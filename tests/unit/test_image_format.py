@@ -117,6 +117,7 @@ def test_way_that_the_message_names_leads_to_the_disk_in_the_image(tmp_path: Pat
     assert (tmp_path / "raw").read_bytes().startswith(b"in the image ")
 
 
+@pytest.mark.slow
 def test_encrypted_image_is_served_and_told(tmp_path: Path) -> None:
     """dm-crypt on a device writes the same header: to refuse it would refuse a disk that is used as it is meant."""
     path = tmp_path / "disk.img"

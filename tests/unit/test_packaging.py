@@ -241,6 +241,7 @@ PROBES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("probe", "ci", "status", "said"),
     [

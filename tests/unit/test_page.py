@@ -72,6 +72,7 @@ print(json.dumps([offsets, stats.requests, stats.errors]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page_bytes", SIZES)
 @pytest.mark.parametrize(
     ("uri", "options"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def start(tmp_path: Path, **tests: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_one_part_that_fails_is_reported_whole_and_fails_the_run(tmp_path: Path) -> None:
     running = start(
         tmp_path, good="def test_it(): pass", bad="def test_it(): assert 1 == 2, 'the reason'", empty="# no test"
@@ -40,12 +42,14 @@ def test_one_part_that_fails_is_reported_whole_and_fails_the_run(tmp_path: Path)
     assert "FAILED test_bad.py::test_it" in out
 
 
+@pytest.mark.slow
 def test_parts_that_pass_make_a_run_that_passes(tmp_path: Path) -> None:
     running = start(tmp_path, one="def test_it(): pass", empty="# no test")
     assert "1 passed" in running.communicate(timeout=LIMIT_S)[0]
     assert running.returncode == 0
 
 
+@pytest.mark.slow
 def test_interrupt_reaches_every_part_once(tmp_path: Path) -> None:
     """So that each ends what it has started."""
     text = f"""
@@ -96,3 +100,31 @@ def test_newest_kernel_is_the_one_of_the_guests() -> None:
     from bench.vm import cache
 
     assert cache.KERNELS[-1] == parts.NEWEST_KERNEL
+
+
+def test_every_file_of_tests_is_in_one_of_the_fast_parts() -> None:
+    names = [word for words in parts.fast_parts().values() for word in words if not word.startswith("-")]
+    assert len(names) == len(set(names)) > parts.FAST_PARTS
+    assert {Path(name).name for name in names} == {path.name for path in parts.TESTS.rglob("test_*.py")}
+
+
+@pytest.mark.slow
+def test_fast_tests_are_those_without_the_mark_and_none_takes_long(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    soak\n    loop_device\n    vm\n")
+    busy = "until_s = time.process_time() + 2\n    while time.process_time() < until_s: pass"
+    marked = "".join(f"@pytest.mark.{name}\ndef test_{name}(): assert False\n" for name in ("slow", "vm"))
+    (tmp_path / "test_it.py").write_text(
+        f"import pytest, time\n{marked}def test_busy():\n    {busy}\ndef test_idle(): time.sleep(2)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--fast", "-q", "test_it.py"],
+        env=os.environ | {"PYTHONPATH": str(parts.TESTS)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert "1 failed, 1 passed, 2 deselected" in done.stdout, done.stdout
+    assert "FAILED test_it.py::test_busy" in done.stdout
+    assert "make it faster or mark it slow" in done.stdout

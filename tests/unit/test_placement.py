@@ -158,6 +158,7 @@ def test_more_queues_than_the_driver_takes_are_named(tmp_path: Path) -> None:
     assert "queues = 2 does the same with fewer processes" in plan.advice[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [fake_cpus.two, fake_cpus.two_sockets, fake_cpus.hybrid, fake_cpus.chiplets])
 @pytest.mark.parametrize("queues", [1, 2, 3, 4, 7, 8, 16, 64])
 @pytest.mark.parametrize("allowed", [range(64), [1], [0, 1, 5]])
@@ -220,6 +221,7 @@ def affinity_of(pid: int) -> set[int]:
         return set()
 
 
+@pytest.mark.slow
 def test_workers_are_moved_when_requests_come_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """And so are the workers that take their place."""
     allowed = sorted(os.sched_getaffinity(0))

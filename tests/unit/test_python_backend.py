@@ -125,6 +125,7 @@ def test_words_that_are_no_key_and_value_are_refused(disk: Callable[..., str], q
     refused(disk(query=query), "write", kind=ConfigError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -154,6 +155,7 @@ def test_file_and_module_that_are_not_there(tmp_path: Path) -> None:
     refused("python:vdusefast.no_such:Disk", "no module", "vdusefast.no_such")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "query", "words"),
     [

@@ -165,6 +165,7 @@ def stop_amid_a_request(device: Device, queue: int) -> int:
     raise AssertionError("the worker has never been stopped amid a request")
 
 
+@pytest.mark.slow
 def test_device_says_which_queue_waits_and_answers_meanwhile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(b"")

@@ -97,6 +97,7 @@ def test_shrunk_device_ends_where_it_says(device: Device, image: Path) -> None:
     assert image.stat().st_size == MIB
 
 
+@pytest.mark.slow
 def test_store_that_somebody_has_grown_is_looked_at_again(device: Device, image: Path) -> None:
     with device.driver() as driver:
         os.truncate(image, 4 * MIB)
@@ -123,6 +124,7 @@ def test_driver_that_comes_later_sees_the_new_size(device: Device) -> None:
         assert_ends_at(driver, 3 * MIB)
 
 
+@pytest.mark.slow
 def test_worker_that_is_replaced_knows_the_new_size(device: Device) -> None:
     with device.driver() as driver:
         device.resize(3 * MIB)
@@ -186,6 +188,7 @@ def test_memory_is_refused_and_says_what_to_do() -> None:
         assert_ends_at(driver, MIB)
 
 
+@pytest.mark.slow
 def test_device_that_does_not_run_is_refused(image: Path) -> None:
     device = Device(make_config(name="d0", uri=f"file:{image}"))
     with pytest.raises(VdusefastError, match="not running"):
@@ -294,6 +297,7 @@ def impatient() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_device_whose_worker_hangs_does_not_grow(device: Device, image: Path) -> None:
     """The next try makes it larger, once that worker continues: no worker serves less than the driver sees."""
     with device.driver() as driver:
@@ -377,6 +381,7 @@ def test_size_that_the_file_system_refuses_is_named(image: Path) -> None:
         set_bytes(store, (1 << 63) - 512)
 
 
+@pytest.mark.slow
 @pytest.mark.loop_device
 def test_block_device_is_resized_by_its_own_means(image: Path, attach_loop: Any) -> None:
     node = attach_loop(image)

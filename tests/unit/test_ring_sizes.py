@@ -72,6 +72,7 @@ def kill_worker(device: Device) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packed", "size"), [(False, 4), (False, 64), (False, 1024), (False, 32768), (True, 4), (True, 32768)]
 )

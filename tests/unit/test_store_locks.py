@@ -108,6 +108,7 @@ def test_image_that_we_read_may_be_read_by_qemu_but_not_written(image: Path) -> 
         assert 'Failed to get "write" lock' in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_workers_keep_the_locks_and_their_device_is_named(image: Path, tmp_path: Path) -> None:
     """All processes of a device share them; closing other descriptors of the file releases none."""
     base = tmp_path / "run"
@@ -152,6 +153,7 @@ def test_lock_that_is_held_for_a_moment_is_waited_for(image: Path) -> None:
         open_path(image).close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_only", [False, True])
 def test_file_system_without_locks_says_what_to_do(image: Path, tmp_path: Path, read_only: bool) -> None:
     """The kernel's answer is the one of NFS without lock manager: strace puts it in place of the real one."""
@@ -251,6 +253,7 @@ def test_block_device_that_is_mounted_is_refused_and_the_mount_named(loop: str, 
     open_path(loop).close()
 
 
+@pytest.mark.slow
 @pytest.mark.loop_device
 def test_partition_and_whole_disk_exclude_each_other(image: Path, attach_loop: Callable[..., str]) -> None:
     disk = attach_loop(image)

@@ -45,6 +45,7 @@ def is_one_line(text: str) -> bool:
     return text.endswith("\n") and text.removesuffix("\n").isprintable()
 
 
+@pytest.mark.slow
 def test_strange_path_is_served_shown_and_written_down(tmp_path: Path, config: str) -> None:
     path = image(tmp_path / STRANGE / (STRANGE[:40] * 3))
     done = vdusefast("add", config, "--backend", f"file:{path}", "--json")
@@ -95,6 +96,7 @@ def test_path_that_is_no_utf8_is_one_line(
     assert r"b\udce9\udcff.img: not UTF-8; rename the file" in said
 
 
+@pytest.mark.slow
 def test_process_that_is_given_a_path_that_is_no_utf8_ends_in_order(tmp_path: Path, config: str) -> None:
     path = image(tmp_path / NO_UTF8)
     done = vdusefast("add", config, "--backend", f"file:{path}")
@@ -133,6 +135,7 @@ def test_run_directory_that_is_no_utf8_is_one_line(
     assert "set VDUSEFAST_RUN_DIR to another directory" in said
 
 
+@pytest.mark.slow
 def test_strange_run_directory_is_used(tmp_path: Path, config: str) -> None:
     environment = {**os.environ, "VDUSEFAST_RUN_DIR": str(tmp_path / "r\n 1%i")}
     done = vdusefast("add", config, "--json", env=environment)
@@ -162,6 +165,7 @@ def test_name_and_serial_take_no_control_characters(field: str, value: str) -> N
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.slow
 def test_output_that_the_terminal_cannot_show_is_escaped(tmp_path: Path, config: str) -> None:
     path = image(tmp_path / "\u65e5.img")
     latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
@@ -177,6 +181,7 @@ def test_output_that_the_terminal_cannot_show_is_escaped(tmp_path: Path, config:
         assert ended(json.loads(done.stdout)["pid"])
 
 
+@pytest.mark.slow
 def test_long_path_is_one_line(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["add", config, "--backend", f"file:/{'a/' * 2500}b"]) == 1
     said = capsys.readouterr().err
@@ -256,6 +261,7 @@ def test_unit_does_not_take_a_path_that_would_mean_something_else(path: str, mon
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.slow
 def test_benchmark_says_it_in_one_line(tmp_path: Path) -> None:
     image(tmp_path / NO_UTF8)
     words = [sys.executable, "-m", "vdusefast.bench", "fio", "--name=x", "--size=1M", "--rw=read"]

@@ -116,6 +116,7 @@ def test_lost_position_is_said_to_be_lost(device: Device) -> None:
     kick(device.bus, 0)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_for_a_message_is_replaced_and_tells_where_it_stands(impatient: Device) -> None:
     device = impatient
     set_up(device.bus, MEMORY_IOVA, MEMORY_IOVA)
@@ -175,6 +176,7 @@ def test_killed_worker_is_named_once_and_replaced(device: Device, caplog: pytest
     kick(device.bus, 1)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_again_and_again_is_tried_again_with_pauses(device: Device) -> None:
     set_up(device.bus, fake_worker.CRASH_ADDR, MEMORY_IOVA)
     wait_until(lambda: device.failure is not None)
@@ -220,6 +222,7 @@ def test_deaths_far_apart_are_no_failure(device: Device, monkeypatch: pytest.Mon
     assert device.last_failure is None
 
 
+@pytest.mark.slow
 def test_failure_of_a_ring_ends_with_a_reset(device: Device) -> None:
     set_up(device.bus, fake_worker.RING_FAILED_ADDR, MEMORY_IOVA)
     wait_until(lambda: "stopped serving" in str(device.failure))
@@ -254,6 +257,7 @@ def test_exit_is_named_with_status_and_last_line(device: Device) -> None:
     assert "ended with status 3; its last line: out of pixie dust" in device.queues()[0].reason
 
 
+@pytest.mark.slow
 def test_worker_that_sends_rubbish_is_killed(device: Device) -> None:
     set_up(device.bus, fake_worker.MALFORMED_ADDR)
     assert "sent a malformed message" in device.queues()[0].reason
@@ -300,6 +304,7 @@ def test_bad_ring_stops_its_queue_and_keeps_its_worker(device: Device, caplog: p
 # -- stop
 
 
+@pytest.mark.slow
 def test_stop_drains_every_worker(device: Device, caplog: pytest.LogCaptureFixture) -> None:
     set_up(device.bus, MEMORY_IOVA)
     with caplog.at_level(logging.INFO, "vdusefast"):
@@ -339,6 +344,7 @@ def test_stop_during_a_message_is_bounded(impatient: Device) -> None:
     assert "did not" in str(device.failure)
 
 
+@pytest.mark.slow
 def test_stop_that_waits_for_requests_becomes_one_by_force(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its driver lets go when the requests that are pending have been failed, and not before."""
     failed = asyncio.Event()

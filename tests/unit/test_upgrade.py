@@ -123,6 +123,7 @@ SERVE = """
 """
 
 
+@pytest.mark.slow
 def test_healthy_workers_serve_on_and_the_dead_ones_wait(files: Path, tmp_path: Path) -> None:
     (tmp_path / "store").write_bytes(bytes(1 << 20))
     done = run_with(files, SERVE, f"file:{tmp_path}/store", files)
@@ -162,6 +163,7 @@ RELAY = """
 """
 
 
+@pytest.mark.slow
 def test_relay_of_another_build_does_not_serve_either(files: Path, tmp_path: Path) -> None:
     disk = """
         import vdusefast
@@ -187,6 +189,7 @@ PROBE = """
 """
 
 
+@pytest.mark.slow
 def test_probe_of_another_build_says_so(files: Path) -> None:
     done = run_with(files, PROBE, files)
     assert f"ended with status {build.EXIT_OTHER_BUILD}" in done.stderr

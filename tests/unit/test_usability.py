@@ -15,6 +15,8 @@ import pytest
 
 import vdusefast
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(vdusefast.__file__).parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 

@@ -224,6 +224,7 @@ def test_mount_in_another_mount_namespace_is_found(loop: str, tmp_path: Path) ->
             process.communicate(b"\n", timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.loop_device
 def test_partition_and_its_disk_count_as_one(loop: str, tmp_path: Path) -> None:
     run("addpart", loop, "1", "2048", "32768")

@@ -122,6 +122,7 @@ def test_the_tool_stands_in_where_netlink_is_forbidden(no_netlink: Callable[[str
     assert words.read_text().splitlines() == ["dev add name vd0 mgmtdev vduse", "dev del vd0"]
 
 
+@pytest.mark.slow
 def test_the_tools_own_words_are_passed_on(no_netlink: Callable[[str], Path]) -> None:
     no_netlink('echo "kernel answers: No such device" >&2; exit 1')
     with pytest.raises(OSError, match="vdpa dev del vd0: kernel answers: No such device"):
