@@ -1,7 +1,8 @@
 """A virtual machine inside of the guest: QEMU of another Debian suite, a kernel, a busybox that obeys its serial port.
 
 The machine has no other disk than the one under test. Its caller sends one shell command after the other and
-gets its output. It is as small as it can be, since it is emulated by an emulated machine.
+gets its output. Its kernel has a serial port of its own, so that its messages cannot come between.
+The machine is as small as it can be, since it is emulated by an emulated machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -28,8 +29,8 @@ MEMORY_MIB = 192
 COMMAND_S = 300.0  # an emulated machine in an emulated machine
 BOOT_S = 1500.0
 KERNEL_ARGUMENTS = (
-    *("console=ttyS0", "rdinit=/init", "panic=-1", "loglevel=6", "mitigations=off", "nokaslr"),
-    *("tsc=reliable", "no_timer_check", "lpj=4000000", "8250.nr_uarts=1", "random.trust_cpu=on", "apparmor=0"),
+    *("console=ttyS1", "rdinit=/init", "panic=-1", "loglevel=6", "mitigations=off", "nokaslr"),
+    *("tsc=reliable", "no_timer_check", "lpj=4000000", "8250.nr_uarts=2", "random.trust_cpu=on", "apparmor=0"),
     *("audit=0", "ipv6.disable=1", "cryptomgr.notests", "rcupdate.rcu_expedited=1", "nowatchdog", "pci=nocrs"),
 )
 INIT = """#!/busybox sh
@@ -51,9 +52,16 @@ done
 """
 
 
-def initrd(kernel: cache.Kernel) -> bytes:
-    """Return the machine's initramfs: busybox, virtio_blk with what it needs, and the loop that obeys."""
+def initrd(modules: Mapping[str, bytes]) -> bytes:
+    """Return the machine's initramfs: busybox, kernel modules in the order of insertion, the loop that obeys."""
     files = {"busybox": Path("/bin/busybox").read_bytes(), "init": INIT.encode()}
+    for number, (name, data) in enumerate(modules.items()):
+        files[f"modules/{number:02}-{name}"] = data
+    return initramfs.archive(files, executables=("busybox", "init"))
+
+
+def virtio_blk(kernel: cache.Kernel) -> dict[str, bytes]:
+    """Return virtio_blk and the modules that it needs, for `initrd`."""
     listed = subprocess.run(
         ["modprobe", "-S", kernel.release, "-d", str(kernel.modules.parents[2]), "--show-depends", "virtio_blk"],
         capture_output=True,
@@ -61,17 +69,20 @@ def initrd(kernel: cache.Kernel) -> bytes:
         check=True,
         timeout=60,
     )
-    paths = re.findall(r"^insmod (\S+)", listed.stdout, re.MULTILINE)
-    for number, path in enumerate(paths):
-        files[f"modules/{number:02}-{Path(path).name}"] = Path(path).read_bytes()
-    return initramfs.archive(files, executables=("busybox", "init"))
+    paths = map(Path, re.findall(r"^insmod (\S+)", listed.stdout, re.MULTILINE))
+    return {path.name: path.read_bytes() for path in paths}
 
 
-def qemu_words(root: Path, program: str = "usr/bin/qemu-system-x86_64") -> list[str]:
-    """Return how to run QEMU from a tree of packages: by its own C library."""
+def own_library_words(root: Path, program: str) -> list[str]:
+    """Return how to run a program from a tree of packages: by its own C library."""
     loader = str(root / "lib64/ld-linux-x86-64.so.2")
+    return [loader, "--library-path", str(root / LIBRARIES), str(root / program)]
+
+
+def qemu_words(root: Path) -> list[str]:
+    """Return how to run QEMU from a tree of packages."""
     firmware = [word for name in ("qemu", "seabios") for word in ("-L", str(root / "usr/share" / name))]
-    return [loader, "--library-path", str(root / LIBRARIES), str(root / program), *firmware]
+    return [*own_library_words(root, "usr/bin/qemu-system-x86_64"), *firmware]
 
 
 def boot_sector(directory: Path) -> bytes:
@@ -88,7 +99,7 @@ def boot_sector(directory: Path) -> bytes:
 class Machine:
     """A running QEMU. A context manager; leaving it ends the machine."""
 
-    def __init__(self, words: Sequence[str], directory: Path):
+    def __init__(self, words: Sequence[str], directory: Path, cpus: int = 1):
         """Start QEMU with these words beside the usual ones; sockets and the log are in `directory`."""
         root = cache.tree(SUITE, PACKAGES)
         self.output = bytearray()
@@ -96,6 +107,7 @@ class Machine:
         self._serial, theirs = socket.socketpair()
         self._qmp, their_qmp = socket.socketpair()
         self._log = (directory / "qemu.log").open("w+b")
+        self._kernel_log = directory / "qemu-kernel.log"
         fixed = [
             *(
                 "-no-user-config",
@@ -107,9 +119,10 @@ class Machine:
             ),
             # Its time passes with its instructions, 1 ns each: its clock would else tick at every few hundred of them.
             *("-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", "Nehalem,+rdrand"),
-            *("-smp", "1", "-m", str(MEMORY_MIB)),
+            *("-smp", str(cpus), "-m", str(MEMORY_MIB)),
             *("-object", f"memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on"),
             *("-chardev", f"socket,id=serial,fd={theirs.fileno()}", "-serial", "chardev:serial"),
+            *("-chardev", f"file,id=kernel,path={self._kernel_log}", "-serial", "chardev:kernel"),
             *("-chardev", f"socket,id=qmp,fd={their_qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
         ]
         self.process = subprocess.Popen(
@@ -151,9 +164,14 @@ class Machine:
         return said
 
     def said(self) -> str:
-        """Return the end of what the machine and QEMU have said."""
+        """Return the end of what the machine, its kernel and QEMU have said."""
         self._log.seek(0)
-        return f"{bytes(self.output[-2000:]).decode(errors='replace')!r}; QEMU: {self._log.read().decode()[-2000:]!r}"
+        said = {
+            "it": bytes(self.output),
+            "its kernel": self._kernel_log.read_bytes() if self._kernel_log.exists() else b"",
+            "QEMU": self._log.read(),
+        }
+        return "; ".join(f"{who} said {data[-2000:].decode(errors='replace')!r}" for who, data in said.items())
 
     def wait_until_booted(self) -> None:
         """Wait until the machine obeys."""
@@ -171,7 +189,7 @@ class Machine:
         """Return the output of the command that was begun. Raises AssertionError where it fails."""
         output = self.wait_for("@status ", timeout_s)
         status = self.wait_for("\n")
-        assert status == "0", f"status {status}: {output}"
+        assert status == "0", f"status {status}: {output!r}; {self.said()}"
         return output.strip()
 
     def run(self, command: str, timeout_s: float = COMMAND_S) -> str:
