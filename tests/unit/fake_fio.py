@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+NAMES = "name filename directory rw bs size offset iodepth numjobs ioengine direct runtime verify mem thread stonewall"
+
 
 def side(count: int, iops: float = 1000.0, mean_ns: float = 2000.0) -> dict[str, Any]:
     marks = {"50.000000": 1900, "99.000000": 5000, "99.900000": 9000}
@@ -37,7 +39,9 @@ def install(
     path = directory / "fio"
     path.write_text(
         "#!/bin/sh\n"
-        'case "$1" in --enghelp) echo io_uring; echo libaio; exit 0;; --version) echo fio-3.33; exit 0;; esac\n'
+        'case "$1" in --enghelp) echo io_uring; echo libaio; exit 0;; --version) echo fio-3.33; exit 0;;\n'
+        f"--cmdhelp=all) printf '%s : text\\n' {NAMES}; exit 0;; --cmdhelp=thread) echo 'empty or boolean'; exit 0;;\n"
+        "--cmdhelp=*|--enghelp=*) exit 0;; esac\n"
         f"echo \"$@\" >> {directory}/fio-calls\n{before}\necho 'a line of no report'\ncat <<'EOF'\n{report}\nEOF\n"
         f"{after}\nexit {status}\n"
     )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vdusefast.bench.fio.baseline import command
+from vdusefast.bench.common.device_options import AUTO_QUEUES
+from vdusefast.bench.raw.baseline import command
 from vdusefast.bench.raw.help import JOB_HELP, RUN_HELP, option_help
-from vdusefast.bench.raw.jobs import AUTO_QUEUES, JOB_OPTIONS, RUN_OPTIONS, JobSpec, parse_arguments
+from vdusefast.bench.raw.jobs import JOB_OPTIONS, RUN_OPTIONS, JobSpec, parse_arguments
 from vdusefast.bench.raw.plan import place_jobs, plan_threads, required_bytes
 from vdusefast.errors import ConfigError
 

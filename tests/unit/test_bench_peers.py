@@ -14,12 +14,12 @@ from fake_peers import A, B, C, FilePeer, Json, command, run
 
 from vdusefast.bench.common import rounds
 from vdusefast.bench.common.real_fio import FioStuckError
-from vdusefast.bench.fio.fio_words import measure_words
 from vdusefast.bench.peers import data_check, dirty_pages
 from vdusefast.bench.peers import files as peers_files
 from vdusefast.bench.peers import in_guest as peers_vm
 from vdusefast.bench.peers import session as peers
 from vdusefast.bench.peers.awake import Awake
+from vdusefast.bench.peers.fio_words import measure_words
 from vdusefast.bench.peers.goals import goals_table
 from vdusefast.bench.peers.report import method_text, notes
 from vdusefast.bench.peers.session import PeersOptions, Session, parse_job, standard_jobs

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vdusefast.bench.raw.help import option_help
-from vdusefast.bench.raw.jobs import parse_arguments
 from vdusefast.bench.torture.plan import RINGS
 from vdusefast.errors import VdusefastError
 
@@ -26,26 +25,39 @@ def main() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def raw(arguments: tuple[str, ...]) -> None:
     """Load a device through the loopback driver, which issues requests faster than fio can."""
-    _run_jobs("raw", ("--transport=loopback", *arguments) if arguments else ())
+    if not arguments or {"--help", "-h"} & set(arguments):
+        from vdusefast.bench.raw.help import option_help
+
+        click.echo(f"Usage: python -m vdusefast.bench raw [OPTION...]\n\n{option_help()}")
+        return
+
+    def command() -> int:
+        from vdusefast.bench.raw.command import run_plan
+        from vdusefast.bench.raw.jobs import parse_arguments
+
+        return run_plan(parse_arguments(("--transport=loopback", *arguments)))
+
+    _run(command)
 
 
-@main.command(context_settings=RAW, short_help="run jobs that are written in fio's options")
+@main.command(context_settings=RAW, short_help="run any fio job on a device made for it")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def fio(arguments: tuple[str, ...]) -> None:
-    """Run jobs that are written in fio's options, on a device made for them."""
-    _run_jobs("fio", arguments)
+    """Run fio, with its own options and job files, on a device made for it."""
+
+    def command() -> int:
+        from vdusefast.bench.fio.command import run_command
+
+        return run_command(arguments)
+
+    _run(command)
 
 
-def _run_jobs(name: str, arguments: tuple[str, ...]) -> None:
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        click.echo(f"Usage: python -m vdusefast.bench {name} [OPTION...] [JOBFILE...]\n")
-        click.echo(option_help())
-        return
+def _run(command: Callable[[], int]) -> None:
+    """Run a command and end with its status; say in one line what kept it from running."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        from vdusefast.bench.raw.command import run_plan
-
-        status = run_plan(parse_arguments(arguments))
+        status = command()
     except VdusefastError as error:
         click.echo(f"vdusefast.bench: {error}", err=True)
         status = error.exit_code
@@ -84,15 +96,13 @@ def peers(**options: Any) -> None:
     A job is written in fio's options: --job "rw=randread bs=4k iodepth=32 numjobs=2". The default is eight jobs:
     random reads and random writes of 4 KiB, each with iodepth 1 and 32 and with 1 and 2 jobs.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
+
+    def command() -> int:
         from vdusefast.bench.peers.options import PeersArguments, run_command
 
-        status = run_command(PeersArguments(**options))
-    except VdusefastError as error:
-        click.echo(f"vdusefast.bench: {error}", err=True)
-        status = error.exit_code
-    sys.exit(status)
+        return run_command(PeersArguments(**options))
+
+    _run(command)
 
 
 @main.command(short_help="kill the processes of a device, and check that no data is lost")
@@ -142,15 +152,13 @@ def torture(**options: Any) -> None:
     After each cycle all acknowledged writes are read back. At the end they are compared with the store.
     The exit status is 1 if data was lost, a request failed, or a process or file was left behind.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
+
+    def command() -> int:
         from vdusefast.bench.torture.options import TortureArguments, run_command
 
-        status = run_command(TortureArguments(**options))
-    except VdusefastError as error:
-        click.echo(f"vdusefast.bench: {error}", err=True)
-        status = error.exit_code
-    sys.exit(status)
+        return run_command(TortureArguments(**options))
+
+    _run(command)
 
 
 if __name__ == "__main__":

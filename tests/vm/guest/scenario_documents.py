@@ -45,6 +45,7 @@ def the_real_fio_on_a_kernel_device() -> dict[str, object]:
     """bench fio --transport auto takes the kernel here, says so, and verifies every block."""
     report = guest.WORK / "fio.json"
     words = ["--name=g", "--rw=randrw", "--bs=4k", "--iodepth=16", "--size=4m", "--verify=crc32c", "--queues=2"]
+    words += ["--ioengine=libaio", "--direct=1"]
     said = guest.sh(
         *(sys.executable, "-m", "vdusefast.bench", "fio", "--transport=auto", *words),
         *("--output-format=json", f"--output={report}"),

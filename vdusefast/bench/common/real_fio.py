@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO
@@ -90,14 +90,23 @@ class FioProcess:
     Raises FioStuckError on exit when they are not: the device that they use has to go first, then `reap`.
     """
 
-    def __init__(self, words: Sequence[str]):
-        """Start `words`, a complete command line with --output-format=json. Raises VdusefastError."""
+    def __init__(self, words: Sequence[str], *, out_fd: int = -1, environment: Mapping[str, str] | None = None):
+        """Start `words`, a complete command line. Raises VdusefastError.
+
+        out_fd: borrowed; what fio prints goes there, and what it says on stderr to ours. -1: both are for `outcome`,
+        which needs --output-format=json. environment: variables over ours.
+        """
         self._words = list(words)
         self._out: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         try:
             # A group of its own: a terminal's Ctrl-C is ours to pass on.
             self._process = subprocess.Popen(
-                self._words, stdin=subprocess.DEVNULL, stdout=self._out, stderr=subprocess.STDOUT, process_group=0
+                self._words,
+                stdin=subprocess.DEVNULL,
+                stdout=self._out if out_fd < 0 else out_fd,
+                stderr=subprocess.STDOUT if out_fd < 0 else None,
+                process_group=0,
+                env=None if environment is None else {**os.environ, **environment},
             )
         except OSError as error:
             self._out.close()
@@ -115,11 +124,14 @@ class FioProcess:
             stuck.cause = error
             raise
 
-    def wait(self, timeout_s: float, stop_fd: int = -1) -> bool:
-        """Wait until fio has ended, `stop_fd` (borrowed) is readable, or `timeout_s` is over; return whether it has."""
+    def wait(self, timeout_s: float, *fds: int) -> bool:
+        """Wait until fio has ended, one of `fds` (borrowed; -1: none) is readable, or `timeout_s` is over.
+
+        Returns whether fio has ended.
+        """
         if self._pid_fd < 0:
             return True
-        watched = [self._pid_fd, *([stop_fd] if stop_fd >= 0 else [])]
+        watched = [self._pid_fd, *(fd for fd in fds if fd >= 0)]
         ready, _, _ = select.select(watched, [], [], max(0.0, timeout_s))
         return self._pid_fd in ready
 
@@ -159,6 +171,10 @@ class FioProcess:
         self._pid_fd = -1
         self._out.close()
 
+    def status(self) -> int:
+        """Return fio's exit status, once `wait` has returned true."""
+        return self._process.wait()
+
     def outcome(self) -> FioOutcome:
         """Return how it went, once `wait` has returned true."""
         status = self._process.wait()
@@ -189,15 +205,16 @@ def run_fio(
     stop_fd: int = -1,
     finish: bool = False,
     tick: Callable[[float], None] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> FioOutcome:
-    """Run fio to its end and return how it went.
+    """Run fio to its end and return how it went. environment: variables over ours.
 
     limit_s: it is killed after so many seconds. stop_fd: borrowed; when it becomes readable, fio is killed, or, with
     `finish`, asked to finish, and its report so far is returned. tick: called ten times a second with the time passed;
     an exception of it ends fio. Raises VdusefastError, FioStuckError.
     """
     began = time.monotonic()
-    with FioProcess(words) as fio:
+    with FioProcess(words, environment=environment) as fio:
         asked_s = 0.0
         while True:
             passed = time.monotonic() - began
@@ -207,14 +224,15 @@ def run_fio(
                 return fio.outcome()
             if tick is not None:
                 tick(passed)
-            if not asked_s and _readable(stop_fd):
+            if not asked_s and readable(stop_fd):
                 if not finish:
                     raise VdusefastError("fio was stopped by a signal")
                 asked_s = max(passed, 1e-9)
                 fio.interrupt()
 
 
-def _readable(fd: int) -> bool:
+def readable(fd: int) -> bool:
+    """Return whether `fd` (-1: none) is readable now."""
     return fd >= 0 and bool(select.select([fd], [], [], 0)[0])
 
 

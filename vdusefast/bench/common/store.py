@@ -16,6 +16,7 @@ from vdusefast.errors import BackendError, ConfigError, VdusefastError
 DEFAULT_BYTES = 256 << 20
 ALIGN_BYTES = 4096
 FILL_BYTES = 1 << 20
+FILLED_MAX_BYTES = 1 << 30  # a larger file would fill the disk before anything runs
 
 Say = Callable[[str], None]
 Stopped = Callable[[], bool]
@@ -41,7 +42,8 @@ class BenchStore(AbstractContextManager["BenchStore"]):
         if uri is None:
             fd, name = tempfile.mkstemp(prefix="vdusefast-bench-", suffix=".img")
             self.temporary, self.uri = Path(name), f"file:{name}"
-            say(f"store: a temporary file, {name}, {_human(wanted_bytes)}, removed at the end")
+            holes = _holes(wanted_bytes, reads)
+            say(f"store: a temporary file, {name}, {_human(wanted_bytes)}, removed at the end{holes}")
             try:
                 _fill(fd, wanted_bytes, reads, stopped)
             except BaseException:
@@ -62,7 +64,7 @@ class BenchStore(AbstractContextManager["BenchStore"]):
             if not size_bytes:
                 raise ConfigError(f"{path}: no such file; give --size to have it made") from None
             self._create(path, wanted_bytes, reads)
-            say(f"store: made {path}, {_human(wanted_bytes)}; it stays")
+            say(f"store: made {path}, {_human(wanted_bytes)}; it stays{_holes(wanted_bytes, reads)}")
             return
         except OSError as error:
             raise BackendError(f"{path}: {error.strerror}") from None
@@ -88,8 +90,9 @@ def _fill(fd: int, size_bytes: int, with_data: bool, stopped: Stopped) -> None:
     """Give the file its size, and data that does not compress where it will be read. Consumes `fd`."""
     try:
         os.ftruncate(fd, size_bytes)
-        chunk = os.urandom(FILL_BYTES) if with_data else b""
-        for at in range(0, size_bytes if with_data else 0, FILL_BYTES):
+        filled = with_data and size_bytes <= FILLED_MAX_BYTES
+        chunk = os.urandom(FILL_BYTES) if filled else b""
+        for at in range(0, size_bytes if filled else 0, FILL_BYTES):
             if stopped():
                 raise StoppedError("stopped by a signal before anything ran")
             os.pwrite(fd, chunk[: size_bytes - at], at)
@@ -97,6 +100,12 @@ def _fill(fd: int, size_bytes: int, with_data: bool, stopped: Stopped) -> None:
         raise BackendError(f"cannot write a file of {size_bytes} bytes: {error.strerror}") from None
     finally:
         os.close(fd)
+
+
+def _holes(size_bytes: int, reads: bool) -> str:
+    if not reads or size_bytes <= FILLED_MAX_BYTES:
+        return ""
+    return f"; larger than {_human(FILLED_MAX_BYTES)}, so not filled: what no job has written is read as zeroes at once"
 
 
 def _human(size_bytes: int) -> str:

@@ -9,7 +9,7 @@ from vdusefast.base.json_types import Json
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 UNITS_NS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"), (1.0, "ns"))
-QUEUE_HEADINGS = ("queue", "pid", "CPU", "CPU used", "requests", "read", "written", "req/kick", "req/irq", "errors")
+QUEUE_HEADINGS = ("queue", "pid", "CPU", "busy", "requests", "read", "written", "/kick", "/irq", "errors")
 
 
 def latency_text(ns: float) -> str:
@@ -60,32 +60,35 @@ def queue_rows(queues: Sequence[Json]) -> list[tuple[str, ...]]:
     ]
 
 
+def plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as plain columns, with an end of line after each row."""
+    widths = [max(len(row[place]) for row in [headings, *rows]) for place in range(len(headings))]
+    lines = []
+    for row in [headings, *rows]:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip() + "\n")
+    return "".join(lines)
+
+
 def print_tables(tables: Sequence[Table], stream: TextIO) -> None:
-    """Print tables: framed on a terminal, as plain columns elsewhere."""
-    if stream.isatty():
-        _print_rich(tables, stream)
-        return
+    """Print tables: framed on a terminal that has room for the frames, as plain columns elsewhere."""
     for headings, rows in tables:
-        _print_plain(headings, rows, stream)
+        if not (stream.isatty() and _print_framed(headings, rows, stream)):
+            print(plain_table(headings, rows), file=stream)
 
 
-def _print_rich(tables: Sequence[Table], stream: TextIO) -> None:
+def _print_framed(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO) -> bool:
+    """Print a table with a frame; return False when words would be broken for it."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=stream)
-    for headings, rows in tables:
-        table = Table()
-        for place, heading in enumerate(headings):
-            table.add_column(heading, justify="left" if place == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def _print_plain(headings: tuple[str, ...], rows: list[tuple[str, ...]], stream: TextIO) -> None:
-    widths = [max(len(row[place]) for row in [headings, *rows]) for place in range(len(headings))]
-    for row in [headings, *rows]:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        print("  ".join(cells).rstrip(), file=stream)
-    print(file=stream)
+    table = Table()
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
+        return False
+    console.print(table)
+    return True

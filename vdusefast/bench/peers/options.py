@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vdusefast.bench.common.device_options import parse_seconds
 from vdusefast.bench.peers import kinds as peer_kinds
 from vdusefast.bench.peers import variants as peers_variants
 from vdusefast.bench.peers.session import PeersOptions, parse_job, run_peers, standard_jobs
-from vdusefast.bench.raw.jobs import parse_seconds
 from vdusefast.config import parse_size
 from vdusefast.errors import ConfigError
 

@@ -25,11 +25,11 @@ from vdusefast.bench.common.real_fio import (
     run_fio,
 )
 from vdusefast.bench.common.tables import count_text
-from vdusefast.bench.fio.fio_words import measure_words, verify_words
 from vdusefast.bench.peers import data_check, dirty_pages
 from vdusefast.bench.peers import variants as peers_variants
 from vdusefast.bench.peers.awake import Awake
 from vdusefast.bench.peers.files import backing_directory, file_system
+from vdusefast.bench.peers.fio_words import measure_words, verify_words
 from vdusefast.bench.peers.peer import Peer, PeerSetup, first_line, load_modules
 from vdusefast.bench.peers.report import print_peers
 from vdusefast.bench.raw.jobs import JobSpec, RunOptions, parse_arguments

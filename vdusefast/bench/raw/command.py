@@ -14,57 +14,27 @@ from vdusefast.api import Device
 from vdusefast.backends import keeps_data
 from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import TransportKind
+from vdusefast.bench.common.device_options import build_config, check_driver_cpus, driver_cpus, store_uri
 from vdusefast.bench.common.host import host
 from vdusefast.bench.common.measured import cpu_seconds, queue_figures, queue_lines
 from vdusefast.bench.common.real_fio import find_fio
 from vdusefast.bench.common.store import BenchStore, StoppedError
 from vdusefast.bench.common.tables import bytes_text
 from vdusefast.bench.common.transport import choose_transport
-from vdusefast.bench.fio.baseline import NULL_ENGINE, run_baseline
-from vdusefast.bench.fio.kernel import has_failed, kernel_report, run_on_kernel
 from vdusefast.bench.raw import figures
-from vdusefast.bench.raw.jobs import AUTO_QUEUES, JobSpec, Plan, RunOptions
+from vdusefast.bench.raw.baseline import NULL_ENGINE, run_baseline
+from vdusefast.bench.raw.jobs import JobSpec, Plan, RunOptions
 from vdusefast.bench.raw.measured import Outcome, job_lines
 from vdusefast.bench.raw.plan import place_jobs, required_bytes
 from vdusefast.bench.raw.report import INTRODUCTION, ProgressLine, print_report
-from vdusefast.bench.raw.run import Control, JobRun, driver_cpus, run_group
-from vdusefast.config import Config, load_config, make_config, override, resolve_cpus
+from vdusefast.bench.raw.run import Control, JobRun, run_group
+from vdusefast.config import Config
 from vdusefast.errors import BackendError, ConfigError, VdusefastError
-from vdusefast.host.cpu_topology import check_cpu, parse_cpu_list, read_topology
-from vdusefast.server.signals import PatientStopSignals, StopSignals
+from vdusefast.server.signals import StopSignals
 from vdusefast.transport import uapi
 
 if TYPE_CHECKING:
     from vdusefast.driver.loopback_driver import LoopbackDriver
-
-
-def build_config(run: RunOptions, uri: str | None, transport: str = TransportKind.LOOPBACK) -> Config:
-    """Return the device's configuration: the file of --config, options over it, `uri` (the store) over both."""
-    overrides: Json = {
-        "queues": min(2, len(os.sched_getaffinity(0))) if run.queues == AUTO_QUEUES else run.queues,
-        "cpus": run.cpus,
-        "queue_size": run.queue_size,
-        "packed": run.packed,
-        "in_order": run.in_order,
-        "indirect": run.indirect,
-        "engine": run.engine,
-        "cache": run.cache,
-        "poll": run.poll,
-        "merge": run.merge,
-        "sqpoll": run.sqpoll,
-        "map": run.map,
-        "poll_us": run.poll_us,
-        "irq_delay_us": run.irq_delay_us,
-        "uri": uri,
-    }
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    if run.config is None:
-        overrides.setdefault("cpus", "auto")
-        return resolve_cpus(make_config(name=f"bench-{os.getpid()}", transport=transport, **overrides))
-    config = load_config(run.config)
-    if run.cpus is not None:
-        overrides["cpu"] = None  # of each queue: the list on the command line decides
-    return resolve_cpus(override(config, transport=transport, **overrides))
 
 
 def run_plan(plan: Plan) -> int:
@@ -87,12 +57,9 @@ def run_plan(plan: Plan) -> int:
     if run.explain:
         say(INTRODUCTION)
     say(f"transport: {transport} ({reason})")
-    uri = run.backend
-    if uri is None and run.config is not None:
-        uri = load_config(run.config).backend.uri
+    uri = store_uri(run)
     _check_run(run, uri, transport)
-    # A second signal must not leave a disk of the kernel's without its server.
-    with PatientStopSignals() if transport == TransportKind.KERNEL else StopSignals() as signals:
+    with StopSignals() as signals:
         try:
             return _run_on_store(plan, uri, transport, say, signals)
         except StoppedError as error:
@@ -103,8 +70,7 @@ def run_plan(plan: Plan) -> int:
 def _check_run(run: RunOptions, uri: str | None, transport: str) -> None:
     """Refuse wrong options before anything is made. Raises ConfigError."""
     build_config(run, uri or "file:temporary", transport)
-    for cpu in parse_cpu_list(run.driver_cpus) if run.driver_cpus else []:
-        check_cpu(cpu, read_topology(), "driver_cpus")
+    check_driver_cpus(run)
     if uri is not None and not uri.startswith("file:") and set(run.baseline) - {NULL_ENGINE}:
         raise ConfigError(
             f"--baseline={','.join(run.baseline)} needs a file that fio can open: use --backend file:PATH"
@@ -123,12 +89,8 @@ def _run_on_store(plan: Plan, uri: str | None, transport: str, say: Any, signals
     size_bytes = required_bytes(plan.jobs)
     with BenchStore(uri, size_bytes, reads=reads, say=say, stopped=lambda: signals.requested) as store:
         config = build_config(run, store.uri, transport)
-        if transport == TransportKind.KERNEL:
-            outcome = run_on_kernel(plan, config, say, signals)
-            report = kernel_report(plan, outcome, _extra(config, transport, outcome))
-        else:
-            outcome = _run_device(plan, config, say, signals)
-            report = figures.fio_report(plan, outcome.runs, started_s, _extra(config, transport, outcome))
+        outcome = _run_device(plan, config, say, signals)
+        report = figures.fio_report(plan, outcome.runs, started_s, _extra(config, transport, outcome))
         try:
             if not outcome.stopped_by:
                 _add_baselines(plan, config, store, report, say, signals)
@@ -140,7 +102,7 @@ def _run_on_store(plan: Plan, uri: str | None, transport: str, say: Any, signals
     if late is not None:
         raise late
     failed = any(r.results["request_errors"] or r.results["verify_errors"] for r in outcome.runs)
-    return 1 if failed or has_failed(outcome) else 0
+    return 1 if failed else 0
 
 
 def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> Outcome:
@@ -150,8 +112,7 @@ def _run_device(plan: Plan, config: Config, say: Any, signals: StopSignals) -> O
         groups = place_jobs(plan.jobs, driver.capacity_bytes, driver.block_size_bytes)
         _check_abilities(plan.jobs, driver, keeps_data=keeps_data(config.backend.uri))
         worker_cpus = [q.cpu for q in config.queue if q.cpu is not None]
-        wanted = parse_cpu_list(plan.run.driver_cpus) if plan.run.driver_cpus else None
-        cpus = driver_cpus(wanted, worker_cpus, os.sched_getaffinity(0))
+        cpus = driver_cpus(plan.run, worker_cpus, os.sched_getaffinity(0))
         before, begin = cpu_seconds(device), time.monotonic()
         trimmed: list[tuple[int, int]] = []
         with ProgressLine() as line:

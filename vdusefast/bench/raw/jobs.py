@@ -7,17 +7,24 @@ An unknown option is an error that names it and its place. Options that describe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vdusefast.base.engines import NAMES
+from vdusefast.bench.common.device_options import (
+    PARSERS,
+    DeviceOptions,
+    Parser,
+    parse_bool,
+    parse_choice,
+    parse_int,
+    parse_seconds,
+)
 from vdusefast.config import parse_size
 from vdusefast.errors import ConfigError
 
 COMMAND_LINE = "command line"
-AUTO_QUEUES = 0  # two where there are two CPUs, else one
 KIND_BY_RW = {
     "read": ("read", False),
     "write": ("write", False),
@@ -78,28 +85,10 @@ class JobSpec:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(DeviceOptions):
     """Options that are not about a single job: the device, its driver and the report."""
 
-    transport: str = "auto"
-    queues: int | None = None
-    cpus: str | None = None
-    driver_cpus: str | None = None
-    queue_size: int | None = None
-    packed: bool | None = None
-    in_order: bool | None = None
-    indirect: bool | None = None
-    backend: str | None = None
-    engine: str | None = None
-    cache: str | None = None
-    poll: str | None = None
-    merge: bool | None = None
-    sqpoll: bool | None = None
-    map: str | None = None
-    poll_us: int | None = None
-    irq_delay_us: int | None = None
     baseline: tuple[str, ...] = ()
-    config: str | None = None
     output: str | None = None
     output_format: str = "normal"
     explain: bool = False
@@ -113,39 +102,6 @@ class Plan:
 
     run: RunOptions
     jobs: tuple[JobSpec, ...]
-
-
-def _parse_int(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or not low <= int(text) <= high:
-            raise ConfigError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _parse_choice(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ConfigError(f"{text!r} is not one of {', '.join(choices)}")
-        return text
-
-    return parse
-
-
-def _parse_bool(text: str) -> bool:
-    if text not in ("0", "1", "true", "false"):
-        raise ConfigError(f"{text!r} is neither 0 nor 1")
-    return text in ("1", "true")
-
-
-def parse_seconds(text: str) -> float:
-    """Return the seconds that `text` stands for: 10, 500ms or 2m. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h|d)?", text)
-    if not match:
-        raise ConfigError(f"{text!r} is not a time; write for example 10, 500ms or 2m")
-    unit = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-    return float(match[1]) * unit[match[2] or "s"]
 
 
 def _parse_block_size(text: str) -> int:
@@ -168,10 +124,6 @@ def parse_pattern(text: str) -> bytes:
     raise ConfigError(f'{text!r} is not a pattern; write for example 0xdeadbeef, 255 or "text"')
 
 
-def _parse_queues(text: str) -> int:
-    return AUTO_QUEUES if text == "auto" else _parse_int(1, 64)(text)
-
-
 def _parse_words(text: str) -> tuple[str, ...]:
     words = tuple(word.strip() for word in text.split(",") if word.strip())
     if not words:
@@ -179,58 +131,38 @@ def _parse_words(text: str) -> tuple[str, ...]:
     return words
 
 
-Parser = Callable[[str], Any]
-
 JOB_OPTIONS: dict[str, Parser] = {
-    "rw": _parse_choice(*KIND_BY_RW),
-    "rwmixread": _parse_int(0, 100),
+    "rw": parse_choice(*KIND_BY_RW),
+    "rwmixread": parse_int(0, 100),
     "bs": _parse_block_size,
     "size": parse_size,
     "offset": parse_size,
-    "iodepth": _parse_int(1, 32768),
-    "numjobs": _parse_int(1, 1024),
+    "iodepth": parse_int(1, 32768),
+    "numjobs": parse_int(1, 1024),
     "runtime": parse_seconds,
-    "time_based": _parse_bool,
+    "time_based": parse_bool,
     "ramp_time": parse_seconds,
-    "verify": _parse_choice("crc32c", "pattern"),
+    "verify": parse_choice("crc32c", "pattern"),
     "verify_pattern": parse_pattern,
-    "do_verify": _parse_bool,
-    "fsync": _parse_int(0, 1 << 31),
-    "randrepeat": _parse_bool,
-    "randseed": _parse_int(0, (1 << 63) - 1),
-    "norandommap": _parse_bool,
-    "stonewall": _parse_bool,
-    "group_reporting": _parse_bool,
+    "do_verify": parse_bool,
+    "fsync": parse_int(0, 1 << 31),
+    "randrepeat": parse_bool,
+    "randseed": parse_int(0, (1 << 63) - 1),
+    "norandommap": parse_bool,
+    "stonewall": parse_bool,
+    "group_reporting": parse_bool,
     "description": str,
 }
-RUN_OPTIONS: dict[str, Parser] = {
-    "transport": _parse_choice("auto", "loopback", "kernel"),
-    "queues": _parse_queues,
-    "cpus": str,
-    "driver_cpus": str,
-    "queue_size": _parse_int(2, 32768),
-    "packed": _parse_bool,
-    "in_order": _parse_bool,
-    "indirect": _parse_bool,
-    "backend": str,
-    "engine": _parse_choice(*NAMES),
-    "cache": _parse_choice("writeback", "writethrough", "none", "unsafe"),
-    "poll": _parse_choice("adaptive", "always", "never"),
-    "merge": _parse_bool,
-    "sqpoll": _parse_bool,
-    "map": _parse_choice("auto", "off"),
-    "poll_us": _parse_int(0, 1_000_000),
-    "irq_delay_us": _parse_int(0, 10_000),
+RUN_OPTIONS: dict[str, Parser] = PARSERS | {
     "baseline": _parse_words,
-    "config": str,
     "output": str,
-    "output_format": _parse_choice("normal", "json"),
-    "explain": _parse_bool,
-    "direct": _parse_bool,
-    "ioengine": _parse_choice("io_uring", "libaio", "psync", "posixaio"),
+    "output_format": parse_choice("normal", "json"),
+    "explain": parse_bool,
+    "direct": parse_bool,
+    "ioengine": parse_choice("io_uring", "libaio", "psync", "posixaio"),
 }
 ALIASES = {"readwrite": "rw", "blocksize": "bs"}
-FLAGS = {name for name, parser in (JOB_OPTIONS | RUN_OPTIONS).items() if parser is _parse_bool}
+FLAGS = {name for name, parser in (JOB_OPTIONS | RUN_OPTIONS).items() if parser is parse_bool}
 
 
 class _Reader:

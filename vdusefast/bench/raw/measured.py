@@ -12,18 +12,14 @@ from vdusefast.bench.raw.jobs import JobSpec
 from vdusefast.errors import VdusefastError
 
 if TYPE_CHECKING:
-    from vdusefast.bench.common.real_fio import FioOutcome
     from vdusefast.bench.raw.run import JobRun
 
 
 @dataclass
 class Outcome:
-    """The results when the device has stopped. runs: of the loopback driver. fio: of the real one."""
+    """The results when the device has stopped."""
 
     runs: list[JobRun] = field(default_factory=list)
-    fio: FioOutcome | None = None
-    fio_words: list[str] = field(default_factory=list)
-    node: str = ""
     queues: list[Json] = field(default_factory=list)
     engine_used: str = ""
     stopped_by: str = ""

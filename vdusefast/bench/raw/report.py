@@ -128,8 +128,8 @@ EXPLANATION = """\
 What this was: each queue of the device is served by a worker process of its own, which moves data straight between the
 store and the driver's memory. The load came through the rings that a virtual machine or the kernel would use.
 IOPS: requests finished in a second. mean, p50, p99, p99.9: how long one took, from when the driver issued it until it
-saw the answer; p99 = 99 of 100 were faster. CPU used: how busy the worker kept its CPU. req/kick, req/irq: requests for
-each wake-up of the worker and of the driver; the more, the better: a wake-up costs more than a request.\
+saw the answer; p99 = 99 of 100 were faster. busy: how much of its time the worker used its CPU. /kick, /irq: requests
+for each wake-up of the worker and of the driver; the more, the better: a wake-up costs more than a request.\
 """
 
 

@@ -84,13 +84,6 @@ class _Worker:
         self.time = CpuTime(after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime, switches)
 
 
-def driver_cpus(wanted: list[int] | None, worker_cpus: list[int], allowed: set[int]) -> list[int]:
-    """Return the CPUs for driver threads: those asked for, else those no worker is pinned to, else all allowed."""
-    if wanted is not None:
-        return wanted
-    return sorted(allowed - set(worker_cpus)) or sorted(allowed)
-
-
 def run_group(
     driver: LoopbackDriver,
     instances: list[Instance],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vdusefast.bench.raw.jobs import parse_seconds
+from vdusefast.bench.common.device_options import parse_seconds
 from vdusefast.bench.torture.plan import TortureOptions, parse_kills
 from vdusefast.config import parse_size
 from vdusefast.errors import ConfigError

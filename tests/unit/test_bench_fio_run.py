@@ -1,0 +1,266 @@
+"""`bench fio` with the real fio, whose target is the store's file: output, exit status, signals, comparison."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fio_rig
+import pytest
+from fio_rig import MIB
+
+from vdusefast.bench.fio.command import run_command
+from vdusefast.bench.fio.output import JsonStream
+from vdusefast.errors import ConfigError, VdusefastError
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ["--transport=loopback", "--queues=1"]
+JOB = ["--name=a", "--rw=randrw", "--bs=4k", "--size=1m"]
+
+
+@pytest.fixture(autouse=True)
+def _target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fio_rig.load_the_file_itself(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
+
+def run(*words: str, status: int = 0) -> None:
+    assert run_command([*RUN, *words]) == status
+
+
+# -- output
+
+
+def test_text_is_fios_then_ours(capfd: pytest.CaptureFixture[str]) -> None:
+    run(*JOB, "--verify=crc32c", "--explain")
+    out, err = capfd.readouterr()
+    assert err == ""
+    wanted = ("This starts", "store: a temporary file", "jobs: all on this device", "Starting 1 process", "err= 0",
+              "Run status group 0", "/kick", "What this was")  # fmt: skip
+    places = [out.index(text) for text in wanted]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("kind", ["json", "json+", "json,normal", "terse,json"])
+def test_json_on_stdout_is_fios_with_one_more_object(capfd: pytest.CaptureFixture[str], kind: str) -> None:
+    run(*JOB, f"--output-format={kind}")
+    out, err = capfd.readouterr()
+    assert "jobs: all on this device" in err
+    report, end = json.JSONDecoder().raw_decode(out, out.index("{\n"))
+    assert list(report)[-1] == "vdusefast"
+    assert report["jobs"][0]["job options"]["rw"] == "randrw"
+    assert report["vdusefast"]["transport"] == "loopback"
+    assert ("Run status" in out[end:]) == ("normal" in kind)
+    if kind == "json+":
+        assert report["jobs"][0]["read"]["clat_ns"]["bins"]
+
+
+@pytest.mark.parametrize("words", [["--minimal"], ["--output-format=terse", "--terse-version=5"]])
+def test_terse_output_stays_alone_on_stdout(capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
+    run(*JOB, *words)
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 1
+    assert out.split(";")[1].startswith("fio-")
+    assert "/kick" in err
+
+
+def test_output_goes_into_a_file(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run(*JOB, "--output=text")
+    run(*JOB, "--output=report", "--output-format=json")
+    assert (tmp_path / "text").read_text().rstrip().splitlines()[-2].startswith("queue")
+    assert "vdusefast" in json.loads((tmp_path / "report").read_text())
+    assert "err= 0" not in capfd.readouterr().out
+
+
+def test_logs_lie_where_fio_writes_them(tmp_path: Path) -> None:
+    run(*JOB, "--write_bw_log=b", "--write_lat_log=l", "--write_iops_log=i", "--log_avg_msec=10")
+    names = {path.name for path in tmp_path.iterdir() if path.suffix == ".log"}
+    assert names == {"b_bw.1.log", "l_clat.1.log", "l_lat.1.log", "l_slat.1.log", "i_iops.1.log"}
+
+
+def test_status_intervals_end_with_the_full_report(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--time_based", "--runtime=2", "--status-interval=1", "--output-format=json", "--rate_iops=100"]
+    run(*JOB, *words)
+    text, reports = capfd.readouterr().out, []
+    while text.strip():
+        report, end = json.JSONDecoder().raw_decode(text.lstrip())
+        reports.append(report)
+        text = text.lstrip()[end:]
+    assert len(reports) >= 2
+    assert ["vdusefast" in report for report in reports] == [False] * (len(reports) - 1) + [True]
+
+
+def test_what_fio_answers_alone_needs_no_device(capfd: pytest.CaptureFixture[str]) -> None:
+    for words, expected in ((["--version"], "fio-"), (["--cmdhelp=iodepth"], "IO buffers"), (["--enghelp"], "libaio")):
+        assert run_command(words) == 0
+        out = capfd.readouterr().out
+        assert expected in out
+        assert "device:" not in out
+    assert run_command([]) == 0
+    assert "--driver-cpus" in capfd.readouterr().out
+
+
+# -- exit status and errors
+
+
+def test_wrong_data_ends_with_fios_status(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(MIB))
+    words = ["--name=v", "--bs=4k", "--size=1m", "--verify=crc32c", f"--backend=file:{disk}"]
+    run(*words, "--rw=write")
+    with disk.open("r+b") as stream:
+        stream.seek(8192 + 99)
+        stream.write(b"oops")
+    run(*words, "--rw=read", status=1)
+    assert "offset 8192" in capfd.readouterr().err
+
+
+def test_option_that_fio_does_not_know_is_fios_error(capfd: pytest.CaptureFixture[str]) -> None:
+    run(*JOB, "--nonsense=1", status=1)
+    assert "unrecognized option '--nonsense=1'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cpus=4097"], "does not exist"),
+        (["--driver-cpus=4097"], "does not exist"),
+        (["--output=/nonexistent/x"], "cannot write into"),
+        (["--backend=memory:1M", "--baseline=psync"], "needs a file that fio can open"),
+        (["--backend=null:1M", "--verify=md5"], "keeps nothing"),
+        (["--route=cross"], "there is one queue"),
+        (["--client=host"], "another machine"),
+        (["--daemonize=x"], "would end with this command"),
+        (["--ioengine=null"], "moves no data"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_command([*RUN, *JOB, *words])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_file_is_never_grown(tmp_path: Path) -> None:
+    path = tmp_path / "small.img"
+    path.write_bytes(bytes(MIB))
+    with pytest.raises(ConfigError, match="not grown"):
+        run_command([*RUN, "--name=a", "--rw=write", "--size=2m", f"--backend=file:{path}"])
+    assert path.stat().st_size == MIB
+
+
+def test_without_fio_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ConfigError, match=r"^bench fio needs the real fio, which is not installed; type: [^\n]*$"):
+        run_command(JOB)
+
+
+def test_store_too_large_to_fill_is_sparse(capfd: pytest.CaptureFixture[str]) -> None:
+    run("--name=a", "--rw=randread", "--size=3g", "--io_size=1m", "--bs=4k")
+    assert "so not filled" in capfd.readouterr().out
+
+
+# -- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", ["normal", "json"])
+def test_signal_lets_fio_report_and_leaves_nothing(tmp_path: Path, number: signal.Signals, kind: str) -> None:
+    code = (
+        "import sys, pytest, fio_rig; from vdusefast.bench.fio.command import run_command;"
+        "fio_rig.load_the_file_itself(pytest.MonkeyPatch()); sys.exit(run_command(sys.argv[1:]))"
+    )
+    words = [*RUN, *JOB, "--time_based", "--runtime=60", f"--output-format={kind}", "--verify_state_save=0"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    stream = process.stdout if kind == "normal" else process.stderr
+    assert stream is not None
+    for line in stream:
+        if line.startswith("jobs:"):
+            break
+    time.sleep(0.7)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    if kind == "json":
+        report: dict[str, Any] = json.loads(out[out.index("{\n") :])
+        assert report["vdusefast"]["stopped_by"] == number.name
+        assert report["jobs"][0]["read"]["total_ios"] > 0
+    else:
+        assert "Run status group 0" in out
+        assert f"stopped early by {number.name}" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- the comparison
+
+
+def test_baseline_runs_both_in_turn_and_compares_medians(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[Path] = []
+    monkeypatch.setattr("vdusefast.bench.fio.baseline._forget_pages", forgotten.append)
+    disk = tmp_path / "c:d.img"
+    words = ["--name=b", "--rw=randread", "--bs=4k", "--size=1m", "--output-format=json", f"--backend=file:{disk}"]
+    run(*words, "--baseline=psync,job", "--write_lat_log=x", "--direct=1")
+    out, err = capfd.readouterr()
+    one, other = json.loads(out)["vdusefast"]["baseline"]
+    assert (one["engine"], other["engine"], one["rounds"]) == ("psync", "job", 3)
+    assert one["fio"]["iops"]["median"] > 0
+    assert one["ratio"]["median"] == pytest.approx(one["ours"]["iops"]["median"] / one["fio"]["iops"]["median"], rel=1)
+    assert {"--ioengine=psync", "--invalidate=0", "--direct=0"} <= set(one["command"])
+    assert not [word for word in one["command"] if "lat_log" in word]
+    order = [line.partition(": ")[2] for line in err.splitlines() if line.startswith("round ")]
+    ours, psync, own = "vdusefast", "fio alone, ioengine psync", "fio alone, ioengine job"
+    assert order == [ours, psync, own, own, psync, ours, ours, psync, own]
+    assert forgotten == [disk] * 9
+
+
+def test_cache_stays_warm_where_the_job_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vdusefast.bench.fio.baseline._forget_pages", lambda path: pytest.fail("pages were dropped"))
+    run(*JOB, "--invalidate=0", "--baseline=job")
+    assert "times (+-" in capfd.readouterr().out
+
+
+def test_failed_baseline_does_not_cost_the_report(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(VdusefastError, match="--baseline, nosuch"):
+        run_command([*RUN, *JOB, "--baseline=nosuch", "--output-format=json"])
+    assert "vdusefast" in json.loads(capfd.readouterr().out)
+
+
+# -- the stream
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_stream_passes_everything_on_whatever_the_pieces(step: int) -> None:
+    text = b'said\n{\n  "a" : 1\n}\nbetween\n{\n  "jobs" : [\n    {\n    }\n  ]\n}\nafter\nno end'
+    out = io.BytesIO()
+    stream = JsonStream(out)
+    for at in range(0, len(text), step):
+        stream.write(text[at : at + step])
+    assert stream.finish("m", {"x": [1]})
+    whole = out.getvalue()
+    assert json.loads(whole[whole.rindex(b"\n{\n") : whole.index(b"after")]) == {"jobs": [{}], "m": {"x": [1]}}
+    assert whole.replace(b',\n  "m" : {\n    "x": [\n      1\n    ]\n  }', b"") == text
+
+
+def test_stream_without_an_object_is_unchanged() -> None:
+    out = io.BytesIO()
+    stream = JsonStream(out)
+    stream.write(b"}\nfio: failed\n")
+    assert not stream.finish("m", {})
+    assert out.getvalue() == b"}\nfio: failed\n"

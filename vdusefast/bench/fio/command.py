@@ -1,0 +1,254 @@
+"""`python -m vdusefast.bench fio`: the real fio on a device made for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from vdusefast.api import Device
+from vdusefast.backends import keeps_data
+from vdusefast.base.json_types import Json
+from vdusefast.base.kinds import TransportKind
+from vdusefast.bench.common.device_options import (
+    build_config,
+    check_driver_cpus,
+    driver_cpus,
+    store_uri,
+)
+from vdusefast.bench.common.host import host
+from vdusefast.bench.common.measured import cpu_seconds, queue_figures, queue_lines
+from vdusefast.bench.common.real_fio import FioStuckError, choose_engine, find_fio
+from vdusefast.bench.common.store import BenchStore, StoppedError
+from vdusefast.bench.common.tables import bytes_text
+from vdusefast.bench.common.transport import choose_transport
+from vdusefast.bench.fio.baseline import Baseline, check_baseline
+from vdusefast.bench.fio.device import Reachable, can_attach, check_bus, served
+from vdusefast.bench.fio.options import FLAGS, NAMES, FioOptions, option_help, read_options
+from vdusefast.bench.fio.report import INTRODUCTION, baseline_text, device_text, unseen_errors
+from vdusefast.bench.fio.script import Script, read_script
+from vdusefast.bench.fio.shown import Shown, run_shown
+from vdusefast.bench.fio.target import Retargeting
+from vdusefast.bench.fio.words import ANSWERED, REFUSED, Knowledge, read_words
+from vdusefast.config import Config
+from vdusefast.errors import ConfigError, VdusefastError
+from vdusefast.server.signals import PatientStopSignals, StopSignals
+
+STOPPED_STATUS = 128  # of a fio that a signal has stopped
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run fio with these words on a device made for it, and return the exit status.
+
+    Raises VdusefastError for everything that keeps it from running, and for a failure of the device.
+    """
+    if not arguments or {"--help", "-h", "-help"} & set(arguments):
+        print(option_help())
+        return 0
+    fio = find_fio("bench fio")
+    know = Knowledge(fio)
+    script = read_script(read_words(arguments, NAMES, FLAGS, know), NAMES, FLAGS)
+    for name, reason in REFUSED.items():
+        if script.option(name) is not None:
+            raise ConfigError(f"--{name}: {reason}")
+    with tempfile.TemporaryDirectory(prefix="vdusefast-fio-") as name:
+        if any(script.option(one) is not None for one in ANSWERED):
+            sys.stdout.flush()
+            return subprocess.run([fio, *script.words(Path(name))], check=False).returncode
+        options = read_options(script)
+        if not can_attach() and choose_transport(options.device.transport)[0] == TransportKind.LOOPBACK:
+            from vdusefast.bench.raw.command import run_plan
+            from vdusefast.bench.raw.jobs import parse_arguments
+
+            return run_plan(parse_arguments(arguments))
+        return Run(fio, know, script, options, Path(name)).run()
+
+
+@dataclass
+class Outcome:
+    """What is known once fio has ended."""
+
+    queues: list[Json] = field(default_factory=list)
+    engine_used: str = ""
+    stopped_by: str = ""
+    words: list[str] = field(default_factory=list)
+    baselines: list[Json] = field(default_factory=list)
+
+
+class Run:
+    """One command: a store, a device, fio on it, and the reports."""
+
+    def __init__(self, fio: str, know: Knowledge, script: Script, options: FioOptions, directory: Path):
+        """Check everything that can be checked before anything is made. Raises ConfigError, KernelSupportError."""
+        self._fio, self._options, self._directory = fio, options, directory
+        self._transport, self._reason = choose_transport(options.device.transport)
+        kernel = self._transport == TransportKind.KERNEL
+        self._jobs = Retargeting(script, know, self._transport, choose_engine(fio) if kernel else "libaio")
+        self._shown = Shown(script)
+        self._outcome = Outcome()
+        self._late: VdusefastError | None = None
+        self._uri = store_uri(options.device)
+        _check(options, self._jobs, self._uri, self._transport, self._shown.file)
+
+    def say(self, text: str) -> None:
+        """Tell the person who waits, without mixing it into what a program reads."""
+        stream: TextIO = sys.stdout if self._shown.keeps_stdout else sys.stderr
+        print(text, file=stream, flush=True)
+
+    def run(self) -> int:
+        """Carry it out and return the exit status."""
+        if self._options.explain:
+            self.say(INTRODUCTION)
+        self.say(f"transport: {self._transport} ({self._reason})")
+        kernel = self._transport == TransportKind.KERNEL
+        # A second signal must not leave a disk of the kernel's without its server.
+        with PatientStopSignals() if kernel else StopSignals() as signals:
+            try:
+                return self._on_store(signals)
+            except StoppedError as error:
+                self.say(str(error))
+                return 0
+
+    def _on_store(self, signals: StopSignals) -> int:
+        with BenchStore(
+            self._uri,
+            self._jobs.required_bytes,
+            reads=self._jobs.reads(),
+            say=self.say,
+            stopped=lambda: signals.requested,
+        ) as store:
+            config = build_config(self._options.device, store.uri, self._transport)
+            check_bus(config, self._transport)
+            asynchronous = self._jobs.asynchronous
+            with served(config, self._transport, asynchronous, self._options.route) as reachable:
+                _check_abilities(self._jobs, reachable)
+                status = self._load(reachable, config, store.path, signals)
+            _raise_failure(reachable.device)  # the drain at the end can fail, too
+        if self._late is not None:
+            raise self._late
+        unseen = unseen_errors(self._outcome.queues, tolerated=self._jobs.tolerates_errors())
+        if unseen is not None and not status:
+            raise unseen
+        return status
+
+    def _load(self, reachable: Reachable, config: Config, path: Path | None, signals: StopSignals) -> int:
+        device, outcome = reachable.device, self._outcome
+        script = self._jobs.turn_to(reachable.target, reachable.capacity_bytes)
+        outcome.words = [self._fio, *script.words(self._directory)]
+        self._describe(reachable, config)
+        cpus = self._driver_cpus(device)
+        used, counted, begin = cpu_seconds(device), device.stats(), time.monotonic()
+
+        def member(status: int) -> Json:
+            passed, used_after = time.monotonic() - begin, cpu_seconds(device)
+            outcome.queues = queue_figures(device.stats(), used, used_after, passed, counted)
+            outcome.engine_used = device.queues()[0].engine
+            outcome.stopped_by = signals.received.name if signals.received is not None else ""
+            if self._options.baseline and not status and not outcome.stopped_by:
+                self._compare(reachable, config, path, cpus, signals)
+            return self._member(reachable, config)
+
+        status = run_shown(
+            outcome.words,
+            self._shown,
+            environment=reachable.environment,
+            cpus=cpus,
+            stop_fd=signals.fileno(),
+            tick=lambda: _raise_failure(device),
+            member=member,
+        )
+        _raise_failure(device)
+        text = device_text(outcome.queues, outcome.stopped_by, explain=self._options.explain)
+        self._shown.append(text + baseline_text(outcome.baselines))
+        return 0 if outcome.stopped_by and status == STOPPED_STATUS else status
+
+    def _describe(self, reachable: Reachable, config: Config) -> None:
+        device, backend = reachable.device, config.backend
+        queues = device.queues()
+        node = f"{reachable.target.path}, " if self._transport == TransportKind.KERNEL else ""
+        self.say(
+            f"device: {node}{bytes_text(reachable.capacity_bytes)} on {backend.uri}, cache {backend.cache}, "
+            f"engine {queues[0].engine}, {len(queues)} queue(s) of {config.device.effective_queue_size}"
+        )
+        for line in queue_lines(device):
+            self.say(line)
+        replaced = "; ".join(self._jobs.notes)
+        self.say(f"jobs: all on this device{', in place of ' if replaced else ''}{replaced}\n")
+
+    def _driver_cpus(self, device: Device) -> list[int]:
+        workers = [queue.cpu for queue in device.queues() if queue.cpu >= 0]
+        return driver_cpus(self._options.device, workers, os.sched_getaffinity(0))
+
+    def _member(self, reachable: Reachable, config: Config) -> Json:
+        outcome = self._outcome
+        return {
+            "transport": self._transport,
+            "backend": config.backend.uri,
+            "cache": config.backend.cache,
+            "engine": config.backend.engine,
+            "engine_used": outcome.engine_used,
+            "queue_size": config.device.effective_queue_size,
+            "host": host(),
+            "node": reachable.target.path if self._transport == TransportKind.KERNEL else "",
+            "fio_command": outcome.words,
+            "replaced": self._jobs.notes,
+            "queues": outcome.queues,
+            "baseline": outcome.baselines,
+            "stopped_by": outcome.stopped_by,
+        }
+
+    def _compare(
+        self, reachable: Reachable, config: Config, path: Path | None, cpus: list[int], signals: StopSignals
+    ) -> None:
+        """Run the baselines; what fails in them does not cost the report."""
+        baseline = Baseline(
+            self._fio,
+            self._jobs,
+            reachable,
+            path,
+            self._directory,
+            cpus=cpus,
+            direct=config.backend.cache == "none",
+            stop_fd=signals.fileno(),
+            say=self.say,
+        )
+        try:
+            self._outcome.baselines = baseline.run(self._options.baseline)
+        except FioStuckError:
+            raise
+        except VdusefastError as error:
+            self._late = error
+
+
+def _raise_failure(device: Device) -> None:
+    if device.failure is not None:
+        raise device.failure
+
+
+def _check_abilities(jobs: Retargeting, reachable: Reachable) -> None:
+    """Refuse jobs that this device cannot serve. Raises ConfigError."""
+    for job in jobs.loads:
+        rw = job.get("rw") or "read"
+        if reachable.read_only and ("write" in rw or "rw" in rw or "trim" in rw):
+            raise ConfigError(f"job {job.name}: rw={rw}, but the device is read-only")
+        if "trim" in rw and not reachable.can_discard:
+            raise ConfigError(f"job {job.name}: rw={rw}, but the store cannot discard")
+
+
+def _check(options: FioOptions, jobs: Retargeting, uri: str | None, transport: str, output: Path | None) -> None:
+    """Refuse wrong options before anything is made. Raises ConfigError."""
+    config = build_config(options.device, uri or "file:temporary", transport)
+    check_driver_cpus(options.device)
+    if options.route == "cross" and transport == TransportKind.LOOPBACK and len(config.queue) < 2:
+        raise ConfigError("--route=cross: there is one queue; use --queues=2 or more")
+    for job in jobs.verifies() if uri is not None and not keeps_data(uri) else []:
+        raise ConfigError(f"job {job.name}: verify={job.get('verify')}, but a null store keeps nothing")
+    if output is not None and not os.access(output.absolute().parent, os.W_OK):
+        raise ConfigError(f"--output={output}: cannot write into {output.absolute().parent}")
+    check_baseline(options.baseline, uri)

@@ -1,0 +1,78 @@
+"""The device that fio loads, over either transport: what fio opens, and what it must have in its environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from vdusefast.api import Device
+from vdusefast.base.kinds import Bus, TransportKind
+from vdusefast.bench.common import block_node
+from vdusefast.bench.common.real_fio import KILL_S, FioStuckError
+from vdusefast.bench.fio.target import Target
+from vdusefast.config import Config
+from vdusefast.errors import ConfigError, VdusefastError
+
+LOOPBACK_MEMORY = "mmapshared"  # the device reaches such memory without a copy
+
+
+@dataclass(frozen=True)
+class Reachable:
+    """A device that fio can open."""
+
+    device: Device
+    target: Target
+    capacity_bytes: int
+    read_only: bool
+    can_discard: bool
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_bus(config: Config, transport: str) -> None:
+    """Refuse a device that gives no block device. Raises ConfigError."""
+    if transport == TransportKind.KERNEL and config.device.bus != Bus.VIRTIO:
+        raise ConfigError(f'device.bus: {config.device.bus} gives no block device to load; use bus = "virtio"')
+
+
+@contextmanager
+def served(config: Config, transport: str, asynchronous: str, route: str) -> Iterator[Reachable]:
+    """Serve a device for fio, until the end. A fio that could not be killed is reaped once the device is gone.
+
+    Raises VdusefastError.
+    """
+    with Device(config) as device:
+        try:
+            if transport == TransportKind.KERNEL:
+                node = device.node
+                yield Reachable(
+                    device,
+                    Target(node, transport, asynchronous),
+                    block_node.size_bytes(node),
+                    block_node.is_read_only(node),
+                    block_node.discard_max_bytes(node) > 0,
+                )
+            else:
+                with _attached(device, asynchronous, route) as reachable:
+                    yield reachable
+        except FioStuckError as stuck:
+            device.stop(force=True)
+            stuck.fio.reap(KILL_S)
+            raise stuck.cause or VdusefastError(f"device {device.name}: {stuck}") from None
+        except BaseException:
+            # Nobody waits for requests any more, and those of a failed queue would be waited for in vain.
+            device.stop(force=True)
+            raise
+
+
+def can_attach() -> bool:
+    """Return whether programs can reach a loopback device: whether there is the library that they preload."""
+    return False
+
+
+@contextmanager
+def _attached(device: Device, asynchronous: str, route: str) -> Iterator[Reachable]:
+    """Let processes that preload our library reach a loopback device."""
+    if not can_attach():
+        raise VdusefastError(f"device {device.name}: no program can attach to a loopback device here")
+    yield Reachable(device, Target("", route, asynchronous, LOOPBACK_MEMORY), 0, False, False)

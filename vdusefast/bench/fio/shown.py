@@ -1,0 +1,136 @@
+"""A run of fio that a person or a program reads: its output passes unchanged, the device is watched meanwhile."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+from vdusefast.base.json_types import Json
+from vdusefast.bench.common.real_fio import FINISH_S, TICK_S, FioProcess, readable
+from vdusefast.bench.fio.output import JsonStream
+from vdusefast.bench.fio.script import Script
+from vdusefast.errors import BackendError, VdusefastError
+
+MEMBER = "vdusefast"
+CHUNK_BYTES = 1 << 16
+
+
+class Shown:
+    """Where fio's output goes, and in which formats; `Json` of ours can be added to it."""
+
+    def __init__(self, script: Script):
+        """Learn it from the options of fio itself."""
+        formats = (script.option("output-format") or "normal").split(",")
+        self.has_text = "normal" in formats and script.option("minimal") is None
+        self.has_json = bool({"json", "json+"} & set(formats))
+        output = script.option("output")
+        self.file = Path(output) if output else None
+
+    @property
+    def keeps_stdout(self) -> bool:
+        """Whether stdout has fio's text alone or nothing of fio's, so that notes may stand there, too."""
+        return (self.has_text and not self.has_json) or self.file is not None
+
+    def add(self, member: Json) -> None:
+        """Add our member to the file of --output, when it has JSON. Raises BackendError."""
+        if self.file is None or not self.has_json:
+            return
+        try:
+            with self.file.open("r+b") as stream:
+                out = BytesIO()
+                passed = JsonStream(out)
+                passed.write(stream.read())
+                passed.finish(MEMBER, member)
+                stream.seek(0)
+                stream.write(out.getvalue())
+        except OSError as error:
+            raise BackendError(f"--output {self.file}: {error.strerror}") from None
+
+    def append(self, text: str) -> None:
+        """Put text after fio's. Raises BackendError."""
+        if self.file is None:
+            print(text, end="", file=sys.stdout if self.keeps_stdout else sys.stderr, flush=True)
+            return
+        if not self.has_text or self.has_json:
+            return
+        try:
+            with self.file.open("a") as stream:
+                stream.write(text)
+        except OSError as error:
+            raise BackendError(f"--output {self.file}: {error.strerror}") from None
+
+
+@contextmanager
+def running_on(cpus: Sequence[int]) -> Iterator[None]:
+    """Have processes that this thread starts meanwhile run on these CPUs; empty: on any."""
+    before = os.sched_getaffinity(0)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def run_shown(
+    words: Sequence[str],
+    shown: Shown,
+    *,
+    environment: Mapping[str, str],
+    cpus: Sequence[int],
+    stop_fd: int,
+    tick: Callable[[], None],
+    member: Callable[[int], Json],
+) -> int:
+    """Run fio to its end and return its status; a signal (`stop_fd`, borrowed) lets it finish and report.
+
+    tick: called ten times a second; an exception of it ends fio. member: asked with its status once fio has
+    ended. Raises VdusefastError, FioStuckError.
+    """
+    sys.stdout.flush()
+    piped = shown.has_json and shown.file is None
+    read_fd, write_fd = os.pipe() if piped else (-1, -1)
+    stream = JsonStream(sys.stdout.buffer)
+    try:
+        with _started(words, write_fd if piped else 1, environment, cpus) as fio:
+            if piped:
+                os.close(write_fd)
+                write_fd = -1
+            status = _follow(fio, read_fd, stream, stop_fd, tick)
+        if piped:
+            while data := os.read(read_fd, CHUNK_BYTES):
+                stream.write(data)
+    finally:
+        for fd in (read_fd, write_fd):
+            if fd >= 0:
+                os.close(fd)
+    added = member(status)
+    if piped:
+        stream.finish(MEMBER, added)
+    shown.add(added)
+    return status
+
+
+def _started(words: Sequence[str], out_fd: int, environment: Mapping[str, str], cpus: Sequence[int]) -> FioProcess:
+    with running_on(cpus):
+        return FioProcess(words, out_fd=out_fd, environment=environment)
+
+
+def _follow(fio: FioProcess, read_fd: int, stream: JsonStream, stop_fd: int, tick: Callable[[], None]) -> int:
+    end = math.inf
+    while not fio.wait(TICK_S, read_fd, -1 if end < math.inf else stop_fd):
+        if readable(read_fd) and (data := os.read(read_fd, CHUNK_BYTES)):
+            stream.write(data)
+        tick()
+        if time.monotonic() > end:
+            raise VdusefastError(f"fio did not end within {FINISH_S:.0f} s after the signal")
+        if end == math.inf and readable(stop_fd):
+            end = time.monotonic() + FINISH_S
+            fio.interrupt()
+    return fio.status()
