@@ -118,6 +118,11 @@ static inline int vf_exchange_if_u32(uint32_t *p, uint32_t from, uint32_t to)
 	return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 
+static inline int vf_exchange_if_u64(uint64_t *p, uint64_t from, uint64_t to)
+{
+	return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
 static inline uint32_t vf_load_relaxed_u32(const uint32_t *p)
 {
 	VF_SHARED_READ(p, sizeof(*p));
