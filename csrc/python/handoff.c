@@ -47,7 +47,7 @@ static void vf_handoff_close(struct vf_engine *engine)
 	handoff->engine = NULL;
 }
 
-static void vf_handoff_queue(struct vf_handoff *handoff, uint16_t slot)
+void vf_handoff_queue(struct vf_handoff *handoff, uint16_t slot)
 {
 	uint32_t at = handoff->backlog_at + handoff->backlog_count;
 
@@ -77,7 +77,12 @@ static int vf_handoff_submit(struct vf_engine *engine, struct vf_req *req)
 		.req = req,
 		.start_ns = handoff->timeout_ns ? vf_now_ns() : 0,
 		.stage = VF_STAGE_DATA,
+		.offset_bytes = req->offset_bytes,
+		.length_bytes = req->left_bytes,
+		.op = req->op,
 	};
+	/* Pairs with the acquire of vf_hang_oldest(). */
+	vf_store_release_u64(&handoff->records[req->slot].number, ++handoff->submitted);
 	vf_handoff_queue(handoff, req->slot);
 	engine->inflight_count++;
 	return 0;
@@ -105,6 +110,7 @@ static uint32_t vf_handoff_take(struct vf_handoff *handoff, struct vf_req **done
 			vf_handoff_queue(handoff, slot);
 			continue;
 		}
+		vf_store_release_u64(&record->number, 0);
 		record->req->result = record->error;
 		if (record->req->op == VF_OP_READ && !record->error)
 			vf_req_advance(record->req, record->req->left_bytes);

@@ -28,6 +28,12 @@ struct vf_handoff_record {
 	int32_t error;
 	uint32_t piece_count; /* not answered */
 	uint8_t stage; /* enum vf_handoff_stage */
+
+	/* For the thread of hang_watch.h: `number` is stored last, and cleared when the request has ended. */
+	uint64_t offset_bytes;
+	uint64_t length_bytes;
+	uint32_t op; /* enum vf_op */
+	uint64_t number; /* of all requests, from 1 on; 0: none */
 };
 
 struct vf_handoff {
@@ -58,7 +64,15 @@ struct vf_handoff {
 	uint64_t timeout_ns; /* 0: none */
 	uint64_t looked_ns; /* when time-outs were last checked */
 	uint64_t stepped_ns;
+	uint64_t submitted; /* so many requests */
+
+	/* For the thread of hang_watch.h. */
+	uint64_t call; /* odd: the class runs, called for the request in call_slot */
+	uint32_t call_slot;
+	uint32_t call_op; /* the method: enum vf_op, or VF_CALL_SUBMIT */
 };
+
+#define VF_CALL_SUBMIT 255u
 
 /* The engine of a plugin whose context is a struct vf_handoff. */
 extern const struct vf_engine_ops vf_engine_python;
@@ -71,7 +85,28 @@ void vf_handoff_pop(struct vf_handoff *handoff);
 /* Push a slot whose stage has ended; under the lock, so one at a time. 1: the loop sleeps and has to be woken. */
 int vf_handoff_push(struct vf_handoff *handoff, uint16_t slot);
 
-/* CLOCK_MONOTONIC; the extensions share no code. */
+/* Queue a request that was popped, or the next stage of one, to be handed over. */
+void vf_handoff_queue(struct vf_handoff *handoff, uint16_t slot);
+
+/* Mark a call of the class, and its end, which may be marked twice. */
+static inline void vf_handoff_call_begin(struct vf_handoff *handoff, uint16_t slot, uint8_t op)
+{
+	vf_store_relaxed_u32(&handoff->call_slot, slot);
+	vf_store_relaxed_u32(&handoff->call_op, op);
+	vf_store_release_u64(&handoff->call, handoff->call + 1u); /* pairs with the acquire of vf_hang_find() */
+}
+
+static inline void vf_handoff_call_end(struct vf_handoff *handoff)
+{
+	if (handoff->call & 1u)
+		vf_store_release_u64(&handoff->call, handoff->call + 1u);
+}
+
+/* Whether the time-out of a request has passed. */
+static inline int vf_handoff_is_late(const struct vf_handoff *handoff, uint16_t slot, uint64_t now_ns)
+{
+	return handoff->timeout_ns && now_ns - handoff->records[slot].start_ns > handoff->timeout_ns;
+}
 
 static inline int vf_handoff_is_done(const struct vf_handoff *handoff)
 {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 DISKS = """
 import logging, os, sys
@@ -74,7 +74,7 @@ class Dies(Disk):
 PROGRAM = """
 import sys, vdusefast
 
-config = vdusefast.make_config(name="told", uri=sys.argv[1], queues=1)
+config = vdusefast.make_config(name="shown", uri=sys.argv[1], queues=1)
 try:
     with vdusefast.Device(config) as device, device.driver() as driver:
         try:
@@ -100,13 +100,13 @@ def fio(tmp_path: Path, disk: str) -> list[str]:
 def serve(tmp_path: Path, disk: str) -> list[str]:
     """Return a server in the foreground; it has no driver, and fails before it serves."""
     uri = f"python:{tmp_path}/disks.py:{disk}"
-    (tmp_path / "told.toml").write_text(
-        f'[device]\nname = "told"\ntransport = "loopback"\nqueues = 1\n[backend]\nuri = "{uri}"\n'
+    (tmp_path / "shown.toml").write_text(
+        f'[device]\nname = "shown"\ntransport = "loopback"\nqueues = 1\n[backend]\nuri = "{uri}"\n'
     )
-    return [sys.executable, "-m", "vdusefast", "serve", str(tmp_path / "told.toml")]
+    return [sys.executable, "-m", "vdusefast", "serve", str(tmp_path / "shown.toml")]
 
 
-def told(words: list[str], tmp_path: Path) -> str:
+def stderr_of(words: list[str], tmp_path: Path) -> str:
     """Run a command in a directory with the disks. Returns its standard error."""
     run_dir = tmp_path / "run"
     run_dir.mkdir(exist_ok=True)
@@ -144,7 +144,7 @@ FAILED = {
     "RaisesInConstructor": ["in __init__", ": KeyError: 'missing'", "RaisesInConstructor() raised KeyError"],
     "RaisesInOpen": ["in open", ": KeyError: 'missing'", "open() raised KeyError: 'missing' (disks.py:24); nothing is"],
     "RaisesInOpenOfWorker": [
-        "device told: queue 0: worker (pid ",
+        "device shown: queue 0: worker (pid ",
         "in open",
         ": KeyError: 'missing'",
         "nothing is served",
@@ -158,7 +158,7 @@ FAILED = {
 def test_what_a_class_says_in_a_request_is_seen(
     command: Callable[[Path, str], list[str]], disk: str, tmp_path: Path
 ) -> None:
-    said = told(command(tmp_path, disk), tmp_path)
+    said = stderr_of(command(tmp_path, disk), tmp_path)
     missing = [text for text in SERVED[disk] if text not in said]
     assert not missing, said
     assert "_python.pyx" not in said  # our own frames say nothing about the class
@@ -169,13 +169,13 @@ def test_what_a_class_says_in_a_request_is_seen(
 def test_what_a_class_says_at_the_start_is_seen(
     command: Callable[[Path, str], list[str]], disk: str, tmp_path: Path
 ) -> None:
-    said = told(command(tmp_path, disk), tmp_path)
+    said = stderr_of(command(tmp_path, disk), tmp_path)
     missing = [text for text in FAILED[disk] if text not in said]
     assert not missing, said
 
 
 def test_print_in_open_is_seen_of_each_process(tmp_path: Path) -> None:
-    said = told(program(tmp_path, "PrintsInOpen"), tmp_path)
+    said = stderr_of(program(tmp_path, "PrintsInOpen"), tmp_path)
     assert ": probe (pid " in said
-    assert "device told: queue 0: worker (pid " in said
+    assert "device shown: queue 0: worker (pid " in said
     assert said.count(": opened in ") == 2

@@ -78,7 +78,7 @@ def test_queue_waits_since_the_first_look_at_what_is_in_flight(watch: QueueWatch
     assert watch.waiting_s(0, 107) == 1.0  # the next request is slow as well
 
 
-def test_long_wait_is_logged_once_and_its_end_too(
+def test_long_wait_is_logged_at_growing_intervals_and_its_end_too(
     watch: QueueWatch, pages: FakePages, caplog: pytest.LogCaptureFixture
 ) -> None:
     pages.inflight = True
@@ -90,6 +90,7 @@ def test_long_wait_is_logged_once_and_its_end_too(
         watch.look(0, now_s)
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
         (logging.WARNING, "device d0: queue 0 waits for its storage since 10 s"),
+        (logging.WARNING, "device d0: queue 0 waits for its storage since 20 s"),
         (logging.WARNING, "device d0: queue 0 continues after 40 s"),
     ]
 

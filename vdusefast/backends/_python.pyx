@@ -1,22 +1,28 @@
 """The engine that serves a disk written in Python: all requests of a round are handed over under one hold of the GIL.
 
 csrc/python/handoff.c connects the loop with this module, which calls the class. _python_pieces.pyx has the pieces that the
-class completes.
+class completes. A thread (csrc/python/hang_watch.c) names calls that do not return, and interrupts them after the time-out.
 """
 
+import errno
 import os
+import signal
+import sys
 
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport PyObject
-from libc.errno cimport EIO
+from libc.errno cimport EIO, ETIMEDOUT
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from posix.unistd cimport _exit, usleep
 
 from vdusefast.worker._csrc cimport *
 from vdusefast.backends._handoff cimport *
+from vdusefast.backends._python_hangs cimport py_title, say_hang, say_line, say_over
 from vdusefast.backends._python_pieces cimport PIECE_OPEN, PIECES_MAX, ROWS_MAX, TAG_BITS, Batch, Pieces, py_piece
 
 from vdusefast.backends._python_pieces import OPERATIONS
 from vdusefast.backends.python_class import overrides
+from vdusefast.backends.python_errors import is_between_calls, print_stack
 
 from vdusefast.base._build cimport vf_build_id
 from vdusefast.base.build import check_extension
@@ -29,6 +35,22 @@ cdef extern from *:
     """
     Py_ssize_t refs "vf_py_refs"(PyObject *)
 
+cdef extern from "<pthread.h>" nogil:
+    ctypedef unsigned long pthread_t
+    ctypedef struct pthread_attr_t:
+        pass
+    int pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *) noexcept nogil, void *)
+    int pthread_detach(pthread_t)
+
+cdef extern from "<signal.h>" nogil:
+    int pthread_kill(pthread_t, int)
+
+cdef enum:
+    EXIT_HANGS = 70  # of a process whose class could not be interrupted
+
+# Free in a worker; a class that uses it too gets TimeoutError only after the time-out.
+INTERRUPT_SIGNAL = signal.SIGRTMIN + 6
+
 
 cdef class Engine(Pieces):
     """The plugin of a worker: a disk, and its connection to the loop."""
@@ -39,6 +61,12 @@ cdef class Engine(Pieces):
     cdef Batch spare
     cdef object pread, pwrite, flush, discard, write_zeroes, submit
     cdef bint is_open
+    cdef vf_hang_watch watch
+    cdef bint is_watched
+    cdef bytes uri
+    cdef py_title title  # of the lines about hangs
+    cdef int interrupt_signal  # 0: calls cannot be interrupted
+    cdef uint32_t locating  # a thread prints where the class is
 
     def __cinit__(self, disk, spec):
         """Get ready for a disk, which is opened next."""
@@ -69,6 +97,44 @@ cdef class Engine(Pieces):
         self.pread, self.pwrite, self.flush = disk.pread, disk.pwrite, disk.flush
         self.discard, self.write_zeroes, self.submit = disk.discard, disk.write_zeroes, disk.submit
         self.block_mask = <uint32_t> disk.block_size_bytes - 1
+
+    def name_hangs(self):
+        """Have calls that do not return named, and interrupted after the time-out; for a process of the class's own."""
+        spec = self.spec
+        self.uri = spec.uri.encode(errors="replace")
+        self.title.uri = self.uri
+        is_relay = spec.queue_count > 1 and not self.disk.shareable
+        self.title.queue_slots = max(1, spec.slot_count // spec.queue_count) if is_relay else 0
+        self.title.timeout_s = spec.timeout_s
+        self.title.batched = self.batched
+        self.watch.owner = <void *> self
+        self.watch.handoff = self.handoff
+        self.watch.on_event = on_hang
+        self.is_watched = True
+        if spec.timeout_s:
+            signal.signal(INTERRUPT_SIGNAL, self.interrupted)
+            self.interrupt_signal = INTERRUPT_SIGNAL
+
+    def interrupted(self, number, frame):
+        """End a call of the class, or a task of its loop, that has run for longer than the time-out, by an exception."""
+        cdef uint64_t now_ns = vf_now_ns()
+        cdef uint32_t i
+        cdef bint is_late = False
+        if self.handoff.engine == NULL:
+            return
+        if self.handoff.call & 1:
+            is_late = vf_handoff_is_late(self.handoff, <uint16_t> self.handoff.call_slot, now_ns)
+        elif not is_between_calls(frame):
+            for i in range(self.handoff.slot_count):
+                is_late |= self.handoff.records[i].number != 0 and vf_handoff_is_late(self.handoff, <uint16_t> i, now_ns)
+        if is_late:
+            raise TimeoutError(ETIMEDOUT, f"the request has taken longer than {self.spec.timeout_s:g} s (backend.timeout_s)")
+
+    def print_place(self):
+        """Print where the class is, if it still is there."""
+        frame = sys._current_frames().get(self.thread)
+        if frame is not None and (self.handoff.call & 1 or not is_between_calls(frame)):
+            print_stack(frame)
 
     def abandon(self):
         """Release everything of an engine that was not opened; its disk is left alone."""
@@ -133,8 +199,11 @@ cdef class Engine(Pieces):
     cdef void hand_over(self):
         """Hand the submitted requests to the class."""
         self.handoff.stuck = False
+        if self.is_watched and not self.watch.started and vf_hang_watch_start(&self.watch) < 0:
+            self.is_watched = False  # no thread: the supervisor still says which queue waits
         if self.handoff.timeout_ns:
             self.expire()
+            self.expire_backlog()
         if self.handoff.backlog_count:
             if self.batched:
                 self.hand_over_batches()
@@ -143,11 +212,34 @@ cdef class Engine(Pieces):
         if self.loop is not None:
             self.step()
 
+    cdef void expire_backlog(self):
+        """End requests that are too late before the class has seen them, as it has not returned from earlier ones."""
+        cdef uint64_t now_ns = vf_now_ns()
+        cdef uint32_t i
+        cdef uint16_t slot
+        for i in range(self.handoff.backlog_count):
+            slot = self.handoff.backlog[self.handoff.backlog_at]
+            vf_handoff_pop(self.handoff)
+            if vf_handoff_is_late(self.handoff, slot, now_ns):
+                self.settle_late(slot)
+            else:
+                vf_handoff_queue(self.handoff, slot)
+
+    cdef void settle_late(self, uint16_t slot):
+        self.complaints.say("late", f"a request waited for longer than {self.spec.timeout_s:g} s (backend.timeout_s) for "
+                            "earlier ones; the driver got IOERR")
+        self.handoff.records[slot].piece_count = 0
+        self.settle(slot, -ETIMEDOUT)
+
     cdef void hand_over_calls(self):
         cdef uint32_t i, count
         cdef uint16_t slot
         while self.handoff.backlog_count:
             slot = self.handoff.backlog[self.handoff.backlog_at]
+            if self.handoff.timeout_ns and vf_handoff_is_late(self.handoff, slot, vf_now_ns()):
+                vf_handoff_pop(self.handoff)
+                self.settle_late(slot)
+                continue
             if not self.cut(slot):
                 return
             vf_handoff_pop(self.handoff)
@@ -187,11 +279,15 @@ cdef class Engine(Pieces):
                 return
 
     cdef void give(self, Batch batch):
+        cdef uint32_t first = <uint32_t> batch.tags[0] & ((1 << TAG_BITS) - 1)
+        vf_handoff_call_begin(self.handoff, self.pieces[first].slot, VF_CALL_SUBMIT)
         try:
             result = self.submit(batch)
+            vf_handoff_call_end(self.handoff)
             if result is not None and hasattr(result, "__await__"):
                 self.start(_wait_batch(self, result, batch))
         except BaseException as error:
+            vf_handoff_call_end(self.handoff)
             self.complete_open(batch.tags, batch.count, self.failed("submit", error))
 
     cdef void call(self, uint32_t index):
@@ -200,6 +296,7 @@ cdef class Engine(Pieces):
         cdef int64_t tag = piece.tag
         cdef int32_t code = 0
         cdef uint8_t op = piece.op
+        vf_handoff_call_begin(self.handoff, piece.slot, op)
         try:
             if op == VF_OP_READ:
                 result = self.pread(self.buffer_of(index), piece.offset_bytes)
@@ -211,6 +308,7 @@ cdef class Engine(Pieces):
                 result = self.discard(piece.offset_bytes, piece.length_bytes)
             else:
                 result = self.write_zeroes(piece.offset_bytes, piece.length_bytes, bool(piece.unmap))
+            vf_handoff_call_end(self.handoff)
             if result is not None:
                 if hasattr(result, "__await__"):
                     self.start(_wait_piece(self, result, tag, op, piece.length_bytes))
@@ -218,6 +316,7 @@ cdef class Engine(Pieces):
                 if op <= VF_OP_WRITE:
                     code = self.checked(OPERATIONS[op], result, piece.length_bytes)
         except BaseException as error:
+            vf_handoff_call_end(self.handoff)
             code = self.failed(OPERATIONS[op], error)
         if piece.tag == tag and piece.state == PIECE_OPEN:
             self.finish(index, code)
@@ -230,6 +329,9 @@ cdef class Engine(Pieces):
         """Complete a piece by the result or exception of its coroutine."""
         cdef uint32_t index = <uint32_t> tag & ((1 << TAG_BITS) - 1)
         cdef int32_t code
+        cdef bint is_open = self.pieces[index].tag == tag and self.pieces[index].state == PIECE_OPEN
+        if not is_open and type(error).__name__ == "CancelledError":
+            return  # it has ended by the time-out, and its task now
         if error is not None:
             code = self.failed(OPERATIONS[op], error)
         else:
@@ -292,6 +394,7 @@ cdef void on_step(void *owner) noexcept nogil:
 cdef void on_expire(void *owner) noexcept nogil:
     with gil:
         (<Engine> owner).expire()
+        (<Engine> owner).expire_backlog()
 
 
 cdef int on_sleep(void *owner, const int *fds, uint32_t count, int timeout_ms) noexcept nogil:
@@ -313,4 +416,44 @@ cdef int on_zero_pages(void *owner, uintptr_t address) noexcept nogil:
 
 cdef void on_shut(void *owner) noexcept nogil:
     with gil:
+        with nogil:  # the other thread may be about to print
+            vf_hang_watch_stop(&(<Engine> owner).watch)
+            while vf_load_acquire_u32(&(<Engine> owner).locating):
+                usleep(1000)
         (<Engine> owner).windows.close()
+
+
+# -- calls that do not return; in the thread that watches, without the lock, which the class may hold
+
+cdef void on_hang(void *owner, vf_hang_event event, const vf_hang *hang) noexcept nogil:
+    if event == VF_HANG_NAMED:
+        say_hang(&(<Engine> owner).title, hang)
+        if vf_exchange_if_u32(&(<Engine> owner).locating, 0, 1):
+            print_place_soon(owner)
+    elif event == VF_HANG_OVER:
+        say_over(&(<Engine> owner).title, hang)
+    elif event == VF_HANG_LATE:
+        if (<Engine> owner).interrupt_signal:
+            pthread_kill((<Engine> owner).thread, (<Engine> owner).interrupt_signal)
+    else:
+        say_line(&(<Engine> owner).title, hang.slot, b"a call that outlasts backend.timeout_s cannot be interrupted; this process ends, and "
+                 b"another one tries its requests again")
+        _exit(EXIT_HANGS)
+
+
+cdef void print_place_soon(void *owner) noexcept nogil:
+    """Have the lines of the class's code printed, once the interpreter's lock is free."""
+    cdef pthread_t thread
+    if pthread_create(&thread, NULL, print_place, owner) == 0:
+        pthread_detach(thread)
+    else:
+        vf_store_release_u32(&(<Engine> owner).locating, 0)
+
+
+cdef void *print_place(void *owner) noexcept nogil:
+    with gil:
+        try:
+            (<Engine> owner).print_place()
+        finally:
+            vf_store_release_u32(&(<Engine> owner).locating, 0)
+    return NULL

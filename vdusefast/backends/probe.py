@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import select
 import signal
@@ -31,6 +32,7 @@ from vdusefast.units import BLOCK_SIZE_MAX_BYTES, BLOCK_SIZE_MIN_BYTES
 
 ANSWER_MAX_BYTES = 64 << 10
 IDENTITY_MAX = 1024
+SLOW_S = 4.0  # without an answer: people learn what they wait for
 REAP_S = 5.0  # a killed process that stays longer waits in the kernel
 
 
@@ -74,7 +76,7 @@ def describe(spec: StoreSpec, limit_s: float = PROBE_LIMIT_S) -> Description:
         output = Output(f"{spec.uri}: probe (pid {process.pid})")
         try:
             _send_spec(process, spec)
-            ended = _listen(process, read_fd, output, limit_s)
+            ended = _listen(process, spec.uri, read_fd, output, limit_s)
         finally:
             _end(process, spec.uri)
         if not ended:
@@ -101,16 +103,25 @@ def _send_spec(process: subprocess.Popen[bytes], spec: StoreSpec) -> None:
         pass  # it has ended already, which shows in its status
 
 
-def _listen(process: subprocess.Popen[bytes], output_fd: int, output: Output, limit_s: float) -> bool:
+def _listen(process: subprocess.Popen[bytes], uri: str, output_fd: int, output: Output, limit_s: float) -> bool:
     """Log what a process writes until it ends. Returns whether that is within `limit_s`."""
-    deadline = time.monotonic() + limit_s
+    began_s = time.monotonic()
+    deadline = began_s + limit_s
+    slow_s = began_s + min(SLOW_S, limit_s)
     poll = select.poll()
     pid_fd = os.pidfd_open(process.pid)
     try:
         poll.register(pid_fd, select.POLLIN)
         poll.register(output_fd, select.POLLIN)
         while (left_s := deadline - time.monotonic()) > 0:
-            ready = dict(poll.poll(left_s * 1000))
+            ready = dict(poll.poll(min(left_s, max(0.0, slow_s - time.monotonic())) * 1000))
+            if time.monotonic() >= slow_s:
+                slow_s = deadline + 1
+                output.budget.log(
+                    logging.WARNING,
+                    f"{uri}: its probe (pid {process.pid}) has not answered for {SLOW_S:g} s; it is killed after "
+                    f"{limit_s:g} s",
+                )
             if output_fd in ready and not output.read(output_fd):
                 poll.unregister(output_fd)
             if pid_fd in ready:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vdusefast.backends.plugin import Description, Plugin, StoreSpec, Usability
 from vdusefast.backends.python_errors import describe as say
-from vdusefast.backends.python_errors import print_traceback
+from vdusefast.backends.python_errors import placed_if_slow, print_traceback
 from vdusefast.base.secret import read_file
 from vdusefast.errors import BackendError, ConfigError
 
@@ -30,16 +30,22 @@ _has_site = False
 
 def describe(spec: StoreSpec) -> Description:
     """Make a disk, open it, describe it and close it. Raises ConfigError, BackendError."""
-    disk = make_disk(spec)
-    _run(spec, disk, "open")
-    try:
-        return _description(spec, disk)
-    finally:
-        _run(spec, disk, "close")
+    with placed_if_slow():
+        disk = make_disk(spec)
+        _run(spec, disk, "open")
+        try:
+            return _description(spec, disk)
+        finally:
+            _run(spec, disk, "close")
 
 
 def open_engine(spec: StoreSpec) -> Plugin:
     """Make a disk for a worker and open it. Raises ConfigError, BackendError."""
+    with placed_if_slow():
+        return _open_engine(spec)
+
+
+def _open_engine(spec: StoreSpec) -> Plugin:
     disk = make_disk(spec)
     from vdusefast.backends._python import Engine
 
@@ -53,6 +59,7 @@ def open_engine(spec: StoreSpec) -> Plugin:
                 "every process must find the same size_bytes"
             )
         engine.begin()
+        engine.name_hangs()
     except BaseException:
         engine.abandon()
         raise

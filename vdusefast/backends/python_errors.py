@@ -8,16 +8,21 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from traceback import FrameSummary
-    from types import TracebackType
+    from types import FrameType, TracebackType
 
 REPEAT_S = 1.0
+STACK_FRAMES_MAX = 12
+SLOW_S = 4.0  # of a start; the supervisor says at that time that it is slow
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _COMPILED = "vdusefast" + os.sep  # our compiled modules name their source so
+_ASYNCIO = f"{os.sep}asyncio{os.sep}"
 _IMPORTS = "<frozen importlib"
 
 
@@ -68,6 +73,38 @@ def describe(error: BaseException) -> str:
     """Return an exception as one line: its kind, its message, its place."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{f': {text}' if text else ''}{place_of(error)}"
+
+
+@contextmanager
+def placed_if_slow() -> Iterator[None]:
+    """Have the place printed where the class is if the block takes long, even if it holds the interpreter's lock."""
+    import faulthandler
+
+    try:
+        faulthandler.dump_traceback_later(SLOW_S, file=sys.stderr)
+    except (AttributeError, OSError, RuntimeError, ValueError):  # the class's module has closed standard error
+        yield
+        return
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def is_between_calls(frame: FrameType) -> bool:
+    """Return whether the innermost frame is ours or of a waiting event loop, and not the class's."""
+    path = frame.f_code.co_filename
+    return is_ours(path) or _ASYNCIO in path or path.endswith("/selectors.py")
+
+
+def print_stack(frame: FrameType) -> None:
+    """Print where the class's code is, the innermost call last."""
+    import traceback
+
+    frames: list[FrameSummary] = traceback.extract_stack(frame)
+    ours = [place for place, one in enumerate(frames) if is_ours(one.filename) or _ASYNCIO in one.filename]
+    if frames := frames[ours[-1] + 1 if ours else 0 :][-STACK_FRAMES_MAX:]:
+        print_text("It is here (innermost call last):\n" + "".join(traceback.format_list(frames)))
 
 
 class Complaints:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from vdusefast.control.worker_process import Pages
 
 LOOK_S = 1.0
-WARN_S = 10.0
+WARN_S = 10.0  # then after twice as long each time, at least each WARN_PAUSE_MAX_S
+WARN_PAUSE_MAX_S = 3600.0
 
 _log = logging.getLogger("vdusefast")
 
@@ -26,7 +27,12 @@ class _Seen:
     requests: int = -1
     since_s: float | None = None
     waits: bool = False  # a second check has found the same requests in flight
-    warned: bool = False
+    warn_s: float = WARN_S  # the next warning is after so long
+
+    @property
+    def warned(self) -> bool:
+        """Whether a warning has said that it waits."""
+        return self.warn_s > WARN_S
 
 
 class QueueWatch:
@@ -49,8 +55,8 @@ class QueueWatch:
             self._seen[queue] = _Seen(requests, now_s if inflight else None)
             return
         seen.waits = True
-        if now_s - seen.since_s >= WARN_S and not seen.warned:
-            seen.warned = True
+        if now_s - seen.since_s >= seen.warn_s:
+            seen.warn_s += min(seen.warn_s, WARN_PAUSE_MAX_S)
             _log.warning(
                 "device %s: queue %d waits for its storage since %.0f s", self._device, queue, now_s - seen.since_s
             )

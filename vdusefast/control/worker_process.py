@@ -40,6 +40,7 @@ from vdusefast.worker.protocol import (
 
 EVENTS_A_TURN_MAX = 64
 EXIT_GRACE_S = 1.0
+SLOW_S = 4.0  # without being ready: people learn what they wait for
 REAP_TIMEOUT_S = 5.0  # a killed process that stays longer waits inside the kernel, for its storage
 
 _log = logging.getLogger("vdusefast")
@@ -182,6 +183,7 @@ class WorkerProcess:
         Raises the exception that the worker's own report names, WorkerError when it ends without one,
         TimedOutError. The process is gone in all of these cases.
         """
+        slow = self._loop.call_later(SLOW_S, self._say_slow)
         try:
             async with limit(timeout_s):
                 self.engine = await asyncio.shield(self._hello)
@@ -192,6 +194,8 @@ class WorkerProcess:
             await self._wait_exit(EXIT_GRACE_S)  # it ends by itself after its report
             await self.kill()
             raise
+        finally:
+            slow.cancel()
 
     async def request(self, message: ToWorker, timeout_s: float) -> FromWorker:
         """Send a command (its `seq` is filled in here) and return the answer.
@@ -405,6 +409,11 @@ class WorkerProcess:
                 answer.set_result(event)
         else:
             raise ValueError(f"event {event.event}")
+
+    def _say_slow(self) -> None:
+        """Say what is waited for."""
+        if self._output is not None and not self._hello.done():
+            self._output.budget.log(logging.WARNING, f"{self.title} has been opening its store for {SLOW_S:g} s")
 
     def _fail_hello(self, error: VdusefastError) -> None:
         self._hello.set_exception(error)

@@ -11,6 +11,7 @@ cdef extern from "base/barrier.h" nogil:
     bint vf_likely(bint)
     bint vf_unlikely(bint)
     uint32_t vf_load_acquire_u32(const uint32_t *)
+    bint vf_exchange_if_u32(uint32_t *, uint32_t, uint32_t)
     uint32_t vf_load_relaxed_u32(const uint32_t *)
     uint32_t vf_peek_u32(const uint32_t *)
     void vf_store_relaxed_u8(uint8_t *, uint8_t)
