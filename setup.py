@@ -160,6 +160,7 @@ setup(
             [
                 extension("worker._datapath", c_files(*DATAPATH), ["uring"]),
                 extension("driver._driver", [], []),
+                extension("driver._board", c_files("board"), []),
                 extension("backends._relay", c_files("relay"), []),
                 extension("backends._driver_memory", [], []),
                 extension("backends._python_pieces", c_files("python"), []),

@@ -90,6 +90,12 @@ static inline uint16_t vf_load_relaxed_u16(const uint16_t *p)
 	return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
+static inline uint8_t vf_load_relaxed_u8(const uint8_t *p)
+{
+	VF_SHARED_READ(p, sizeof(*p));
+	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
 /* A load whose value is only a hint: nothing but speed depends on it. */
 static inline uint16_t vf_peek_u16(const uint16_t *p)
 {
@@ -106,6 +112,10 @@ static inline uint32_t vf_peek_u32(const uint32_t *p)
 	return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
+/* A pointer that the threads of this process share. */
+#define vf_peek_acquire_pointer(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+#define vf_store_release_pointer(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+
 /* Of memory that only the threads of this process share. */
 static inline uint32_t vf_peek_acquire_u32(const uint32_t *p)
 {
@@ -121,6 +131,27 @@ static inline int vf_exchange_if_u32(uint32_t *p, uint32_t from, uint32_t to)
 static inline int vf_exchange_if_u64(uint64_t *p, uint64_t from, uint64_t to)
 {
 	return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
+/* Read-modify-write of words that threads and processes of ours share; each is a full fence. */
+static inline uint32_t vf_exchange_u32(uint32_t *p, uint32_t v)
+{
+	return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);
+}
+
+static inline uint64_t vf_exchange_u64(uint64_t *p, uint64_t v)
+{
+	return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);
+}
+
+static inline uint64_t vf_fetch_and_u64(uint64_t *p, uint64_t bits)
+{
+	return __atomic_fetch_and(p, bits, __ATOMIC_SEQ_CST);
+}
+
+static inline uint64_t vf_fetch_or_u64(uint64_t *p, uint64_t bits)
+{
+	return __atomic_fetch_or(p, bits, __ATOMIC_SEQ_CST);
 }
 
 static inline uint32_t vf_load_relaxed_u32(const uint32_t *p)

@@ -51,9 +51,11 @@ struct vf_disk_io {
 	void (*done)(struct vf_disk_io *io); /* called in the thread that reaps; must not block, may submit */
 	/* of disk.c: */
 	uint64_t sent_bytes;
-	uint32_t iov_index;
-	uint32_t pieces_left;
-	size_t iov_used_bytes;
+	uint64_t iova_delta; /* what to add to an address of the vector for the device's, if it is direct */
+	size_t iov_used_bytes; /* of the entry where the next piece begins */
+	uint32_t iov_index; /* that entry */
+	uint32_t pieces_left; /* in flight */
+	bool direct;
 	struct vf_disk_io *next;
 };
 

@@ -22,7 +22,8 @@ CSRC_LAYERS: dict[str, set[str]] = {
     "rbd": {"base", "engine"},
     "relay": {"base", "engine"},
     "python": {"base", "engine"},
-    "preload": {"base", "ring", "driver"},
+    "board": {"base", "ring", "driver"},
+    "preload": {"base", "ring", "driver", "board"},
 }
 INCLUDE = re.compile(r'^#include "(.*)"$', re.M)
 

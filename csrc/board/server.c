@@ -1,0 +1,285 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include <string.h>
+
+#include "board/server.h"
+
+#define VF_SERVER_REAP_MAX 64u /* batches of one queue in a call: a busy device must not keep the server */
+#define VF_PACKED_FRESH 0x80008000u /* `start` of a new packed ring: slot 0, both wrap counters 1 */
+
+
+uint64_t vf_server_bytes(const struct vf_board_geometry *geometry, void *address)
+{
+	struct vf_board_view view;
+
+	if (!vf_board_geometry_good(geometry))
+		return 0;
+	vf_board_view_init(&view, address, geometry);
+	return view.total_bytes;
+}
+
+int vf_server_create(struct vf_board_view *view, void *address, const struct vf_board_geometry *geometry)
+{
+	struct vf_board *board = address;
+
+	if (!vf_board_geometry_good(geometry))
+		return -EINVAL;
+	vf_board_view_init(view, board, geometry);
+	board->magic = VF_BOARD_MAGIC;
+	board->address = (uint64_t)(uintptr_t)address;
+	board->total_bytes = view->total_bytes;
+	board->geometry = *geometry;
+	for (uint32_t q = 0; q < geometry->queue_count; q++) {
+		struct vf_board_parts *parts = &view->parts[q];
+		parts->queue->free_count = geometry->slot_count;
+		for (uint32_t i = 0; i < geometry->slot_count; i++)
+			parts->free_slots[i] = (uint16_t)(geometry->slot_count - 1u - i);
+	}
+	return vf_server_start_rings(view);
+}
+
+int vf_server_start_rings(struct vf_board_view *view)
+{
+	const struct vf_board_geometry *g = &view->geometry;
+
+	for (uint32_t q = 0; q < g->queue_count; q++) {
+		struct vf_board_parts *parts = &view->parts[q];
+		struct vf_drv_vq_params params = {
+			.desc = parts->desc,
+			.driver = parts->driver,
+			.device = parts->device,
+			.state = parts->state,
+			.size = g->queue_size,
+			.start = g->packed ? VF_PACKED_FRESH : 0,
+			.packed = g->packed,
+			.event_idx = g->event_idx,
+			.in_order = g->in_order,
+		};
+		memset(parts->desc, 0, 16u * g->queue_size);
+		memset(parts->driver, 0, 6u + 2u * g->queue_size);
+		memset(parts->device, 0, 6u + 8u * g->queue_size);
+		int rc = vf_drv_vq_init(&parts->queue->vq, &params);
+		if (rc)
+			return rc;
+		vf_drv_vq_disable_irq(&parts->queue->vq);
+	}
+	return 0;
+}
+
+/* Users of a queue: its own, or all of them where each uses every queue. */
+static void vf_server_count_users(struct vf_board_view *view)
+{
+	const struct vf_board_geometry *g = &view->geometry;
+	uint32_t counts[VF_BOARD_QUEUES_MAX] = { 0 }, all = 0;
+
+	for (uint32_t u = 1; u <= g->user_max; u++)
+		if (view->users[u].state == VF_USER_LIVE && view->users[u].home_queue < g->queue_count) {
+			counts[view->users[u].home_queue]++;
+			all++;
+		}
+	for (uint32_t q = 0; q < g->queue_count; q++)
+		vf_store_relaxed_u32(&view->parts[q].queue->user_count, g->route == VF_ROUTE_CROSS ? all : counts[q]);
+}
+
+uint32_t vf_server_new_user(struct vf_board_view *view)
+{
+	const struct vf_board_geometry *g = &view->geometry;
+	uint32_t counts[VF_BOARD_QUEUES_MAX] = { 0 }, number = 0, home = 0;
+
+	for (uint32_t u = g->user_max; u; u--) {
+		struct vf_board_user *user = &view->users[u];
+		if (user->state == VF_USER_FREE)
+			number = u;
+		else if (user->state == VF_USER_LIVE && user->home_queue < g->queue_count)
+			counts[user->home_queue]++;
+	}
+	if (!number)
+		return 0;
+	for (uint32_t q = 1; q < g->queue_count; q++)
+		if (counts[q] < counts[home])
+			home = q;
+	struct vf_board_user *user = &view->users[number];
+	user->home_queue = home;
+	vf_store_relaxed_u32(&user->sleep, VF_AWAKE);
+	vf_store_relaxed_u32(&user->marked, 0);
+	for (uint32_t q = 0; q < g->queue_count; q++)
+		memset(vf_board_marks(view, number, q), 0, view->mark_words * 8u);
+	vf_store_release_u32(&user->state, VF_USER_LIVE);
+	vf_server_count_users(view);
+	return number;
+}
+
+uint32_t vf_server_home(const struct vf_board_view *view, uint32_t number)
+{
+	return number <= view->geometry.user_max ? view->users[number].home_queue : 0;
+}
+
+/* Free the slots that no one will come back for. Returns how many are in flight still. */
+static uint32_t vf_server_forget(struct vf_board_view *view, uint32_t queue, uint32_t number)
+{
+	struct vf_board_parts *parts = &view->parts[queue];
+	uint32_t left = 0;
+
+	for (uint32_t s = 0; s < view->geometry.slot_count; s++) {
+		struct vf_board_slot *slot = &parts->slots[s];
+		if (slot->owner != number)
+			continue;
+		if (slot->state == VF_SLOT_INFLIGHT)
+			left++;
+		else if (slot->state != VF_SLOT_FREE)
+			vf_slot_free(view, parts, s);
+	}
+	return left;
+}
+
+uint32_t vf_server_end_user(struct vf_board_view *view, uint32_t number)
+{
+	struct vf_board_user *user = &view->users[number];
+	uint32_t left = 0;
+
+	if (number == 0 || number > view->geometry.user_max || user->state == VF_USER_FREE)
+		return 0;
+	vf_store_relaxed_u32(&user->sleep, VF_AWAKE);
+	vf_store_relaxed_u32(&user->state, VF_USER_DEAD);
+	for (uint32_t q = 0; q < view->geometry.queue_count; q++) {
+		struct vf_board_queue *queue = view->parts[q].queue;
+		/* Another dead user may have it: then we come again. */
+		if (!vf_lock_try(queue, VF_LOCK_SERVER)) {
+			left++;
+			continue;
+		}
+		left += vf_server_forget(view, q, number);
+		vf_queue_leave(view, queue, number);
+		if (queue->starved) {
+			queue->starved = 0;
+			vf_queue_wake_waiting(view, queue, UINT32_MAX);
+		}
+		vf_unlock(queue);
+	}
+	if (left == 0)
+		vf_store_release_u32(&user->state, VF_USER_FREE);
+	vf_server_count_users(view);
+	return left;
+}
+
+bool vf_server_holds_lock(const struct vf_board_view *view, uint32_t number)
+{
+	for (uint32_t q = 0; q < view->geometry.queue_count; q++)
+		if ((vf_load_relaxed_u32(&view->parts[q].queue->lock) & ~VF_LOCK_WAITERS) == number)
+			return true;
+	return false;
+}
+
+void vf_server_reap(struct vf_board_view *view)
+{
+	for (uint32_t q = 0; q < view->geometry.queue_count; q++) {
+		struct vf_board_queue *queue = view->parts[q].queue;
+		if (!vf_lock_try(queue, VF_LOCK_SERVER))
+			continue;
+		uint32_t reaped = 1, batches = 0;
+		struct vf_finished none[VF_REAP_BATCH];
+		while (!queue->broken && batches++ < VF_SERVER_REAP_MAX && (reaped || !vf_queue_settle(queue)))
+			vf_queue_reap(view, q, VF_LOCK_SERVER, none, VF_REAP_BATCH, &reaped);
+		vf_unlock(queue);
+	}
+}
+
+uint32_t vf_server_lock(struct vf_board_view *view, uint32_t queue)
+{
+	struct vf_board_queue *q = view->parts[queue].queue;
+
+	if (vf_lock_try(q, VF_LOCK_SERVER))
+		return 0;
+	return vf_load_relaxed_u32(&q->lock) & ~VF_LOCK_WAITERS;
+}
+
+bool vf_server_seize(struct vf_board_view *view, uint32_t queue, uint32_t number)
+{
+	uint32_t *lock = &view->parts[queue].queue->lock;
+	uint32_t held = vf_load_relaxed_u32(lock);
+
+	/* Clients only add the waiters' bit to it. */
+	while ((held & ~VF_LOCK_WAITERS) == number) {
+		if (vf_exchange_if_u32(lock, held, VF_LOCK_SERVER | VF_LOCK_WAITERS))
+			return true;
+		held = vf_load_relaxed_u32(lock);
+	}
+	return false;
+}
+
+/* Make the list of free slots from the states, mark what is DONE, and put on the ring what is in flight. */
+static void vf_server_replay_queue(struct vf_board_view *view, uint32_t queue)
+{
+	struct vf_board_parts *parts = &view->parts[queue];
+	struct vf_board_queue *q = parts->queue;
+	const struct vf_board_geometry *g = &view->geometry;
+
+	q->free_count = 0;
+	for (uint32_t s = 0; s < g->slot_count; s++) {
+		struct vf_board_slot *slot = &parts->slots[s];
+		uint32_t owner = slot->owner;
+		bool lives = owner && owner <= g->user_max && view->users[owner].state == VF_USER_LIVE;
+		if (slot->state == VF_SLOT_FREE || slot->state > VF_SLOT_TAKEN || !lives) {
+			vf_slot_free(view, parts, s);
+		} else if (slot->state == VF_SLOT_DONE) {
+			vf_fetch_or_u64(&vf_board_marks(view, owner, queue)[s / 64u], 1ull << s % 64u);
+			vf_store_relaxed_u32(&view->users[owner].marked, 1);
+		}
+	}
+	for (uint32_t s = 0; s < g->slot_count; s++) {
+		if (parts->slots[s].state != VF_SLOT_INFLIGHT)
+			continue;
+		uint32_t count = parts->slots[s].segment_count;
+		vf_slot_enqueue(view, queue, s, vf_queue_room(view, q, count));
+		view->board->replayed++;
+	}
+	vf_drv_vq_publish(&q->vq);
+}
+
+int vf_server_replay(struct vf_board_view *view)
+{
+	int rc = vf_server_start_rings(view);
+
+	if (rc)
+		return rc;
+	for (uint32_t q = 0; q < view->geometry.queue_count; q++) {
+		struct vf_board_queue *queue = view->parts[q].queue;
+		queue->broken = 0;
+		queue->starved = 0;
+		queue->poller = 0;
+		queue->waiting_count = 0;
+		for (uint32_t u = 0; u < VF_BOARD_USERS_MAX + 64u; u++) {
+			uint64_t bit = 1ull << u % 64u;
+			if (!(queue->waiting[u / 64u] & bit))
+				continue;
+			if (u == 0 || u > view->geometry.user_max || view->users[u].state != VF_USER_LIVE)
+				queue->waiting[u / 64u] &= ~bit;
+			else
+				queue->waiting_count++;
+		}
+		vf_server_replay_queue(view, q);
+		if (queue->waiting_count)
+			vf_drv_vq_enable_irq(&queue->vq);
+	}
+	view->board->resets++;
+	return 0;
+}
+
+void vf_server_resume(struct vf_board_view *view)
+{
+	vf_store_release_u32(&view->board->generation, view->board->generation + 1u);
+	for (uint32_t q = 0; q < view->geometry.queue_count; q++) {
+		vf_signal_fd(view->kick_fds[q]);
+		vf_unlock(view->parts[q].queue);
+	}
+	for (uint32_t u = 1; u <= view->geometry.user_max; u++)
+		if (view->users[u].state == VF_USER_LIVE)
+			vf_board_wake(view, u);
+}
+
+void vf_server_close(struct vf_board_view *view)
+{
+	vf_store_release_u32(&view->board->closed, 1);
+	for (uint32_t u = 1; u <= view->geometry.user_max; u++)
+		if (view->users[u].state == VF_USER_LIVE)
+			vf_board_wake(view, u);
+}

@@ -1,0 +1,62 @@
+"""Programs are the driver of a device together: rings, users, sharing and memory, with every ring format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from disk_rig import ended, load, regions, served, wait_until
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one user": ({}, {}),
+    "depth 1": ({}, {"depth": 1}),
+    "copied": ({}, {"memory": "copied"}),
+    "cut into pieces": ({}, {"memory": "copied", "block": 1 << 20, "blocks": 4}),
+    "segments of direct memory": ({}, {"block": 1 << 20, "blocks": 4}),
+    "threads share a queue": ({}, {"threads": 4}),
+    "processes share a queue": ({}, {"processes": 4}),
+    "16 users on 2 queues": ({"queues": 2}, {"processes": 8, "threads": 2, "depth": 16}),
+    "16 users on 2 queues, copied": ({"queues": 2}, {"processes": 8, "threads": 2, "memory": "copied"}),
+    "cross": ({"queues": 4, "route": "cross"}, {"processes": 2, "threads": 2, "depth": 16, "blocks": 1000}),
+    "cross, depth 1": ({"queues": 4, "route": "cross"}, {"depth": 1, "blocks": 1000, "memory": "copied"}),
+    "packed": ({"queues": 2, "packed": True}, {"processes": 4}),
+    "packed, in order": ({"queues": 2, "packed": True, "in_order": True}, {"processes": 4}),
+    "in order": ({"queues": 2, "in_order": True}, {"processes": 4}),
+    "plain rings": ({"event_idx": False, "indirect": False}, {"processes": 2, "memory": "copied"}),
+    "more users than slots": (
+        {"queue_size": 8},
+        {"processes": 3, "threads": 3, "depth": 16, "block": 65536, "blocks": 8},
+    ),
+    "without spinning": ({"spin_us": 0}, {"processes": 3}),
+    "4 KiB blocks": ({"block_size_bytes": 4096}, {"memory": "copied", "block": 8192}),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("case", CASES)
+def test_data_is_right(case: str) -> None:
+    device_words, load_words = CASES[case]
+    with served(**device_words) as (device, server):
+        count = ended(load(server, **load_words))
+        assert count > 0
+        assert sum(queue.requests for queue in device.stats().queues) >= count
+        assert server.figures()["resets"] == 0
+
+
+@pytest.mark.timeout(120)
+def test_nothing_is_left_of_processes_that_have_ended() -> None:
+    with served(queues=2) as (device, server):
+        for _ in range(3):
+            ended(load(server, processes=3, threads=2, seconds=0.1))
+        wait_until(lambda: regions(device) == 1, "the board is the only region")
+        wait_until(lambda: not server.users, "no user is left")
+
+
+@pytest.mark.timeout(120)
+def test_a_disk_that_ends_fails_what_is_in_flight() -> None:
+    with served() as (_device, server):
+        running = load(server, processes=2, threads=2, seconds=30)
+        wait_until(lambda: server.figures()["queues"][0]["published"] > 1000, "the load runs")
+    _out, err = running.communicate(timeout=30)
+    assert running.returncode == 2
+    assert "the server of this disk has ended; all requests fail with EIO" in err
