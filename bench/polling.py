@@ -68,7 +68,7 @@ def missing() -> str:
 
 def load(node: str, iodepth: int, runtime_s: float) -> Json:
     """Poll the device by fio and return its report of the job. Raises VdusefastError."""
-    words = [
+    arguments = [
         "fio",
         "--name=poll",
         "--thread",
@@ -78,9 +78,16 @@ def load(node: str, iodepth: int, runtime_s: float) -> Json:
         "--rw=randread",
         "--bs=4k",
     ]
-    words += [f"--iodepth={iodepth}", "--time_based", f"--runtime={runtime_s * 1000:.0f}ms", f"--size={DEVICE_BYTES}"]
-    words += ["--allow_file_create=0", f"--filename={node}", "--output-format=json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=ATTACH_S + 10 * runtime_s + 60, check=False)
+    arguments += [
+        f"--iodepth={iodepth}",
+        "--time_based",
+        f"--runtime={runtime_s * 1000:.0f}ms",
+        f"--size={DEVICE_BYTES}",
+    ]
+    arguments += ["--allow_file_create=0", f"--filename={node}", "--output-format=json"]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=ATTACH_S + 10 * runtime_s + 60, check=False
+    )
     start = done.stdout.find("{")
     if done.returncode or start < 0:
         raise VdusefastError(f"fio: status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
@@ -93,8 +100,8 @@ def traced(pid: int, directory: Path) -> Iterator[dict[str, int]]:
     """Count the system calls of a process meanwhile; at the end the given dictionary has them by name."""
     found: dict[str, int] = {}
     table = directory / "strace"
-    words = ["strace", "-c", "-U", "name,calls", "-o", str(table), "-p", str(pid)]
-    tracer = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    arguments = ["strace", "-c", "-U", "name,calls", "-o", str(table), "-p", str(pid)]
+    tracer = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + ATTACH_S
         while _tracer_of(pid) != tracer.pid:

@@ -62,10 +62,10 @@ def wait_for_use(device: Device) -> None:
 def iops(node: str, job: str, seconds: float) -> float:
     """Return the IOPS of a job, KIND:SIZE:DEPTH, on `node`. Raises RuntimeError."""
     kind, size, depth = job.split(":")
-    words = ["fio", "--name=job", "--thread", "--ioengine=io_uring", "--direct=1", "--norandommap", "--time_based"]
-    words += [f"--rw={kind}", f"--bs={size}", f"--iodepth={depth}", f"--size={FILE_BYTES}", f"--filename={node}"]
-    words += [f"--runtime={round(seconds * 1000)}ms", "--output-format=json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    arguments = ["fio", "--name=job", "--thread", "--ioengine=io_uring", "--direct=1", "--norandommap", "--time_based"]
+    arguments += [f"--rw={kind}", f"--bs={size}", f"--iodepth={depth}", f"--size={FILE_BYTES}", f"--filename={node}"]
+    arguments += [f"--runtime={round(seconds * 1000)}ms", "--output-format=json"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"fio: {done.stdout}{done.stderr}")
     result = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]

@@ -36,18 +36,18 @@ class Setup:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def parse_json(words: list[str]) -> Any:
+def parse_json(arguments: list[str]) -> Any:
     """Run a program and return the JSON object that it printed, other text before it or not. Raises RowError."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=TOOL_S, check=False)
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=TOOL_S, check=False)
     except OSError as error:
-        raise RowError(f"{words[0]}: cannot be started: {error.strerror}") from None
+        raise RowError(f"{arguments[0]}: cannot be started: {error.strerror}") from None
     except subprocess.TimeoutExpired:
-        raise RowError(f"{words[0]} did not end within {TOOL_S:g} s") from None
+        raise RowError(f"{arguments[0]} did not end within {TOOL_S:g} s") from None
     start = done.stdout.find("{")
     if done.returncode or start < 0:
         said = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
-        raise RowError(f"{' '.join(words)}: status {done.returncode}: {said}")
+        raise RowError(f"{' '.join(arguments)}: status {done.returncode}: {said}")
     return json.loads(done.stdout[start:])
 
 
@@ -82,38 +82,45 @@ def vdusefast(
 ) -> float:
     """Return IOPS of our device under one job or several."""
     cpus = driver_cpus if driver_cpus is not None else [setup.driver_cpu]
-    words = [sys.executable, "-m", "vdusefast.bench", "raw", "--name=speed", f"--rw={rw}", f"--bs={bs}"]
-    words += [f"--iodepth={IODEPTH}", "--time_based", f"--runtime={setup.seconds * 1000:g}ms"]
-    words += [f"--ramp_time={RAMP}", f"--numjobs={jobs}", "--output-format=json"]
+    arguments = [sys.executable, "-m", "vdusefast.bench", "raw", "--name=speed", f"--rw={rw}", f"--bs={bs}"]
+    arguments += [f"--iodepth={IODEPTH}", "--time_based", f"--runtime={setup.seconds * 1000:g}ms"]
+    arguments += [f"--ramp_time={RAMP}", f"--numjobs={jobs}", "--output-format=json"]
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(config_text(device_config(setup, backend, **changed)))
         file.flush()
-        report = parse_json([*words, f"--driver-cpus={','.join(map(str, cpus))}", f"--config={file.name}"])
+        report = parse_json([*arguments, f"--driver-cpus={','.join(map(str, cpus))}", f"--config={file.name}"])
     return sum(float(job["read"]["iops"]) for job in report["jobs"])
 
 
-def fio_words(setup: Setup, engine: str, rw: str = "randread", bs: str = "4k") -> list[str]:
+def fio_arguments(setup: Setup, engine: str, rw: str = "randread", bs: str = "4k") -> list[str]:
     """Return the command of the real fio on the worker's CPU, without its file."""
-    words = ["fio", "--name=speed", f"--rw={rw}", f"--bs={bs}", f"--iodepth={IODEPTH}", "--time_based"]
-    words += [f"--runtime={setup.seconds * 1000:g}ms", f"--ramp_time={RAMP}", f"--ioengine={engine}"]
-    return [*words, f"--size={FILE_BYTES}", f"--cpus_allowed={setup.worker_cpu}", "--output-format=json"]
+    arguments = ["fio", "--name=speed", f"--rw={rw}", f"--bs={bs}", f"--iodepth={IODEPTH}", "--time_based"]
+    arguments += [f"--runtime={setup.seconds * 1000:g}ms", f"--ramp_time={RAMP}", f"--ioengine={engine}"]
+    return [*arguments, f"--size={FILE_BYTES}", f"--cpus_allowed={setup.worker_cpu}", "--output-format=json"]
 
 
 def fio(setup: Setup, engine: str, path: Path, *, direct: bool, rw: str = "randread", bs: str = "4k") -> float:
     """Return IOPS of the real fio for the same job on the worker's CPU."""
-    words = fio_words(setup, engine, rw, bs)
-    report = parse_json([*words, f"--filename={path}", f"--direct={int(direct)}"])
+    arguments = fio_arguments(setup, engine, rw, bs)
+    report = parse_json([*arguments, f"--filename={path}", f"--direct={int(direct)}"])
     return float(report["jobs"][0]["read"]["iops"])
 
 
 def ring_exchange(setup: Setup) -> float:
     """Return the bare exchange in requests a second, by a ring of the format that our device offers."""
-    words = [str(MICRO / "ring_exchange"), "-t", f"{setup.seconds:g}", "-d", str(IODEPTH)]
-    words += ["-p"] if getattr(device_config(setup, "null:1G").device, "packed", False) else []
-    return float(parse_json([*words, "-c", str(setup.driver_cpu), "-C", str(setup.worker_cpu)])["iops"])
+    arguments = [str(MICRO / "ring_exchange"), "-t", f"{setup.seconds:g}", "-d", str(IODEPTH)]
+    arguments += ["-p"] if getattr(device_config(setup, "null:1G").device, "packed", False) else []
+    return float(parse_json([*arguments, "-c", str(setup.driver_cpu), "-C", str(setup.worker_cpu)])["iops"])
 
 
 def read_loop(setup: Setup) -> float:
     """Return the bare read loop in reads a second."""
-    words = [str(MICRO / "read_loop"), "-t", f"{setup.seconds:g}", "-c", str(setup.worker_cpu), str(setup.tmpfs_file)]
-    return float(parse_json(words)["iops"])
+    arguments = [
+        str(MICRO / "read_loop"),
+        "-t",
+        f"{setup.seconds:g}",
+        "-c",
+        str(setup.worker_cpu),
+        str(setup.tmpfs_file),
+    ]
+    return float(parse_json(arguments)["iops"])

@@ -73,9 +73,9 @@ def run_requests(setup: Setup, config: Config, count: int, command: list[str]) -
     return stats
 
 
-def _load(setup: Setup, device: Device, driver: object, words: list[str], stopped: Callable[[], bool]) -> None:
+def _load(setup: Setup, device: Device, driver: object, arguments: list[str], stopped: Callable[[], bool]) -> None:
     fixed = ["--name=counted", "--rw=randread", f"--bs={BLOCK_BYTES}", f"--iodepth={IODEPTH}"]
-    jobs = parse_arguments([*fixed, *words]).jobs
+    jobs = parse_arguments([*fixed, *arguments]).jobs
     (group,) = place_jobs(jobs, driver.capacity_bytes, driver.block_size_bytes)  # type: ignore[attr-defined]
     run_group(
         driver,  # type: ignore[arg-type]
@@ -97,10 +97,10 @@ def instructions(setup: Setup) -> Instructions:
         runs: list[tuple[DeviceStats, Costs]] = []
         for count in (FEW, MANY):
             out = Path(directory) / f"{count}.out"
-            words = ["valgrind", "--tool=callgrind", "-q", f"--callgrind-out-file={out}", "--compress-strings=no"]
-            words += ["--compress-pos=no", "--dump-line=yes", "--", *default_command()]
+            arguments = ["valgrind", "--tool=callgrind", "-q", f"--callgrind-out-file={out}", "--compress-strings=no"]
+            arguments += ["--compress-pos=no", "--dump-line=yes", "--", *default_command()]
             with _same_hashes():
-                stats = run_requests(setup, config, count, words)
+                stats = run_requests(setup, config, count, arguments)
             runs.append((stats, parse_callgrind(out.read_text(errors="replace"))))
     return difference(runs[0], runs[1], relax_line())
 
@@ -212,8 +212,8 @@ def perf_usable() -> bool:
     """Return whether perf is there and allowed to count system calls."""
     if shutil.which("perf") is None:
         return False
-    words = ["perf", "stat", "-x,", "-e", PERF_EVENT, "true"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    arguments = ["perf", "stat", "-x,", "-e", PERF_EVENT, "true"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     return done.returncode == 0 and perf_count(done.stderr) is not None
 
 
@@ -230,8 +230,8 @@ def _by_perf(setup: Setup, config: Config) -> Calls:
     """Count for a while in the middle of a run: the rate of system calls over the rate of requests."""
     over = threading.Event()
     with Device(config) as device, device.driver() as driver:
-        words = ["--time_based", f"--runtime={WARM_UP_S + setup.seconds + 60:g}"]
-        load = threading.Thread(target=_load, args=(setup, device, driver, words, over.is_set))
+        arguments = ["--time_based", f"--runtime={WARM_UP_S + setup.seconds + 60:g}"]
+        load = threading.Thread(target=_load, args=(setup, device, driver, arguments, over.is_set))
         load.start()
         try:
             time.sleep(WARM_UP_S)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rows.contestants import FILE_BYTES, RowError, Setup, fio_words, parse_json, vdusefast
+from rows.contestants import FILE_BYTES, RowError, Setup, fio_arguments, parse_json, vdusefast
 from vdusefast.bench.peers.kernel_nbd import handshake
 
 START_S = 10.0
@@ -21,9 +21,9 @@ def nbdkit_memory() -> Iterator[str]:
     """Run nbdkit's memory plugin on a Unix socket; yield the URI. Raises RowError."""
     with tempfile.TemporaryDirectory(prefix="vdusefast-nbd-") as directory:
         path = Path(directory) / "sock"
-        words = ["nbdkit", "--foreground", "--exit-with-parent", f"--unix={path}", "memory", str(FILE_BYTES)]
+        arguments = ["nbdkit", "--foreground", "--exit-with-parent", f"--unix={path}", "memory", str(FILE_BYTES)]
         try:
-            server = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+            server = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
         except FileNotFoundError:
             raise RowError("nbdkit is not installed: sudo apt-get install nbdkit") from None
         try:
@@ -43,7 +43,7 @@ def nbd(setup: Setup) -> float:
 def fio_nbd(setup: Setup) -> float:
     """Return IOPS of fio's engine for NBD over nbdkit."""
     with nbdkit_memory() as uri:
-        report = parse_json([*fio_words(setup, "nbd"), f"--uri={uri}"])
+        report = parse_json([*fio_arguments(setup, "nbd"), f"--uri={uri}"])
         return float(report["jobs"][0]["read"]["iops"])
 
 

@@ -51,10 +51,10 @@ def nbdkit_disk(setup: Setup, thread_count: int) -> float:
         raise RowError("nbdkit is missing: sudo apt-get install nbdkit nbdkit-plugin-python")
     with nbdkit(setup, thread_count) as socket_path:
         check_export(setup, socket_path)
-        words = ["fio", "--name=speed", "--rw=randread", "--bs=4k", f"--iodepth={IODEPTH}", "--time_based"]
-        words += [f"--runtime={setup.seconds * 1000:g}ms", f"--ramp_time={RAMP}", "--ioengine=nbd"]
-        words += [f"--uri=nbd+unix:///?socket={socket_path}", f"--cpus_allowed={setup.driver_cpu}"]
-        report = parse_json([*words, "--output-format=json"])
+        arguments = ["fio", "--name=speed", "--rw=randread", "--bs=4k", f"--iodepth={IODEPTH}", "--time_based"]
+        arguments += [f"--runtime={setup.seconds * 1000:g}ms", f"--ramp_time={RAMP}", "--ioengine=nbd"]
+        arguments += [f"--uri=nbd+unix:///?socket={socket_path}", f"--cpus_allowed={setup.driver_cpu}"]
+        report = parse_json([*arguments, "--output-format=json"])
     return float(report["jobs"][0]["read"]["iops"])
 
 
@@ -63,10 +63,10 @@ def nbdkit(setup: Setup, thread_count: int) -> Iterator[Path]:
     """Run nbdkit on the worker's CPU; yields its socket. Raises RowError."""
     with tempfile.TemporaryDirectory(prefix="vdusefast-nbdkit-") as directory:
         socket_path = Path(directory) / "nbd.sock"
-        words = ["taskset", "--cpu-list", str(setup.worker_cpu), "nbdkit", "--foreground", "--exit-with-parent"]
-        words += [f"--threads={thread_count}", f"--unix={socket_path}", "python"]
-        words += [str(ROOT / "bench" / "rows" / "nbdkit_disk.py"), f"path={setup.tmpfs_file}"]
-        server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        arguments = ["taskset", "--cpu-list", str(setup.worker_cpu), "nbdkit", "--foreground", "--exit-with-parent"]
+        arguments += [f"--threads={thread_count}", f"--unix={socket_path}", "python"]
+        arguments += [str(ROOT / "bench" / "rows" / "nbdkit_disk.py"), f"path={setup.tmpfs_file}"]
+        server = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
         try:
             deadline_s = time.monotonic() + START_S
             while not socket_path.exists():

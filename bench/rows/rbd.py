@@ -34,9 +34,9 @@ def _image() -> str:
     except ceph_rig.CephError as error:
         raise RowError(str(error)) from None
     os.environ["CEPH_CONF"] = str(cluster.conf)  # where fio looks
-    words = [sys.executable, "-m", "vdusefast.bench", "raw", "--name=fill", "--rw=write", "--bs=1m", "--iodepth=4"]
-    words += ["--queues=1", "--verify=crc32c", "--output-format=json", f"--backend={uri}"]
-    checks = parse_json(words)["vdusefast"]["verify"]
+    arguments = [sys.executable, "-m", "vdusefast.bench", "raw", "--name=fill", "--rw=write", "--bs=1m", "--iodepth=4"]
+    arguments += ["--queues=1", "--verify=crc32c", "--output-format=json", f"--backend={uri}"]
+    checks = parse_json(arguments)["vdusefast"]["verify"]
     if any(check["verify_errors"] or check["request_errors"] or not check["blocks_verified"] for check in checks):
         raise RowError(f"{uri} does not hold what was written: {checks}")
     return uri
@@ -51,7 +51,7 @@ def fio(setup: Setup) -> float:
     """Return IOPS of fio's engine rbd."""
     _image()
     pool, _, image = IMAGE.partition("/")
-    words = ["fio", "--name=speed", "--rw=randread", "--bs=4k", f"--iodepth={IODEPTH}", "--time_based"]
-    words += [f"--runtime={setup.seconds * 1000:g}ms", f"--ramp_time={RAMP}", "--output-format=json"]
-    report = parse_json([*words, "--ioengine=rbd", "--clientname=test", f"--pool={pool}", f"--rbdname={image}"])
+    arguments = ["fio", "--name=speed", "--rw=randread", "--bs=4k", f"--iodepth={IODEPTH}", "--time_based"]
+    arguments += [f"--runtime={setup.seconds * 1000:g}ms", f"--ramp_time={RAMP}", "--output-format=json"]
+    report = parse_json([*arguments, "--ioengine=rbd", "--clientname=test", f"--pool={pool}", f"--rbdname={image}"])
     return float(report["jobs"][0]["read"]["iops"])

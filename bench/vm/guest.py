@@ -76,16 +76,18 @@ def _run_once(config: GuestConfig, command: Sequence[str], stdout: Sink | None, 
         stack.callback(os.close, initrd)
         _write_all(initrd, machine.initrd(config, kernel, command, token))
         inherited = [initrd, *(pipe.writer for pipe in pipes)]
-        words = machine.command_line(config, kernel.image, initrd, [out.writer, err.writer, status.writer], log.writer)
+        arguments = machine.command_line(
+            config, kernel.image, initrd, [out.writer, err.writer, status.writer], log.writer
+        )
         if config.disk:
             disk = stack.enter_context(_disk_file(config.disk_image))
             disk.truncate(size_bytes(config.disk))
             inherited.append(disk.fileno())
-            words += machine.disk_words(disk.fileno())
+            arguments += machine.disk_arguments(disk.fileno())
         session = _Session(config, token, stdout or _to_descriptor(1), stderr or _to_descriptor(2))
         session.watch(log, out, err, status, complaints)
         process = subprocess.Popen(
-            words,
+            arguments,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=complaints.writer,

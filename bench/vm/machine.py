@@ -107,7 +107,7 @@ def command_line(config: GuestConfig, image: Path, initrd_fd: int, ports: Sequen
     ]
 
 
-def disk_words(disk_fd: int) -> list[str]:
+def disk_arguments(disk_fd: int) -> list[str]:
     """Return the part of the command line for a disk whose image is an inherited descriptor."""
     drive = f"if=none,id=disk,format=raw,cache=unsafe,discard=unmap,detect-zeroes=off,file={_path(disk_fd)}"
     return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]

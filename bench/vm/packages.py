@@ -70,10 +70,10 @@ class Packages:
         lines += [f'{key} "{value}";' for key, value in own.items()]
         return "\n".join([*lines, 'Acquire::Languages { "none"; };', ""])
 
-    def _apt(self, *words: str, limit_s: float) -> str:
+    def _apt(self, *arguments: str, limit_s: float) -> str:
         # apt reads APT_CONFIG before the files that the lines above turn off.
         return run_tool(
-            list(words), limit_s=limit_s, env={**os.environ, "APT_CONFIG": str(self._config)}, cwd=self._debs
+            list(arguments), limit_s=limit_s, env={**os.environ, "APT_CONFIG": str(self._config)}, cwd=self._debs
         )
 
     @property
@@ -101,8 +101,8 @@ class Packages:
 
         Besides a name, apt takes NAME=VERSION and a pattern, such as ?essential. Recommended packages stay out.
         """
-        words = ("--yes", "--no-install-recommends", "--download-only", "install")
-        self._apt("apt-get", *words, *names, limit_s=DOWNLOAD_LIMIT_S)
+        arguments = ("--yes", "--no-install-recommends", "--download-only", "install")
+        self._apt("apt-get", *arguments, *names, limit_s=DOWNLOAD_LIMIT_S)
         self._unpack_all(self._directory / "cache/archives", into)
 
     @staticmethod

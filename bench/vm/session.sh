@@ -21,8 +21,8 @@ if [ -n "$results" ]; then
     mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none results "$results" || die "no results directory"
 fi
 echo 60 >/proc/sys/kernel/hung_task_timeout_secs
-while read -r words; do
-    [ -z "$words" ] || modprobe $words || die "modprobe $words failed"
+while read -r module; do
+    [ -z "$module" ] || modprobe $module || die "modprobe $module failed"
 done <<MODULES
 $preload
 MODULES

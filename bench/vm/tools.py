@@ -14,11 +14,13 @@ def search_path() -> str:
     return f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 
 
-def run_tool(words: list[str], *, limit_s: float, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+def run_tool(
+    arguments: list[str], *, limit_s: float, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> str:
     """Run a command and return its output. Raises GuestError with the end of what it complained about."""
     try:
         done = subprocess.run(
-            words,
+            arguments,
             check=False,
             capture_output=True,
             text=True,
@@ -28,10 +30,14 @@ def run_tool(words: list[str], *, limit_s: float, env: dict[str, str] | None = N
             stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError:
-        raise GuestError(f"{words[0]} is missing; ./bootstrap.sh test installs or names what a guest needs") from None
+        raise GuestError(
+            f"{arguments[0]} is missing; ./bootstrap.sh test installs or names what a guest needs"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise GuestError(f"{' '.join(words[:3])} did not end within {limit_s:.0f} s; is the network there?") from None
+        raise GuestError(
+            f"{' '.join(arguments[:3])} did not end within {limit_s:.0f} s; is the network there?"
+        ) from None
     if done.returncode != 0:
         complaint = " ".join(done.stderr.split())[-600:]
-        raise GuestError(f"{' '.join(words[:3])} failed: {complaint}")
+        raise GuestError(f"{' '.join(arguments[:3])} failed: {complaint}")
     return done.stdout

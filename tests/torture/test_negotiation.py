@@ -54,5 +54,5 @@ def test_a_driver_comes_up_whatever_dies_meanwhile(tmp_path: Path) -> None:
             server.start(recover=True)
             server.wait_ready()
             driver.join()
-            assert said == ["well", "well"], f"round {number}: {said}: {server.last_words()}"
+            assert said == ["well", "well"], f"round {number}: {said}: {server.log_end()}"
         server.stop()

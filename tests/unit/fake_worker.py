@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from vdusefast.base.handed import read_words
+from vdusefast.base.handed import read_arguments
 from vdusefast.worker.protocol import (
     MESSAGE_MAX_BYTES,
     Command,
@@ -105,7 +105,7 @@ class FakeWorker:
 
 def main() -> None:
     behaviour = sys.argv[1]
-    worker = FakeWorker(WorkerSpec.from_words(read_words(int(sys.argv[-1]))))
+    worker = FakeWorker(WorkerSpec.from_arguments(read_arguments(int(sys.argv[-1]))))
     if behaviour.startswith("startup-failed="):
         worker.send(Event.STARTUP_FAILED, exit_code=int(behaviour.partition("=")[2]), text="no engine today")
         sys.exit(1)

@@ -19,7 +19,7 @@ from vdusefast.bench.peers import files as peers_files
 from vdusefast.bench.peers import in_guest as peers_vm
 from vdusefast.bench.peers import session as peers
 from vdusefast.bench.peers.awake import Awake
-from vdusefast.bench.peers.fio_words import measure_words
+from vdusefast.bench.peers.fio_arguments import measure_arguments
 from vdusefast.bench.peers.goals import goals_table
 from vdusefast.bench.peers.report import method_text, notes
 from vdusefast.bench.peers.session import PeersOptions, Session, parse_job, standard_jobs
@@ -89,9 +89,9 @@ def test_a_buffered_job_writes_all_once_until_it_is_on_the_device() -> None:
     assert job.name == "write 1024k buffered x1"
     assert parse_job(peers_vm.job_text(job)) == job
     options: dict[str, Any] = {"engine": "libaio", "cpus": [], "size_bytes": 64 * MIB, "runtime_s": 2.0, "ramp_s": 0.3}
-    words = measure_words("fio", "/dev/x", job, direct=False, **options)
-    assert {"--direct=0", "--ioengine=psync", "--end_fsync=1", f"--size={64 * MIB}"} <= set(words)
-    assert not any(word.startswith(("--time_based", "--runtime", "--ramp_time")) for word in words)
+    arguments = measure_arguments("fio", "/dev/x", job, direct=False, **options)
+    assert {"--direct=0", "--ioengine=psync", "--end_fsync=1", f"--size={64 * MIB}"} <= set(arguments)
+    assert not any(word.startswith(("--time_based", "--runtime", "--ramp_time")) for word in arguments)
 
 
 def test_the_limit_of_dirty_pages_is_put_back(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_stuck_fio_goes_after_its_device(session: Session, monkeypatch: pytest.M
         def reap(self, _timeout_s: float) -> None:
             order.append("reap")
 
-    def stuck(*_words: object, **_options: object) -> None:
+    def stuck(*_arguments: object, **_options: object) -> None:
         raise FioStuckError("fio is stuck", Fio())  # type: ignore[arg-type]
 
     monkeypatch.setattr(peers, "run_fio", stuck)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from vdusefast.base.handed import read_words, write_words
+from vdusefast.base.handed import read_arguments, write_arguments
 from vdusefast.worker.protocol import (
     MESSAGE_MAX_BYTES,
     Command,
@@ -58,26 +58,26 @@ def test_packets_of_another_size_are_refused() -> None:
 
 
 def test_worker_words_survive_the_way_to_the_worker() -> None:
-    assert WorkerSpec.from_words(read_words(write_words(SPEC.to_words()))) == SPEC
+    assert WorkerSpec.from_arguments(read_arguments(write_arguments(SPEC.to_arguments()))) == SPEC
 
 
 @pytest.mark.parametrize("word", ["colour=red", "queue", "ctl_fd=three", "seg_max=many", "limits=1"])
 def test_wrong_worker_words_are_refused(word: str) -> None:
     with pytest.raises(ValueError, match=r"unknown argument|invalid literal"):
-        WorkerSpec.from_words([*SPEC.to_words(), word])
+        WorkerSpec.from_arguments([*SPEC.to_arguments(), word])
 
 
 def test_missing_worker_words_are_named() -> None:
     with pytest.raises(ValueError, match="missing arguments device, queue_size"):
-        WorkerSpec.from_words([w for w in SPEC.to_words() if not w.startswith(("device=", "queue_size="))])
+        WorkerSpec.from_arguments([w for w in SPEC.to_arguments() if not w.startswith(("device=", "queue_size="))])
 
 
 def test_what_is_handed_over_cannot_be_changed_any_more() -> None:
-    fd = write_words(["key=secret", ""])
+    fd = write_arguments(["key=secret", ""])
     with pytest.raises(PermissionError):
         os.pwrite(fd, b"KEY", 0)
     with pytest.raises(PermissionError):
         os.truncate(fd, 0)
-    assert read_words(fd) == ["key=secret", ""]
+    assert read_arguments(fd) == ["key=secret", ""]
     with pytest.raises(ValueError, match="NUL"):
-        write_words(["a\0b"])
+        write_arguments(["a\0b"])

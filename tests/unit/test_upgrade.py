@@ -68,7 +68,7 @@ def test_worker_and_relay_of_another_build_end_before_they_do_anything(
     files: Path, module: str, words: list[str]
 ) -> None:
     rename_build(files)
-    fd = handed.write_words(["device=d0", "a_word_of_tomorrow=1"])
+    fd = handed.write_arguments(["device=d0", "a_word_of_tomorrow=1"])
     done = subprocess.run(
         [sys.executable, "-P", "-m", f"vdusefast.{module}", *words, str(fd)],
         env={**os.environ, "PYTHONPATH": str(files)},
@@ -85,10 +85,10 @@ def test_worker_and_relay_of_another_build_end_before_they_do_anything(
 
 
 def test_another_protocol_is_another_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    fd = handed.write_words(["a"])
+    fd = handed.write_arguments(["a"])
     monkeypatch.setattr(build, "PROTOCOL_VERSION", 3)
     with pytest.raises(build.OtherBuildError):
-        handed.read_words(fd)
+        handed.read_arguments(fd)
 
 
 SERVE = """

@@ -144,10 +144,10 @@ def _descriptors(process: Path) -> list[Path]:
 def _has_lock(entry: Path, status: os.stat_result) -> bool:
     """Return whether a descriptor's fdinfo has a line such as "lock: 1: OFDLCK ADVISORY READ -1 fd:00:1234 100 100"."""
     for line in processes.read(entry).splitlines():
-        words = line.split()
-        if len(words) < 8 or words[0] != "lock:" or not words[6].endswith(f":{status.st_ino}"):
+        fields = line.split()
+        if len(fields) < 8 or fields[0] != "lock:" or not fields[6].endswith(f":{status.st_ino}"):
             continue
-        major, minor, _ = words[6].split(":")
+        major, minor, _ = fields[6].split(":")
         if os.makedev(int(major, 16), int(minor, 16)) == status.st_dev:
             return True
         try:  # btrfs and others tell programs another number than the kernel shows there

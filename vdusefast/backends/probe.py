@@ -58,10 +58,10 @@ def describe(spec: StoreSpec, limit_s: float = PROBE_LIMIT_S) -> Description:
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         opened.callback(os.close, read_fd)
         os.set_blocking(write_fd, True)
-        words = [str(PROTOCOL_VERSION), BUILD_ID, str(answer_fd), str(limit_s)]
+        arguments = [str(PROTOCOL_VERSION), BUILD_ID, str(answer_fd), str(limit_s)]
         try:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-u", "-m", "vdusefast.backends.probe", *words],
+                [sys.executable, "-P", "-u", "-m", "vdusefast.backends.probe", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=write_fd,
                 stderr=write_fd,

@@ -19,12 +19,12 @@ _GREETING = "vdusefast"
 _SEALS = fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-def write_words(words: Sequence[str]) -> int:
-    """Return a descriptor for `read_words` in another process. Raises ValueError, OSError."""
-    if any("\0" in word for word in words):
+def write_arguments(arguments: Sequence[str]) -> int:
+    """Return a descriptor for `read_arguments` in another process. Raises ValueError, OSError."""
+    if any("\0" in argument for argument in arguments):
         raise ValueError("a NUL character cannot be handed to another process")
     greeting = f"{_GREETING} {PROTOCOL_VERSION} {BUILD_ID}"
-    text = "\0".join([greeting, *words]).encode("utf-8", "surrogateescape")
+    text = "\0".join([greeting, *arguments]).encode("utf-8", "surrogateescape")
     fd = os.memfd_create("vdusefast-spec", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.write(fd, text)
@@ -35,8 +35,8 @@ def write_words(words: Sequence[str]) -> int:
     return fd
 
 
-def read_words(fd: int) -> list[str]:
-    """Return the words given to `write_words`. Consumes the descriptor.
+def read_arguments(fd: int) -> list[str]:
+    """Return the arguments given to `write_arguments`. Consumes the descriptor.
 
     Raises OtherBuildError when that was done by a process of another build, ValueError, OSError.
     """
@@ -44,10 +44,10 @@ def read_words(fd: int) -> list[str]:
         text = os.pread(fd, WORDS_MAX_BYTES, 0)
     finally:
         os.close(fd)
-    first, *words = text.decode("utf-8", "surrogateescape").split("\0")
+    first, *arguments = text.decode("utf-8", "surrogateescape").split("\0")
     greeting, _, speaker = first.partition(" ")
     if greeting != _GREETING:
         raise ValueError(f"descriptor {fd} holds nothing that vdusefast has written")
     protocol, _, build_id = speaker.partition(" ")
     check_process(protocol, build_id)
-    return words
+    return arguments

@@ -68,11 +68,11 @@ def systemd_reload(target: str) -> None:
         raise type(error)(text) from None
 
 
-def reload_service(words: Sequence[str]) -> int:
-    """Replace the server of a service that `add` has started, as its ExecReload=. words: the name of its device."""
+def reload_service(arguments: Sequence[str]) -> int:
+    """Replace the server of a service that `add` has started, as its ExecReload=. arguments: the name of its device."""
     from vdusefast.cli.app import run
     from vdusefast.server import launch
     from vdusefast.server.systemd import start_file
 
-    launch.enter(start_file.read(words[0]))
-    return run(["systemd-reload", words[0]])
+    launch.enter(start_file.read(arguments[0]))
+    return run(["systemd-reload", arguments[0]])

@@ -220,20 +220,22 @@ class _Planner:
         group = self.submitters[index]
         others = [other for other in group if other.index != cpu.index]
         nearest = min((cpu.distance(other) for other in others), default=Distance.SAME)
-        words = ["does not submit to this queue"]
+        reasons = ["does not submit to this queue"]
         if cpu in group:
-            words = ["every CPU that workers may use submits to this queue; this one has the least other work"]
+            reasons = ["every CPU that workers may use submits to this queue; this one has the least other work"]
         elif nearest == Distance.SIBLING:
-            words.append("but shares a core with one that does, as no other core is free")
+            reasons.append("but shares a core with one that does, as no other core is free")
         if nearest == Distance.CACHE:
-            words.append("shares a cache with those that do" if cpu not in group else "shares a cache with the others")
+            reasons.append(
+                "shares a cache with those that do" if cpu not in group else "shares a cache with the others"
+            )
         elif nearest == Distance.FAR:
-            words.append("is in another package: no nearer one is free")
+            reasons.append("is in another package: no nearer one is free")
         if cpu.capacity < CAPACITY_FULL:
-            words.append("a small core: no large one is free")
+            reasons.append("a small core: no large one is free")
         if self.workers[cpu.index] > 1:
-            words.append("shared with another worker")
-        return ", ".join(words)
+            reasons.append("shared with another worker")
+        return ", ".join(reasons)
 
     def _place_irqs(self, index: int, auto: bool) -> tuple[int, str]:
         given = self.irq_cpus[index]

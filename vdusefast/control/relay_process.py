@@ -18,7 +18,7 @@ from vdusefast.base import spawn
 from vdusefast.base.child_output import ChildOutput
 from vdusefast.base.deadline import limit
 from vdusefast.base.guard import Guard, Part
-from vdusefast.base.handed import write_words
+from vdusefast.base.handed import write_arguments
 from vdusefast.base.printable import printable
 from vdusefast.worker.protocol import MESSAGE_MAX_BYTES, Event, FromWorker, store_size_bytes, unpack_event
 from vdusefast.worker.relay import RelaySpec
@@ -61,7 +61,7 @@ class RelayProcess:
         spec_fd = -1
         try:
             with theirs:
-                spec_fd = write_words(spec._replace(event_fd=theirs.fileno()).to_words())
+                spec_fd = write_arguments(spec._replace(event_fd=theirs.fileno()).to_arguments())
                 self._process = subprocess.Popen(
                     [*spawn.command("worker.relay", options=("-u",), at_once=True), self._device, str(spec_fd)],
                     stdin=subprocess.DEVNULL,

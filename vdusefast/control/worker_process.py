@@ -21,7 +21,7 @@ from vdusefast.base import spawn
 from vdusefast.base.child_output import ChildOutput
 from vdusefast.base.deadline import limit
 from vdusefast.base.guard import Guard, Part
-from vdusefast.base.handed import write_words
+from vdusefast.base.handed import write_arguments
 from vdusefast.base.printable import printable
 from vdusefast.control.worker_states import WorkerEvent, WorkerLife, WorkerState
 from vdusefast.errors import TimedOutError, VdusefastError, WorkerError, from_exit_code
@@ -310,7 +310,7 @@ class WorkerProcess:
             try:
                 self._life_fd, life_write_fd = os.pipe2(os.O_CLOEXEC)
                 self.spec = self.spec._replace(ctl_fd=theirs.fileno(), life_fd=life_write_fd)
-                spec_fd = write_words(self.spec.to_words())
+                spec_fd = write_arguments(self.spec.to_arguments())
                 fds = (
                     spec_fd,
                     self.spec.ctl_fd,

@@ -45,8 +45,8 @@ def has_own_dev(directory: Path = Path("/dev")) -> bool:
         return False
     for line in lines:
         before, _, after = line.partition(" - ")
-        words = before.split()
-        if len(words) > 4 and words[4] == str(directory) and after:
+        fields = before.split()
+        if len(fields) > 4 and fields[4] == str(directory) and after:
             kind = after.split()[0]  # the last one is on top
     return kind != "devtmpfs"
 

@@ -33,11 +33,11 @@ def read_mounts(process: Path) -> list[Mount]:
     mounts = []
     for line in processes.read(process / "mountinfo").splitlines():
         before, _, after = line.partition(" - ")
-        words, kind = before.split(), after.split()
-        if len(words) < 5 or len(kind) < 2:
+        fields, kind = before.split(), after.split()
+        if len(fields) < 5 or len(kind) < 2:
             continue
-        major, _, minor = words[2].partition(":")
-        mounts.append(Mount(os.makedev(int(major), int(minor)), unescape(words[4]), kind[0], unescape(kind[1])))
+        major, _, minor = fields[2].partition(":")
+        mounts.append(Mount(os.makedev(int(major), int(minor)), unescape(fields[4]), kind[0], unescape(kind[1])))
     return mounts
 
 

@@ -93,11 +93,11 @@ def _raise_error(content: bytes, flags: int) -> None:
     (negative,) = _ERROR.unpack_from(content)
     if negative == 0:
         return
-    words = os.strerror(-negative)
+    message = os.strerror(-negative)
     if flags & _NLM_F_ACK_TLVS:
         extra = _unpack(content[_ERROR.size + _NLMSGHDR.size :]).get(_NLMSGERR_ATTR_MSG, b"")
-        words = f"{words} ({extra.rstrip(bytes(1)).decode(errors='replace')})" if extra else words
-    raise OSError(-negative, words)
+        message = f"{message} ({extra.rstrip(bytes(1)).decode(errors='replace')})" if extra else message
+    raise OSError(-negative, message)
 
 
 def _unpack(data: bytes) -> dict[int, bytes]:

@@ -68,8 +68,8 @@ def unseen_text(node: str) -> str:
 
 def pending_requests(node: str, root: Path = processes.ROOT) -> int:
     """Return how many requests of a block device are in flight in its driver; 0 for other nodes."""
-    words = processes.read(root / "sys/block" / Path(node).name / "inflight").split() if node else []
-    return sum(int(word) for word in words)
+    counts = processes.read(root / "sys/block" / Path(node).name / "inflight").split() if node else []
+    return sum(int(count) for count in counts)
 
 
 def refusal(name: str, node: str, users: list[str]) -> str:

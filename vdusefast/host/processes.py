@@ -39,8 +39,8 @@ def command(process: Path) -> str:
 
 def parent_pid(process: Path) -> int:
     """Return the parent of a process, 0 where it has ended."""
-    words = read(process / "stat").rpartition(")")[2].split()
-    return int(words[1]) if len(words) > 1 else 0
+    fields = read(process / "stat").rpartition(")")[2].split()
+    return int(fields[1]) if len(fields) > 1 else 0
 
 
 def mount_namespace(process: Path) -> str:

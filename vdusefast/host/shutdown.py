@@ -61,13 +61,13 @@ def wait_until_unused(users: Callable[[], list[str]], go_on: Callable[[list[str]
     return True
 
 
-def _systemctl(*words: str) -> str:
+def _systemctl(*arguments: str) -> str:
     """Return the output of systemctl, whatever its status is; "" if systemd does not answer."""
     if not SYSTEMD_IS_INIT.is_dir():
         return ""
     try:
         done = subprocess.run(
-            ["systemctl", *words],
+            ["systemctl", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

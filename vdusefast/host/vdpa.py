@@ -33,8 +33,10 @@ def device_new(name: str) -> None:
     Raises OSError with the kernel's words (EPERM, EINVAL: no such device or a queue is not set up, EEXIST, ...),
     KernelSupportError when the kernel has no vDPA.
     """
-    words = ["add", "name", name, "mgmtdev", MGMTDEV_NAME]
-    _run(_CMD_DEV_NEW, netlink.text(_ATTR_DEV_NAME, name) + netlink.text(_ATTR_MGMTDEV_DEV_NAME, MGMTDEV_NAME), words)
+    arguments = ["add", "name", name, "mgmtdev", MGMTDEV_NAME]
+    _run(
+        _CMD_DEV_NEW, netlink.text(_ATTR_DEV_NAME, name) + netlink.text(_ATTR_MGMTDEV_DEV_NAME, MGMTDEV_NAME), arguments
+    )
 
 
 def device_delete(name: str) -> None:
@@ -54,15 +56,15 @@ def family_id() -> int:
         return _family_id(sock)
 
 
-def _run(command: int, attributes: bytes, words: list[str]) -> None:
-    """Send a command; `words` are the same command for iproute2's `vdpa`."""
+def _run(command: int, attributes: bytes, arguments: list[str]) -> None:
+    """Send a command; `arguments` are the same command for iproute2's `vdpa`."""
     try:
         sock = netlink.open_socket()
     except OSError as error:
         tool = shutil.which("vdpa", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
         if error.errno not in _NO_NETLINK or tool is None:
             raise
-        _run_tool([tool, "dev", *words])
+        _run_tool([tool, "dev", *arguments])
         return
     with sock:
         netlink.ask(sock, _family_id(sock), command, attributes)

@@ -80,17 +80,18 @@ def start(
     return ForeignProcess(int(pid), fds[0])
 
 
-def start_and_end(words: Sequence[str]) -> int:
+def start_and_end(arguments: Sequence[str]) -> int:
     """Be the process in between: start a command, send its pid and its pidfd, and end.
 
-    words: a socket, then the command. Nobody has waited for the child yet, so the pidfd is of that process for sure.
+    arguments: a socket, then the command. Nobody has waited for the child yet, so the pidfd is of that process for
+    sure.
     """
-    with socket.socket(fileno=int(words[0])) as connection:
+    with socket.socket(fileno=int(arguments[0])) as connection:
         own_fd = os.pidfd_open(os.getpid())
         pid = os.fork()
         if pid == 0:
             connection.close()
-            _become(words[1:], own_fd)
+            _become(arguments[1:], own_fd)
         socket.send_fds(connection, [str(pid).encode()], [os.pidfd_open(pid)])
     return 0
 
@@ -100,7 +101,7 @@ def _become(command: Sequence[str], parent_fd: int) -> None:
     try:
         select.select([parent_fd], [], [])
         os.setsid()
-        os.execv(command[0], list(command))  # noqa: S606 (a list of words of ours)
+        os.execv(command[0], list(command))  # noqa: S606 (a list of arguments of ours)
     except OSError as error:
         os.write(2, f"vdusefast: {command[0]}: {error.strerror}\n".encode())
     finally:

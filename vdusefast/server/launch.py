@@ -197,8 +197,8 @@ def _spawn(command: list[str], config: Config, mode: StartMode, write_fd: int, o
             file.write(msgspec.json.encode(config))
             file.seek(0)
             if output_fd is None:
-                words = [*command, name, str(write_fd), "-1", mode]
-                return foreign_process.start(words, stdin=file, pass_fds=[write_fd], environment=environment)
+                arguments = [*command, name, str(write_fd), "-1", mode]
+                return foreign_process.start(arguments, stdin=file, pass_fds=[write_fd], environment=environment)
             if logs.is_journal(2):
                 kept = os.dup(2)
             return subprocess.Popen(
@@ -313,30 +313,30 @@ def _ends(process: Process, timeout_s: float, *numbers: signal.Signals) -> bool:
 # -- the process
 
 
-def main(words: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Serve the device whose configuration comes on standard input.
 
-    words: name, report and journal descriptors, mode.
+    arguments: name, report and journal descriptors, mode.
     """
-    _name, report_fd, journal_fd = words[0], int(words[1]), int(words[2])
+    _name, report_fd, journal_fd = arguments[0], int(arguments[1]), int(arguments[2])
     os.umask(0o077)
     log = None if is_service() else logs.LogFile()
     if journal_fd >= 0:
         logs.log_to_journal(journal_fd)
     with logs.log_to_stderr() if log is None else nullcontext():
         try:
-            return _serve(_read_config(), StartMode(words[3]), log, report_fd)
+            return _serve(_read_config(), StartMode(arguments[3]), log, report_fd)
         except VdusefastError as error:
             _send_report(report_fd, _Report(error=str(error), exit_code=error.exit_code))
             return error.exit_code
 
 
-def main_of_service(words: Sequence[str]) -> int:
+def main_of_service(arguments: Sequence[str]) -> int:
     """Serve a device as a service of systemd's: the first time as start_file.py's file says, later the orphan.
 
-    words: its name. The status says whether systemd is to start the next one.
+    arguments: its name. The status says whether systemd is to start the next one.
     """
-    name = words[0]
+    name = arguments[0]
     os.umask(0o077)
     journal_fd = os.dup(2)
     log_fd = os.memfd_create("vdusefast-log", os.MFD_CLOEXEC)

@@ -36,11 +36,12 @@ def receive_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     `socket.recv_fds` ignores its flags.
     """
     fds = array.array("i")
-    word, parts, _, _ = sock.recvmsg(32, socket.CMSG_SPACE(HOLDS_MAX * fds.itemsize), flags | socket.MSG_CMSG_CLOEXEC)
+    room_bytes = socket.CMSG_SPACE(HOLDS_MAX * fds.itemsize)
+    message, parts, _, _ = sock.recvmsg(32, room_bytes, flags | socket.MSG_CMSG_CLOEXEC)
     for level, kind, data in parts:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return word, list(fds)
+    return message, list(fds)
 
 
 class Keeper:
@@ -81,20 +82,20 @@ class Keeper:
 
     def _hear(self, line: socket.socket) -> bytes:
         try:
-            word, fds = receive_fds(line)
+            message, fds = receive_fds(line)
             holds = [socket.socket(fileno=fd) for fd in fds]
-            if word == KEEP:
+            if message == KEEP:
                 self._drop_holds()
                 self._holds = holds
                 socket.send_fds(line, [str(os.getpid()).encode()], [])
-            elif word == TAKE:
+            elif message == TAKE:
                 self._forget_ending()
                 socket.send_fds(line, [str(os.getpid()).encode()], [hold.fileno() for hold in self._holds])
         except OSError:
-            word = b""
-        if not word:
+            message = b""
+        if not message:
             self._leave_line()
-        return word
+        return message
 
     def _leave_line(self) -> None:
         if self._line is not None:

@@ -148,11 +148,11 @@ class KeeperControl:
         """Read the keeper's answer, which is its pid, or notice its end."""
         assert self._line is not None
         try:
-            word = self._line.recv(32)
+            message = self._line.recv(32)
         except OSError:
-            word = b""
-        if word:
-            self.pid = int(word)
+            message = b""
+        if message:
+            self.pid = int(message)
             self._reap()
             return
         _log.warning(

@@ -97,9 +97,9 @@ def _slots(whole: bytes) -> list[_Slot]:
 
 
 def _unpack(slot: bytes) -> _Slot:
-    words = slot[:_HEADER_BYTES].split()
+    fields = slot[:_HEADER_BYTES].split()
     try:
-        magic, number, length, checksum = words[0], int(words[1]), int(words[2]), int(words[3], 16)
+        magic, number, length, checksum = fields[0], int(fields[1]), int(fields[2]), int(fields[3], 16)
     except (ValueError, IndexError):
         return _Slot(0, b"")
     text = slot[_HEADER_BYTES : _HEADER_BYTES + length]

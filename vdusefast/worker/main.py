@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from vdusefast.base.build import EXIT_OTHER_BUILD, OtherBuildError
 from vdusefast.base.engines import IO_URING, OF_ONE_STORE
-from vdusefast.base.handed import read_words
+from vdusefast.base.handed import read_arguments
 from vdusefast.base.kinds import TransportKind
 from vdusefast.errors import ConfigError, KernelSupportError, VdusefastError, WorkerError
 from vdusefast.host import final_kill
@@ -373,8 +373,8 @@ def _check_pages(shm_fd: int, queue_size: int) -> None:
     layout = _datapath.layout()
     offsets = layout["offsets"]
     first, stride_bytes = _datapath.block_extent(0)
-    words = (layout["constants"]["version"], first, queue_size, stride_bytes)
-    wanted = (b"VDUSFAST", *words, *(offsets[name] for name in ("counters", "hist", "inflight")))
+    header = (layout["constants"]["version"], first, queue_size, stride_bytes)
+    wanted = (b"VDUSFAST", *header, *(offsets[name] for name in ("counters", "hist", "inflight")))
     packed = os.pread(shm_fd, _PAGES_HEADER.size, 0)
     if len(packed) < _PAGES_HEADER.size or _PAGES_HEADER.unpack(packed) != wanted:
         raise WorkerError("the shared pages have another layout than this build of vdusefast: nothing is served")
@@ -404,7 +404,7 @@ def _pin(spec: WorkerSpec) -> tuple[WorkerSpec, str]:
 def main(argv: list[str]) -> int:
     """Run a worker. The last argument is the descriptor of its WorkerSpec; others are for `ps`. Returns the status."""
     try:
-        spec = WorkerSpec.from_words(read_words(int(argv[-1])))
+        spec = WorkerSpec.from_arguments(read_arguments(int(argv[-1])))
         from vdusefast.worker import _datapath
     except OtherBuildError as error:
         print(f"vdusefast worker: {error}", file=sys.stderr)

@@ -183,19 +183,19 @@ class WorkerSpec(NamedTuple):
     keeps_zeroes: int = 0  # zeroed ranges stay allocated
     serial: str = ""
 
-    def to_words(self) -> list[str]:
-        """Return the arguments that `from_words` reads."""
+    def to_arguments(self) -> list[str]:
+        """Return the arguments that `from_arguments` reads."""
         values = self._asdict()
         limits: RequestLimits = values.pop("limits")
         return [f"{key}={value}" for key, value in (values | limits._asdict()).items()]
 
     @classmethod
-    def from_words(cls, words: list[str]) -> WorkerSpec:
-        """Return what `to_words` was made from. Raises ValueError naming a word that is wrong."""
+    def from_arguments(cls, arguments: list[str]) -> WorkerSpec:
+        """Return what `to_arguments` was made from. Raises ValueError that names a wrong argument."""
         values: dict[str, str | int] = {}
         limits: dict[str, int] = {}
-        for word in words:
-            key, sep, value = word.partition("=")
+        for argument in arguments:
+            key, sep, value = argument.partition("=")
             if sep and key in RequestLimits._fields:
                 limits[key] = int(value)
             elif sep and key in cls._fields and key != "limits":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from vdusefast.backends import find, plugin_module
 from vdusefast.backends.plugin import Plugin, StoreSpec
 from vdusefast.base.build import EXIT_OTHER_BUILD, OtherBuildError
-from vdusefast.base.handed import read_words
+from vdusefast.base.handed import read_arguments
 from vdusefast.errors import VdusefastError
 from vdusefast.host import final_kill, reclaim
 from vdusefast.worker.protocol import Event, FromWorker, pack_event
@@ -31,15 +31,15 @@ class RelaySpec(NamedTuple):
     store_spec: str  # a StoreSpec as JSON
     places: tuple[tuple[int, int], ...]  # of each queue: a listening socket, the memory shared with its worker
 
-    def to_words(self) -> list[str]:
-        """Return the arguments that `from_words` reads."""
+    def to_arguments(self) -> list[str]:
+        """Return the arguments that `from_arguments` reads."""
         numbers = [fd for place in self.places for fd in place]
         return [str(value) for value in (*self[:5], *numbers)]
 
     @classmethod
-    def from_words(cls, words: list[str]) -> RelaySpec:
-        """Return what `to_words` was called on. Raises ValueError."""
-        pid, event_fd, slot_count, lock_memory, store_spec, *numbers = words
+    def from_arguments(cls, arguments: list[str]) -> RelaySpec:
+        """Return what `to_arguments` was called on. Raises ValueError."""
+        pid, event_fd, slot_count, lock_memory, store_spec, *numbers = arguments
         fds = [int(number) for number in numbers]
         places = tuple(zip(fds[::2], fds[1::2], strict=True))
         return cls(int(pid), int(event_fd), int(slot_count), int(lock_memory), store_spec, places)
@@ -81,7 +81,7 @@ def send_store_events(plugin: Plugin, events: Events) -> None:
 def main(argv: list[str]) -> int:
     """Serve until the end. Returns the exit status."""
     try:
-        spec = RelaySpec.from_words(read_words(int(argv[-1])))
+        spec = RelaySpec.from_arguments(read_arguments(int(argv[-1])))
         from vdusefast.backends._relay import Server
         from vdusefast.worker import _datapath
     except OtherBuildError as error:

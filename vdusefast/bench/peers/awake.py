@@ -24,8 +24,8 @@ class Awake:
 
     def __enter__(self) -> Awake:
         if self._wanted:
-            words = [sys.executable, "-S", "-c", "while True: pass"]
-            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, process_group=0)
+            arguments = [sys.executable, "-S", "-c", "while True: pass"]
+            self._process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, process_group=0)
             os.sched_setscheduler(self._process.pid, os.SCHED_IDLE, os.sched_param(0))
         return self
 

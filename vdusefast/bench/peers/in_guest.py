@@ -95,22 +95,22 @@ def merge(reports: list[Json], options: PeersOptions) -> Json:
     return merged
 
 
-def guest_words(options: PeersOptions, note: str) -> list[str]:
+def guest_arguments(options: PeersOptions, note: str) -> list[str]:
     """Return the command line that runs `options` in a guest, without where its report goes."""
-    words = ["-m", "vdusefast.bench", "peers", "--load-modules", f"--rounds={options.rounds}", f"--note={note}"]
-    words += [f"--runtime={options.runtime_s * 1000:g}ms", f"--ramp={options.ramp_s * 1000:g}ms"]
-    words += [f"--size={options.size_bytes}"]
-    words += [f"--queues={options.queues}"] if options.queues else []
-    words += [f"--peers={','.join(options.peers)}"] if options.peers is not None else []
-    words += [f"--variants={options.variants}"] if options.variants else []
-    words += [f"--server-cpus={options.server_cpus}"] if options.server_cpus else []
-    words += [f"--driver-cpus={options.driver_cpus}"] if options.driver_cpus else []
-    words += [f"--ioengine={options.ioengine}"] if options.ioengine else []
-    words += [f"--backing={options.backing}"] if options.backing is not None else []
-    words += ["--keep-awake"] if options.keep_awake else []
+    arguments = ["-m", "vdusefast.bench", "peers", "--load-modules", f"--rounds={options.rounds}", f"--note={note}"]
+    arguments += [f"--runtime={options.runtime_s * 1000:g}ms", f"--ramp={options.ramp_s * 1000:g}ms"]
+    arguments += [f"--size={options.size_bytes}"]
+    arguments += [f"--queues={options.queues}"] if options.queues else []
+    arguments += [f"--peers={','.join(options.peers)}"] if options.peers is not None else []
+    arguments += [f"--variants={options.variants}"] if options.variants else []
+    arguments += [f"--server-cpus={options.server_cpus}"] if options.server_cpus else []
+    arguments += [f"--driver-cpus={options.driver_cpus}"] if options.driver_cpus else []
+    arguments += [f"--ioengine={options.ioengine}"] if options.ioengine else []
+    arguments += [f"--backing={options.backing}"] if options.backing is not None else []
+    arguments += ["--keep-awake"] if options.keep_awake else []
     for job in options.jobs:
-        words += ["--job", job_text(job)]
-    return words
+        arguments += ["--job", job_text(job)]
+    return arguments
 
 
 def job_text(job: JobSpec) -> str:
@@ -125,16 +125,16 @@ def _boot(options: PeersOptions, kernel: str, icount: bool, signals: PatientStop
     counted = "; time is a count of instructions" if icount else ""
     note = f"Debian's kernel {kernel} on a software-emulated machine{counted}."
     on_disk = options.backing is None and any(job.buffered for job in options.jobs)
-    command = f"exec python {shlex.join(guest_words(options, note))} --json=$VDUSEFAST_VM_RESULTS/{REPORT}"
+    command = f"exec python {shlex.join(guest_arguments(options, note))} --json=$VDUSEFAST_VM_RESULTS/{REPORT}"
     if on_disk:  # on a tmpfs no page is ever dirty
         command = f"{MAKE_DISK} && {command} --backing={DISK_PLACE}"
     limit_s = limit(options, icount)
     with tempfile.TemporaryDirectory(prefix="vdusefast-peers-") as directory:
-        words = [str(KIT), "--kernel", kernel, "--timeout", f"{limit_s:.0f}", "--results", directory]
-        words += [f"--disk={disk_mib(options)}M"] if on_disk else []
-        words += ["--clock", "counted" if icount else "host", "--", "sh", "-c", command]
+        arguments = [str(KIT), "--kernel", kernel, "--timeout", f"{limit_s:.0f}", "--results", directory]
+        arguments += [f"--disk={disk_mib(options)}M"] if on_disk else []
+        arguments += ["--clock", "counted" if icount else "host", "--", "sh", "-c", command]
         # A group of its own: a terminal's Ctrl-C is ours to pass on. The guest's tables go unread, its report is read.
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
+        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
         try:
             while process.poll() is None and not signals.wait(0.1):
                 continue

@@ -59,8 +59,8 @@ class Vdusefast(Peer):
         self._device.start()
         self._stack.callback(self._device.stop)
         pinned = cpus if isinstance(cpus, str) else format_cpu_list(cpus)
-        words = ["vdusefast", "add", config.device.name, "--backend", config.backend.uri]
-        self.commands.append([*words, "--queues", str(setup.queues), *(["--cpus", pinned] if pinned else [])])
+        arguments = ["vdusefast", "add", config.device.name, "--backend", config.backend.uri]
+        self.commands.append([*arguments, "--queues", str(setup.queues), *(["--cpus", pinned] if pinned else [])])
         return self._device.node
 
     def _uri(self, store: str) -> str:
@@ -158,8 +158,8 @@ class QemuStorageDaemon(Peer):
         file = {"driver": "file", "node-name": "f", "filename": str(self.setup.path), "aio": "threads"}
         export = {"type": "vduse-blk", "id": "e", "name": self._device, "node-name": "f", "iothread": "t0"}
         queues = {"num-queues": self.setup.queues, "queue-size": QUEUE_SIZE, "writable": True}
-        words = [self.tools[0], "--object", "iothread,id=t0", "--blockdev", json.dumps(file)]
-        return self.serve([*words, "--export", json.dumps(export | queues)])
+        arguments = [self.tools[0], "--object", "iothread,id=t0", "--blockdev", json.dumps(file)]
+        return self.serve([*arguments, "--export", json.dumps(export | queues)])
 
     def _remove(self) -> None:
         """Take the device off the bus, then its server, then what that forgets when it ends."""
@@ -218,12 +218,12 @@ class _Nbd(Peer):
         return "" if nbd.usable() else "the kernel has no nbd driver: modprobe nbd"
 
     @abstractmethod
-    def _words(self, path: Path) -> list[str]:
+    def _arguments(self, path: Path) -> list[str]:
         """Return the command that serves the file at the socket `path`."""
 
     def _start(self) -> str:
         path = self.setup.directory / f"{self.name}.sock"
-        server = self.serve(self._words(path))
+        server = self.serve(self._arguments(path))
         index, export = server.wait_for("connection", lambda: self._connect(path))
         self._stack.callback(nbd.disconnect, index)
         if export.size_bytes != self.setup.size_bytes:
@@ -245,12 +245,12 @@ class QemuNbd(_Nbd):
     tools = ("qemu-nbd",)
     packages = ("qemu-utils",)
 
-    def _words(self, path: Path) -> list[str]:
-        words = ["qemu-nbd", "--persistent", f"--shared={self.setup.queues}", "--format=raw", "--cache=writeback"]
-        return [*words, f"--socket={path}", str(self.setup.path)]
+    def _arguments(self, path: Path) -> list[str]:
+        arguments = ["qemu-nbd", "--persistent", f"--shared={self.setup.queues}", "--format=raw", "--cache=writeback"]
+        return [*arguments, f"--socket={path}", str(self.setup.path)]
 
 
-def nbdkit_words(socket: Path, file: Path) -> list[str]:
+def nbdkit_arguments(socket: Path, file: Path) -> list[str]:
     """Return the command by which nbdkit's file plugin serves a file at a socket."""
     return ["nbdkit", "--foreground", f"--unix={socket}", "file", f"file={file}"]
 
@@ -263,8 +263,8 @@ class Nbdkit(_Nbd):
     cache = PAGE_CACHE
     tools = ("nbdkit",)
 
-    def _words(self, path: Path) -> list[str]:
-        return nbdkit_words(path, self.setup.path)
+    def _arguments(self, path: Path) -> list[str]:
+        return nbdkit_arguments(path, self.setup.path)
 
 
 class VdusefastNbd(Vdusefast):
@@ -286,7 +286,7 @@ class VdusefastNbd(Vdusefast):
     def _uri(self, store: str) -> str:
         """See `Vdusefast`; starts the server."""
         path = self.setup.directory / f"{self.name}.sock"
-        server = self.serve(nbdkit_words(path, self.setup.path))
+        server = self.serve(nbdkit_arguments(path, self.setup.path))
         server.wait_for("socket", path.exists)
         return f"nbd+unix:///?socket={path}"
 

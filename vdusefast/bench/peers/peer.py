@@ -128,16 +128,16 @@ class Peer(ABC):
             "checked": False,
         }
 
-    def run(self, words: Sequence[str]) -> str:
-        """Run a tool and return its output. Raises VdusefastError with its own words."""
-        self.commands.append(list(words))
-        return run_tool(words)
+    def run(self, arguments: Sequence[str]) -> str:
+        """Run a tool and return its output. Raises VdusefastError with its own message."""
+        self.commands.append(list(arguments))
+        return run_tool(arguments)
 
-    def serve(self, words: Sequence[str]) -> ServerProcess:
+    def serve(self, arguments: Sequence[str]) -> ServerProcess:
         """Start a server on the CPUs that servers have; it ends with `stop`."""
-        self.commands.append(list(words))
+        self.commands.append(list(arguments))
         pinned = ["taskset", "--cpu-list", format_cpu_list(self.setup.cpus)] if self.setup.cpus else []
-        server = ServerProcess(words[0], [*pinned, *words], self.setup.directory / f"{self.name}.log")
+        server = ServerProcess(arguments[0], [*pinned, *arguments], self.setup.directory / f"{self.name}.log")
         self._stack.callback(server.end)
         self._servers.append(server)
         return server
@@ -146,17 +146,17 @@ class Peer(ABC):
 class ServerProcess:
     """A server that we have started, in a process group of its own. `said` is the last line that it printed."""
 
-    def __init__(self, name: str, words: Sequence[str], log: Path):
+    def __init__(self, name: str, arguments: Sequence[str], log: Path):
         """Start it. Raises VdusefastError."""
         self.name = name
         self._log = log
         with log.open("ab") as stream:
             try:
                 self.process = subprocess.Popen(
-                    list(words), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0
+                    list(arguments), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0
                 )
             except OSError as error:
-                raise VdusefastError(f"{words[0]}: cannot be started: {error.strerror}") from None
+                raise VdusefastError(f"{arguments[0]}: cannot be started: {error.strerror}") from None
 
     @property
     def alive(self) -> bool:
@@ -164,7 +164,7 @@ class ServerProcess:
         return self.process.poll() is None
 
     def check(self) -> None:
-        """Raise VdusefastError, with its last words, when it has ended."""
+        """Raise VdusefastError, with the end of its log, when it has ended."""
         if not self.alive:
             raise VdusefastError(f"{self.name} ended with status {self.process.returncode}: {self.said}")
 
@@ -199,26 +199,26 @@ class ServerProcess:
         raise VdusefastError(f"{self.name} (pid {self.process.pid}) was killed and is not gone")
 
 
-def run_tool(words: Sequence[str]) -> str:
-    """Run a program that ends by itself; return its output. Raises VdusefastError with its own words."""
+def run_tool(arguments: Sequence[str]) -> str:
+    """Run a program that ends by itself; return its output. Raises VdusefastError with its own message."""
     try:
         done = subprocess.run(
-            list(words), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TOOL_S, check=False
+            list(arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TOOL_S, check=False
         )
     except subprocess.TimeoutExpired:
-        raise TimedOutError(f"{words[0]} did not end within {TOOL_S:g} s") from None
+        raise TimedOutError(f"{arguments[0]} did not end within {TOOL_S:g} s") from None
     except OSError as error:
-        raise VdusefastError(f"{words[0]}: cannot be started: {error.strerror}") from None
+        raise VdusefastError(f"{arguments[0]}: cannot be started: {error.strerror}") from None
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()
-        raise VdusefastError(f"{' '.join(words)}: status {done.returncode}: {said[-1]}")
+        raise VdusefastError(f"{' '.join(arguments)}: status {done.returncode}: {said[-1]}")
     return done.stdout.strip()
 
 
-def first_line(words: Sequence[str]) -> str:
+def first_line(arguments: Sequence[str]) -> str:
     """Return the first line that a program prints, "" when it prints none or fails."""
     try:
-        return run_tool(words).partition("\n")[0]
+        return run_tool(arguments).partition("\n")[0]
     except VdusefastError:
         return ""
 
@@ -231,5 +231,5 @@ def load_modules(names: Sequence[str]) -> None:
         return
     for name in dict.fromkeys(names):
         # null_blk makes a device of its own unless told not to.
-        words = [tool, name, *(["nr_devices=0"] if name == "null_blk" else [])]
-        subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=TOOL_S, check=False)
+        arguments = [tool, name, *(["nr_devices=0"] if name == "null_blk" else [])]
+        subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=TOOL_S, check=False)

@@ -29,7 +29,7 @@ from vdusefast.bench.peers import data_check, dirty_pages
 from vdusefast.bench.peers import variants as peers_variants
 from vdusefast.bench.peers.awake import Awake
 from vdusefast.bench.peers.files import backing_directory, file_system
-from vdusefast.bench.peers.fio_words import measure_words, verify_words
+from vdusefast.bench.peers.fio_arguments import measure_arguments, verify_arguments
 from vdusefast.bench.peers.peer import Peer, PeerSetup, first_line, load_modules
 from vdusefast.bench.peers.report import print_peers
 from vdusefast.bench.raw.jobs import JobSpec, RunOptions, parse_arguments
@@ -232,10 +232,10 @@ class Session:
         data_check.compare(peer.node, setup.path, setup.size_bytes)
         data_check.check_writes(peer.node, setup.path, setup.size_bytes, SEED)
         size = min(CHECK_BYTES, setup.size_bytes)
-        words = verify_words(
+        arguments = verify_arguments(
             self.fio, peer.node, engine=self.engine, size_bytes=size, iodepth=CHECK_DEPTH, cpus=self._driver_cpus()
         )
-        outcome = self._fio(peer, words, MARGIN_S)
+        outcome = self._fio(peer, arguments, MARGIN_S)
         if why := problem(outcome):
             raise data_check.DataError(f"{peer.node}: verification: {why}")
 
@@ -258,7 +258,7 @@ class Session:
     def _measure_one(self, peer: Peer, job: JobSpec, number: int) -> Json | None:
         """Time one job on one peer. Returns None when it failed, which is noted, or was stopped by a signal."""
         options = self.options
-        words = measure_words(
+        arguments = measure_arguments(
             self.fio,
             peer.node,
             job,
@@ -274,7 +274,7 @@ class Session:
             with self._woken(peer):
                 before = peer.counters()
                 with self.awake.paused(), dirty_pages.limited(job.buffered):
-                    outcome = self._fio(peer, words, job_limit_s(job, options))
+                    outcome = self._fio(peer, arguments, job_limit_s(job, options))
                 counted = {name: value - before[name] for name, value in peer.counters().items()}
             self._settle(peer)
             if why := problem(outcome):
@@ -307,10 +307,10 @@ class Session:
             finally:
                 os.close(fd)
 
-    def _fio(self, peer: Peer, words: list[str], limit_s: float) -> FioOutcome:
+    def _fio(self, peer: Peer, arguments: list[str], limit_s: float) -> FioOutcome:
         """Run fio on a peer. One whose requests are never answered loses its device, so that fio can end."""
         try:
-            return run_fio(words, limit_s=limit_s, stop_fd=self.signals.fileno(), tick=lambda _passed: peer.check())
+            return run_fio(arguments, limit_s=limit_s, stop_fd=self.signals.fileno(), tick=lambda _passed: peer.check())
         except FioStuckError as stuck:
             peer.stop(force=True)
             stuck.fio.reap(KILL_S)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vdusefast.bench.common.real_fio import find_fio, job_figures, problem, run_fio
-from vdusefast.bench.peers.fio_words import file_name, milliseconds
+from vdusefast.bench.peers.fio_arguments import file_name, milliseconds
 from vdusefast.bench.raw.jobs import JobSpec
 from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.host.cpu_topology import format_cpu_list

@@ -99,9 +99,9 @@ class DiskCycle:
     def __init__(self, writers: list[_Writer], run_s: float, give_up_s: float):
         self._give_up_s = give_up_s
         self._struck = threading.Event()
-        words = (time.monotonic() + run_s, self._struck)
+        writer_arguments = (time.monotonic() + run_s, self._struck)
         # Daemons: one that waits in the kernel for its disk must not keep us from ending.
-        self._threads = [threading.Thread(target=writer.run, args=words, daemon=True) for writer in writers]
+        self._threads = [threading.Thread(target=writer.run, args=writer_arguments, daemon=True) for writer in writers]
         for thread in self._threads:
             thread.start()
 

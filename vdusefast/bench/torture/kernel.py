@@ -161,7 +161,7 @@ class KernelServer(TorturedServer):
         if self._pid and not _reap(self._pid, STOP_TIMEOUT_S):
             raise ServerError(f"pid {self._pid} did not end in {STOP_TIMEOUT_S:g} s")
 
-    def last_words(self) -> str:
+    def log_end(self) -> str:
         """Return the end of its log."""
         try:
             lines = (self._path / "log").read_text(errors="replace").splitlines()

@@ -39,7 +39,7 @@ _ERRORS: dict[str, type[TransportError] | type[DeviceBusyError]] = {
 
 class _Question(msgspec.Struct, array_like=True):
     what: str
-    words: list[Any] = []  # msgspec copies it
+    arguments: list[Any] = []  # msgspec copies it
 
 
 class _Answer(msgspec.Struct, array_like=True):
@@ -155,7 +155,7 @@ class LoopbackHost:
         try:
             method = methods.get(question.what)
             if method is not None:
-                sent = method(*question.words)
+                sent = method(*question.arguments)
                 return _Answer(sent.value), sent
             return _Answer(self._ask_bus(question, fds)), _Sent()
         except DeviceBusyError as error:
@@ -169,22 +169,22 @@ class LoopbackHost:
 
     def _ask_bus(self, question: _Question, fds: list[int]) -> Any:
         """Do what needs no more than the bus."""
-        bus, words = self.bus, question.words
+        bus, arguments = self.bus, question.arguments
         match question.what:
             case "acked_features":
                 bus.check_device_call()
                 return bus.driver_features
             case "vq_info":
-                bus.check_device_call(words[0])
-                return bus.vq_info(words[0])
+                bus.check_device_call(arguments[0])
+                return bus.vq_info(arguments[0])
             case "check_response":
-                return bus.check_response(Response(words[0], True))
+                return bus.check_response(Response(arguments[0], True))
             case "set_kickfd":
-                return bus.set_kickfd(words[0], fds[0] if fds else -1)
+                return bus.set_kickfd(arguments[0], fds[0] if fds else -1)
             case "set_config":
-                return bus.set_config(words[0], bytes.fromhex(words[1]))
+                return bus.set_config(arguments[0], bytes.fromhex(arguments[1]))
             case "status_seen" | "inject_irq" | "inject_config_irq":
-                return getattr(bus, question.what)(*words)
+                return getattr(bus, question.what)(*arguments)
         raise TransportError(f"{bus.name}: the bus knows no question {question.what!r}")
 
     def _create(self, spec: object, msg_timeout_s: float) -> _Sent:
@@ -378,12 +378,12 @@ class RemoteLoopbackTransport:
             raise TransportError(f"device {self._name} is not open")
         return self._messages
 
-    def _ask(self, what: str, *words: object, fds: list[int] | None = None) -> tuple[Any, list[int]]:
+    def _ask(self, what: str, *arguments: object, fds: list[int] | None = None) -> tuple[Any, list[int]]:
         """Ask the host. Returns the value and the descriptors (the caller's). Raises what the bus has raised."""
         if self._host is None:
             raise TransportError(f"device {self._name} is not open")
         try:
-            socket.send_fds(self._host, [msgspec.json.encode(_Question(what, list(words)))], fds or [])
+            socket.send_fds(self._host, [msgspec.json.encode(_Question(what, list(arguments)))], fds or [])
             packet, got, _flags, _address = socket.recv_fds(
                 self._host, PACKET_MAX_BYTES, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
             )

@@ -144,7 +144,7 @@ class Scene:
         A request that is not answered occupies its place in the ring for ever: no load can follow.
         """
         if lost:
-            raise ServerError(f"the device does not serve any more: {self._server.last_words()}")
+            raise ServerError(f"the device does not serve any more: {self._server.log_end()}")
 
     @contextmanager
     def _running(self) -> Iterator[Running]:

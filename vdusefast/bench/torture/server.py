@@ -87,7 +87,7 @@ class TorturedServer(ABC):
         """Wait until the supervisor, which was killed, is gone. Raises ServerError."""
 
     @abstractmethod
-    def last_words(self) -> str:
+    def log_end(self) -> str:
         """Return the end of its log, in one line."""
 
     @abstractmethod
@@ -141,7 +141,7 @@ class TorturedServer(ABC):
                 if pid != not_pid:
                     return pid
             time.sleep(SIDE_LOOK_S)
-        raise ServerError(f"the device has no {kind} after {timeout_s:g} s: {self.last_words()}")
+        raise ServerError(f"the device has no {kind} after {timeout_s:g} s: {self.log_end()}")
 
     def side_pids(self, kind: str) -> list[int]:
         """Return the pids of the processes beside the workers: of the "relay", a child of the supervisor's, or of the
@@ -189,7 +189,7 @@ class TorturedServer(ABC):
             if pid and pid != not_pid:
                 return pid
             time.sleep(LOOK_S)
-        raise ServerError(f"queue {queue} has no worker after {timeout_s:g} s: {self.last_words()}")
+        raise ServerError(f"queue {queue} has no worker after {timeout_s:g} s: {self.log_end()}")
 
     def worker_pids(self) -> list[int]:
         """Return the pid of each queue's worker as the shared pages have it, 0 for one that is no child of ours.
@@ -202,7 +202,7 @@ class TorturedServer(ABC):
             with SharedPages.open(self._pages) as pages:
                 pids = [pages.status(queue).pid for queue in range(pages.queue_count)]
         except VdusefastError as error:
-            raise ServerError(f"{error}: {self.last_words()}") from error
+            raise ServerError(f"{error}: {self.log_end()}") from error
         return [pid if pid and _parent(pid) == self.pid else 0 for pid in pids]
 
 
@@ -215,7 +215,7 @@ class LoopbackServer(TorturedServer):
         super().__init__(run_dir / config.device.name / "pages")
         self.log = directory / "server.log"
         settings.write_bytes(msgspec.json.encode(config))
-        self._words = [str(bus), str(run_dir), str(settings), str(msg_timeout_s)]
+        self._arguments = [str(bus), str(run_dir), str(settings), str(msg_timeout_s)]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -230,7 +230,7 @@ class LoopbackServer(TorturedServer):
         self.start_count += 1
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*spawn.command("bench.torture.server"), *self._words, "recover" if recover else "create"],
+                [*spawn.command("bench.torture.server"), *self._arguments, "recover" if recover else "create"],
                 stdin=subprocess.PIPE,  # it ends when this process does
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -242,9 +242,9 @@ class LoopbackServer(TorturedServer):
         assert self._process is not None
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], START_TIMEOUT_S)[0]:
-            raise ServerError(f"the server does not serve after {START_TIMEOUT_S:g} s: {self.last_words()}")
+            raise ServerError(f"the server does not serve after {START_TIMEOUT_S:g} s: {self.log_end()}")
         if self._process.stdout.readline() != READY:
-            raise ServerError(f"the server has ended instead of serving: {self.last_words()}")
+            raise ServerError(f"the server has ended instead of serving: {self.log_end()}")
 
     def resize(self, size_bytes: int) -> None:
         """Ask it to, by a line on its standard input."""
@@ -276,7 +276,7 @@ class LoopbackServer(TorturedServer):
         assert self._process is not None
         self._process.wait(END_TIMEOUT_S)
 
-    def last_words(self) -> str:
+    def log_end(self) -> str:
         """Return the end of what it has written to standard error."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return "; ".join(lines[-LOG_TAIL_LINES:]) or "it has said nothing"
@@ -287,17 +287,17 @@ class LoopbackServer(TorturedServer):
         try:
             os.write(self._process.stdin.fileno(), line.encode() + b"\n")
         except BrokenPipeError:
-            raise ServerError(f"the server has ended by itself: {self.last_words()}") from None
+            raise ServerError(f"the server has ended by itself: {self.log_end()}") from None
 
     def _wait_end(self) -> None:
         assert self._process is not None
         try:
             status = self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise ServerError(f"the server did not end in {END_TIMEOUT_S:g} s: {self.last_words()}") from None
+            raise ServerError(f"the server did not end in {END_TIMEOUT_S:g} s: {self.log_end()}") from None
         self._release()
         if status != 0:
-            raise ServerError(f"the server has ended with status {status}: {self.last_words()}")
+            raise ServerError(f"the server has ended with status {status}: {self.log_end()}")
 
     def _release(self) -> None:
         if self._process is not None:
@@ -326,13 +326,13 @@ def _children(pid: int) -> list[psutil.Process]:
         return []
 
 
-def main(words: list[str]) -> int:
-    """Serve the device that the words of the command line describe, until SIGTERM or the end of standard input."""
+def main(arguments: list[str]) -> int:
+    """Serve the device that the arguments describe, until SIGTERM or the end of standard input."""
     from vdusefast.api import Device
     from vdusefast.bench.torture.loopback_host import RemoteLoopbackTransport
     from vdusefast.server.signals import StopSignals
 
-    bus, run_dir, settings, msg_timeout_s, how = words
+    bus, run_dir, settings, msg_timeout_s, how = arguments
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, stream=sys.stderr)
     config = msgspec.json.decode(Path(settings).read_bytes(), type=Config)
     transport = RemoteLoopbackTransport(Path(bus), float(msg_timeout_s))

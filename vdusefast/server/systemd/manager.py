@@ -55,13 +55,13 @@ def _show(unit: str, name: str) -> str:
     return done.stdout.strip()
 
 
-def _systemctl(unit: str, words: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+def _systemctl(unit: str, arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     program = shutil.which("systemctl")
     if program is None:
         raise DeviceBusyError(f"systemd runs the server, as {unit}, and there is no systemctl here: run it on the host")
     try:
         return subprocess.run(
-            [program, "--no-ask-password", *words],
+            [program, "--no-ask-password", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -70,4 +70,4 @@ def _systemctl(unit: str, words: Sequence[str], timeout_s: float) -> subprocess.
             timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
-        raise TimedOutError(f"systemctl {words[0]} {unit}: no result within {timeout_s:g} s") from None
+        raise TimedOutError(f"systemctl {arguments[0]} {unit}: no result within {timeout_s:g} s") from None

@@ -82,7 +82,7 @@ def _command() -> list[str]:
     return spawn.command("server.systemd.shutdown_unit")
 
 
-def main(_words: Sequence[str] = ()) -> None:
+def main(_arguments: Sequence[str] = ()) -> None:
     """Look after orphaned devices until there are none, or until systemd waits for nothing else."""
     from vdusefast.base import logs
     from vdusefast.host import run_dirs, shutdown

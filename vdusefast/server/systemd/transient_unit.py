@@ -66,19 +66,19 @@ def start_passive(unit: str, description: str, properties: Sequence[str], stop_c
     """
     if _run("systemctl", "is-active", unit).stdout.strip() in ("active", "activating", "deactivating"):
         return
-    words = ["--quiet", "--no-block", "--collect", f"--unit={unit}", f"--description={description}"]
-    words += [f"--property={each}" for each in properties]
+    arguments = ["--quiet", "--no-block", "--collect", f"--unit={unit}", f"--description={description}"]
+    arguments += [f"--property={each}" for each in properties]
     if stop_command:
-        words.append(f"--property=ExecStop={_line(stop_command)}")
-    done = _run("systemd-run", *words, "--", "/bin/true")
+        arguments.append(f"--property=ExecStop={_line(stop_command)}")
+    done = _run("systemd-run", *arguments, "--", "/bin/true")
     if done.returncode and _run("systemctl", "is-active", "--quiet", unit).returncode:
         raise VdusefastError(f"{unit}: systemd does not start it: {done.stderr.strip()}")
 
 
-def _line(words: Sequence[str]) -> str:
+def _line(arguments: Sequence[str]) -> str:
     """Return a command as a unit has it; systemd.service(5)."""
-    quoted = (word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$") for word in words)
-    return " ".join(f'"{word}"' for word in quoted)
+    quoted = (argument.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$") for argument in arguments)
+    return " ".join(f'"{argument}"' for argument in quoted)
 
 
 def unit_name(device: str) -> str:
@@ -98,9 +98,15 @@ def start(config: Config, command: Sequence[str], reload_command: Sequence[str])
     properties = [*PROPERTIES, *_caller_properties(), f"ExecReload={_line(reload_command)}"]
     # Only an order: what is wanted and never comes would be waited for.
     properties += [f"After={name}" for name in needed_units(config, command[0])]
-    words = ["--quiet", "--no-block", "--collect", f"--unit={unit}", f"--description=vdusefast block device {device}"]
-    words += [f"--property={each}" for each in properties]
-    done = _run("systemd-run", *words, "--", *(word.replace("$", "$$") for word in command))
+    arguments = [
+        "--quiet",
+        "--no-block",
+        "--collect",
+        f"--unit={unit}",
+        f"--description=vdusefast block device {device}",
+    ]
+    arguments += [f"--property={each}" for each in properties]
+    done = _run("systemd-run", *arguments, "--", *(argument.replace("$", "$$") for argument in command))
     if done.returncode:
         raise VdusefastError(f"{device}: systemd does not start its server: {done.stderr.strip()}")
 
@@ -136,11 +142,11 @@ def _caller_properties() -> list[str]:
     return properties
 
 
-def _run(*words: str) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command of systemd's. Raises VdusefastError when it does not end."""
     try:
         return subprocess.run(
-            words,
+            arguments,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -149,4 +155,4 @@ def _run(*words: str) -> subprocess.CompletedProcess[str]:
             start_new_session=True,  # a Ctrl-C is for us, who then undo what was begun
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise VdusefastError(f"{words[0]} {words[1]}: systemd does not answer: {error}") from None
+        raise VdusefastError(f"{arguments[0]} {arguments[1]}: systemd does not answer: {error}") from None

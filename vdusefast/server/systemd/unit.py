@@ -24,7 +24,7 @@ _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 
 
 def unit_text(command: str, needs: Iterable[str] = ()) -> str:
-    """Return the unit that runs `command`, an absolute path and words that go before the command's own.
+    """Return the unit that runs `command`, an absolute path and arguments that go before the command's own.
 
     needs: units to be started first, and stopped later.
     """
@@ -45,10 +45,10 @@ def installed_command() -> str:
 
     beside = Path(sys.executable).parent / "vdusefast"
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which("vdusefast")
-    words = [os.path.abspath(found)] if found else [sys.executable, "-m", "vdusefast"]
-    if any(set(word) & set(" \"'\\%$;") or not word.isprintable() for word in words):
-        raise VdusefastError(f"{words[0]}: a unit file cannot hold this path; install vdusefast elsewhere")
-    return " ".join(words)
+    arguments = [os.path.abspath(found)] if found else [sys.executable, "-m", "vdusefast"]
+    if any(set(argument) & set(" \"'\\%$;") or not argument.isprintable() for argument in arguments):
+        raise VdusefastError(f"{arguments[0]}: a unit file cannot hold this path; install vdusefast elsewhere")
+    return " ".join(arguments)
 
 
 def needed_units(config: Config, command: str) -> list[str]:
