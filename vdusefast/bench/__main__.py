@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from vdusefast.bench.peers import PEERS
 from vdusefast.bench.torture.plan import RINGS
 from vdusefast.errors import VdusefastError
 
@@ -69,7 +70,11 @@ PATH = click.Path(path_type=Path)
 
 @main.command(short_help="compare vdusefast with other servers of a file")
 @click.option("--job", "jobs", multiple=True, metavar="OPTIONS", help="A job, as above. May be given several times.")
-@click.option("--peers", metavar="LIST", help="Peers to run, by name, with commas. Default: all that can run here.")
+@click.option(
+    "--peers",
+    metavar="LIST",
+    help=f"Peers to run, with commas, of: {', '.join(PEERS)}. Default: all that can run here.",
+)
 @click.option("--variants", default="", metavar="LIST", help="Our settings to compare: 'base:;deep:queue_size=1024'.")
 @click.option("--runtime", metavar="TIME", help="Length of one measurement. Default: 2s.")
 @click.option("--ramp", metavar="TIME", help="Load before each measurement, not counted. Default: 300ms.")

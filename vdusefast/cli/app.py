@@ -12,6 +12,7 @@ from contextlib import suppress
 import click
 
 import vdusefast
+from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.printable import printable
 from vdusefast.base.secret import redact
 from vdusefast.cli import manage, recover, serve
@@ -19,6 +20,7 @@ from vdusefast.cli import resize as cli_resize
 from vdusefast.cli import systemd as cli_systemd
 from vdusefast.errors import KernelSupportError, VdusefastError
 
+TEXT_COLUMN = 22  # of the findings of `check`
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
@@ -59,18 +61,21 @@ def check(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(doctor.to_dict(findings), indent=2))
     else:
+        width = terminal_width(sys.stdout)
         for finding in findings:
-            _print_finding(finding)
+            _print_finding(finding, width)
     missing = [finding.name for finding in findings if finding.needed and not finding.ok]
     if missing:
         raise KernelSupportError(f"devices cannot be served here: {', '.join(missing)}; see the remedies above")
 
 
-def _print_finding(finding: vdusefast.doctor.Finding) -> None:
+def _print_finding(finding: vdusefast.doctor.Finding, width: int | None) -> None:
+    """Print a finding and its remedy. width: of the terminal."""
     mark, colour = ("ok", "green") if finding.ok else ("NO", "red") if finding.needed else ("no", "yellow")
-    click.echo(f"{click.style(f'{mark:3}', fg=colour)}{finding.name:18} {finding.text}")
+    line = wrap(f"{mark:3}{finding.name:18} {finding.text}", width, TEXT_COLUMN)
+    click.echo(f"{click.style(line[:3], fg=colour)}{line[3:]}")
     if finding.remedy:
-        click.echo(f"{'':21} remedy: {finding.remedy}")
+        click.echo(wrap(f"{'':{TEXT_COLUMN - 1}} remedy: {finding.remedy}", width, TEXT_COLUMN))
 
 
 def run(args: Sequence[str] | None = None) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
+from vdusefast.base.columns import terminal_width
 from vdusefast.base.printable import printable
 from vdusefast.base.time_limits import STOP_TIMEOUT_S
 from vdusefast.errors import ConfigError
@@ -27,7 +29,7 @@ def list_devices(as_json: bool) -> None:
     from vdusefast.server import registry
 
     infos = registry.describe_all()
-    click.echo(json.dumps(infos, indent=2) if as_json else render.list_text(infos))
+    click.echo(json.dumps(infos, indent=2) if as_json else render.list_text(infos, terminal_width(sys.stdout)))
     hidden = [info["run_dir"] for info in infos if info["state"] == registry.HIDDEN]
     if hidden:
         click.echo(f"vdusefast: no permission for {printable(', '.join(hidden))}; be root", err=True)
@@ -42,7 +44,7 @@ def show(name: str, as_json: bool) -> None:
     from vdusefast.server import registry
 
     info = registry.describe(name)
-    click.echo(json.dumps(info, indent=2) if as_json else render.show_text(info))
+    click.echo(json.dumps(info, indent=2) if as_json else render.show_text(info, terminal_width(sys.stdout)))
 
 
 @click.command()
@@ -55,7 +57,7 @@ def stats(name: str, as_json: bool) -> None:
 
     with registry.connect(name) as client:
         counted = client.call("stats")
-    click.echo(json.dumps(counted, indent=2) if as_json else render.stats_text(counted))
+    click.echo(json.dumps(counted, indent=2) if as_json else render.stats_text(counted, terminal_width(sys.stdout)))
 
 
 @click.command("del")

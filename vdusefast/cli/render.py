@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from vdusefast.base.columns import columns, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import Bus, TransportKind
 from vdusefast.base.printable import printable
@@ -24,23 +25,16 @@ MAIN_COUNTERS = {
 STATS_FIXED = ("index", "pid", "cpu", "engine", "state", "reason", "ops")
 
 
-def table(rows: Sequence[Sequence[object]], left: Iterable[int] = ()) -> str:
-    """Return rows as aligned columns, the first row being the heading. `left`: columns that are not numbers."""
-    texts = [[printable(str(cell)) for cell in row] for row in rows]
-    widths = [max(len(row[place]) for row in texts) for place in range(len(texts[0]))]
-    kept_left = set(left)
-    lines = []
-    for row in texts:
-        cells = (
-            cell.ljust(width) if place in kept_left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def table(rows: Sequence[Sequence[object]], left: Iterable[int] = (), width: int | None = None) -> str:
+    """Return rows as aligned columns, the first row being the heading. `left`: columns that are not numbers.
+
+    width: of the terminal, where a wider table is folded.
+    """
+    return columns([[printable(str(cell)) for cell in row] for row in rows], set(left), width)
 
 
-def list_text(infos: Sequence[Json]) -> str:
-    """Return one line for each device."""
+def list_text(infos: Sequence[Json], width: int | None = None) -> str:
+    """Return one line for each device. width: of the terminal."""
     if not infos:
         return "no devices"
     rows = [["NAME", "STATE", "NODE", "BUS", "SIZE", "QUEUES", "BACKEND"]]
@@ -49,7 +43,7 @@ def list_text(infos: Sequence[Json]) -> str:
         queues = str(len(info["queues"])) if "queues" in info else "-"
         texts = [str(text or "-") for text in (info["name"], _state(info), info.get("node"), info.get("bus"))]
         rows.append([*texts, size, queues, str(info.get("backend") or "-")])
-    return table(rows, left=(0, 1, 2, 3, 6))
+    return table(rows, left=(0, 1, 2, 3, 6), width=width)
 
 
 def _state(info: Json) -> str:
@@ -67,12 +61,12 @@ def _waiting(info: Json) -> list[tuple[int, str]]:
     return [(queue["index"], duration_text(queue["waiting_s"])) for queue in waiting]
 
 
-def show_text(info: Json) -> str:
-    """Return everything that is known of a device."""
+def show_text(info: Json, width: int | None = None) -> str:
+    """Return everything that is known of a device. width: of the terminal."""
     lines = [info["name"]]
-    lines += [line for label, text in _facts(info) if text for line in _labelled(label, text)]
+    lines += [line for label, text in _facts(info) if text for line in _labelled(label, text, width)]
     if info.get("queues"):
-        lines += ["", _queue_table(info)]
+        lines += ["", _queue_table(info, width)]
     return "\n".join(lines)
 
 
@@ -89,21 +83,24 @@ def placement_text(name: str, placement: Json) -> str:
     return "\n".join([*lines, *(f"advice: {sentence}" for sentence in placement["advice"])])
 
 
-def stats_text(stats: Json) -> str:
-    """Return all counters, a column for each queue and one for their sum; latencies of what has been done below."""
+def stats_text(stats: Json, width: int | None = None) -> str:
+    """Return all counters, a column for each queue and one for their sum; latencies of what has been done below.
+
+    width: of the terminal.
+    """
     columns = [*stats["queues"], stats["total"]]
     heading = ["", *(f"queue {queue['index']}" for queue in stats["queues"]), "total"]
     names = [name for name in stats["total"] if name not in STATS_FIXED]
     rows = [heading, *([name, *(column[name] for column in columns)] for name in names)]
     done = [(name, op) for name, op in stats["total"]["ops"].items() if op["requests"]]
     if not done:
-        return table(rows, left=(0,))
+        return table(rows, left=(0,), width=width)
     percentiles = list(done[0][1]["latency_ns"])
     latencies: list[list[object]] = [["", "requests", "bytes", "errors", *(f"{name} us" for name in percentiles)]]
     for name, op in done:
         times = [f"{op['latency_ns'][percentile] / 1000:.1f}" for percentile in percentiles]
         latencies.append([name, op["requests"], op["bytes"], op["errors"], *times])
-    return f"{table(rows, left=(0,))}\n\n{table(latencies, left=(0,))}"
+    return f"{table(rows, left=(0,), width=width)}\n\n{table(latencies, left=(0,), width=width)}"
 
 
 def _facts(info: Json) -> list[tuple[str, str]]:
@@ -181,21 +178,13 @@ def _past_text(past: Json | None) -> str:
     return f"failed until {duration_text(past['age_s'])} ago: {past['text']}" if past else ""
 
 
-def _labelled(label: str, text: str) -> list[str]:
+def _labelled(label: str, text: str, width: int | None) -> list[str]:
     """Return a label and its text, broken into lines between words."""
-    lines, line = [], ""
-    for word in printable(text).split(" "):
-        if line and LABEL_COLUMNS + 2 + len(line) + 1 + len(word) > LINE_COLUMNS:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}" if line else word
-    lines.append(line)
-    labels = [label] + [""] * (len(lines) - 1)
-    return [f"  {name:{LABEL_COLUMNS}}{part}" for name, part in zip(labels, lines, strict=True)]
+    line = f"  {label:{LABEL_COLUMNS}}{printable(text)}"
+    return wrap(line, min(LINE_COLUMNS, width or LINE_COLUMNS), LABEL_COLUMNS + 2).split("\n")
 
 
-def _queue_table(info: Json) -> str:
+def _queue_table(info: Json, width: int | None) -> str:
     texts = {"engine": "engine", "poll": "poll", "irq_hold": "irqs held"}
     heading = ["queue", "pid", "cpu", "irq cpu", "size", *texts.values(), "state", *MAIN_COUNTERS.values()]
     rows: list[list[object]] = [list(heading)]
@@ -206,7 +195,7 @@ def _queue_table(info: Json) -> str:
         rows.append([*fixed, *(queue.get(key) or "-" for key in texts), state, *_counters(queue)])
     if len(info["queues"]) > 1 and "total" in info:
         rows.append(["total", *[""] * 8, *_counters(info["total"])])
-    return table(rows, left=(5, 6, 7, 8))
+    return table(rows, left=(5, 6, 7, 8), width=width)
 
 
 def _known(number: int) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
+from vdusefast.base.columns import columns, terminal_width
 from vdusefast.base.json_types import Json
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
@@ -60,29 +61,25 @@ def queue_rows(queues: Sequence[Json]) -> list[tuple[str, ...]]:
     ]
 
 
-def plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table as plain columns, with an end of line after each row."""
-    widths = [max(len(row[place]) for row in [headings, *rows]) for place in range(len(headings))]
-    lines = []
-    for row in [headings, *rows]:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip() + "\n")
-    return "".join(lines)
+def plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Return a table as plain columns, with an end of line after each row. width: of the terminal, to fold it there."""
+    return columns([headings, *rows], (0,), width) + "\n"
 
 
 def print_tables(tables: Sequence[Table], stream: TextIO) -> None:
     """Print tables: framed on a terminal that has room for the frames, as plain columns elsewhere."""
+    width = terminal_width(stream)
     for headings, rows in tables:
-        if not (stream.isatty() and _print_framed(headings, rows, stream)):
-            print(plain_table(headings, rows), file=stream)
+        if width is None or not _print_framed(headings, rows, stream, width):
+            print(plain_table(headings, rows, width), file=stream)
 
 
-def _print_framed(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO) -> bool:
+def _print_framed(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO, width: int) -> bool:
     """Print a table with a frame; return False when words would be broken for it."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream)
+    console = Console(file=stream, width=width)
     table = Table()
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="left" if place == 0 else "right")

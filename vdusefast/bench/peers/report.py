@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common import rounds
 from vdusefast.bench.common.tables import Table, bytes_text, count_text, latency_text, print_tables
@@ -141,10 +142,11 @@ def print_peers(report: Json, stream: TextIO, *, markdown: bool = False) -> None
         for line in notes(report):
             print(f"- {line}", file=stream)
         return
-    print(f"\n{method_text(report)}\n", file=stream)
+    width = terminal_width(stream)
+    print(f"\n{wrap(method_text(report), width)}\n", file=stream)
     print_tables(tables(report), stream)
     for line in notes(report):
-        print(line, file=stream)
+        print(wrap(line, width, 2), file=stream)
 
 
 def _print_markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO) -> None:

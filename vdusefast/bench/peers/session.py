@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common import rounds
 from vdusefast.bench.common.host import host
@@ -394,4 +395,4 @@ class Session:
 
 def say(text: str) -> None:
     """Tell how far it has come."""
-    print(text, file=sys.stderr, flush=True)
+    print(wrap(text, terminal_width(sys.stderr)), file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from vdusefast.api import Device
 from vdusefast.backends import keeps_data
+from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import TransportKind
 from vdusefast.bench.common.device_options import build_config, check_driver_cpus, driver_cpus, store_uri
@@ -52,7 +53,7 @@ def run_plan(plan: Plan) -> int:
     notes: TextIO = sys.stderr if quiet else sys.stdout
 
     def say(text: str) -> None:
-        print(text, file=notes, flush=True)
+        print(wrap(text, terminal_width(notes)), file=notes, flush=True)
 
     if run.explain:
         say(INTRODUCTION)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common.tables import QUEUE_HEADINGS, bytes_text, count_text, latency_text, print_tables, queue_rows
 from vdusefast.bench.raw.run import Progress
@@ -139,7 +140,7 @@ def print_report(report: Json, stream: TextIO, *, explain: bool = False) -> None
     tables = [(JOB_HEADINGS, job_rows(report["jobs"])), (QUEUE_HEADINGS, queue_rows(extra["queues"]))]
     print_tables(tables, stream)
     for line in [*verify_lines(extra["verify"]), *baseline_lines(extra["baseline"])]:
-        print(line, file=stream)
+        print(wrap(line, terminal_width(stream), 2), file=stream)
     if extra["stopped_by"]:
         print(f"stopped early by {extra['stopped_by']}; the requests in flight were finished", file=stream)
     if explain:

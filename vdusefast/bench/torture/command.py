@@ -18,6 +18,7 @@ from typing import TextIO
 
 from vdusefast.backends import store_scheme
 from vdusefast.backends.image_format import path_of
+from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.engines import ENGINES
 from vdusefast.base.kinds import StoreKind, TransportKind
 from vdusefast.bench.common.store import BenchStore
@@ -41,7 +42,7 @@ def run_torture(options: TortureOptions) -> int:
     Raises VdusefastError for what keeps the suite from running.
     """
     transport, reason = _choose_transport(options.transport)
-    print(f"transport: {transport} ({reason})", flush=True)
+    _say(f"transport: {transport} ({reason})")
     with StopSignals() as signals, ExitStack() as opened:
         leaks = Leaks()
         uri = _open_store(options, transport, opened)
@@ -55,13 +56,17 @@ def run_torture(options: TortureOptions) -> int:
             _torture_loopback(options, uri, findings, signals, sys.stdout)
         findings.seconds = time.monotonic() - begin
         findings.leaks += leaks.left()
-    print(as_text(findings), flush=True)
+    print(as_text(findings, terminal_width(sys.stdout)), flush=True)
     if options.json is not None:
         try:
             options.json.write_text(json.dumps(as_json(findings), indent=2) + "\n")
         except OSError as error:
             raise VdusefastError(f"--json {options.json}: {error.strerror}") from None
     return 1 if findings.failed else 0
+
+
+def _say(text: str) -> None:
+    print(wrap(text, terminal_width(sys.stdout)), flush=True)
 
 
 def _choose_transport(wanted: str) -> tuple[TransportKind, str]:
@@ -87,7 +92,7 @@ def _open_store(options: TortureOptions, transport: str, opened: ExitStack) -> s
         return options.backend
     exists = options.backend is not None and path_of(options.backend).exists()
     size_bytes = options.size_bytes or (0 if exists else SIZE_BYTES)
-    store = BenchStore(options.backend, size_bytes, reads=False, say=lambda text: print(text, flush=True))
+    store = BenchStore(options.backend, size_bytes, reads=False, say=_say)
     return opened.enter_context(store).uri
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vdusefast.base.columns import columns, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common.host import host
 from vdusefast.bench.common.tables import count_text
@@ -99,21 +100,18 @@ def as_json(findings: Findings) -> Json:
     }
 
 
-def as_text(findings: Findings) -> str:
-    """Return the table and the verdict."""
+def as_text(findings: Findings, width: int | None = None) -> str:
+    """Return the table and the verdict. width: of the terminal."""
     cells = [HEADINGS, *(_cells(row) for row in findings.rows.values())]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
-    lines = []
-    for line in cells:
-        first, *rest = (f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-        lines.append("  ".join([f"{first.strip():<{widths[0]}}", *rest]).rstrip())
+    lines = [columns(cells, (0,), width)]
     counts = findings.counts
     lines.append("")
-    lines.append(
+    summary = (
         f"{findings.cycles} cycles in {findings.seconds:.0f} s, {findings.starts} starts of a server: "
         f"{count_text(counts.get('writes', 0))} writes and {count_text(counts.get('flushes', 0))} flushes done, "
         f"{count_text(counts.get('verified', 0))} blocks read back, {findings.store_blocks} compared in the store"
     )
+    lines.append(wrap(summary, width))
     for one in findings.lost[:LOST_SHOWN_MAX]:
         lines.append(f"LOST {one}")
     if len(findings.lost) > LOST_SHOWN_MAX:

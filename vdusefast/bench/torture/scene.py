@@ -12,6 +12,7 @@ from typing import Protocol, TextIO
 from vdusefast.bench.torture.leaks import Leaks
 from vdusefast.bench.torture.load import Lost
 from vdusefast.bench.torture.plan import Blow, TortureOptions, blows
+from vdusefast.bench.torture.progress import ProgressLine
 from vdusefast.bench.torture.report import Findings
 from vdusefast.bench.torture.server import ServerError, TorturedServer
 from vdusefast.errors import ConfigError
@@ -19,7 +20,6 @@ from vdusefast.server.signals import StopSignals
 
 LEAKS_EVERY = 25  # cycles between two looks at descriptors and processes
 STORE_EVERY = 50  # cycles between two looks into the store
-PROGRESS_EVERY_S = 5.0
 RESIZE_BYTES = 1 << 20  # a device grows by so much, and shrinks again; the load stays below
 
 
@@ -85,22 +85,23 @@ class Scene:
         for kind in ("relay", "keeper"):
             if options.kills.get(kind) and not self._server.side_pids(kind):
                 raise ConfigError(f"--kills {kind}: a device with this store and these queues has none: leave it out")
-        told = time.monotonic()
-        deadline = told + options.duration_s if options.duration_s else 0.0
+        deadline = time.monotonic() + options.duration_s if options.duration_s else 0.0
+        progress = ProgressLine(log, sum(options.kills.values()), options.duration_s)
         order = blows(options.kills, self._numbers, options.queues, self._run_s, for_ever=bool(deadline))
         try:
             self._warm_up(findings)
             for blow in order:
                 if signals.requested or (deadline and time.monotonic() > deadline):
                     break
-                if not self._cycle(blow, findings) and not options.keep_going:
+                is_well = self._cycle(blow, findings)
+                progress.done(findings.cycles, len(findings.lost))
+                if not is_well and not options.keep_going:
                     break
-                if time.monotonic() - told > PROGRESS_EVERY_S:
-                    told = time.monotonic()
-                    print(f"{findings.cycles} cycles, {len(findings.lost)} lost", file=log, flush=True)
             self._end(findings)
         except ServerError as error:
             findings.failures.append(str(error))
+        finally:
+            progress.end()
         findings.stopped_by = signals.received.name if signals.received is not None else ""
         findings.counts = self._load.counts()
         findings.starts = self._server.start_count
