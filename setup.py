@@ -124,6 +124,17 @@ def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
     )
 
 
+def preload_library() -> Extension:
+    """Return the library that programs preload. It is no module: it has only the functions that it stands before."""
+    return Extension(
+        "vdusefast.driver._preload",
+        [*c_files("preload"), "csrc/base/page.c"],
+        include_dirs=["csrc"],
+        extra_compile_args=[*CFLAGS, "-fvisibility=hidden"],
+        depends=HEADERS,
+    )
+
+
 def can_link(header: str, libraries: list[str]) -> bool:
     """Return whether a program with that header and those libraries can be built here."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
@@ -161,6 +172,7 @@ setup(
                 extension("worker._datapath", c_files(*DATAPATH), ["uring"]),
                 extension("driver._driver", [], []),
                 extension("driver._board", c_files("board"), []),
+                preload_library(),
                 extension("backends._relay", c_files("relay"), []),
                 extension("backends._driver_memory", [], []),
                 extension("backends._python_pieces", c_files("python"), []),

@@ -19,6 +19,7 @@ TYPED_BY = {
     "sudo .venv/bin/vdusefast list ": "tests/vm/guest/scenario_documents.py::from_nothing_to_a_mounted_file_system",
     "sudo .venv/bin/vdusefast systemd-unit vd0": "tests/vm/guest/systemd_service.py::document",
     "truncate -s 64M disk.img": "tests/unit/test_document_examples.py::test_command_example",
+    "truncate --size=64M disk.img": "tests/unit/test_run.py::test_document",
     "import vdusefast": "tests/unit/test_document_examples.py::test_python_example",
     "[device]": "tests/unit/test_document_examples.py::test_configuration_example",
     ".venv/bin/python -m vdusefast.bench fio --name=try": "tests/datapath/test_documented_stores.py::test_command_runs",

@@ -5,6 +5,8 @@
  */
 #undef _FORTIFY_SOURCE
 #define _GNU_SOURCE
+#include "preload/memory.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -32,24 +34,31 @@ static void forget(void *address, size_t length_bytes)
 		vf_disk_memory_remove(address, length_bytes);
 }
 
-/* As map() of shared anonymous memory. Falls back on it where a memfd cannot be had. */
-static void *map_shared(void *address, size_t length_bytes, int protection, int flags)
+int vf_memory_make(size_t length_bytes)
 {
 	int fd = (int)syscall(SYS_memfd_create, "vdusefast-memory", MFD_CLOEXEC), high_fd;
-	void *at;
 
 	if (fd < 0)
-		return map(address, length_bytes, protection, flags, -1, 0);
+		return -1;
 	high_fd = (int)syscall(SYS_fcntl, fd, F_DUPFD_CLOEXEC, FD_MIN);
 	if (high_fd >= 0) {
 		syscall(SYS_close, fd);
 		fd = high_fd;
 	}
 	if (syscall(SYS_ftruncate, fd, length_bytes) < 0) {
+		int kept_errno = errno;
+
 		syscall(SYS_close, fd);
-		return map(address, length_bytes, protection, flags, -1, 0);
+		errno = kept_errno;
+		return -1;
 	}
-	at = map(address, length_bytes, protection, flags & ~MAP_ANONYMOUS, fd, 0);
+	return fd;
+}
+
+void *vf_memory_map(void *address, size_t length_bytes, int protection, int flags, int fd)
+{
+	void *at = map(address, length_bytes, protection, flags, fd, 0);
+
 	if (at == MAP_FAILED) {
 		int kept_errno = errno;
 
@@ -62,11 +71,20 @@ static void *map_shared(void *address, size_t length_bytes, int protection, int 
 	return at;
 }
 
+/* As map() of shared anonymous memory. Falls back on it where a memfd cannot be had. */
+static void *map_shared(void *address, size_t length_bytes, int protection, int flags)
+{
+	int fd = vf_memory_make(length_bytes);
+
+	if (fd < 0)
+		return map(address, length_bytes, protection, flags, -1, 0);
+	return vf_memory_map(address, length_bytes, protection, flags & ~MAP_ANONYMOUS, fd);
+}
+
 VF_EXPORT void *mmap(void *address, size_t length_bytes, int protection, int flags, int fd, off_t offset)
 {
 	static uint32_t said;
 	int type = flags & MAP_TYPE;
-	void *at;
 
 	if (vf_unlikely(!(flags & MAP_ANONYMOUS) && vf_file_of(fd))) {
 		if (vf_exchange_if_u32(&said, 0, 1))
@@ -80,8 +98,7 @@ VF_EXPORT void *mmap(void *address, size_t length_bytes, int protection, int fla
 		return map_shared(address, length_bytes, protection, flags);
 	if (flags & MAP_FIXED)
 		forget(address, length_bytes);
-	at = map(address, length_bytes, protection, flags, fd, offset);
-	return at;
+	return map(address, length_bytes, protection, flags, fd, offset);
 }
 VF_ALSO(mmap64, mmap);
 

@@ -30,13 +30,13 @@ void *vf_real_find(const char *name);
 /* Looked up at the first call, which may come before our constructor: from the constructor of another library. */
 #define VF_REAL(function)                                                                                              \
 	({                                                                                                             \
-		static uint64_t found;                                                                                 \
-		uint64_t found_at = vf_peek_u64(&found);                                                                     \
-		if (vf_unlikely(!found_at)) {                                                                                \
-			found_at = (uint64_t)(uintptr_t)vf_real_find(#function);                                             \
-			vf_store_relaxed_u64(&found, found_at);                                                              \
+		static uint64_t real_at;                                                                               \
+		uint64_t found_at = vf_peek_u64(&real_at);                                                             \
+		if (vf_unlikely(!found_at)) {                                                                          \
+			found_at = (uint64_t)(uintptr_t)vf_real_find(#function);                                       \
+			vf_store_relaxed_u64(&real_at, found_at);                                                      \
 		}                                                                                                      \
-		(__typeof__(&function))(uintptr_t)found_at;                                                                  \
+		(__typeof__(&function))(uintptr_t)found_at;                                                            \
 	})
 
 /* One line on stderr, "vdusefast: ...", for what errno alone cannot say. Keeps errno. A signal handler may call it. */

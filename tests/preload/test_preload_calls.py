@@ -150,8 +150,9 @@ def test_ioctls_of_a_block_device(disk: Disk) -> None:
         size = os.stat(STORE).st_size
         assert struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8))) == (size,)
         assert struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE, bytes(8))) == (size // 512,)
-        for request, value in ((BLKSSZGET, 512), (BLKPBSZGET, 512), (BLKROGET, 0)):
+        for request, value in ((BLKSSZGET, 512), (BLKROGET, 0)):
             assert struct.unpack("i", fcntl.ioctl(fd, request, bytes(4))) == (value,)
+        assert struct.unpack("i", fcntl.ioctl(fd, BLKPBSZGET, bytes(4)))[0] in (512, 4096)
         fcntl.ioctl(fd, BLKFLSBUF)
         os.pwrite(fd, b"x" * 16384, 0)
         fcntl.ioctl(fd, BLKDISCARD, struct.pack("QQ", 0, 4096))

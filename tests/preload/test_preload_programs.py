@@ -43,9 +43,7 @@ def test_fio_writes_parts_of_blocks(engine: str, disk: Disk) -> None:
 @pytest.mark.parametrize("thread", ["--thread", "--group_reporting"])
 def test_fio_jobs_side_by_side(thread: str, disk: Disk) -> None:
     slices = ("--numjobs=4", "--offset_increment=2M", thread)
-    done = fio(
-        disk, "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--verify=crc32c", "--mem=mmapshared", *slices
-    )
+    done = fio(disk, "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--verify=crc32c", "--mem=shm", *slices)
     assert done["write"] == 4 * 512
 
 

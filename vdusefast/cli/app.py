@@ -17,6 +17,7 @@ from vdusefast.base.printable import printable
 from vdusefast.base.secret import redact
 from vdusefast.cli import manage, recover, serve
 from vdusefast.cli import resize as cli_resize
+from vdusefast.cli import run as cli_run
 from vdusefast.cli import systemd as cli_systemd
 from vdusefast.errors import KernelSupportError, VdusefastError
 
@@ -35,6 +36,7 @@ def cli() -> None:
 for _command in (
     serve.add,
     serve.serve,
+    cli_run.run,
     manage.delete,
     manage.list_devices,
     manage.show,

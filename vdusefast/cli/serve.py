@@ -27,7 +27,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 # (option, type, help); the keyword is the name of the configuration's key. None of them has a default of its own:
 # what is not given is what the file says, or the configuration's default.
-_OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
+DEVICE_OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (
         ("--backend", "uri"),
         str,
@@ -90,7 +90,7 @@ _OPTIONS: list[tuple[tuple[str, ...], Any, str]] = [
 def _device_options(command: _F) -> _F:
     for name, text in _SAYING:
         command = click.option(name, is_flag=True, help=text)(command)
-    for names, kind, text in reversed(_OPTIONS):
+    for names, kind, text in reversed(DEVICE_OPTIONS):
         flag = {"is_flag": True} if kind is bool else {"type": kind}
         command = click.option(*names, default=None, help=text, **flag)(command)
     return click.argument("target", metavar="CONFIG.toml|NAME")(command)
@@ -180,7 +180,7 @@ def read_config(target: str, options: dict[str, Any]) -> Config:
     else:
         config = configuration.make_config(name=target, uri=overrides.pop("uri"))
     if config.device.transport == TransportKind.AUTO:
-        overrides["transport"] = TransportKind.KERNEL
+        overrides.setdefault("transport", TransportKind.KERNEL)
     config = configuration.override(config, **overrides)
     if irq_cpus is not None:
         config = _with_irq_cpus(config, irq_cpus)

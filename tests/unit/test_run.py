@@ -1,0 +1,122 @@
+"""`vdusefast run`: a program that has a loopback device as its disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from documents import block_with, make_checkout, type_in
+
+from vdusefast.cli.run import split_words
+from vdusefast.driver import preload
+from vdusefast.errors import ConfigError, VdusefastError
+
+RUN = (sys.executable, "-m", "vdusefast", "run")
+
+
+def run(*words: str, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    done = subprocess.run([*RUN, *words], env=environment, capture_output=True, text=True, timeout=45, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_document(tmp_path: Path) -> None:
+    shown = type_in(make_checkout(tmp_path), block_with("vdusefast run", "docs/run.md"), 50)
+    assert "Filesystem volume name" in shown
+    assert "err= 0" in shown
+
+
+def test_a_program_finds_the_disk(tmp_path: Path) -> None:
+    store = tmp_path / "disk.img"
+    store.write_bytes(bytes(1 << 20))
+    uri = f"file:{store}"
+    run("--backend", uri, "--", "sh", "-c", 'printf hello > "$VDUSEFAST_DISK"; test -b {} -a {} = "$VDUSEFAST_DISK"')
+    assert store.read_bytes()[:6] == b"hello\0"
+    shown = run("--backend", uri, "--queues", "2", "--serial", "mine", "--", "head", "-c", "5", "{}").stdout
+    assert shown == "hello"
+    assert run("--backend", uri, "--route", "cross", "--queues", "2", "--", "head", "-c", "5", "{}").stdout == "hello"
+
+
+def test_a_configuration_file_says_what_the_disk_is(tmp_path: Path) -> None:
+    file = tmp_path / "disk.toml"
+    file.write_text('[device]\nname = "mine"\nread_only = true\n[backend]\nuri = "memory:1M"\n')
+    assert run(str(file), "--", "blockdev", "--getsize64", "--getro", "{}").stdout.split() == ["1048576", "1"]
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        (["true"], 0),
+        (["sh", "-c", "exit 7"], 7),
+        (["sh", "-c", "kill -TERM $$"], 128 + signal.SIGTERM),
+        (["./no-such-program"], 127),
+        (["/etc/passwd"], 126),
+    ],
+)
+def test_the_exit_status_is_the_program_s(program: list[str], status: int) -> None:
+    done = run("--backend", "null:1M", "--", *program, status=status)
+    assert bool(done.stderr) == (status in (126, 127))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--backend", "null:1M"),
+        ("--backend", "null:1M", "--"),
+        ("--", "true"),
+        ("true",),
+        ("--backend", "no-such-scheme:x", "--", "true"),
+        ("--bus", "vhost", "--backend", "null:1M", "--", "true"),
+    ],
+)
+def test_wrong_words_are_refused(words: tuple[str, ...]) -> None:
+    assert run(*words, status=2).stderr.startswith("vdusefast: ")
+
+
+def test_words_are_split() -> None:
+    assert split_words(["dd", "--x"], has_backend=True) == ("", ["dd", "--x"])
+    assert split_words(["--", "dd", "--"], has_backend=True) == ("", ["dd", "--"])
+    assert split_words(["a.toml", "--", "dd"], has_backend=False) == ("a.toml", ["dd"])
+    with pytest.raises(ConfigError):
+        split_words(["a.toml", "--"], has_backend=False)
+
+
+def test_a_signal_reaches_the_program_and_nothing_is_left() -> None:
+    program = 'trap "exit 9" TERM; echo "$VDUSEFAST_DISK"; while :; do sleep 0.1; done'
+    words = [*RUN, "--backend", "memory:1M", "--", "bash", "-c", program]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        path = Path(process.stdout.readline().strip())
+        assert path.is_socket()
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)  # the terminal's: the program has its own
+        process.terminate()
+        assert process.wait(30) == 9
+    assert not path.parent.exists()
+
+
+def test_another_preload_library_stays() -> None:
+    class Server:
+        path = Path("/there")
+        environment = {"VDUSEFAST_ATTACH": "/there"}  # noqa: RUF012
+
+    variables = preload.environment(Server(), {"LD_PRELOAD": "other.so"})  # type: ignore[arg-type]
+    assert variables["LD_PRELOAD"] == f"{preload.library_path()}:other.so"
+    assert variables["VDUSEFAST_DISK"] == variables["VDUSEFAST_ATTACH"] == "/there"
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preload, "library_path", lambda: None)
+    with pytest.raises(VdusefastError, match="make build"):
+        preload.environment(None)  # type: ignore[arg-type]
+    monkeypatch.setattr(preload, "library_path", lambda: Path("/my files/_preload.so"))
+    with pytest.raises(VdusefastError, match="space"):
+        preload.environment(None)  # type: ignore[arg-type]
