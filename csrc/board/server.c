@@ -206,6 +206,11 @@ bool vf_server_seize(struct vf_board_view *view, uint32_t queue, uint32_t number
 	return false;
 }
 
+void vf_server_hold(struct vf_board_view *view, uint32_t queue, uint32_t number)
+{
+	vf_exchange_u32(&view->parts[queue].queue->lock, number | VF_LOCK_WAITERS);
+}
+
 /* Make the list of free slots from the states, mark what is DONE, and put on the ring what is in flight. */
 static void vf_server_replay_queue(struct vf_board_view *view, uint32_t queue)
 {

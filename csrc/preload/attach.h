@@ -73,12 +73,13 @@ void vf_own_close(int fd);
 /* Move a descriptor to where programs have none, and note that it is ours. Consumes fd. -1 with errno. */
 int vf_own_take(int fd);
 
-/* What a user remembers of the last lookup. */
+/* What a user remembers of the last lookup: an area, or memory that the device does not reach. */
 struct vf_memory_hit {
 	uintptr_t start;
 	size_t length;
 	uint64_t delta;
 	uint32_t generation; /* 0: nothing */
+	bool reached;
 };
 
 /* Find [address, address + length) in memory that the device reaches, registering it if it can be: true with *delta. */

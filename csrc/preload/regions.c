@@ -187,6 +187,32 @@ static void vf_region_register(struct vf_client *client, struct vf_region *regio
 		region->iova = message.a;
 }
 
+/* Find the area that holds an address, or the gap between areas. */
+static void vf_memory_look_up(struct vf_client *client, uintptr_t start, struct vf_memory_hit *hit)
+{
+	uintptr_t gap_start = 0, gap_end = UINTPTR_MAX;
+
+	for (uint32_t i = 0; i < vf_area_count; i++) {
+		struct vf_area *area = &vf_areas[i];
+		struct vf_region *region = area->region;
+		if (area->start > start) {
+			gap_end = area->start < gap_end ? area->start : gap_end;
+			continue;
+		}
+		if (start - area->start >= area->length) {
+			uintptr_t end = area->start + area->length;
+			gap_start = end > gap_start ? end : gap_start;
+			continue;
+		}
+		if (!region->iova && !region->refused)
+			vf_region_register(client, region);
+		*hit = (struct vf_memory_hit){ area->start, area->length, region->iova - region->start, vf_area_generation,
+					       region->iova != 0 };
+		return;
+	}
+	*hit = (struct vf_memory_hit){ gap_start, gap_end - gap_start, 0, vf_area_generation, false };
+}
+
 bool vf_memory_find(struct vf_client *client, struct vf_memory_hit *hit, const void *address, size_t length, uint64_t *delta)
 {
 	uintptr_t start = (uintptr_t)address;
@@ -196,22 +222,10 @@ bool vf_memory_find(struct vf_client *client, struct vf_memory_hit *hit, const v
 		if (vf_peek_u32(&vf_area_count) == 0)
 			return false;
 		vf_memory_lock();
-		*hit = (struct vf_memory_hit){ 0 };
-		for (uint32_t i = 0; i < vf_area_count; i++) {
-			struct vf_area *area = &vf_areas[i];
-			struct vf_region *region = area->region;
-			if (start - area->start >= area->length)
-				continue;
-			if (!region->iova && !region->refused)
-				vf_region_register(client, region);
-			if (region->iova)
-				*hit = (struct vf_memory_hit){ area->start, area->length, region->iova - region->start,
-							       vf_area_generation };
-			break;
-		}
+		vf_memory_look_up(client, start, hit);
 		vf_memory_unlock();
 	}
-	if (start - hit->start >= hit->length || length > hit->length - (start - hit->start))
+	if (!hit->reached || length > hit->length - (start - hit->start))
 		return false;
 	*delta = hit->delta;
 	return true;
