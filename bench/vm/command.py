@@ -43,6 +43,13 @@ def parser() -> argparse.ArgumentParser:
         "--clock", choices=machine.CLOCKS, default="steady", help="how time passes: see README.md; default: %(default)s"
     )
     add("--icount", dest="clock", action="store_const", const="counted", help="the same as --clock counted")
+    add(
+        "--instruction-ns",
+        type=int,
+        choices=(1, 2, 4, 8),
+        default=machine.INSTRUCTION_NS,
+        help="how fast the guest shows itself by a clock that counts; default: %(default)s",
+    )
     add("--systemd", action="store_true", help="systemd is process 1; the command is a service, and may end the guest")
     add("--before", default="", metavar="COMMANDS", help="shell commands to run before systemd starts")
     add("--accel", choices=("tcg", "kvm"), default="tcg", help="default: tcg, software emulation")
@@ -93,6 +100,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         disk=options.disk,
         network=options.network,
         clock=options.clock,
+        instruction_ns=options.instruction_ns,
         accel=options.accel,
         kernel_arguments=tuple(options.append),
         modules=tuple(options.module),

@@ -48,12 +48,8 @@ SYSTEMD_PROGRAMS = ("systemctl", "udevadm", "dbus-daemon")
 #   counted  by instructions alone: time in which the guest waits is skipped. To compare costs.
 Clock = Literal["steady", "host", "counted"]
 CLOCKS: tuple[Clock, ...] = get_args(Clock)
-INSTRUCTION = "shift=2"  # 4 ns, about what the emulator needs for one on an idle host
-ACCELERATORS: dict[Clock, tuple[str, ...]] = {
-    "steady": ("-accel", "tcg,thread=single", "-icount", f"{INSTRUCTION},sleep=on"),
-    "host": ("-accel", "tcg,thread=multi"),
-    "counted": ("-accel", "tcg,thread=single", "-icount", f"{INSTRUCTION},sleep=off"),
-}
+INSTRUCTION_NS = 4  # about what the emulator needs for one on an idle host
+SLEEPS: dict[Clock, str] = {"steady": "sleep=on", "counted": "sleep=off"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,7 @@ class GuestConfig:
     disk: str = ""  # size of an empty virtio-blk disk, /dev/vda
     disk_image: Path | None = None  # a file to hold that disk, which stays; made if need be
     clock: Clock = "steady"
+    instruction_ns: int = INSTRUCTION_NS  # a power of two, for the clocks that count: how fast the machine shows itself
     accel: str = "tcg"  # or "kvm", with the clock "host"
     kernel_arguments: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()  # loaded before the command: "NAME" or "NAME PARAMETER=VALUE"
@@ -125,7 +122,14 @@ def _cpu(config: GuestConfig) -> list[str]:
     if config.accel == "kvm":
         return ["-accel", "kvm", "-cpu", "EPYC,-arch-capabilities"]
     # Nehalem is the least that today's numpy runs on; with rdrand the kernel has random numbers at once.
-    return [*ACCELERATORS[config.clock], "-cpu", "Nehalem,+rdrand"]
+    return [*_accelerator(config), "-cpu", "Nehalem,+rdrand"]
+
+
+def _accelerator(config: GuestConfig) -> list[str]:
+    if config.clock == "host":
+        return ["-accel", "tcg,thread=multi"]
+    shift = config.instruction_ns.bit_length() - 1
+    return ["-accel", "tcg,thread=single", "-icount", f"shift={shift},{SLEEPS[config.clock]}"]
 
 
 def _port(number: int, fd: int) -> list[str]:
