@@ -1,6 +1,7 @@
 """Bring devices of this guest, whose process 1 is systemd, into states, and end the guest.
 
     going_down.py HOW STATE...
+    going_down.py client NODE whole|torn    (for some states: drives a vhost device until it is killed)
 
 HOW: poweroff, reboot or reboot-f. STATE: a device of this name in this state; see STATES. All are added in a login
 session of root's, which systemd-logind ends, as an administrator or a desktop does it.
@@ -15,14 +16,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[2])]  # the checkout
+sys.path[:0] = [str(HERE), str(HERE.parents[2])]  # this directory, and the checkout
+
+import vhost  # noqa: E402
 
 STORE = Path("/var/tmp/going-down")
 ENDING = {"poweroff": ["systemctl", "poweroff"], "reboot": ["reboot"], "reboot-f": ["reboot", "-f"]}
 SESSION = ("PAMName=login", "User=root", "Type=oneshot", "RemainAfterExit=yes", f"WorkingDirectory={Path.cwd()}")
 WAIT_S = 60.0
+VDUSE_CLASS, VIRTIO_VDPA = Path("/sys/class/vduse"), Path("/sys/bus/vdpa/drivers/virtio_vdpa")
+BROKEN_S = 1  # what an administrator has set msg_timeout to
 DATA = b"x" * (4 << 20)
 
 
@@ -56,16 +62,22 @@ def add_all(names: list[str]) -> None:
         if not image:
             image = str(STORE / f"{name}.img")
             sh("truncate", "-s", "64M", image)
-        if status := cli.run(["add", name, "--backend", f"file:{image}", "--queues", "1"]):
+        bus = "vhost" if name in CLIENTS else "virtio"
+        if status := cli.run(["add", name, "--backend", f"file:{image}", "--queues", "1", "--bus", bus]):
             raise SystemExit(f"{name}: status {status}")
     print(Path("/proc/self/cgroup").read_text().strip(), flush=True)
 
 
-def pid_of(name: str) -> int:
-    """Return the process id of a device's server."""
+def info(name: str) -> dict[str, Any]:
+    """Return what a device's server says of it."""
     from vdusefast.server import registry
 
-    return int(registry.describe(name)["pid"])
+    return registry.describe(name)
+
+
+def pid_of(name: str) -> int:
+    """Return the process id of a device's server."""
+    return int(info(name)["pid"])
 
 
 def mount(name: str, node: str) -> Path:
@@ -116,21 +128,98 @@ def mounted_orphan(node: str) -> None:
     end_server("mounted_orphan")
 
 
+def client(node: str) -> None:
+    """A program of a session does I/O on a vhost device, as a virtual machine does."""
+    start_client("client", node, "whole")
+
+
+def client_orphan(node: str) -> None:
+    """The same, and its server was killed."""
+    start_client("client_orphan", node, "whole")
+    end_server("client_orphan")
+
+
+def failed(node: str) -> None:
+    """A queue that is not served, since its driver has broken its ring."""
+    start_client("failed", node, "torn")
+
+
+def broken(_node: str) -> None:
+    """The kernel has given it up, since its server did not answer. The server lives."""
+    os.kill(break_device("broken"), signal.SIGCONT)
+    wait_for("the server to see that broken is broken", lambda: info("broken")["state"] == "broken")
+
+
+def broken_orphan(_node: str) -> None:
+    """The same, and its server was killed."""
+    kill_for_good("broken_orphan", break_device("broken_orphan"))
+
+
+def break_device(name: str) -> int:
+    """Have the kernel give a device up. Returns the pid of its server, which is stopped."""
+    pid = pid_of(name)
+    (VDUSE_CLASS / name / "msg_timeout").write_text(str(BROKEN_S))
+    os.kill(pid, signal.SIGSTOP)
+    (VIRTIO_VDPA / "unbind").write_text(name)
+    return pid
+
+
+def use(node: str, ring: str) -> None:
+    """Be the driver of a vhost device: one flush after another, or a ring that no device can follow."""
+    with vhost.VhostClient(node) as driver:
+        driver.start(enabled=(0,))
+        driver.submit(0, vhost.T_FLUSH, 0)
+        driver.finish(0, WAIT_S)
+        print("started", flush=True)
+        if ring == "torn":
+            driver.tear(0)
+            time.sleep(10000)
+        while True:
+            driver.submit(0, vhost.T_FLUSH, 0)
+            driver.finish(0, 10000)
+
+
+def start_client(name: str, node: str, ring: str) -> None:
+    """Start use() in a session, and wait until the device is in use, or has failed."""
+    out = STORE / f"{name}.out"
+    in_session("sh", "-c", f"nohup {sys.executable} {__file__} client {node} {ring} >{out} 2>&1 &")
+    wait_for(f"the client of {name}", lambda: out.exists() and "started" in out.read_text())
+    if ring == "torn":
+        wait_for(f"a failure of {name}", lambda: bool(info(name)["failure"]))
+
+
+def wait_for(what: str, holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"no sign of {what} within {WAIT_S:g} s")
+        time.sleep(0.1)
+
+
 def end_server(name: str) -> None:
     """Kill a server for good."""
     pid = pid_of(name)
     os.kill(pid, signal.SIGSTOP)  # it does not end by itself
+    kill_for_good(name, pid)
+
+
+def kill_for_good(name: str, pid: int) -> None:
+    """Kill a stopped server, and have systemd start no other one."""
     sh("systemctl", "stop", "--no-block", f"vdusefast-{name}.service", check=False)
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + WAIT_S
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(f"the end of the server of {name}", lambda: not Path(f"/proc/{pid}").exists())
 
 
 # In this order: the watchdog ends a server that hangs.
 STATES: dict[str, Callable[[str], None]] = {
-    function.__name__: function for function in (idle, mounted, busy, held, orphan, mounted_orphan, stopped)
+    function.__name__: function
+    for function in (
+        *(idle, mounted, busy, held, client, failed, broken, orphan, mounted_orphan, client_orphan, broken_orphan),
+        stopped,
+    )
 }
+CLIENTS = ("client", "client_orphan", "failed")  # on a vhost device
 
 
 def main(how: str, *states: str) -> None:
@@ -138,8 +227,11 @@ def main(how: str, *states: str) -> None:
     if how == "add":
         add_all(list(states))
         return
+    if how == "client":
+        use(*states)
+        return
     STORE.mkdir(parents=True, exist_ok=True)
-    sh("modprobe", "-a", "vduse", "virtio_vdpa", "virtio_blk", "ext4")
+    sh("modprobe", "-a", "vduse", "virtio_vdpa", "vhost_vdpa", "virtio_blk", "ext4")
     disk = os.environ.get("VDUSEFAST_VM_DISK", "")
     said = in_session("env", f"VDUSEFAST_VM_DISK={disk}", sys.executable, __file__, "add", *states)
     print(said, flush=True)

@@ -143,6 +143,11 @@ class VhostClient:
         self._put(base + AVAIL_AT + 2, struct.pack("<H", self._idx[queue]))
         os.eventfd_write(self.kick[queue], 1)
 
+    def tear(self, queue: int) -> None:
+        """Claim more available requests than the ring has room for, and kick: no device can follow that."""
+        self._put(queue * QUEUE_BYTES + AVAIL_AT + 2, struct.pack("<H", (self._idx[queue] + 2 * self.size) & 0xFFFF))
+        os.eventfd_write(self.kick[queue], 1)
+
     def used_idx(self, queue: int) -> int:
         """Return how many requests of a queue are done, modulo 65536."""
         return int(struct.unpack_from("<H", self.memory, queue * QUEUE_BYTES + USED_AT + 2)[0])
