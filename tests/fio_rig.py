@@ -12,7 +12,6 @@ import pytest
 
 from vdusefast.api import Device
 from vdusefast.bench.common.real_fio import find_fio
-from vdusefast.bench.fio import command as fio_command
 from vdusefast.bench.fio import device as fio_device
 from vdusefast.bench.fio.options import FLAGS, NAMES
 from vdusefast.bench.fio.script import Script, read_script
@@ -59,4 +58,3 @@ def _file_of(device: Device, asynchronous: str, route: str) -> Iterator[fio_devi
 def load_the_file_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have fio load the store's file, so that everything but the way to the device is what people run."""
     monkeypatch.setattr(fio_device, "_attached", _file_of)
-    monkeypatch.setattr(fio_command, "can_attach", lambda: True)

@@ -25,7 +25,7 @@ from rows.contestants import IODEPTH, ROOT, RowError, Setup, device_config
 from vdusefast.api import Device
 from vdusefast.backends import keeps_data
 from vdusefast.bench.raw.jobs import parse_arguments
-from vdusefast.bench.raw.plan import place_jobs
+from vdusefast.bench.raw.plan import place_job
 from vdusefast.bench.raw.run import Control, run_group
 from vdusefast.config import Config
 from vdusefast.control.stats import DeviceStats
@@ -75,15 +75,14 @@ def run_requests(setup: Setup, config: Config, count: int, command: list[str]) -
 
 def _load(setup: Setup, device: Device, driver: object, arguments: list[str], stopped: Callable[[], bool]) -> None:
     fixed = ["--name=counted", "--rw=randread", f"--bs={BLOCK_BYTES}", f"--iodepth={IODEPTH}"]
-    jobs = parse_arguments([*fixed, *arguments]).jobs
-    (group,) = place_jobs(jobs, driver.capacity_bytes, driver.block_size_bytes)  # type: ignore[attr-defined]
+    job = parse_arguments([*fixed, *arguments]).job
+    group = place_job(job, driver.capacity_bytes, driver.block_size_bytes)  # type: ignore[attr-defined]
     run_group(
         driver,  # type: ignore[arg-type]
         group,
         cpus=[setup.driver_cpu],
         worker_cpus=[setup.worker_cpu],
         moves_no_data=not keeps_data(device.config.backend.uri),
-        trimmed=[],
         control=Control(stopped, lambda: device.failure, lambda _progress: None),
     )
 

@@ -29,14 +29,14 @@ def raw(arguments: tuple[str, ...]) -> None:
     if not arguments or {"--help", "-h"} & set(arguments):
         from vdusefast.bench.raw.help import option_help
 
-        click.echo(f"Usage: python -m vdusefast.bench raw [OPTION...]\n\n{option_help()}")
+        click.echo(option_help())
         return
 
     def command() -> int:
         from vdusefast.bench.raw.command import run_plan
         from vdusefast.bench.raw.jobs import parse_arguments
 
-        return run_plan(parse_arguments(("--transport=loopback", *arguments)))
+        return run_plan(parse_arguments(arguments))
 
     _run(command)
 

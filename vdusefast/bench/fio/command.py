@@ -29,7 +29,7 @@ from vdusefast.bench.common.store import BenchStore, StoppedError
 from vdusefast.bench.common.tables import bytes_text
 from vdusefast.bench.common.transport import choose_transport
 from vdusefast.bench.fio.baseline import Baseline, check_baseline
-from vdusefast.bench.fio.device import Reachable, can_attach, check_bus, served
+from vdusefast.bench.fio.device import Reachable, check_bus, served
 from vdusefast.bench.fio.options import FLAGS, NAMES, FioOptions, option_help, read_options
 from vdusefast.bench.fio.report import INTRODUCTION, baseline_text, device_text, unseen_errors
 from vdusefast.bench.fio.script import Script, read_script
@@ -62,11 +62,6 @@ def run_command(arguments: Sequence[str]) -> int:
             sys.stdout.flush()
             return subprocess.run([fio, *script.words(Path(name))], check=False).returncode
         options = read_options(script)
-        if not can_attach() and choose_transport(options.device.transport)[0] == TransportKind.LOOPBACK:
-            from vdusefast.bench.raw.command import run_plan
-            from vdusefast.bench.raw.jobs import parse_arguments
-
-            return run_plan(parse_arguments(arguments))
         return Run(fio, know, script, options, Path(name)).run()
 
 

@@ -12,7 +12,12 @@ from vdusefast.bench.common import block_node
 from vdusefast.bench.common.real_fio import KILL_S, FioStuckError
 from vdusefast.bench.fio.target import Target
 from vdusefast.config import Config
+from vdusefast.driver import preload
+from vdusefast.driver.attach_server import AttachServer
 from vdusefast.errors import ConfigError, VdusefastError
+from vdusefast.transport import uapi
+from vdusefast.transport.virtio_blk import config_fields
+from vdusefast.units import SECTOR_BYTES
 
 LOOPBACK_MEMORY = "mmapshared"  # the device reaches such memory without a copy
 
@@ -65,14 +70,16 @@ def served(config: Config, transport: str, asynchronous: str, route: str) -> Ite
             raise
 
 
-def can_attach() -> bool:
-    """Return whether programs can reach a loopback device: whether there is the library that they preload."""
-    return False
-
-
 @contextmanager
 def _attached(device: Device, asynchronous: str, route: str) -> Iterator[Reachable]:
-    """Let processes that preload our library reach a loopback device."""
-    if not can_attach():
-        raise VdusefastError(f"device {device.name}: no program can attach to a loopback device here")
-    yield Reachable(device, Target("", route, asynchronous, LOOPBACK_MEMORY), 0, False, False)
+    """Let programs that preload our library reach a loopback device."""
+    bus = device.bus
+    with AttachServer(bus, serial=device.config.device.serial, route=route) as server:
+        yield Reachable(
+            device,
+            Target(str(server.path), TransportKind.LOOPBACK, asynchronous, LOOPBACK_MEMORY),
+            config_fields(bus.config)["capacity"] * SECTOR_BYTES,
+            bool(server.features & uapi.VIRTIO_BLK_F_RO),
+            bool(server.features & uapi.VIRTIO_BLK_F_DISCARD),
+            preload.environment(server),
+        )

@@ -14,6 +14,7 @@ from pathlib import Path
 from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common import rounds
+from vdusefast.bench.common.device_options import parse_bool
 from vdusefast.bench.common.host import host
 from vdusefast.bench.common.real_fio import (
     KILL_S,
@@ -33,7 +34,7 @@ from vdusefast.bench.peers.files import backing_directory, file_system
 from vdusefast.bench.peers.fio_arguments import measure_arguments, verify_arguments
 from vdusefast.bench.peers.peer import Peer, PeerSetup, first_line, load_modules
 from vdusefast.bench.peers.report import print_peers
-from vdusefast.bench.raw.jobs import JobSpec, RunOptions, parse_arguments
+from vdusefast.bench.raw.jobs import JOB_OPTIONS, JobSpec, make_job, parse_words
 from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
 from vdusefast.host.cpu_topology import check_cpu, parse_cpu_list, read_topology
 from vdusefast.server.signals import PatientStopSignals
@@ -72,10 +73,13 @@ class PeersOptions:
     keep_awake: bool = False  # see `awake`
 
 
+PEER_OPTIONS = JOB_OPTIONS | {"direct": parse_bool}
+
+
 def standard_jobs() -> tuple[JobSpec, ...]:
     """Return the eight jobs that are run unless others are given."""
     return tuple(
-        named(JobSpec(name="", rw=rw, iodepth=iodepth, numjobs=numjobs))
+        named(JobSpec(rw=rw, iodepth=iodepth, numjobs=numjobs))
         for rw in ("randread", "randwrite")
         for iodepth in (1, 32)
         for numjobs in (1, 2)
@@ -87,11 +91,12 @@ def parse_job(text: str) -> JobSpec:
 
     With "direct=0" writes go through the page cache, all of the device once; see `dirty_pages`.
     """
-    plan = parse_arguments([f"--{word}" for word in shlex.split(text)])
-    buffered = plan.run.direct is False
-    if len(plan.jobs) != 1 or replace(plan.run, direct=None) != RunOptions():
-        raise ConfigError(f"--job {text!r}: write one job's own options, such as rw=randread bs=4k iodepth=32")
-    job = replace(plan.jobs[0], buffered=buffered)
+    try:
+        job = make_job(parse_words([f"--{word}" for word in shlex.split(text)], PEER_OPTIONS), PEER_OPTIONS)
+    except ConfigError as error:
+        wanted = "write one job's own options, such as rw=randread bs=4k iodepth=32"
+        raise ConfigError(f"--job {text!r}: {error}; {wanted}") from None
+    buffered = job.buffered
     if buffered and job.rw != "write":
         raise ConfigError(
             f"--job {text!r}: direct=0 is for rw=write: what is timed is how fast dirty pages are written"

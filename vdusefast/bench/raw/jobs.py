@@ -1,21 +1,18 @@
-"""Jobs in fio's vocabulary: job files and command-line options, read into typed plans.
-
-An unknown option is an error that names it and its place. Options that describe the device rather than a job
-(`RUN_OPTIONS`) may stand on the command line or in [global].
-"""
+"""The load of `bench raw`: one job, in fio's words for the little that it can do."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from vdusefast.bench.common.device_options import (
+    FLAGS,
     PARSERS,
     DeviceOptions,
     Parser,
+    convert,
     parse_bool,
     parse_choice,
     parse_int,
@@ -31,7 +28,6 @@ KIND_BY_RW = {
     "randread": ("read", True),
     "randwrite": ("write", True),
     "rw": ("mixed", False),
-    "readwrite": ("mixed", False),
     "randrw": ("mixed", True),
     "trim": ("trim", False),
     "randtrim": ("trim", True),
@@ -40,9 +36,9 @@ KIND_BY_RW = {
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One job as written. Sizes in bytes, times in seconds; size 0 = the rest of the device."""
+    """A job as written. Sizes in bytes, times in seconds; size 0 = the rest of the device."""
 
-    name: str
+    name: str = "raw"
     rw: str = "read"
     rwmixread: int = 50  # per cent
     bs: int = 4096
@@ -54,17 +50,11 @@ class JobSpec:
     time_based: bool = False
     ramp_time: float = 0.0
     verify: str = "none"
-    verify_pattern: bytes = b""
     do_verify: bool = True
     fsync: int = 0
-    randrepeat: bool = True
-    randseed: int = 0
     norandommap: bool = False
-    stonewall: bool = False
-    group_reporting: bool = False
-    buffered: bool = False  # `bench peers` alone: through the page cache, all of it once, until it is on the device
-    description: str = ""
-    options: dict[str, str] = field(default_factory=dict)  # as written, for the report
+    direct: bool | None = None  # `bench peers` alone; False: through the page cache, until all is on the device
+    options: dict[str, str] = field(default_factory=dict)  # as written
 
     @property
     def kind(self) -> str:
@@ -83,25 +73,20 @@ class JobSpec:
         """True when the job changes what the device holds."""
         return self.kind != "read"
 
-
-@dataclass(frozen=True)
-class RunOptions(DeviceOptions):
-    """Options that are not about a single job: the device, its driver and the report."""
-
-    baseline: tuple[str, ...] = ()
-    output: str | None = None
-    output_format: str = "normal"
-    explain: bool = False
-    direct: bool | None = None  # of the real fio, which the kernel transport runs
-    ioengine: str | None = None
+    @property
+    def buffered(self) -> bool:
+        """Whether writes go through the page cache."""
+        return self.direct is False
 
 
 @dataclass(frozen=True)
 class Plan:
     """All that one command asks for."""
 
-    run: RunOptions
-    jobs: tuple[JobSpec, ...]
+    device: DeviceOptions
+    job: JobSpec
+    output: str | None = None
+    output_format: str = "normal"
 
 
 def _parse_block_size(text: str) -> int:
@@ -111,27 +96,8 @@ def _parse_block_size(text: str) -> int:
     return size
 
 
-def parse_pattern(text: str) -> bytes:
-    """Return the bytes of a pattern: 0xHEX, a decimal number, or "text" in quotes. Raises ConfigError."""
-    if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
-        digits = text[2:]
-        return bytes.fromhex(digits if len(digits) % 2 == 0 else "0" + digits)
-    if re.fullmatch(r"\d+", text):
-        number = int(text)
-        return number.to_bytes(max(1, (number.bit_length() + 7) // 8), "little")
-    if len(text) > 2 and text[0] == text[-1] == '"':
-        return text[1:-1].encode()
-    raise ConfigError(f'{text!r} is not a pattern; write for example 0xdeadbeef, 255 or "text"')
-
-
-def _parse_words(text: str) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in text.split(",") if word.strip())
-    if not words:
-        raise ConfigError("names no ioengine")
-    return words
-
-
 JOB_OPTIONS: dict[str, Parser] = {
+    "name": str,
     "rw": parse_choice(*KIND_BY_RW),
     "rwmixread": parse_int(0, 100),
     "bs": _parse_block_size,
@@ -142,161 +108,71 @@ JOB_OPTIONS: dict[str, Parser] = {
     "runtime": parse_seconds,
     "time_based": parse_bool,
     "ramp_time": parse_seconds,
-    "verify": parse_choice("crc32c", "pattern"),
-    "verify_pattern": parse_pattern,
+    "verify": parse_choice("crc32c"),
     "do_verify": parse_bool,
     "fsync": parse_int(0, 1 << 31),
-    "randrepeat": parse_bool,
-    "randseed": parse_int(0, (1 << 63) - 1),
     "norandommap": parse_bool,
-    "stonewall": parse_bool,
-    "group_reporting": parse_bool,
-    "description": str,
 }
-RUN_OPTIONS: dict[str, Parser] = PARSERS | {
-    "baseline": _parse_words,
-    "output": str,
-    "output_format": parse_choice("normal", "json"),
-    "explain": parse_bool,
-    "direct": parse_bool,
-    "ioengine": parse_choice("io_uring", "libaio", "psync", "posixaio"),
+JOB_HELP = {
+    "name": "name of the job in the report",
+    "rw": ", ".join(KIND_BY_RW),
+    "rwmixread": "percentage of reads in a mixed job",
+    "bs": "bytes of one request: 4k, 128k, 1m",
+    "size": "bytes that the job covers. Default: the whole device",
+    "offset": "where on the device the range starts, in bytes",
+    "iodepth": "requests in flight",
+    "numjobs": "number of clones of the job, which run at once",
+    "runtime": "stop after this time: 10 (seconds), 10s, 500ms",
+    "time_based": "repeat the range until runtime is over",
+    "ramp_time": "time to run before the measurement starts",
+    "verify": "crc32c: read back all that was written, and compare",
+    "do_verify": "1: read everything back after the run; 0: do not. Default: 1",
+    "fsync": "number of writes after which a FLUSH follows",
+    "norandommap": "choose random blocks without a map: some come twice before others come once",
 }
-ALIASES = {"readwrite": "rw", "blocksize": "bs"}
-FLAGS = {name for name, parser in (JOB_OPTIONS | RUN_OPTIONS).items() if parser is parse_bool}
+REPORT_OPTIONS: dict[str, Parser] = {"output": str, "output_format": parse_choice("normal", "json")}
+REPORT_HELP = {"output": "write the report to this file", "output_format": "normal or json"}
+SWITCHES = FLAGS | {"time_based", "do_verify", "norandommap"}
 
 
-class _Reader:
-    """Collects options in the order in which they come, as fio does: globals first, then those of each job."""
-
-    def __init__(self) -> None:
-        self.run: dict[str, str] = {}
-        self.run_where: dict[str, str] = {}
-        self.common: dict[str, tuple[str, str]] = {}
-        self.jobs: list[tuple[str, dict[str, tuple[str, str]]]] = []
-        self.current: dict[str, tuple[str, str]] | None = None
-
-    def begin_job(self, name: str) -> None:
-        self.current = dict(self.common)
-        self.jobs.append((name, self.current))
-
-    def take(self, name: str, value: str, where: str, *, anywhere: bool = False) -> None:
-        """Note one option. anywhere: run options may come after a job has begun (on the command line)."""
-        key = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
-        if key in RUN_OPTIONS:
-            if self.current is not None and not anywhere:
-                raise ConfigError(f"{where}: option {name!r} describes the whole run, put it into [global]")
-            self.run[key], self.run_where[key] = value, where
-        elif key in JOB_OPTIONS:
-            target = self.common if self.current is None else self.current
-            target[key] = (value, where)
-        else:
-            raise ConfigError(f"{where}: unknown option {name!r}")
-
-    def plan(self) -> Plan:
-        run = {key: _convert(RUN_OPTIONS[key], key, value, self.run_where[key]) for key, value in self.run.items()}
-        # Options without a --name make one job, as long as they say what it does.
-        if not self.jobs and "rw" in self.common:
-            self.begin_job("job")
-        if not self.jobs:
-            raise ConfigError("no job: give a job file, or --rw=... and --size=...")
-        return Plan(RunOptions(**run), tuple(_job(name, options) for name, options in self.jobs))
+def parse_words(words: Sequence[str], parsers: dict[str, Parser]) -> dict[str, str]:
+    """Return the options in `words`, as written, by name. Raises ConfigError."""
+    out: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        match = re.fullmatch(r"--([a-z0-9_-]+)(?:=(.*))?", word, re.DOTALL)
+        name = match[1].replace("-", "_") if match else ""
+        if match is None or name not in parsers:
+            raise ConfigError(f"{COMMAND_LINE}: unknown option {word.partition('=')[0]!r}")
+        value = match[2]
+        if value is None and name in SWITCHES:
+            value = "1"
+        value = next(rest, None) if value is None else value
+        if value is None:
+            raise ConfigError(f"{COMMAND_LINE}: option '--{match[1]}' needs a value")
+        out[name] = value
+    return out
 
 
-def _convert(parser: Parser, key: str, value: str, where: str) -> Any:
-    try:
-        return parser(value)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {key}: {error}") from None
-
-
-def _job(name: str, options: dict[str, tuple[str, str]]) -> JobSpec:
-    values = {key: _convert(JOB_OPTIONS[key], key, value, where) for key, (value, where) in options.items()}
-    job = JobSpec(name=name, options={key: value for key, (value, _where) in options.items()}, **values)
-    return _check(job)
-
-
-def _check(job: JobSpec) -> JobSpec:
-    """Check what one option alone does not show. Raises ConfigError naming the job."""
+def make_job(given: dict[str, str], parsers: dict[str, Parser] = JOB_OPTIONS) -> JobSpec:
+    """Return the job that these options describe. Raises ConfigError."""
+    values: dict[str, Any] = {key: convert(parsers, key, value, COMMAND_LINE) for key, value in given.items()}
+    job = JobSpec(options=given, **values)
     if job.time_based and not job.runtime:
         raise ConfigError(f"job {job.name}: time_based needs runtime")
-    if (job.verify == "pattern") != bool(job.verify_pattern):
-        raise ConfigError(f"job {job.name}: verify=pattern and verify_pattern go together")
     if job.verify != "none" and job.kind == "trim":
         raise ConfigError(f"job {job.name}: rw={job.rw} leaves nothing to verify")
     if job.offset % 512:
         raise ConfigError(f"job {job.name}: offset {job.offset} is no multiple of 512")
     if job.size and job.size < job.bs:
         raise ConfigError(f"job {job.name}: size {job.size} is smaller than one block of {job.bs}")
-    if job.verify == "pattern":
-        repeats = -(-job.bs // len(job.verify_pattern))
-        return replace(job, verify_pattern=(job.verify_pattern * repeats)[: job.bs])
     return job
 
 
-def parse_job_file(path: Path, reader: _Reader) -> None:
-    """Read a job file into `reader`. Raises ConfigError with file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"{path}: cannot read the job file: {reason}") from None
-    section = None
-    for number, raw in enumerate(text.splitlines(), 1):
-        line, where = raw.strip(), f"{path}:{number}"
-        if not line or line[0] in "#;":
-            continue
-        if line.startswith("["):
-            section = line[1:-1].strip() if line.endswith("]") else ""
-            if not section:
-                raise ConfigError(f"{where}: {line!r} is not a section")
-            if section == "global":
-                reader.current = None
-            else:
-                reader.begin_job(section)
-            continue
-        if section is None:
-            raise ConfigError(f"{where}: option before the first section; begin with [global] or [name]")
-        name, equals, value = (part.strip() for part in line.partition("="))
-        if not equals and name.replace("-", "_") in FLAGS:
-            value = "1"
-        elif not equals and name.replace("-", "_") in JOB_OPTIONS | RUN_OPTIONS | ALIASES:
-            raise ConfigError(f"{where}: option {name!r} needs a value")
-        reader.take(name, value, where)
-    reader.current = None
-
-
 def parse_arguments(arguments: Sequence[str]) -> Plan:
-    """Read the words after `fio`: options, and names of job files. Raises ConfigError.
-
-    Job options before the first --name, and before a job file, apply to all jobs after them.
-    """
-    reader = _Reader()
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith("--"):
-            if word.startswith("-"):
-                raise ConfigError(f"{COMMAND_LINE}: unknown option {word!r}")
-            parse_job_file(Path(word), reader)
-            continue
-        name, equals, value = word[2:].partition("=")
-        key = name.replace("-", "_")
-        if not equals:
-            if key in FLAGS:
-                value = "1"
-            elif key in JOB_OPTIONS | RUN_OPTIONS | ALIASES or key == "name":
-                following = next(words, None)
-                if following is None:
-                    raise ConfigError(f"{COMMAND_LINE}: option '--{name}' needs a value")
-                value = following
-        if key == "name":
-            reader.begin_job(value)
-        else:
-            try:
-                reader.take(name, value, COMMAND_LINE, anywhere=True)
-            except ConfigError:
-                raise ConfigError(f"{COMMAND_LINE}: unknown option '--{name}'") from None
-    return reader.plan()
-
-
-JOB_FIELDS = frozenset(f.name for f in fields(JobSpec))
-assert set(JOB_OPTIONS) <= JOB_FIELDS, "every job option has its field"
+    """Read the words after `raw`. Raises ConfigError."""
+    given = parse_words(arguments, JOB_OPTIONS | PARSERS | REPORT_OPTIONS)
+    job = {key: value for key, value in given.items() if key in JOB_OPTIONS}
+    device = {key: convert(PARSERS, key, given[key], COMMAND_LINE) for key in given if key in PARSERS}
+    report = {key: convert(REPORT_OPTIONS, key, given[key], COMMAND_LINE) for key in given if key in REPORT_OPTIONS}
+    return Plan(DeviceOptions(**device), make_job(job), **report)

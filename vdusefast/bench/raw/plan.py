@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vdusefast.bench.raw.jobs import JobSpec
 from vdusefast.errors import ConfigError
+
+ORDER_SEED = 0xF10  # the same random order in each run
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class Instance:
     """One clone of a job: its window of the device in bytes, and its seeds."""
 
     spec: JobSpec
-    number: int  # over all jobs of the run
-    group: int
+    number: int
     offset: int
     size: int
     seed: int  # of verified blocks: other in each run, so that what an earlier run left never passes for ours
@@ -31,45 +30,29 @@ class Instance:
 
 @dataclass(frozen=True)
 class ThreadPlan:
-    """The share of one driver thread: its queues, and the places of jobs in its group."""
+    """The share of one driver thread: its queues, and the places of jobs in the run."""
 
     queues: tuple[int, ...]
     jobs: tuple[int, ...]
 
 
-def required_bytes(jobs: Sequence[JobSpec]) -> int:
-    """Return the size of the device that the jobs ask for, 0 when none names a size."""
-    return max((job.offset + job.size for job in jobs if job.size), default=0)
+def required_bytes(job: JobSpec) -> int:
+    """Return the size of the device that the job asks for, 0 when it names no size."""
+    return job.offset + job.size if job.size else 0
 
 
-def place_jobs(jobs: Sequence[JobSpec], capacity_bytes: int, block_bytes: int) -> list[list[Instance]]:
-    """Return the clones of all jobs, in groups that run one after another (each stonewall begins one).
+def place_job(job: JobSpec, capacity_bytes: int, block_bytes: int) -> list[Instance]:
+    """Return the clones of a job. Those that verify and write share its range out in disjoint slices.
 
-    Jobs that run together on one window, when one of them verifies and one writes, share it out in disjoint slices.
-    Raises ConfigError when a job does not fit or verification could not tell its own data.
+    Raises ConfigError when the job does not fit.
     """
-    groups: list[list[JobSpec]] = []
-    for job in jobs:
-        _check_fit(job, capacity_bytes, block_bytes)
-        if job.stonewall or not groups:
-            groups.append([])
-        groups[-1].append(job)
-    placed, number = [], 0
-    for index, group in enumerate(groups):
-        windows: dict[tuple[int, int], list[JobSpec]] = defaultdict(list)
-        for job in group:
-            size = job.size or capacity_bytes - job.offset
-            windows[job.offset, size] += [job] * job.numjobs
-        members = []
-        for (offset, size), clones in windows.items():
-            sliced = any(job.verify != "none" for job in clones) and any(job.writes for job in clones)
-            for place, job in enumerate(clones):
-                window = _slice(job, offset, size, place, len(clones) if sliced else 1)
-                members.append(_instance(job, number, index, *window))
-                number += 1
-        _check_overlaps(members)
-        placed.append(members)
-    return placed
+    _check_fit(job, capacity_bytes, block_bytes)
+    size = job.size or capacity_bytes - job.offset
+    slices = job.numjobs if job.verify != "none" and job.writes else 1
+    return [
+        _instance(job, number, *_slice(job, job.offset, size, number if slices > 1 else 0, slices))
+        for number in range(job.numjobs)
+    ]
 
 
 def plan_threads(job_count: int, queue_count: int) -> list[ThreadPlan]:
@@ -103,22 +86,6 @@ def _slice(job: JobSpec, offset: int, size: int, place: int, count: int) -> tupl
     return offset, size
 
 
-def _instance(job: JobSpec, number: int, group: int, offset: int, size: int) -> Instance:
-    order_seed = job.randseed or (0xF10 if job.randrepeat else int.from_bytes(os.urandom(7), "little"))
+def _instance(job: JobSpec, number: int, offset: int, size: int) -> Instance:
     seed = int.from_bytes(os.urandom(4), "little") | 1
-    return Instance(job, number, group, offset, size, seed, order_seed + number)
-
-
-def _check_overlaps(members: list[Instance]) -> None:
-    """Refuse a verifying job whose blocks another one writes at the same time."""
-    ordered = sorted(members, key=lambda m: m.offset)
-    for i, one in enumerate(ordered):
-        for other in ordered[i + 1 :]:
-            if other.offset > one.last:
-                break
-            verified = one.spec.verify != "none" or other.spec.verify != "none"
-            if verified and (one.spec.writes or other.spec.writes):
-                raise ConfigError(
-                    f"jobs {one.spec.name} and {other.spec.name} overlap, so that nothing could be verified; give "
-                    "them other offset and size, or put stonewall into the later one"
-                )
+    return Instance(job, number, offset, size, seed, ORDER_SEED + number)

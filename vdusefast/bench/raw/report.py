@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TextIO
 
 from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common.tables import QUEUE_HEADINGS, bytes_text, count_text, latency_text, print_tables, queue_rows
-from vdusefast.bench.raw.run import Progress
+from vdusefast.bench.raw.jobs import JobSpec
+from vdusefast.bench.raw.run import JobRun, Progress
+from vdusefast.errors import VdusefastError
 
 JOB_HEADINGS = ("job", "", "IOPS", "bandwidth", "mean", "p50", "p99", "p99.9")
+
+
+@dataclass
+class Outcome:
+    """The results when the device has stopped."""
+
+    runs: list[JobRun] = field(default_factory=list)
+    queues: list[Json] = field(default_factory=list)
+    engine_used: str = ""
+    stopped_by: str = ""
+    failure: VdusefastError | None = None
+
+
+def job_line(job: JobSpec, capacity_bytes: int) -> str:
+    """Return a line that says what a job does, and for how long."""
+    clones = f"{job.numjobs} x " if job.numjobs > 1 else ""
+    length = f"{job.runtime:g} s" if job.time_based else bytes_text(job.size or capacity_bytes - job.offset)
+    mix = f" ({job.rwmixread} % reads)" if job.kind == "mixed" else ""
+    verify = f", verified by {job.verify}" if job.verify != "none" else ""
+    return f"job: {clones}{job.name}: {job.rw}{mix}, {job.bs} bytes, {job.iodepth} in flight, {length}{verify}"
 
 
 class ProgressLine:
@@ -64,7 +87,7 @@ def job_rows(jobs: Sequence[Json]) -> list[tuple[str, ...]]:
     for job in jobs:
         for op in ("read", "write", "trim"):
             side = job[op]
-            if not side["total_ios"] or (op == "read" and _only_verifies(job)):
+            if not side["total_ios"]:
                 continue
             clat = side["clat_ns"]
             marks = [latency_text(clat["percentile"][key]) for key in ("50.000000", "99.000000", "99.900000")]
@@ -78,70 +101,39 @@ def job_rows(jobs: Sequence[Json]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _only_verifies(job: Json) -> bool:
-    """Return whether what a job read was for its verification: the real fio reports that as reads of the job."""
-    return job["job options"].get("rw") in ("write", "randwrite")
-
-
 def verify_lines(checks: Sequence[Json]) -> list[str]:
     """Return the lines about verification: the counts, and the first faults of each job."""
     lines = []
     counted = [c["blocks_verified"] for c in checks if c["verify"] != "none"]
-    verified = sum(count for count in counted if count is not None)
+    verified = sum(counted)
     wrong = sum(c["verify_errors"] for c in checks)
     failed = sum(c["request_errors"] for c in checks)
     if not counted:
         lines.append("verified: nothing (no job asks for it; --verify=crc32c does)")
-    elif counted.count(None) == len(counted):
-        lines.append(f"verified: by fio, which does not count it apart in a job that also reads, {wrong} wrong")
     else:
         lines.append(
             f"verified: {verified} blocks were read and compared with the data last written to them, {wrong} wrong"
         )
     lines.append(f"failed requests: {failed}")
     for check in checks:
-        lines += [f"  {check['jobname']}: {message}" for message in check.get("messages", [])]
         for fault in check["faults"]:
             lines.append(
                 f"  {check['jobname']}: {fault['op']} of block {fault['block']} at byte {fault['offset_bytes']}: "
                 f"{fault['kind']}: expected {fault['expected']:#x}, found {fault['found']:#x}"
             )
         more = check["verify_errors"] + check["request_errors"] - len(check["faults"])
-        if more > 0 and not check.get("messages"):
+        if more > 0:
             lines.append(f"  {check['jobname']}: and {more} more")
     return lines
 
 
-def baseline_lines(baselines: Sequence[Json]) -> list[str]:
-    """Return a line for each comparison with fio."""
-    return [
-        f"fio {b['engine']}: {count_text(b['iops'])} IOPS, {bytes_text(b['bw_bytes'])}/s, "
-        f"mean {latency_text(b['clat_mean_ns'])}; vdusefast makes {b['ratio']:.2f} times its IOPS"
-        for b in baselines
-    ]
-
-
-INTRODUCTION = """\
-This starts a block device, lets jobs read and write it for a while, reads back every block that was written, and says
-how fast it was and whether every byte was right.
-"""
-EXPLANATION = """\
-What this was: each queue of the device is served by a worker process of its own, which moves data straight between the
-store and the driver's memory. The load came through the rings that a virtual machine or the kernel would use.
-IOPS: requests finished in a second. mean, p50, p99, p99.9: how long one took, from when the driver issued it until it
-saw the answer; p99 = 99 of 100 were faster. busy: how much of its time the worker used its CPU. /kick, /irq: requests
-for each wake-up of the worker and of the driver; the more, the better: a wake-up costs more than a request.\
-"""
-
-
-def print_report(report: Json, stream: TextIO, *, explain: bool = False) -> None:
-    """Print the report; with `explain`, also what the figures mean."""
+def print_report(report: Json, stream: TextIO) -> None:
+    """Print the report."""
     extra = report["vdusefast"]
+    print(file=stream)
     tables = [(JOB_HEADINGS, job_rows(report["jobs"])), (QUEUE_HEADINGS, queue_rows(extra["queues"]))]
     print_tables(tables, stream)
-    for line in [*verify_lines(extra["verify"]), *baseline_lines(extra["baseline"])]:
+    for line in verify_lines(extra["verify"]):
         print(wrap(line, terminal_width(stream), 2), file=stream)
     if extra["stopped_by"]:
         print(f"stopped early by {extra['stopped_by']}; the requests in flight were finished", file=stream)
-    if explain:
-        print(f"\n{EXPLANATION}", file=stream)

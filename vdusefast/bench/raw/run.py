@@ -91,16 +91,15 @@ def run_group(
     cpus: list[int],
     worker_cpus: list[int],
     moves_no_data: bool,
-    trimmed: list[tuple[int, int]],
     control: Control,
 ) -> list[JobRun]:
     """Run jobs that belong together to their end and return their results.
 
-    cpus: for the driver's threads, in turn. trimmed: (offset, size) in bytes of what earlier jobs gave up. Raises the
-    device's failure, or VdusefastError when the driver had to give up.
+    cpus: for the driver's threads, in turn. Raises the device's failure, or VdusefastError when the driver had to
+    give up.
     """
     plans = plan_threads(len(instances), driver.queue_count)
-    jobs = [_make(driver, one, plan_queues(plans, i), moves_no_data, trimmed) for i, one in enumerate(instances)]
+    jobs = [_make(driver, one, plan_queues(plans, i), moves_no_data) for i, one in enumerate(instances)]
     workers = []
     for i, plan in enumerate(plans):
         cpu = cpus[i % len(cpus)]
@@ -125,9 +124,7 @@ def plan_queues(plans: list[ThreadPlan], job: int) -> int:
     return next(len(plan.queues) for plan in plans if job in plan.jobs)
 
 
-def _make(
-    driver: LoopbackDriver, one: Instance, queues: int, moves_no_data: bool, trimmed: list[tuple[int, int]]
-) -> _driver.Job:
+def _make(driver: LoopbackDriver, one: Instance, queues: int, moves_no_data: bool) -> _driver.Job:
     spec = one.spec
     load = Workload(
         kind=spec.kind,
@@ -141,7 +138,6 @@ def _make(
         read_share=spec.rwmixread / 100,
         fsync_every=spec.fsync,
         verify=spec.verify,
-        pattern=spec.verify_pattern,
         check_after=spec.do_verify and spec.verify != "none",
         seed=one.seed,
         order_seed=one.order_seed,
@@ -149,15 +145,7 @@ def _make(
         runtime_s=spec.runtime,
         moves_no_data=moves_no_data,
     )
-    job = make_job(driver, load)
-    if spec.kind == "read" and spec.verify != "none":
-        for offset, size in trimmed:
-            first = max(offset, one.offset)
-            end = min(offset + size, one.offset + one.size)
-            if first < end:
-                place = (first - one.offset) // spec.bs
-                job.forget(place, -(-(end - one.offset) // spec.bs) - place)
-    return job
+    return make_job(driver, load)
 
 
 def _run_threads(workers: list[_Worker], instances: list[Instance], control: Control) -> None:
