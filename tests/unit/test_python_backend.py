@@ -166,7 +166,7 @@ def test_file_and_module_that_are_not_there(tmp_path: Path) -> None:
         ("def open(self): raise SystemExit(0)", "", ["open() raised SystemExit"]),
         ("size_bytes = -512", "", ["size_bytes is -512", "whole number"]),
         ("size_bytes = 1000", "", ["size_bytes is 1000", "multiple of block_size_bytes (512)"]),
-        ("size_bytes = 0", "", ["size_bytes is 0"]),
+        ("size_bytes = 0", "", ["size_bytes is 0; set it in the class"]),
         ("size_bytes = '1G'", "", ["size_bytes is '1G'", "whole number"]),
         ("size_bytes = 1e9", "", ["size_bytes is 1000000000.0"]),
         ("size_bytes = 1 << 70", "", ["size_bytes is"]),
@@ -176,6 +176,14 @@ def test_file_and_module_that_are_not_there(tmp_path: Path) -> None:
         ("block_size_bytes = 768", "", ["block_size_bytes is 768", "power of two"]),
         ("block_size_bytes = 8192", "", ["block_size_bytes is 8192", "512 to 4096"]),
         ("block_size_bytes = 0", "", ["block_size_bytes is 0"]),
+        (
+            "def pread(self, offset): pass",
+            "",
+            ["pread cannot be called", "write def pread(self, buffer, offset_bytes)"],
+        ),
+        ("def pread(self, buffer, at, flags): pass", "", ["missing a required argument: 'flags'"]),
+        ("def flush(self, all): pass", "", ["flush cannot be called with 0 arguments", "write def flush(self)"]),
+        ("def pread(self, buffer, at): yield", "", ["pread is a generator"]),
     ],
 )
 def test_class_that_lies_or_raises(disk: Callable[..., str], changed: str, query: str, words: list[str]) -> None:

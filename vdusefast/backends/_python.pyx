@@ -192,8 +192,9 @@ cdef class Engine(Pieces):
             self.complaints.say("count", f"{what} returned {result}, but the request has {length_bytes} bytes; it must move all "
                                 "of them, or raise OSError; the driver got IOERR")
         else:
-            self.complaints.say("count", f"{what} returned {type(result).__name__}, which is neither None nor a count of bytes; "
-                                "the driver got IOERR")
+            hint = "fill the buffer instead, by buffer[:] = data" if what == "pread" else "return one of these"
+            self.complaints.say("count", f"{what} returned {type(result).__name__}, which is neither None nor a count of bytes: "
+                                f"{hint}; the driver got IOERR")
         return -EIO
 
     cdef void hand_over(self):

@@ -30,8 +30,12 @@ _has_site = False
 
 def describe(spec: StoreSpec) -> Description:
     """Make a disk, open it, describe it and close it. Raises ConfigError, BackendError."""
+    from vdusefast.backends.python_class import wrong_method
+
     with placed_if_slow():
         disk = make_disk(spec)
+        if wrong := wrong_method(disk):
+            raise BackendError(f"{spec.uri}: {wrong}")
         _run(spec, disk, "open")
         try:
             return _description(spec, disk)
@@ -162,7 +166,9 @@ def make_disk(spec: StoreSpec) -> Backend:
     except BaseException as error:
         print_traceback(error)
         given = ", ".join(arguments) or "no arguments"
-        raise BackendError(f"{uri}: {name}() raised {say(error)}; it was called with {given}") from error
+        raise BackendError(
+            f"{uri}: {name}() raised {say(error)}; it was called with {given}, as the URI has them ({EXAMPLE})"
+        ) from error
     if not overrides(disk, "submit") and not overrides(disk, "pread"):
         raise BackendError(f"{uri}: {name} has neither pread nor submit; write one of them")
     disk.queue, disk.queue_count = spec.queue, spec.queue_count
@@ -267,10 +273,10 @@ def _description(spec: StoreSpec, disk: Backend) -> Description:
     size, block = _size_of(spec, disk, "size_bytes"), _size_of(spec, disk, "block_size_bytes")
     if block < 512 or block > 4096 or block & (block - 1):
         raise BackendError(f"{spec.uri}: block_size_bytes is {block}; it must be a power of two from 512 to 4096")
-    if size % block or not size:
-        raise BackendError(
-            f"{spec.uri}: size_bytes is {size}; it must be a multiple of block_size_bytes ({block}), and not 0"
-        )
+    if not size:
+        raise BackendError(f"{spec.uri}: size_bytes is 0; set it in the class, in its constructor or in open()")
+    if size % block:
+        raise BackendError(f"{spec.uri}: size_bytes is {size}; it must be a multiple of block_size_bytes ({block})")
     read_only = is_read_only(disk)
     batched = overrides(disk, "submit")
     zeroes = bool(disk.can_write_zeroes) if batched else overrides(disk, "write_zeroes")

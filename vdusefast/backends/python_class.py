@@ -124,3 +124,36 @@ def overrides(disk: Backend, name: str) -> bool:
     """Return whether a disk has a method `name` of its own."""
     method: Any = getattr(disk, name, None)
     return callable(method) and getattr(method, "__func__", method) is not getattr(Backend, name)
+
+
+# The arguments of each method, as the engine passes them.
+_ARGUMENTS = {
+    "open": (),
+    "close": (),
+    "pread": ("buffer", "offset_bytes"),
+    "pwrite": ("buffer", "offset_bytes"),
+    "flush": (),
+    "discard": ("offset_bytes", "length_bytes"),
+    "write_zeroes": ("offset_bytes", "length_bytes", "unmap"),
+    "submit": ("batch",),
+}
+
+
+def wrong_method(disk: Backend) -> str:
+    """Return what is wrong with the form of a method of a disk, and how to write it; "" if all can be called."""
+    import inspect
+
+    for name, arguments in _ARGUMENTS.items():
+        if not overrides(disk, name):
+            continue
+        method = getattr(disk, name)
+        wanted = f"write def {name}({', '.join(('self', *arguments))})"
+        try:
+            inspect.signature(method).bind(*arguments)
+        except TypeError as error:
+            return f"{name} cannot be called with {len(arguments)} arguments beside self: {error}; {wanted}"
+        except ValueError:
+            continue  # it is compiled, and does not say what it takes
+        if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+            return f"{name} is a generator, as there is a yield in it; {wanted} without"
+    return ""
