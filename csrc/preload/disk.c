@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Requests of a program's users: cut into pieces, put on the queues, reaped, and finished. A piece whose data the device
- * reaches is sent as it is; another is copied through the buffer of its slot. wait.c has what happens when there is nothing to
- * reap. board.h has the rules of what is shared.
+ * Requests of a program's users: queued, reaped, and finished. send.c puts them on the rings, wait.c waits when there is
+ * nothing to reap. board.h has the rules of what is shared.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -57,28 +56,7 @@ void vf_disk_user_free(struct vf_disk_user *user)
 	free(user);
 }
 
-/* -- sending */
-
-/* Whether the device reaches all data of the request, and is content with its shape. */
-static bool vf_io_is_direct(struct vf_disk_user *user, struct vf_disk_io *io)
-{
-	uint64_t delta = 0;
-
-	for (uint32_t i = 0; i < io->iov_count; i++) {
-		const struct iovec *part = &io->iov[i];
-		if (part->iov_len == 0)
-			continue;
-		if (((uintptr_t)part->iov_base | part->iov_len) % VF_SECTOR_BYTES ||
-		    !vf_memory_find(user->client, &user->hit, part->iov_base, part->iov_len, &delta) ||
-		    (i && delta != io->iova_delta))
-			return false;
-		io->iova_delta = delta;
-	}
-	return io->iov_count != 0;
-}
-
-/* Have a request finished by the next reap. */
-static void vf_user_finish_later(struct vf_disk_user *user, struct vf_disk_io *io)
+void vf_user_finish_later(struct vf_disk_user *user, struct vf_disk_io *io)
 {
 	io->next = user->ended;
 	user->ended = io;
@@ -101,7 +79,7 @@ int vf_disk_submit(struct vf_disk_user *user, struct vf_disk_io *io)
 		vf_user_finish_later(user, io); /* without FLUSH, writes are durable as they end */
 		return 0;
 	}
-	io->direct = io->op <= VF_DISK_WRITE && vf_io_is_direct(user, io);
+	io->way = io->op <= VF_DISK_WRITE ? vf_io_choose_way(user, io) : VF_IO_COPIED;
 	if (user->waiting_last)
 		user->waiting_last->next = io;
 	else
@@ -110,217 +88,10 @@ int vf_disk_submit(struct vf_disk_user *user, struct vf_disk_io *io)
 	return 0;
 }
 
-/* Where the next piece of a request goes. With VF_ROUTE_CROSS every block is read through another queue than wrote it. */
-static uint32_t vf_io_route(const struct vf_disk_user *user, const struct vf_disk_io *io)
-{
-	if (vf_likely(!user->cross) || io->op == VF_DISK_FLUSH)
-		return user->home;
-	uint64_t at = (io->offset_bytes + io->sent_bytes) >> VF_ROUTE_CROSS_SHIFT;
-	return (uint32_t)((at + (io->op == VF_DISK_READ)) % user->client->geometry.queue_count);
-}
-
-/* Bytes of the request that may follow on this queue. */
-static uint64_t vf_io_left(const struct vf_disk_user *user, const struct vf_disk_io *io)
-{
-	uint64_t left = io->length_bytes - io->sent_bytes;
-
-	if (vf_likely(!user->cross))
-		return left;
-	uint64_t border = (1ull << VF_ROUTE_CROSS_SHIFT) -
-			  ((io->offset_bytes + io->sent_bytes) & ((1ull << VF_ROUTE_CROSS_SHIFT) - 1u));
-	return left < border ? left : border;
-}
-
-/* Move the request's place in its vector on by `bytes`. With `copy`, data goes to (write) or from the vector there. */
-static void vf_iov_walk(const struct vf_disk_io *io, uint32_t *index, size_t *used, uint8_t *copy, uint64_t bytes, bool to_copy)
-{
-	while (bytes && *index < io->iov_count) {
-		const struct iovec *part = &io->iov[*index];
-		size_t run = part->iov_len - *used;
-		if (run > bytes)
-			run = (size_t)bytes;
-		if (copy && to_copy)
-			memcpy(copy, (const uint8_t *)part->iov_base + *used, run);
-		else if (copy)
-			memcpy((uint8_t *)part->iov_base + *used, copy, run);
-		copy = copy ? copy + run : NULL;
-		bytes -= run;
-		*used += run;
-		if (*used == part->iov_len) {
-			++*index;
-			*used = 0;
-		}
-	}
-}
-
-/* Name direct data of the next piece in `data`: returns the segments, and the bytes in *length. */
-static uint32_t vf_io_segments(const struct vf_disk_user *user, const struct vf_disk_io *io, struct vf_drv_segment *data,
-			       uint64_t *length)
-{
-	const struct vf_board_geometry *g = &user->client->geometry;
-	uint32_t index = io->iov_index, count = 0, writable = io->op == VF_DISK_READ;
-	size_t used = io->iov_used_bytes;
-	uint64_t left = vf_io_left(user, io), total = 0;
-
-	while (left && count < g->segments_max && index < io->iov_count) {
-		const struct iovec *part = &io->iov[index];
-		size_t run = part->iov_len - used;
-		if (run > left)
-			run = (size_t)left;
-		if (run > g->size_max_bytes)
-			run = g->size_max_bytes;
-		if (run)
-			data[count++] = (struct vf_drv_segment){ (uintptr_t)part->iov_base + used + io->iova_delta,
-								 (uint32_t)run, writable };
-		total += run;
-		left -= run;
-		used += run;
-		if (used == part->iov_len) {
-			index++;
-			used = 0;
-		}
-	}
-	/* A request is whole blocks: a vector may have smaller parts. */
-	uint64_t rest = total % g->block_bytes;
-	*length = total - rest;
-	while (count && rest) {
-		struct vf_drv_segment *last = &data[count - 1u];
-		uint32_t cut = last->len_bytes < rest ? last->len_bytes : (uint32_t)rest;
-		last->len_bytes -= cut;
-		rest -= cut;
-		count -= last->len_bytes == 0;
-	}
-	return count;
-}
-
-/* Fill a range for discard and write zeroes; returns the bytes that it covers. */
-static uint64_t vf_io_range(const struct vf_disk_user *user, const struct vf_disk_io *io, uint8_t *line)
-{
-	const struct vf_board_geometry *g = &user->client->geometry;
-	uint64_t most = io->op == VF_DISK_DISCARD ? g->discard_max_bytes : g->write_zeroes_max_bytes;
-	uint64_t length = vf_io_left(user, io);
-
-	if (length > most)
-		length = most;
-	*(struct vf_blk_range *)(void *)(line + VF_BOARD_RANGE_AT) = (struct vf_blk_range){
-		.sector = (io->offset_bytes + io->sent_bytes) / VF_SECTOR_BYTES,
-		.num_sectors = (uint32_t)(length / VF_SECTOR_BYTES),
-		.flags = io->op == VF_DISK_WRITE_ZEROES ? VF_BLK_WRITE_ZEROES_F_UNMAP : 0u,
-	};
-	return length;
-}
-
-/* Fail what is not sent of a request, so that it ends once its pieces have. */
-static void vf_io_give_up(struct vf_disk_io *io, int error)
-{
-	if (io->result >= 0)
-		io->result = error;
-	io->sent_bytes = io->length_bytes;
-}
-
-/* Put the next piece of a request on the queue, whose lock is held. false when there is no room now. */
-static bool vf_send_piece(struct vf_disk_user *user, uint32_t q, struct vf_disk_io *io)
-{
-	static const uint32_t types[] = { VF_BLK_T_IN, VF_BLK_T_OUT, VF_BLK_T_FLUSH, VF_BLK_T_DISCARD, VF_BLK_T_WRITE_ZEROES };
-	struct vf_client *client = user->client;
-	const struct vf_board_geometry *g = &client->geometry;
-	struct vf_board_parts *parts = &client->view.parts[q];
-	struct vf_board_queue *queue = parts->queue;
-
-	if (vf_unlikely(user->inflight[q] >= vf_queue_quota(&client->view, queue)))
-		return false; /* one of its own ends first */
-	uint32_t slot = queue->free_count - 1u < g->slot_count ? parts->free_slots[queue->free_count - 1u] : UINT32_MAX;
-	if (vf_unlikely(slot >= g->slot_count || queue->vq.free_count == 0)) {
-		queue->starved = 1;
-		return false;
-	}
-	struct vf_board_slot *s = &parts->slots[slot];
-	struct vf_piece *piece = &client->pieces[q * g->slot_count + slot];
-	uint8_t *line = vf_board_line(parts, slot);
-	uint32_t count = 0, iov_index = io->iov_index;
-	size_t iov_used_bytes = io->iov_used_bytes;
-	uint64_t length = 0, iova = 0;
-
-	if (vf_likely(io->direct)) {
-		count = vf_io_segments(user, io, s->data, &length);
-		iova = count ? s->data[0].iova : 0;
-	}
-	if (io->op <= VF_DISK_WRITE && !count) {
-		uint8_t *bounce = parts->bounce + (uint64_t)slot * vf_board_bounce_stride(g);
-		length = vf_io_left(user, io);
-		if (length > g->bounce_bytes)
-			length = g->bounce_bytes;
-		s->data[0] = (struct vf_drv_segment){ (uintptr_t)bounce, (uint32_t)length, io->op == VF_DISK_READ };
-		count = 1;
-		vf_iov_walk(io, &io->iov_index, &io->iov_used_bytes, io->op == VF_DISK_WRITE ? bounce : NULL, length, true);
-	} else if (count) {
-		vf_iov_walk(io, &io->iov_index, &io->iov_used_bytes, NULL, length, false);
-	} else if (io->op != VF_DISK_FLUSH) {
-		length = vf_io_range(user, io, line);
-		s->data[0] = (struct vf_drv_segment){ (uintptr_t)line + VF_BOARD_RANGE_AT, sizeof(struct vf_blk_range), 0 };
-		count = 1;
-	}
-	int how = vf_queue_room(&client->view, queue, count);
-	*(struct vf_blk_header *)(void *)line = (struct vf_blk_header){
-		types[io->op], 0, io->op <= VF_DISK_WRITE ? (io->offset_bytes + io->sent_bytes) / VF_SECTOR_BYTES : 0
-	};
-	*piece = (struct vf_piece){ io, user, iova, (uint32_t)length, iov_index, iov_used_bytes };
-	s->owner = user->number;
-	s->segment_count = count;
-	vf_store_relaxed_u32(&s->state, VF_SLOT_INFLIGHT);
-	vf_fence_compiler();
-	queue->free_count--;
-	vf_slot_enqueue(&client->view, q, slot, how);
-	io->sent_bytes += length;
-	io->pieces_left++;
-	user->inflight[q]++;
-	user->busy |= 1ull << q;
-	return true;
-}
-
-static bool vf_io_is_sent(const struct vf_disk_io *io)
-{
-	return io->sent_bytes == io->length_bytes && (io->pieces_left || io->length_bytes || io->result < 0);
-}
-
-/* Put what waits on the queues, as far as there is room. */
-static void vf_send_waiting(struct vf_disk_user *user)
-{
-	struct vf_client *client = user->client;
-	bool room = true;
-
-	while (user->waiting && room) {
-		uint32_t q = vf_io_route(user, user->waiting);
-		struct vf_board_queue *queue = client->view.parts[q].queue;
-		if (vf_unlikely(!vf_user_lock(user, queue)))
-			return;
-		while (room && user->waiting && vf_io_route(user, user->waiting) == q) {
-			struct vf_disk_io *io = user->waiting;
-			if (vf_unlikely(queue->broken))
-				vf_io_give_up(io, -EIO);
-			else
-				room = vf_send_piece(user, q, io);
-			if (vf_io_is_sent(io)) {
-				user->waiting = io->next;
-				if (!io->next)
-					user->waiting_last = NULL;
-				if (io->pieces_left == 0)
-					vf_user_finish_later(user, io);
-			}
-		}
-		bool kick = vf_queue_publish(queue);
-		vf_unlock(queue);
-		if (vf_unlikely(kick)) {
-			vf_client_refresh(client);
-			vf_signal_fd(client->view.kick_fds[q]);
-		}
-	}
-}
-
 void vf_disk_publish(struct vf_disk_user *user)
 {
 	if (user->waiting && user->client == vf_client_now())
-		vf_send_waiting(user);
+		vf_user_send(user);
 }
 
 /* -- reaping */
@@ -557,7 +328,7 @@ int vf_disk_reap(struct vf_disk_user *user, uint32_t min, uint32_t max, int64_t 
 		return -ESHUTDOWN;
 	for (;;) {
 		if (user->waiting)
-			vf_send_waiting(user);
+			vf_user_send(user);
 		if (vf_unlikely(vf_load_relaxed_u32(&client->gone)))
 			count += (uint32_t)vf_user_fail_all(user, max - count);
 		else
@@ -566,7 +337,7 @@ int vf_disk_reap(struct vf_disk_user *user, uint32_t min, uint32_t max, int64_t 
 			break;
 		if (count >= min || timeout_ns == 0) {
 			if (user->waiting)
-				vf_send_waiting(user); /* what was finished made room */
+				vf_user_send(user); /* what was finished made room */
 			if (vf_unlikely(count == 0 && ++client->empty_reaps % VF_EMPTY_REAPS == 0))
 				vf_client_is_gone(client);
 			break;

@@ -55,7 +55,7 @@ struct vf_disk_io {
 	size_t iov_used_bytes; /* of the entry where the next piece begins */
 	uint32_t iov_index; /* that entry */
 	uint32_t pieces_left; /* in flight */
-	bool direct;
+	uint32_t way; /* enum vf_io_way */
 	struct vf_disk_io *next;
 };
 

@@ -9,6 +9,13 @@
 #include "preload/attach.h"
 #include "preload/pieces.h"
 
+/* How the data of a request reaches the device. */
+enum vf_io_way {
+	VF_IO_COPIED, /* through buffers of the board */
+	VF_IO_DIRECT, /* as it is, in segments */
+	VF_IO_PLAIN, /* as it is: one segment, one piece */
+};
+
 struct vf_disk_user {
 	struct vf_client *client;
 	struct vf_board_user *shared;
@@ -26,11 +33,50 @@ struct vf_disk_user {
 	uint32_t inflight[VF_BOARD_QUEUES_MAX];
 };
 
+/* Move the request's place in its vector on by `bytes`. With `copy`, data goes to (write) or from the vector there. */
+static inline void vf_iov_walk(const struct vf_disk_io *io, uint32_t *index, size_t *used, uint8_t *copy, uint64_t bytes, bool to_copy)
+{
+	while (bytes && *index < io->iov_count) {
+		const struct iovec *part = &io->iov[*index];
+		size_t run = part->iov_len - *used;
+		if (run > bytes)
+			run = (size_t)bytes;
+		if (copy && to_copy)
+			memcpy(copy, (const uint8_t *)part->iov_base + *used, run);
+		else if (copy)
+			memcpy((uint8_t *)part->iov_base + *used, copy, run);
+		copy = copy ? copy + run : NULL;
+		bytes -= run;
+		*used += run;
+		if (*used == part->iov_len) {
+			++*index;
+			*used = 0;
+		}
+	}
+}
+
+/* Fail what is not sent of a request, so that it ends once its pieces have. */
+static inline void vf_io_give_up(struct vf_disk_io *io, int error)
+{
+	if (io->result >= 0)
+		io->result = error;
+	io->sent_bytes = io->length_bytes;
+}
+
 static inline bool vf_user_lock(struct vf_disk_user *user, struct vf_board_queue *queue)
 {
 	return vf_likely(vf_lock_try(queue, user->number)) ||
 	       vf_lock_wait(queue, user->number, vf_client_is_gone, user->client);
 }
+
+/* Choose how the data of a request goes: enum vf_io_way. */
+uint32_t vf_io_choose_way(struct vf_disk_user *user, struct vf_disk_io *io);
+
+/* Put what waits on the queues, as far as there is room. */
+void vf_user_send(struct vf_disk_user *user);
+
+/* Have a request finished by the next reap. */
+void vf_user_finish_later(struct vf_disk_user *user, struct vf_disk_io *io);
 
 /* Wait until there may be something to reap: until the deadline (0: none), and for a moment at most. 0 or -EINTR. */
 int vf_user_wait(struct vf_disk_user *user, uint64_t deadline_ns);
