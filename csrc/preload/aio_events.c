@@ -26,9 +26,12 @@ static __thread uint8_t thread_mark __attribute__((tls_model("initial-exec")));
 
 struct vf_aio *vf_aio_lock(io_context_t ring)
 {
-	struct vf_aio *aio = (void *)((uint8_t *)ring - offsetof(struct vf_aio, ring));
+	struct vf_aio *aio;
 
-	if (vf_unlikely(!ring || ring->magic != AIO_MAGIC || aio->fork_count != vf_peek_u32(&vf_fork_count)))
+	if (vf_unlikely(!ring || ring->magic != AIO_MAGIC))
+		return NULL;
+	aio = (void *)((uint8_t *)ring - offsetof(struct vf_aio, ring));
+	if (vf_unlikely(aio->fork_count != vf_peek_u32(&vf_fork_count)))
 		return NULL;
 	if (vf_unlikely(aio->thread != &thread_mark))
 		vf_store_relaxed_u32(&aio->is_shared, 1);

@@ -12,7 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RING_SIDE = {"attach.c", "disk.c", "regions.c", "send.c", "wait.c"}  # what the double stands for
 CAPACITY_BYTES = 8 << 20
-FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden", "-O1", "-g", "-Icsrc")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+CHECKS = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
+FLAGS = ("-std=gnu11", *WARNINGS, *CHECKS, "-fPIC", "-shared", "-fvisibility=hidden", "-O1", "-g", "-Icsrc")
 
 
 def build(library: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,3 +121,28 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(preload, "library_path", lambda: Path("/my files/_preload.so"))
     with pytest.raises(VdusefastError, match="space"):
         preload.environment(None)  # type: ignore[arg-type]
+
+
+def test_a_program_outlives_its_server_and_gets_errors() -> None:
+    program = """
+import os, signal, sys, time
+fd = os.open(os.environ["VDUSEFAST_DISK"], os.O_RDWR)
+assert os.pread(fd, 4096, 0) == bytes(4096)
+os.kill(os.getppid(), signal.SIGKILL)
+deadline_s = time.monotonic() + 20
+while time.monotonic() < deadline_s:
+    try:
+        os.pread(fd, 4096, 0)
+    except OSError as error:
+        print(error.errno, flush=True)
+        break
+"""
+    words = [*RUN, "--backend", "memory:1M", "--", sys.executable, "-I", "-c", program]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=45, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == "5\n"
+    (line,) = [line for line in done.stderr.splitlines() if "disk" in line]
+    path = Path(line.split(": ")[1])
+    assert line == f"vdusefast: {path}: the server of this disk has ended; all requests fail with EIO"
+    for left in (path.parent, Path(os.environ["VDUSEFAST_RUN_DIR"], path.name)):  # by a server that is killed
+        shutil.rmtree(left)
