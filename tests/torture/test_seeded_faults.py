@@ -25,7 +25,12 @@ def build(fault: int, target: Path) -> Path:
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(target), "--build-temp", str(target / "objects")],
         cwd=ROOT,
-        env={**os.environ, "VDUSEFAST_SEED_FAULT": str(fault), "VDUSEFAST_EXTENSIONS": built},
+        env={
+            **os.environ,
+            "VDUSEFAST_SEED_FAULT": str(fault),
+            "VDUSEFAST_EXTENSIONS": built,
+            "VDUSEFAST_OPTIMIZE": "-O1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

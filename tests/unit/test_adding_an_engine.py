@@ -62,7 +62,7 @@ def test_an_engine_is_a_file_and_two_edits(tmp_path: Path) -> None:
     built = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
         cwd=tree,
-        env={**os.environ, "VDUSEFAST_EXTENSIONS": "worker._datapath driver._driver"},
+        env={**os.environ, "VDUSEFAST_OPTIMIZE": "-O0", "VDUSEFAST_EXTENSIONS": "worker._datapath driver._driver"},
         capture_output=True,
         text=True,
         check=False,

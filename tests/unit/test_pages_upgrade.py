@@ -209,7 +209,7 @@ def other_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
         cwd=tree,
-        env={**os.environ, "VDUSEFAST_EXTENSIONS": "worker._datapath driver._driver"},
+        env={**os.environ, "VDUSEFAST_OPTIMIZE": "-O0", "VDUSEFAST_EXTENSIONS": "worker._datapath driver._driver"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -54,16 +54,20 @@ NEWEST_KERNEL_ONLY = (
     "bad_input.not_root",
     "bad_input.root_without_",
     "bad_input.no_",
+    "filesystem.xfs",  # ext4 runs on each
     "stack.",
     "fio.",
     "settings.pinned_workers",
     "settings.by_options",
     "polling.",
+    "resize.mounted_ext4_grows",  # a disk grows under load on each
     "qemu.",
     "delete.refused_",
+    "delete.forced_with_a_direct_store_",  # the same with a flush runs on each
     "users.",
     "content.",
     "storage.",
+    "limits.disk_with_odd_limits_",  # stripes, which are limits as well, are shown on each
     "limits.large_discard_",
     "serve.",
     "failure.idle_worker_killed",
@@ -71,6 +75,8 @@ NEWEST_KERNEL_ONLY = (
     "python.",
     "recovery.another_device_is_refused",
     "recovery.restart_that_would_fail_",
+    "recovery.lost_run_directory_",
+    "memory.servers_come_and_go_",  # servers come and go in all of recovery, on each
     "torture.",
     "many.by_command",
     "documents.",

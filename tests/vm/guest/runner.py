@@ -167,6 +167,7 @@ def main() -> int:
     chosen = [c for c in checks.load() if c.name.startswith(tuple(words.only or [""]))]
     chosen = [c for c in chosen if not c.name.startswith(tuple(words.skip))]
     guest.prepare()
+    guest.import_for_copies()
     results, started_s = Results(words.results), time.monotonic()
     run_all(chosen, results)
     print(f"{len(chosen)} checks in {time.monotonic() - started_s:.0f} s, {results.failed} failed", flush=True)

@@ -73,7 +73,7 @@ def live_through(make: list[object], check_words: list[object], size_bytes: int,
     """Do that on a new device over a file."""
     path = guest.image("fs.img", size_bytes)
     with guest.device("vd0", f"file:{path}", **settings) as node:
-        live_on(node, make, check_words, 24 * MIB)
+        live_on(node, make, check_words, 16 * MIB)
     # And without us: the image is what was written to the disk.
     guest.sh(*check_words, path, timeout_s=60)
 

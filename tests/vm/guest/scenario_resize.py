@@ -78,7 +78,7 @@ def mounted_ext4_grows() -> dict[str, object]:
             after = os.statvfs(MOUNT).f_blocks
             assert after > 2 * before, (before, after)
             (MOUNT / "more").mkdir()
-            files |= {f"more/{name}": digest for name, digest in fill(MOUNT / "more", 64 * MIB).items()}
+            files |= {f"more/{name}": digest for name, digest in fill(MOUNT / "more", 32 * MIB).items()}
             assert differences(MOUNT, files) == []
         finally:
             guest.sh("umount", MOUNT, timeout_s=60)
