@@ -27,6 +27,7 @@
 
 static pthread_mutex_t vf_attach_lock = PTHREAD_MUTEX_INITIALIZER; /* attaching, and one request at a time on the socket */
 static struct vf_client *vf_the_client;
+static struct vf_client *vf_before_fork; /* users of the parent refer to it */
 static struct vf_disk_info vf_info;
 static char vf_info_path[VF_ATTACH_PATH_MAX];
 static uint64_t vf_own_fds[VF_OWN_FDS_MAX / 64];
@@ -375,6 +376,8 @@ static void vf_fork_child(void)
 	vf_memory_unlock();
 	/* The connection is the parent's. Its users may be remembered by the program: the client's memory stays. */
 	if (client) {
+		client->before_fork = vf_before_fork;
+		vf_before_fork = client;
 		for (uint32_t q = 0; q < client->geometry.queue_count; q++) {
 			vf_own_close(client->view.kick_fds[q]);
 			vf_own_close(client->view.irq_fds[q]);

@@ -46,6 +46,7 @@ struct vf_client {
 	uint32_t generation; /* of the eventfds that we have */
 	uint32_t empty_reaps;
 	uint64_t spin_ns;
+	struct vf_client *before_fork; /* of the parent, and so on */
 	struct vf_piece *pieces; /* of slot s of queue q: [q * slot_count + s] */
 };
 

@@ -27,11 +27,11 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def built(*flags: str, compiler: str = "cc") -> Path:
-    """Return disk_load, built with these flags."""
-    path = Path(_directory().name) / f"disk_load-{abs(hash(flags))}"
-    command = [compiler, "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", *flags, f"-I{CSRC}"]
-    subprocess.run([*command, "-o", path, HERE / "disk_load.c", *SOURCES, "-lpthread"], check=True, timeout=120)
+def built(*flags: str, program: str = "disk_load") -> Path:
+    """Return a program of this directory on the ring side, built with these flags."""
+    path = Path(_directory().name) / f"{program}-{abs(hash(flags))}"
+    command = ["cc", "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", *flags, f"-I{CSRC}"]
+    subprocess.run([*command, "-o", path, HERE / f"{program}.c", *SOURCES, "-lpthread"], check=True, timeout=120)
     return path
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
-from disk_rig import ended, load, regions, served, wait_until
+from disk_rig import built, ended, load, regions, served, wait_until
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one user": ({}, {}),
@@ -60,3 +63,22 @@ def test_a_disk_that_ends_fails_what_is_in_flight() -> None:
     _out, err = running.communicate(timeout=30)
     assert running.returncode == 2
     assert "the server of this disk has ended; all requests fail with EIO" in err
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("route", ["own", "cross"])
+def test_a_child_of_fork_attaches_by_itself(route: str) -> None:
+    with served(queues=2, route=route) as (_device, server):
+        environment = {**os.environ, **server.environment}
+        assert subprocess.run([built(program="disk_fork")], env=environment, timeout=60).returncode == 0
+        wait_until(lambda: not server.users, "no user is left")
+
+
+@pytest.mark.timeout(60)
+def test_programs_see_a_resize(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    with served(uri=f"file:{path}") as (device, server):
+        device.resize(2 << 20)
+        wait_until(lambda: server.capacity_bytes == 2 << 20, "the board has the new size")
+        ended(load(server, seconds=0.1, blocks=512))

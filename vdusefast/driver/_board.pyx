@@ -154,6 +154,12 @@ cdef class Board:
         self.view.kick_fds[queue] = kick_fd
         self.view.irq_fds[queue] = irq_fd
 
+    @property
+    def capacity_bytes(self):
+        """The size of the device, as clients see it."""
+        self.check()
+        return vf_load_relaxed_u64(&self.view.board.geometry.capacity_bytes)
+
     def set_capacity(self, uint64_t size_bytes):
         """Have clients see another size of the device."""
         self.check()

@@ -154,6 +154,11 @@ class AttachServer:
         return self._failure
 
     @property
+    def capacity_bytes(self) -> int:
+        """The size of the disk, as programs see it."""
+        return self._board.capacity_bytes
+
+    @property
     def users(self) -> list[int]:
         """The numbers of all users, those included whose process has ended with requests in flight."""
         clients = {*self._clients.values(), *self._ended}
