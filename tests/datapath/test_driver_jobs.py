@@ -201,6 +201,7 @@ def test_depth_beyond_the_ring_and_large_blocks() -> None:
     assert {entry[3] for entry in bus.log} == {16}
 
 
+@pytest.mark.slow
 def test_time_based_run_ends_in_time_and_ramp_is_not_counted(bus: FakeBus) -> None:
     plan = {"kind": "read", "order": "random_once", "io_limit": 0, "runtime_s": 0.2, "ramp_s": 0.2}
     (result,) = run(bus, plan)

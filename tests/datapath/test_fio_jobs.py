@@ -107,6 +107,7 @@ class Disk(vdusefast.Backend):
 """
 
 
+@pytest.mark.slow
 def test_every_block_is_read_through_another_queue_than_wrote_it(tmp_path: Path) -> None:
     """The job of `make fio` finds a class whose queues have memory of their own."""
     job = Path(__file__).parents[2] / "bench" / "jobs" / "default.fio"

@@ -94,6 +94,7 @@ def test_disk_passes_a_verified_load(where: dict[str, str], name: str, queues: i
         assert [queue.restarts for queue in device.queues()] == [0] * queues
 
 
+@pytest.mark.slow
 def test_thin_disk_stores_less_than_it_holds_and_survives_a_torn_record(where: dict[str, str], tmp_path: Path) -> None:
     with device_of(where["thin"]) as device, device.driver() as driver:
         driver.write(0, b"thin" * (MIB // 16))

@@ -188,6 +188,7 @@ def test_whatever_one_worker_sends_the_other_is_served(binary: Path, tmp_path: P
     assert sent > 20
 
 
+@pytest.mark.slow
 def test_worker_that_takes_no_answers_holds_nobody_up(binary: Path, tmp_path: Path) -> None:
     """Its socket is full of answers, and each slot waits for one more: the next request is one too many."""
     chance = random.Random(5)

@@ -17,6 +17,8 @@ import vdusefast
 from vdusefast.driver._board import MAGIC
 from vdusefast.driver.attach_server import AttachServer
 
+pytestmark = pytest.mark.slow
+
 SURVIVOR = {"threads": 2, "depth": 8, "first": 0, "seconds": 1.5, "blocks": 64}
 VICTIM = {"threads": 2, "depth": 8, "first": 2, "seconds": 60, "blocks": 64}
 

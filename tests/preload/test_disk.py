@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from disk_rig import built, ended, load, regions, served, wait_until
 
+pytestmark = pytest.mark.slow
+
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one user": ({}, {}),
     "depth 1": ({}, {"depth": 1}),

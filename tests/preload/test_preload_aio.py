@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from preload_rig import Disk
 
+pytestmark = pytest.mark.slow
+
 # io_setup() and the others by ctypes. A request is (opcode, fd, buffer, offset); its number is the event's data.
 AIO = """
 import ctypes, itertools

@@ -8,6 +8,7 @@ import pytest
 from preload_rig import CAPACITY_BYTES, Disk
 
 
+@pytest.mark.slow
 def test_stat_tells_a_block_device_by_any_name(disk: Disk) -> None:
     (disk.path.parent / "link").symlink_to(disk.path)
     disk.python(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from preload_rig import Disk
 
 
+@pytest.mark.slow
 def test_a_program_sees_one_descriptor_for_an_open(disk: Disk) -> None:
     disk.python(
         """

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from preload_rig import CAPACITY_BYTES, Disk
 
+pytestmark = pytest.mark.slow
+
 FIO = ("fio", "--name=job", "--size=2M", "--bs=4k", "--iodepth=16", "--allow_file_create=0", "--output-format=json")
 
 

@@ -20,6 +20,8 @@ from vdusefast.bench.fio.command import run_command
 from vdusefast.bench.fio.output import JsonStream
 from vdusefast.errors import ConfigError, VdusefastError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["--transport=loopback", "--queues=1"]
 JOB = ["--name=a", "--rw=randrw", "--bs=4k", "--size=1m"]

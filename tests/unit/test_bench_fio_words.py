@@ -131,6 +131,7 @@ def test_file_that_includes_itself_ends_in_an_error(tmp_path: Path) -> None:
         script(str(path))
 
 
+@pytest.mark.slow
 def test_files_that_are_not_touched_mean_the_same_to_fio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--debug=parse` has what every option came to; the file names in it differ."""
     monkeypatch.setenv("BS", "4k")

@@ -276,6 +276,7 @@ def test_output_passes_on_at_once_what_cannot_be_the_mark() -> None:
     assert b"".join(got) == b"prompt: a\x1eabx"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ci", "said"), [("false", "1 skipped"), ("true", "1 error")])
 def test_missing_program_is_named_and_fails_in_ci(ci: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
