@@ -118,3 +118,13 @@ def test_every_block_is_read_through_another_queue_than_wrote_it(tmp_path: Path)
     bench_fio(*words, "--backend=memory:8M", directory=tmp_path)
     done = bench_fio(*words, f"--backend=python:{tmp_path / 'disk.py'}:Disk", directory=tmp_path, status=1)
     assert "verify: bad" in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_fios_own_tools_read_json_plus(tmp_path: Path) -> None:
+    words = ["--name=p", "--rw=randread", "--size=1m", "--direct=1", "--output-format=json+", "--output=p.json"]
+    bench_fio(*words, directory=tmp_path)
+    subprocess.run(["fio_jsonplus_clat2csv", "p.json", "p.csv"], cwd=tmp_path, check=True, timeout=LIMIT_S)
+    rows = (tmp_path / "p_job0.csv").read_text().splitlines()
+    assert rows[0].startswith("nsec, read_slat_ns_count")
+    assert len(rows) > 5
