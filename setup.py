@@ -5,6 +5,7 @@ Those of some backends need a library: one whose header is not there is left out
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -90,6 +91,12 @@ class BuildExtensions(build_ext):
         for one in self.extensions:
             one.extra_objects = [*one.extra_objects, *objects]
         super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension in a directory of its own: others that have the same C files are built meanwhile."""
+        own = copy.copy(self)
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        super(BuildExtensions, own).build_extension(ext)
 
 
 class Optional(NamedTuple):
