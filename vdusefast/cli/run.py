@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +15,8 @@ from vdusefast.cli.serve import DEVICE_OPTIONS, fill_standard_descriptors, read_
 from vdusefast.errors import ConfigError, VdusefastError
 
 if TYPE_CHECKING:
+    import subprocess
+
     from vdusefast.config import Config
 
 EXIT_NOT_EXECUTABLE = 126  # as a shell reports these two
@@ -99,6 +100,8 @@ def run_program(config: Config, program: Sequence[str], route: str) -> int:
 
 def _wait_for(program: Sequence[str], disk: str, environment: dict[str, str]) -> int:
     """Run the program to its end. Returns its exit status as a shell does."""
+    import subprocess
+
     command = [word.replace("{}", disk) for word in program]
     with _signals_passed_on() as children:
         try:
