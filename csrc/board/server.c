@@ -57,10 +57,13 @@ int vf_server_start_rings(struct vf_board_view *view)
 		memset(parts->desc, 0, 16u * g->queue_size);
 		memset(parts->driver, 0, 6u + 2u * g->queue_size);
 		memset(parts->device, 0, 6u + 8u * g->queue_size);
-		int rc = vf_drv_vq_init(&parts->queue->vq, &params);
+		/* A user that spins reads the vq without the lock: its pointers must never be NULL. */
+		struct vf_drv_vq fresh;
+		int rc = vf_drv_vq_init(&fresh, &params);
 		if (rc)
 			return rc;
-		vf_drv_vq_disable_irq(&parts->queue->vq);
+		vf_drv_vq_disable_irq(&fresh);
+		parts->queue->vq = fresh;
 	}
 	return 0;
 }
@@ -187,9 +190,13 @@ uint32_t vf_server_lock(struct vf_board_view *view, uint32_t queue)
 {
 	struct vf_board_queue *q = view->parts[queue].queue;
 
-	if (vf_lock_try(q, VF_LOCK_SERVER))
-		return 0;
-	return vf_load_relaxed_u32(&q->lock) & ~VF_LOCK_WAITERS;
+	/* The owner may unlock between the two: a free lock is not ours yet. */
+	while (!vf_lock_try(q, VF_LOCK_SERVER)) {
+		uint32_t held = vf_load_relaxed_u32(&q->lock);
+		if (held != VF_LOCK_FREE)
+			return held & ~VF_LOCK_WAITERS ? held & ~VF_LOCK_WAITERS : VF_LOCK_WAITERS; /* written over: nobody's */
+	}
+	return 0;
 }
 
 bool vf_server_seize(struct vf_board_view *view, uint32_t queue, uint32_t number)

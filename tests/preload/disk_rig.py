@@ -18,6 +18,7 @@ from vdusefast.driver.attach_server import AttachServer
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 SOURCES = [CSRC / "preload" / f"{name}.c" for name in ("attach", "disk", "regions", "send", "wait")]
+SERVER_SOURCES = [CSRC / "board" / "server.c"]
 
 
 @functools.cache
@@ -28,10 +29,11 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def built(*flags: str, program: str = "disk_load") -> Path:
-    """Return a program of this directory on the ring side, built with these flags."""
+    """Return a program of this directory, on the ring side or (board_...) on the server's, built with these flags."""
     path = Path(_directory().name) / f"{program}-{abs(hash(flags))}"
     command = ["cc", "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", *flags, f"-I{CSRC}"]
-    subprocess.run([*command, "-o", path, HERE / f"{program}.c", *SOURCES, "-lpthread"], check=True, timeout=120)
+    sources = SERVER_SOURCES if program.startswith("board_") else SOURCES
+    subprocess.run([*command, "-o", path, HERE / f"{program}.c", *sources, "-lpthread"], check=True, timeout=120)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import pytest
@@ -38,3 +39,15 @@ def test_the_end_of_the_server_is_clean_under_the_sanitizers() -> None:
     assert running.returncode == 2, err
     assert "Sanitizer" not in err
     assert "runtime error" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("what", ["lock", "rings"])
+@pytest.mark.parametrize("flags", [(), FLAGS], ids=["plain", "sanitized"])
+def test_a_client_and_the_server_use_a_queue_at_once(what: str, flags: tuple[str, ...]) -> None:
+    """Have the server own each lock that it takes, and never show a ring without pointers, in millions of tries."""
+    done = subprocess.run(
+        [built(*flags, program="board_race"), what, "1"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr[-2000:]}"

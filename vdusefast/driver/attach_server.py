@@ -227,8 +227,9 @@ class AttachServer:
                 if holder in client.users and (client in self._ended or client.has_ended()):
                     if client not in self._ended:
                         self._forget(client)
-                    self._board.seize(queue, holder)
-                    return
+                    if self._board.seize(queue, holder):
+                        return
+                    break  # it unlocked before it ended
             if time.monotonic() > deadline_s:
                 raise TransportError(f"device {self.bus.name}: queue {queue}: user {holder} does not unlock it")
             time.sleep(0.0002)
