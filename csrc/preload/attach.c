@@ -32,7 +32,6 @@ static struct vf_disk_info vf_info;
 static char vf_info_path[VF_ATTACH_PATH_MAX];
 static uint64_t vf_own_fds[VF_OWN_FDS_MAX / 64];
 static bool vf_failed; /* it was said why */
-static bool vf_handlers_set;
 static bool vf_gone_said;
 
 static void vf_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -164,17 +163,22 @@ static int vf_attach_receive(int sock, struct vf_attach_message *message, int fd
 	return number;
 }
 
-static int vf_attach_ask(int sock, struct vf_attach_message *message, int fd, int fds[2])
+static int vf_attach_ask(struct vf_client *client, struct vf_attach_message *message, int fd, int fds[2])
 {
-	int rc = vf_attach_send(sock, message, fd);
+	int rc = client->mute ? -ESHUTDOWN : vf_attach_send(client->socket, message, fd);
 
-	return rc ? rc : vf_attach_receive(sock, message, fds);
+	if (rc == 0)
+		rc = vf_attach_receive(client->socket, message, fds);
+	/* What is in flight continues: that needs no answers. */
+	if (rc == -ETIMEDOUT)
+		vf_store_relaxed_u32(&client->mute, 1);
+	return rc;
 }
 
 int vf_client_ask(struct vf_client *client, struct vf_attach_message *message, int fd, int fds[2])
 {
 	pthread_mutex_lock(&vf_attach_lock);
-	int rc = client == vf_the_client ? vf_attach_ask(client->socket, message, fd, fds) : -ESHUTDOWN;
+	int rc = client == vf_the_client ? vf_attach_ask(client, message, fd, fds) : -ESHUTDOWN;
 	pthread_mutex_unlock(&vf_attach_lock);
 	return rc;
 }
@@ -195,9 +199,10 @@ bool vf_client_is_gone(void *context)
 	if (vf_load_relaxed_u32(&client->gone))
 		return true;
 	bool gone = vf_load_relaxed_u32(&client->view.board->closed);
-	/* Answers come only to who asks, with the lock: there is nothing to read but the end. */
+	/* Answers come only to who asks, with the lock: there is nothing to read but the end, and answers that came late. */
 	if (!gone && client == vf_the_client) {
-		long rc = syscall(SYS_recvfrom, client->socket, &byte, 1, MSG_PEEK | MSG_DONTWAIT, NULL, NULL);
+		int flags = vf_load_relaxed_u32(&client->mute) ? MSG_DONTWAIT : MSG_PEEK | MSG_DONTWAIT;
+		long rc = syscall(SYS_recvfrom, client->socket, &byte, 1, flags, NULL, NULL);
 		gone = rc == 0 || (rc < 0 && errno != EAGAIN && errno != EINTR);
 	}
 	if (gone) {
@@ -236,7 +241,7 @@ static int vf_attach_events(struct vf_client *client, uint32_t queue)
 {
 	struct vf_attach_message message = { .op = VF_ATTACH_EVENTS, .arg = queue };
 	int fds[2];
-	int rc = vf_attach_ask(client->socket, &message, -1, fds);
+	int rc = vf_attach_ask(client, &message, -1, fds);
 
 	if (rc)
 		return rc;
@@ -263,9 +268,10 @@ void vf_client_refresh(struct vf_client *client)
 	if (client == vf_the_client) {
 		for (uint32_t q = 0; q < client->geometry.queue_count; q++)
 			if (vf_attach_events(client, q))
-				break; /* the server has ended: a wait will notice */
+				goto unlock; /* no descriptors now: the next kick tries again; if the server has ended, a wait notices */
 		vf_store_relaxed_u32(&client->generation, now);
 	}
+unlock:
 	pthread_mutex_unlock(&vf_attach_lock);
 }
 
@@ -298,7 +304,7 @@ static int vf_attach_start(struct vf_client *client)
 {
 	struct vf_attach_message hello = { .op = VF_ATTACH_HELLO, .a = VF_BOARD_MAGIC };
 	int fds[2];
-	int rc = vf_attach_ask(client->socket, &hello, -1, fds);
+	int rc = vf_attach_ask(client, &hello, -1, fds);
 
 	if (rc)
 		return rc;
@@ -386,6 +392,13 @@ static void vf_fork_child(void)
 	}
 }
 
+/* Before the constructors of the callers: fork() runs the latest handler first, so it takes locks in the order in which calls
+ * take them, theirs before ours. */
+__attribute__((constructor(101))) static void vf_attach_load(void)
+{
+	pthread_atfork(vf_fork_prepare, vf_fork_parent, vf_fork_child);
+}
+
 /* With the lock held. NULL with errno. */
 static struct vf_client *vf_attach_now(const char *path)
 {
@@ -408,9 +421,6 @@ static struct vf_client *vf_attach_now(const char *path)
 		errno = ENXIO;
 		return NULL;
 	}
-	if (!vf_handlers_set)
-		pthread_atfork(vf_fork_prepare, vf_fork_parent, vf_fork_child);
-	vf_handlers_set = true;
 	if (!vf_info.path)
 		vf_attach_describe(client, path);
 	vf_store_release_pointer(&vf_the_client, client);

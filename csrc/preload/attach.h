@@ -43,6 +43,7 @@ struct vf_client {
 	struct vf_board_geometry geometry; /* = view.geometry */
 	int socket;
 	uint32_t gone; /* the server has ended */
+	uint32_t mute; /* an answer did not come in time: it would be taken for that of the next question */
 	uint32_t generation; /* of the eventfds that we have */
 	uint32_t empty_reaps;
 	uint64_t spin_ns;

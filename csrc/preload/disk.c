@@ -169,7 +169,8 @@ static int vf_user_fail(struct vf_disk_user *user, uint32_t q, uint32_t max)
 	return ended;
 }
 
-/* The server is gone, or the device broke a ring: end everything with EIO. */
+/* The server is gone: end everything with EIO. A broken ring alone is no reason: the device may still be using the memory
+ * of requests, until the server has reset it. */
 static int vf_user_fail_all(struct vf_disk_user *user, uint32_t max)
 {
 	struct vf_disk_io *io = user->waiting;
@@ -277,12 +278,11 @@ static int vf_collect_queue(struct vf_disk_user *user, uint32_t q, uint32_t max,
 	if (count < most)
 		count += vf_queue_reap(&client->view, q, user->number, finished + count, most - count, &reaped);
 	/* Users that sleep must be woken by what comes next: by the interrupt, or else by us. */
-	if (vf_unlikely(queue->waiting_count && !vf_queue_settle(queue)))
+	if (vf_unlikely(queue->waiting_count && !queue->broken && !vf_queue_settle(queue)))
 		vf_queue_wake_waiting(&client->view, queue, 1);
 	uint32_t copied = vf_take_pieces(user, q, finished, count, taken);
 	if (count)
 		vf_wake_starved(user, queue);
-	bool broken = queue->broken;
 	vf_unlock(queue);
 	int ended = vf_finish_taken(user, q, taken, count);
 	if (copied && vf_user_lock(user, queue)) {
@@ -292,8 +292,6 @@ static int vf_collect_queue(struct vf_disk_user *user, uint32_t q, uint32_t max,
 		vf_wake_starved(user, queue);
 		vf_unlock(queue);
 	}
-	if (vf_unlikely(broken))
-		ended += vf_user_fail_all(user, max - (uint32_t)ended);
 	return ended;
 }
 

@@ -22,7 +22,7 @@ struct vf_region {
 	uint64_t iova; /* 0: not registered */
 	bool refused; /* the server would not have it */
 	uint32_t area_count;
-	struct vf_region *next_removed; /* without areas, but requests were in flight */
+	struct vf_region *next_removed; /* without areas, but requests were in flight; or to be freed */
 };
 
 struct vf_area {
@@ -36,6 +36,7 @@ static struct vf_area vf_areas[VF_AREAS_MAX];
 static uint32_t vf_area_count;
 static uint32_t vf_area_generation = 1; /* raised by every change */
 static struct vf_region *vf_removed;
+static struct vf_region *vf_freed; /* once the lock is free: an allocator may call munmap(), which comes back here */
 
 void vf_memory_lock(void)
 {
@@ -44,7 +45,15 @@ void vf_memory_lock(void)
 
 void vf_memory_unlock(void)
 {
+	struct vf_region *freed = vf_freed;
+
+	vf_freed = NULL;
 	pthread_mutex_unlock(&vf_areas_lock);
+	while (freed) {
+		struct vf_region *next = freed->next_removed;
+		free(freed);
+		freed = next;
+	}
 }
 
 static void vf_areas_changed(void)
@@ -57,7 +66,8 @@ static void vf_areas_changed(void)
 static void vf_region_free(struct vf_region *region)
 {
 	vf_own_close(region->fd);
-	free(region);
+	region->next_removed = vf_freed;
+	vf_freed = region;
 }
 
 static bool vf_region_in_flight(const struct vf_client *client, const struct vf_region *region)

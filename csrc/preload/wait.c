@@ -14,6 +14,8 @@
 /* Whether a queue has something finished. One that others use is looked at under its lock. */
 static bool vf_queue_ready(struct vf_disk_user *user, struct vf_board_queue *queue)
 {
+	if (vf_unlikely(vf_load_relaxed_u32(&queue->broken)))
+		return false; /* until the server has reset the device */
 	if (vf_load_relaxed_u32(&queue->user_count) == 1)
 		return vf_drv_vq_has_used(&queue->vq);
 	if (vf_load_relaxed_u32(&queue->lock) != VF_LOCK_FREE || !vf_lock_try(queue, user->number))
@@ -107,7 +109,7 @@ int vf_user_wait(struct vf_disk_user *user, uint64_t deadline_ns)
 			break;
 		}
 		vf_queue_join(queue, user->number);
-		ready |= vf_drv_vq_enable_irq(&queue->vq) || queue->broken;
+		ready |= !queue->broken && vf_drv_vq_enable_irq(&queue->vq);
 		if (user->waiting && !user->busy && queue->free_count)
 			ready = true;
 		else if (user->waiting && !user->busy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -176,6 +177,77 @@ def test_too_many_users_are_refused() -> None:
         sock.close()
         wait_until(lambda: not server.users, "they end with their process")
         ended(load(server, seconds=0.1))
+
+
+def lost(sock: socket.socket) -> bool:
+    """Return whether the server has ended the connection."""
+    try:
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+
+
+def add_region(sock: socket.socket) -> None:
+    """Have the device reach a memfd."""
+    fd = os.memfd_create("region")
+    os.ftruncate(fd, 8192)
+    answer = ask(sock, message(5, a=8192), (fd,))
+    os.close(fd)
+    assert answer[1] == 0
+
+
+@pytest.mark.parametrize("end", ["close", "failure"])
+def test_the_device_is_reset_before_programs_lose_the_disk(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that gets EIO uses its buffers again: the device must not."""
+    with served() as (_device, server):
+        sock = attach_only(server)
+        new_user(sock)
+        reset, seen = server.bus.reset, []
+
+        def noted() -> None:
+            seen.append(lost(sock))
+            reset()
+
+        monkeypatch.setattr(server.bus, "reset", noted)
+        server.close() if end == "close" else server._fail(RuntimeError("a test"))
+        assert seen == [False]
+        assert lost(sock)
+        sock.close()
+
+
+def test_no_region_is_left_when_the_server_closes_before_its_programs() -> None:
+    with served() as (device, server):
+        socks = [attach_only(server) for _ in range(2)]
+        for sock in socks:
+            add_region(sock)
+        assert regions(device) == 3
+        server.close()
+        assert regions(device) == 0
+        for sock in socks:
+            sock.close()
+
+
+def test_a_program_with_users_that_breaks_the_protocol_keeps_its_requests() -> None:
+    """Its device may be using its buffers: it must not take the end of the connection for the end of the disk."""
+    with served() as (_device, server):
+        sock = attach_only(server)
+        new_user(sock)
+        sock.send(message(99))
+        wait_until(lambda: any(client.deaf for client in list(server._clients.values())), "it is cut off")
+        assert not lost(sock)
+        assert server.users
+        sock.close()
+        wait_until(lambda: not server.users, "its users end with it")
+
+
+def test_an_event_of_a_number_that_is_another_process_now_ends_nobody() -> None:
+    with served() as (_device, server):
+        sock = attach_only(server)
+        new_user(sock)
+        (client,) = set(server._clients.values())
+        server._serve_client(client.pidfd, select.EPOLLIN)
+        assert not lost(sock)
+        sock.close()
 
 
 def test_another_layout_of_the_board_is_refused() -> None:

@@ -18,6 +18,7 @@ import struct
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,11 +175,13 @@ class AttachServer:
             os.eventfd_write(self._wake_fd, 1)
             self._thread.join()
             self._wake_fd = -1
-        for client in {*self._clients.values(), *self._ended}:
-            client.close()
-        self._clients.clear()
-        self._ended.clear()
-        self._stack.close()
+        try:
+            self._stack.close()  # resets the device first: a program that gets EIO uses its buffers again
+        finally:
+            for client in {*self._clients.values(), *self._ended}:
+                client.close()
+            self._clients.clear()
+            self._ended.clear()
 
     # -- the device
 
@@ -194,13 +197,13 @@ class AttachServer:
             self._board.set_fds(queue, self.bus.kickfd(queue), self.bus.irqfd(queue))
 
     def _release_device(self) -> None:
+        clients = {*self._clients.values(), *self._ended}  # each once, though it has two descriptors
         try:
             self.bus.reset()
-            for client in [*self._clients.values(), *self._ended]:
-                for iova in client.regions:
+            for iova in [*(iova for client in clients for iova in client.regions), self._board.address]:
+                with suppress(KeyError):
                     self.bus.remove_region(iova)
-            self.bus.remove_region(self._board.address)
-        except (TransportError, KeyError):
+        except TransportError:
             return  # the device is gone or broken; its server reports why, and the memory goes with the bus
 
     def _recover(self) -> None:
@@ -240,6 +243,8 @@ class AttachServer:
             failure = error if isinstance(error, VdusefastError) else VdusefastError(str(error))
             self._failure = failure
             _log.error("device %s: programs have lost the disk: %s", self.bus.name, error)
+            with suppress(TransportError):  # of a device that is gone or broken
+                self.bus.reset()  # before the programs get EIO, and use their buffers again
             for client in self._clients.values():
                 with suppress(OSError):
                     client.sock.shutdown(socket.SHUT_RDWR)
@@ -329,8 +334,9 @@ class AttachServer:
         client = self._clients.get(fd)
         if client is None:
             return  # it was forgotten by an earlier event of this round
-        if fd == client.pidfd:
-            self._end(client)
+        if client.deaf or fd == client.pidfd:
+            if client.deaf or client.has_ended():  # else the event was of an earlier process, and of its descriptor
+                self._end(client)
             return
         try:
             packet, fds, _flags, _peer = socket.recv_fds(client.sock, _MESSAGE.size + 1, 4)
@@ -355,6 +361,11 @@ class AttachServer:
         """Cut a client off that does not keep to the protocol. What it has in flight ends when the process does."""
         _log.warning("device %s: process %d is cut off: %s", self.bus.name, client.pid, why)
         client.deaf = True
+        if client.users:  # to the program the end of the connection is EIO, but the device may be using its buffers
+            with suppress(OSError):
+                client.sock.shutdown(socket.SHUT_RD)
+            self._epoll.modify(client.sock, 0)  # of its end alone
+            return
         with suppress(OSError):
             self._epoll.unregister(client.sock)
         with suppress(OSError):
@@ -398,15 +409,7 @@ class AttachServer:
                 raise _ProtocolError(f"message {op} is not known")
 
     def _reply(
-        self,
-        client: _Client,
-        op: int,
-        fds: tuple[int, ...] = (),
-        *,
-        error: int = 0,
-        arg: int = 0,
-        a: int = 0,
-        b: int = 0,
+        self, client: _Client, op: int, fds: Sequence[int] = (), *, error: int = 0, arg: int = 0, a: int = 0, b: int = 0
     ) -> None:
         socket.send_fds(client.sock, [_MESSAGE.pack(op, error, arg, 0, a, b)], fds)
 
