@@ -243,7 +243,7 @@ class AttachServer:
             failure = error if isinstance(error, VdusefastError) else VdusefastError(str(error))
             self._failure = failure
             _log.error("device %s: programs have lost the disk: %s", self.bus.name, error)
-            with suppress(TransportError):  # of a device that is gone or broken
+            with suppress(TransportError, OSError):  # of a device that is gone or broken
                 self.bus.reset()  # before the programs get EIO, and use their buffers again
             for client in self._clients.values():
                 with suppress(OSError):
@@ -316,7 +316,7 @@ class AttachServer:
             return
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _gid = _CREDENTIALS.unpack(raw)
-        if uid not in (os.geteuid(), 0) or len(self._clients) >= CONNECTIONS_MAX:
+        if uid not in (os.geteuid(), 0) or len({*self._clients.values()}) >= CONNECTIONS_MAX:
             _log.warning("device %s: process %d (user %d) may not attach", self.bus.name, pid, uid)
             sock.close()
             return
@@ -351,8 +351,8 @@ class AttachServer:
             self._answer(client, packet, fds)
         except _ProtocolError as error:
             self._refuse(client, str(error))
-        except (BlockingIOError, BrokenPipeError, ConnectionResetError) as error:
-            self._refuse(client, f"it does not take the answer: {error.strerror}")
+        except (OSError, TransportError) as error:
+            self._refuse(client, f"it cannot be answered, or does not take the answer: {error}")
         finally:
             for one in fds:
                 os.close(one)
