@@ -81,8 +81,9 @@ class Part:
         print(f"{self.name:8}| {text}", flush=True)
 
     def interrupt(self) -> None:
-        """Stop it as Ctrl-C does."""
-        self._process.send_signal(signal.SIGINT)
+        """Stop it as Ctrl-C does, unless it has ended. Not by send_signal(), which reaps what `wait` will ask for."""
+        if self._process.returncode is None:
+            os.kill(self._process.pid, signal.SIGINT)
 
     def wait(self) -> None:
         """Wait for its end, and say how it went."""
