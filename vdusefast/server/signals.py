@@ -77,8 +77,8 @@ class StopSignals:
 class PatientStopSignals(StopSignals):
     """The same for a process that must always clean up: no second signal ends it at once. Notes SIGHUP, too.
 
-    For a process with things that nobody else can clean up: a device in the kernel, other processes, directories.
-    After nohup, SIGHUP is ignored as before.
+    For a process with a device in the kernel, because nobody else can clean that up. After nohup, SIGHUP is ignored as
+    before.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -13,25 +13,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from vdusefast.base.json_types import Json
 from vdusefast.errors import ConfigError, VdusefastError
-
-if TYPE_CHECKING:
-    import psutil
 
 SYS_IO_URING_SETUP = 425  # the same on every architecture
 IO_URING_PARAMS_BYTES = 120
 FINISH_S = 20.0  # how long fio may take to finish what is in flight once it was told to stop
 KILL_S = 5.0  # how long a killed process may take to be gone, unless a device holds it
 TICK_S = 0.1
-SIGNAL_BASE = 128
-COMM_MAX = 15  # characters of a name that the kernel keeps
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 PERCENTILE_99 = "99.000000"
 DIRECTIONS = ("read", "write", "trim")
 
@@ -91,11 +84,6 @@ def kernel_has_io_uring() -> bool:
     return ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM)
 
 
-def exit_status(status: int) -> int:
-    """Return the status of `subprocess` as a shell reports it: 128 and the number of the signal that ended it."""
-    return status if status >= 0 else SIGNAL_BASE - status
-
-
 class FioProcess:
     """A running fio. A context manager: when it exits, fio and the processes of its jobs are gone.
 
@@ -109,8 +97,6 @@ class FioProcess:
         which needs --output-format=json. environment: variables over ours.
         """
         self._words = list(words)
-        self._jobs: list[psutil.Process] = []
-        self._adopt(True)
         self._out: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         try:
             # A group of its own: a terminal's Ctrl-C is ours to pass on.
@@ -124,7 +110,6 @@ class FioProcess:
             )
         except OSError as error:
             self._out.close()
-            self._adopt(False)
             raise VdusefastError(f"{self._words[0]}: cannot be started: {error.strerror}") from None
         self._pid_fd = os.pidfd_open(self._process.pid)
 
@@ -166,8 +151,7 @@ class FioProcess:
             family = [parent, *parent.children(recursive=True)] if self._process.poll() is None else []
         except psutil.NoSuchProcess:
             family = []
-        self._jobs = [*family[1:], *self._orphans()]
-        for one in [*family, *self._jobs]:
+        for one in family:
             try:
                 one.kill()
             except psutil.NoSuchProcess:
@@ -177,41 +161,15 @@ class FioProcess:
         """Wait until a killed or ended fio is gone. Raises FioStuckError after `timeout_s`."""
         if self._pid_fd < 0:
             return
-        import psutil
-
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise FioStuckError(
                 f"fio (pid {self._process.pid}) was killed and is not gone: requests of it wait for an answer", self
             ) from None
-        # Now that fio is gone, its jobs are our children.
-        _, left = psutil.wait_procs(self._jobs, timeout_s)
-        if left:
-            raise FioStuckError(f"{len(left)} jobs of fio were killed and are not gone: they wait for an answer", self)
         os.close(self._pid_fd)
         self._pid_fd = -1
         self._out.close()
-        self._adopt(False)
-
-    @staticmethod
-    def _adopt(on: bool) -> None:
-        """Make jobs whose fio was killed (by the kernel, without memory) our children, so that we find them."""
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
-
-    def _orphans(self) -> list[psutil.Process]:
-        """Return the jobs that fio has left to us. They are forks, with its command line."""
-        import psutil
-
-        found, name = [], os.path.basename(self._words[0])[:COMM_MAX]
-        for child in psutil.Process().children():
-            if child.pid == self._process.pid:
-                continue
-            with suppress(psutil.NoSuchProcess):
-                ended = child.status() == psutil.STATUS_ZOMBIE
-                if child.name() == name if ended else child.cmdline()[-len(self._words) :] == self._words:
-                    found.append(child)
-        return found
 
     def status(self) -> int:
         """Return fio's exit status, once `wait` has returned true."""

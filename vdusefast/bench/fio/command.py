@@ -14,7 +14,6 @@ from typing import TextIO
 
 from vdusefast.api import Device
 from vdusefast.backends import keeps_data
-from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import TransportKind
 from vdusefast.bench.common.device_options import (
@@ -25,7 +24,7 @@ from vdusefast.bench.common.device_options import (
 )
 from vdusefast.bench.common.host import host
 from vdusefast.bench.common.measured import cpu_seconds, queue_figures, queue_lines
-from vdusefast.bench.common.real_fio import FioStuckError, choose_engine, exit_status, find_fio
+from vdusefast.bench.common.real_fio import FioStuckError, choose_engine, find_fio
 from vdusefast.bench.common.store import BenchStore, StoppedError
 from vdusefast.bench.common.tables import bytes_text
 from vdusefast.bench.common.transport import choose_transport
@@ -39,7 +38,7 @@ from vdusefast.bench.fio.target import Retargeting
 from vdusefast.bench.fio.words import ANSWERED, REFUSED, Knowledge, read_words
 from vdusefast.config import Config
 from vdusefast.errors import ConfigError, VdusefastError
-from vdusefast.server.signals import PatientStopSignals
+from vdusefast.server.signals import PatientStopSignals, StopSignals
 
 STOPPED_STATUS = 128  # of a fio that a signal has stopped
 
@@ -61,7 +60,7 @@ def run_command(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="vdusefast-fio-") as name:
         if any(script.option(one) is not None for one in ANSWERED):
             sys.stdout.flush()
-            return exit_status(subprocess.run([fio, *script.words(Path(name))], check=False).returncode)
+            return subprocess.run([fio, *script.words(Path(name))], check=False).returncode
         options = read_options(script)
         return Run(fio, know, script, options, Path(name)).run()
 
@@ -74,7 +73,6 @@ class Outcome:
     engine_used: str = ""
     stopped_by: str = ""
     words: list[str] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)
     baselines: list[Json] = field(default_factory=list)
 
 
@@ -96,22 +94,23 @@ class Run:
     def say(self, text: str) -> None:
         """Tell the person who waits, without mixing it into what a program reads."""
         stream: TextIO = sys.stdout if self._shown.keeps_stdout else sys.stderr
-        print(_wrapped(text, terminal_width(stream)), file=stream, flush=True)
+        print(text, file=stream, flush=True)
 
     def run(self) -> int:
         """Carry it out and return the exit status."""
         if self._options.explain:
             self.say(INTRODUCTION)
         self.say(f"transport: {self._transport} ({self._reason})")
-        # A second signal must not leave a disk without its server, or processes and directories without us.
-        with PatientStopSignals() as signals:
+        kernel = self._transport == TransportKind.KERNEL
+        # A second signal must not leave a disk of the kernel's without its server.
+        with PatientStopSignals() if kernel else StopSignals() as signals:
             try:
                 return self._on_store(signals)
             except StoppedError as error:
                 self.say(str(error))
                 return 0
 
-    def _on_store(self, signals: PatientStopSignals) -> int:
+    def _on_store(self, signals: StopSignals) -> int:
         with BenchStore(
             self._uri,
             self._jobs.required_bytes,
@@ -133,11 +132,10 @@ class Run:
             raise unseen
         return status
 
-    def _load(self, reachable: Reachable, config: Config, path: Path | None, signals: PatientStopSignals) -> int:
+    def _load(self, reachable: Reachable, config: Config, path: Path | None, signals: StopSignals) -> int:
         device, outcome = reachable.device, self._outcome
         script = self._jobs.turn_to(reachable.target, reachable.capacity_bytes)
         outcome.words = [self._fio, *script.words(self._directory)]
-        outcome.replaced = self._jobs.notes  # of this run: the baselines have notes of their own
         self._describe(reachable, config)
         cpus = self._driver_cpus(device)
         used, counted, begin = cpu_seconds(device), device.stats(), time.monotonic()
@@ -175,7 +173,7 @@ class Run:
         )
         for line in queue_lines(device):
             self.say(line)
-        replaced = "; ".join(self._outcome.replaced)
+        replaced = "; ".join(self._jobs.notes)
         self.say(f"jobs: all on this device{', in place of ' if replaced else ''}{replaced}\n")
 
     def _driver_cpus(self, device: Device) -> list[int]:
@@ -194,14 +192,14 @@ class Run:
             "host": host(),
             "node": reachable.target.path if self._transport == TransportKind.KERNEL else "",
             "fio_command": outcome.words,
-            "replaced": outcome.replaced,
+            "replaced": self._jobs.notes,
             "queues": outcome.queues,
             "baseline": outcome.baselines,
             "stopped_by": outcome.stopped_by,
         }
 
     def _compare(
-        self, reachable: Reachable, config: Config, path: Path | None, cpus: list[int], signals: PatientStopSignals
+        self, reachable: Reachable, config: Config, path: Path | None, cpus: list[int], signals: StopSignals
     ) -> None:
         """Run the baselines; what fails in them does not cost the report."""
         baseline = Baseline(
@@ -221,11 +219,6 @@ class Run:
             raise
         except VdusefastError as error:
             self._late = error
-
-
-def _wrapped(text: str, width: int | None) -> str:
-    """Return text whose lines fit into a terminal."""
-    return "\n".join(wrap(line, width, indent=2) for line in text.split("\n"))
 
 
 def _raise_failure(device: Device) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 
 from vdusefast.base.json_types import Json
-from vdusefast.bench.common.real_fio import FINISH_S, TICK_S, FioProcess, exit_status, readable
+from vdusefast.bench.common.real_fio import FINISH_S, TICK_S, FioProcess, readable
 from vdusefast.bench.fio.output import JsonStream
 from vdusefast.bench.fio.script import Script
 from vdusefast.errors import BackendError, VdusefastError
@@ -92,7 +91,7 @@ def run_shown(
     """Run fio to its end and return its status; a signal (`stop_fd`, borrowed) lets it finish and report.
 
     tick: called ten times a second; an exception of it ends fio. member: asked with its status once fio has
-    ended; it may raise. Whatever fails, what fio has printed reaches stdout. Raises VdusefastError, FioStuckError.
+    ended. Raises VdusefastError, FioStuckError.
     """
     sys.stdout.flush()
     piped = shown.has_json and shown.file is None
@@ -105,35 +104,17 @@ def run_shown(
                 write_fd = -1
             status = _follow(fio, read_fd, stream, stop_fd, tick)
         if piped:
-            _read_rest(read_fd, stream, stop_fd)
-        added = member(status)
-        if piped:
-            stream.finish(MEMBER, added)
-    except BaseException:
-        stream.release()
-        raise
+            while data := os.read(read_fd, CHUNK_BYTES):
+                stream.write(data)
     finally:
         for fd in (read_fd, write_fd):
             if fd >= 0:
                 os.close(fd)
+    added = member(status)
+    if piped:
+        stream.finish(MEMBER, added)
     shown.add(added)
     return status
-
-
-def _read_rest(read_fd: int, stream: JsonStream, stop_fd: int) -> None:
-    """Pass on what a fio that has ended left in the pipe.
-
-    Programs that it started (exec_postrun) may hold the pipe for ever: their output is read until a signal comes, or
-    until nothing comes for FINISH_S.
-    """
-    while True:
-        ready, _, _ = select.select([fd for fd in (read_fd, stop_fd) if fd >= 0], [], [], FINISH_S)
-        if read_fd not in ready:
-            return
-        data = os.read(read_fd, CHUNK_BYTES)
-        if not data:
-            return
-        stream.write(data)
 
 
 def _started(words: Sequence[str], out_fd: int, environment: Mapping[str, str], cpus: Sequence[int]) -> FioProcess:
@@ -152,4 +133,4 @@ def _follow(fio: FioProcess, read_fd: int, stream: JsonStream, stop_fd: int, tic
         if end == math.inf and readable(stop_fd):
             end = time.monotonic() + FINISH_S
             fio.interrupt()
-    return exit_status(fio.status())
+    return fio.status()
