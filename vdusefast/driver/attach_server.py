@@ -178,7 +178,7 @@ class AttachServer:
         try:
             self._stack.close()  # resets the device first: a program that gets EIO uses its buffers again
         finally:
-            for client in {*self._clients.values(), *self._ended}:
+            for client in {*list(self._clients.values()), *self._ended}:
                 client.close()
             self._clients.clear()
             self._ended.clear()
@@ -226,7 +226,7 @@ class AttachServer:
         """Lock a queue; take it over from a process that has ended."""
         deadline_s = time.monotonic() + LOCKS_TIMEOUT_S
         while holder := self._board.lock(queue):
-            for client in [*self._clients.values(), *self._ended]:
+            for client in [*list(self._clients.values()), *self._ended]:
                 if holder in client.users and (client in self._ended or client.has_ended()):
                     if client not in self._ended:
                         self._forget(client)
@@ -245,7 +245,7 @@ class AttachServer:
             _log.error("device %s: programs have lost the disk: %s", self.bus.name, error)
             with suppress(TransportError, OSError):  # of a device that is gone or broken
                 self.bus.reset()  # before the programs get EIO, and use their buffers again
-            for client in self._clients.values():
+            for client in list(self._clients.values()):
                 with suppress(OSError):
                     client.sock.shutdown(socket.SHUT_RDWR)
 
