@@ -126,6 +126,14 @@ def test_a_device_that_nobody_serves_is_looked_at(monkeypatch: pytest.MonkeyPatc
         assert not kernel_control.is_left_broken("vd0")
         patch.setattr(kernel_control.os, "open", lambda path, flags: _without_reader(open_pipe(path, flags), opened))
         assert kernel_control.is_left_broken("vd0")
+        broken = [errno.EBUSY, errno.EBUSY, 0]  # workers of a server that was killed have it for a moment
+        patch.setattr(
+            kernel_control.os,
+            "open",
+            lambda path, flags: held(path, flags) if broken.pop(0) else _without_reader(open_pipe(path, flags), opened),
+        )
+        assert kernel_control.is_left_broken("vd0")
+        patch.setattr(kernel_control, "LEFT_WAIT_S", 0.02)
         patch.setattr(kernel_control.os, "open", held)
         assert not kernel_control.is_left_broken("vd0")
     for fd in opened:

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from vdusefast import errors
+from vdusefast.host import run_dirs
 from vdusefast.server import registry, rpc, rpc_client
 from vdusefast.server.rpc import Method, NoParams, RpcServer
 from vdusefast.server.rpc_client import NoServerError, RpcClient
@@ -327,7 +328,7 @@ def test_server_that_hangs_up_while_it_dies_is_dead(
 ) -> None:
     """The kernel closes the sockets of a killed server one by one; until then it still takes connections."""
     monkeypatch.setenv("VDUSEFAST_RUN_DIR", str(tmp_path))
-    monkeypatch.setattr(registry, "DYING_S", 5.0 if ends else 0.1)
+    monkeypatch.setattr(run_dirs, "DYING_S", 5.0 if ends else 0.1)
     held = run_dir.RunDirectory("vd0", tmp_path)
 
     def behave(connection: socket.socket) -> None:

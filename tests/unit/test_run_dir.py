@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from vdusefast.cli import app as cli
-from vdusefast.host import run_dirs
+from vdusefast.host import processes, run_dirs
 from vdusefast.server import registry
 from vdusefast.state.run_dir import RunDirectory
 
@@ -27,6 +30,51 @@ def test_held_and_free_directories(tmp_path: Path) -> None:
     assert run_dirs.device_names(tmp_path / "none") == []
     assert not run_dirs.is_held(tmp_path / "none")
     assert run_dirs.holder_pid(tmp_path / "none") == 0
+
+
+_DIES_SLOWLY = """
+import ctypes, sys, threading, time
+from pathlib import Path
+from vdusefast.state.run_dir import RunDirectory
+directory = RunDirectory("vd0", Path(sys.argv[1]))
+threading.Thread(target=time.sleep, args=(float(sys.argv[2]),), daemon=True).start()
+print("held", flush=True)
+ctypes.CDLL(None).syscall(60, 0)  # exit(2): of this thread alone; the process is a zombie that has its files still
+"""
+
+
+@pytest.mark.parametrize("limit_s", [10.0, 0.1])
+def test_a_holder_that_is_dying_is_waited_for(tmp_path: Path, limit_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dirs, "DYING_S", limit_s)
+    with subprocess.Popen(
+        [sys.executable, "-c", _DIES_SLOWLY, str(tmp_path), "1"], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        while not processes.is_ending(holder.pid):
+            time.sleep(0.01)
+        assert run_dirs.is_held(tmp_path / "vd0") == (limit_s < 1)
+    registry.remove_dead(tmp_path / "vd0")
+
+
+@pytest.mark.parametrize(
+    ("stat", "status", "ending"),
+    [
+        ("5 (a) b) S 1 5 5 0 -1 4194304 0", "SigPnd:\t0000000000000000\nShdPnd:\t0000000000000000\n", False),
+        ("5 (a) b) Z 1 5 5 0 -1 4194304 0", "", True),
+        ("5 (a) b) R 1 5 5 0 -1 4194308 0", "", True),
+        ("5 (a) b) T 1 5 5 0 -1 4194304 0", "SigPnd:\t0000000000000100\nShdPnd:\t0000000000000000\n", True),
+        ("5 (a) b) D 1 5 5 0 -1 4194304 0", "SigPnd:\t0000000000000000\nShdPnd:\t0000000000000101\n", True),
+        ("5 (a) b) D 1 5 5 0 -1 4194304 0", "ShdPnd:\t0000000000004200\nSigBlk:\t0000000000000100\n", False),
+    ],
+)
+def test_a_process_that_is_ending(tmp_path: Path, stat: str, status: str, ending: bool) -> None:
+    (tmp_path / "proc/5").mkdir(parents=True)
+    (tmp_path / "proc/5/stat").write_text(stat)
+    (tmp_path / "proc/5/status").write_text(status)
+    assert processes.is_ending(5, tmp_path) == ending
+    assert processes.is_ending(6, tmp_path)  # there is none
+    assert not processes.is_ending(0, tmp_path)  # not known
 
 
 def test_a_look_at_the_lock_does_not_refuse_who_wants_the_name(tmp_path: Path) -> None:

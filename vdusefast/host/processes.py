@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
 # linux/proc_ns.h: the number of the first PID namespace, whose processes are all that there are.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
+_PF_EXITING = 0x4  # linux/sched.h
 
 
 def sees_all(root: Path = ROOT) -> bool:
@@ -41,6 +43,25 @@ def parent_pid(process: Path) -> int:
     """Return the parent of a process, 0 where it has ended."""
     fields = read(process / "stat").rpartition(")")[2].split()
     return int(fields[1]) if len(fields) > 1 else 0
+
+
+def is_ending(pid: int, root: Path = ROOT) -> bool:
+    """Return whether a process that we may see has ended, is just ending, or has a SIGKILL that waits for it.
+
+    False for 0, which stands for a process that we do not know.
+    """
+    if pid <= 0:
+        return False
+    process = root / f"proc/{pid}"
+    fields = read(process / "stat").rpartition(")")[2].split()
+    if not fields:
+        return not process.exists()
+    killed = any(
+        int(mask, 16) >> (signal.SIGKILL - 1) & 1
+        for name, _, mask in (line.partition(":") for line in read(process / "status").splitlines())
+        if name in ("SigPnd", "ShdPnd")
+    )
+    return killed or fields[0] in "ZX" or bool(int(fields[6]) & _PF_EXITING)
 
 
 def mount_namespace(process: Path) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from vdusefast.base.kinds import TransportKind
 from vdusefast.base.printable import is_utf8
 from vdusefast.errors import VdusefastError
-from vdusefast.host import containers
+from vdusefast.host import containers, processes
 
 SYSTEM_BASE = Path("/run/vdusefast")
+DYING_S, DYING_PAUSE_S = 5.0, 0.02  # how long a server that was killed may take to end
 
 
 def base_directory() -> Path | None:
@@ -63,8 +65,18 @@ def device_names(base: Path) -> list[str]:
 def is_held(path: Path) -> bool:
     """Return whether a living process holds the run directory at `path`.
 
-    Raises VdusefastError when its lock cannot be opened.
+    One that was killed holds it until the kernel has closed all that it had, which is waited for. Raises
+    VdusefastError when its lock cannot be opened.
     """
+    until_s = time.monotonic() + DYING_S
+    while _is_locked(path):
+        if time.monotonic() > until_s or not processes.is_ending(holder_pid(path)):
+            return True
+        time.sleep(DYING_PAUSE_S)
+    return False
+
+
+def _is_locked(path: Path) -> bool:
     try:
         fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:

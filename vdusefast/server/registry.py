@@ -15,7 +15,6 @@ from vdusefast.server.rpc_client import HungUpError, NoServerError, RpcClient
 from vdusefast.state import run_dir
 
 LIST_TIMEOUT_S = 2.0  # for all devices together
-DYING_S, DYING_PAUSE_S = 5.0, 0.05  # how long a server that was killed may take to end
 NAMES_SHOWN_MAX = 8
 NAME_MAX_BYTES = 255
 # States beside those of a device that answers (api.DeviceState).
@@ -161,11 +160,11 @@ def _lets_go(path: Path) -> bool:
 
     A server that was killed still takes connections for a moment, until the kernel has closed all that it had.
     """
-    until_s = time.monotonic() + DYING_S
+    until_s = time.monotonic() + run_dirs.DYING_S
     while run_dirs.is_held(path):
         if time.monotonic() > until_s:
             return False
-        time.sleep(DYING_PAUSE_S)
+        time.sleep(run_dirs.DYING_PAUSE_S)
     return True
 
 

@@ -25,6 +25,7 @@ LATEST_API_VERSION = uapi.VDUSE_API_VERSION_1
 NODE_LOOK_S = 0.005  # between two checks for nodes that the kernel makes by itself
 NODE_WAIT_S = 2.0  # for /dev/vduse/NAME, which devtmpfs makes at once
 DESTROY_WAIT_S = 1.0  # for other processes' copies of the descriptor to be closed
+LEFT_WAIT_S = 2.0  # for the workers of a server that was killed to end
 REOPEN_WAIT_S = 10.0  # for the last processes of a server that has ended to do so
 
 _U64 = struct.Struct("=Q")
@@ -167,12 +168,18 @@ def is_broken(fd: int) -> bool:
 def is_left_broken(name: str) -> bool:
     """Return whether a device that nobody serves is broken; False also when that cannot be seen.
 
-    It is opened for a moment, which changes nothing: a server that starts just then waits for that.
+    It is opened for a moment, which changes nothing: a server that starts just then waits for that. The workers of a
+    server that was killed may still have it for a moment, which is waited for.
     """
-    try:
-        fd = os.open(f"/dev/vduse/{name}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:  # it is not there, somebody has it, or we have no right to
-        return False
+    until_s = time.monotonic() + LEFT_WAIT_S
+    while True:
+        try:
+            fd = os.open(f"/dev/vduse/{name}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            break
+        except OSError as error:  # it is not there, somebody has it, or we have no right to
+            if error.errno != errno.EBUSY or time.monotonic() > until_s:
+                return False
+        time.sleep(NODE_LOOK_S)
     try:
         return is_broken(fd)
     finally:
