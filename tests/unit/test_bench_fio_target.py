@@ -199,7 +199,7 @@ def test_fio_takes_what_is_written_for_it(
 ) -> None:
     monkeypatch.setenv("BS", "4k")
     jobs = retarget(str(JOBS / job), transport=transport)
-    made = jobs.turn_to(Target("/dev/null", transport, "libaio", "mmapshared"), max(GIB, jobs.required_bytes))
+    made = jobs.turn_to(Target("/dev/null", transport, "libaio", "shm"), max(GIB, jobs.required_bytes))
     command = ["fio", "--parse-only", *made.words(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (0, "")

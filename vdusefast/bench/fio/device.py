@@ -19,7 +19,7 @@ from vdusefast.transport import uapi
 from vdusefast.transport.virtio_blk import config_fields
 from vdusefast.units import SECTOR_BYTES
 
-LOOPBACK_MEMORY = "mmapshared"  # the device reaches such memory without a copy
+LOOPBACK_MEMORY = "shm"  # the device reaches such memory without a copy; fio maps mmapshared privately
 
 
 @dataclass(frozen=True)
