@@ -207,6 +207,49 @@ def test_patient_signals_are_noted_however_many_come(number: signal.Signals) -> 
         signal.signal(number, previous)
 
 
+def test_signal_that_interrupts_another_thread_ends_the_wait() -> None:
+    """Python runs the handler in the main thread, whose system call it does not interrupt."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait, args=(60,))
+    other.start()  # before the main thread blocks the signal
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    with StopSignals() as signals:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            timer.start()
+            assert signals.wait(30)
+            assert signals.wait_for(timeout_s=30) == []
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            done.set()
+            other.join()
+            timer.join()
+
+
+def test_wait_of_another_thread_ends_with_the_signal() -> None:
+    seen: list[bool] = []
+    with StopSignals() as signals:
+        other = threading.Thread(target=lambda: seen.append(signals.wait(30)))
+        other.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        other.join()
+    assert seen == [True]
+
+
+def test_wait_for_descriptors_ends_early_for_a_signal_alone() -> None:
+    read_fd, write_fd = os.pipe()
+    try:
+        with StopSignals() as signals:
+            assert signals.wait_for(read_fd, timeout_s=0.01) == []
+            os.write(write_fd, b"x")
+            assert signals.wait_for(read_fd) == [read_fd]
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.wait_for(read_fd) == []
+    finally:
+        os.close(read_fd)
+        os.close(write_fd)
+
+
 def test_hangup_that_nohup_ignores_stays_ignored() -> None:
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,11 +37,8 @@ class FakeDevice:
         self.looks = self.stat_looks = 0
         FakeDevice.made.append(self)
 
-    def __enter__(self) -> FakeDevice:
-        return self
-
-    def __exit__(self, *_args: object) -> None:
-        self.stop()
+    def start(self) -> None:
+        return
 
     def stop(self, *, force: bool = False) -> None:
         self.stops.append(force)
@@ -163,15 +161,59 @@ def test_signal_lets_fio_report_and_ends_with_status_0(
     assert fake_device.made[0].stops == [False]
 
 
-@pytest.mark.parametrize("signals", ["HUP", "TERM TERM", "HUP INT TERM"])
-def test_no_signal_takes_the_server_from_the_disk(
-    fake_device: type[FakeDevice], tmp_path: Path, capfd: pytest.CaptureFixture[str], signals: str
+def test_hangup_is_a_signal_like_the_others(
+    fake_device: type[FakeDevice], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake_fio.install(tmp_path, before="trap : INT; kill -HUP $PPID; sleep 0.6", status=128)
+    assert run_command(COMMAND) == 0
+    assert "stopped early by SIGHUP; the requests in flight were finished" in capfd.readouterr().out
+    assert fake_device.made[0].stops == [False]
+
+
+@pytest.mark.parametrize("signals", ["TERM TERM", "HUP INT TERM"])
+def test_second_signal_takes_fio_and_not_the_server_from_the_disk(
+    fake_device: type[FakeDevice], tmp_path: Path, signals: str
 ) -> None:
     kills = "; ".join(f"kill -{number} $PPID; sleep 0.6" for number in signals.split())
-    fake_fio.install(tmp_path, before=f"trap : INT; {kills}", status=128)
+    fake_fio.install(tmp_path, before=f"trap : INT; {kills}; sleep 60", status=128)
+    began = time.monotonic()
+    with pytest.raises(VdusefastError, match="killed before it had finished, because a second signal came"):
+        run_command(COMMAND)
+    assert time.monotonic() - began < 20
+    assert fake_device.made[0].stops[0] is True
+
+
+def test_signal_before_fio_handles_signals_is_no_error(
+    fake_device: type[FakeDevice], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake_fio.install(tmp_path, before="kill -TERM $PPID; exec sleep 60")
     assert run_command(COMMAND) == 0
-    assert f"stopped early by SIG{signals.split()[0]}" in capfd.readouterr().out
+    assert "stopped by SIGTERM before fio had begun" in capfd.readouterr().out
     assert fake_device.made[0].stops == [False]
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_signal_before_the_device_has_started_ends_that(
+    fake_device: type[FakeDevice],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    when: str,
+) -> None:
+    def interrupted(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if when == "while":
+            time.sleep(60)
+
+    fake_fio.install(tmp_path)
+    if when == "while":
+        monkeypatch.setattr(fake_device, "start", interrupted)
+    else:
+        monkeypatch.setattr(fio_command, "check_bus", interrupted)
+    assert run_command(COMMAND) == 0
+    assert "stopped by SIGTERM before fio had begun" in capfd.readouterr().out
+    assert not (tmp_path / "fio-calls").exists()
+    assert all(device.stops for device in fake_device.made)
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,23 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import fio_rig
+import psutil
 import pytest
 from fio_rig import MIB
 
 from vdusefast.bench.fio.command import run_command
 from vdusefast.bench.fio.output import JsonStream
+from vdusefast.bench.fio.shown import Shown, run_shown
 from vdusefast.errors import ConfigError, VdusefastError
+from vdusefast.server.signals import PatientStopSignals
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN = ["--transport=loopback", "--queues=1"]
 JOB = ["--name=a", "--rw=randrw", "--bs=4k", "--size=1m"]
 
@@ -172,38 +172,68 @@ def test_store_too_large_to_fill_is_sparse(capfd: pytest.CaptureFixture[str]) ->
     assert "so not filled" in capfd.readouterr().out
 
 
-# -- signals
+def test_failure_after_fio_costs_nothing_of_its_output(capfd: pytest.CaptureFixture[str]) -> None:
+    def member(_status: int) -> dict[str, Any]:
+        raise VdusefastError("no figures")
+
+    for text in ('{\n  "jobs" : []\n}\n', '{\n  "jobs" : []\n}\nsaid, without an end', "no object"):
+        with pytest.raises(VdusefastError, match="no figures"):
+            show("printf", "%s", text, member=member)
+        assert capfd.readouterr().out == text
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("kind", ["normal", "json"])
-def test_signal_lets_fio_report_and_leaves_nothing(tmp_path: Path, number: signal.Signals, kind: str) -> None:
-    code = (
-        "import sys, pytest, fio_rig; from vdusefast.bench.fio.command import run_command;"
-        "fio_rig.load_the_file_itself(pytest.MonkeyPatch()); sys.exit(run_command(sys.argv[1:]))"
-    )
-    words = [*RUN, *JOB, "--time_based", "--runtime=60", f"--output-format={kind}", "--verify_state_save=0"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    stream = process.stdout if kind == "normal" else process.stderr
-    assert stream is not None
-    for line in stream:
-        if line.startswith("jobs:"):
-            break
-    time.sleep(0.7)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 0, err
-    if kind == "json":
-        report: dict[str, Any] = json.loads(out[out.index("{\n") :])
-        assert report["vdusefast"]["stopped_by"] == number.name
-        assert report["jobs"][0]["read"]["total_ios"] > 0
-    else:
-        assert "Run status group 0" in out
-        assert f"stopped early by {number.name}" in out
-    assert list(tmp_path.iterdir()) == []
+def test_device_that_fails_costs_nothing_of_fios_output(capfd: pytest.CaptureFixture[str]) -> None:
+    def tick() -> None:
+        time.sleep(0.3)
+        raise VdusefastError("failed")
+
+    with pytest.raises(VdusefastError, match="failed"):
+        show("sh", "-c", "echo one; sleep 0.1; echo two; sleep 60", tick=tick)
+    assert capfd.readouterr().out == "one\ntwo\n"
+
+
+def test_program_that_fio_left_behind_is_not_waited_for(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    began = time.monotonic()
+    assert show("sh", "-c", f"sleep 60 & echo $! > {tmp_path}/pid; printf '{{\n \"a\" : 1\n}}\n'") == 0
+    assert time.monotonic() - began < 20
+    assert json.loads(capfd.readouterr().out) == {"a": 1, "vdusefast": {}}
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # it was left alone
+
+
+def test_killed_fio_leaves_no_job_and_ends_as_in_a_shell(capfd: pytest.CaptureFixture[str]) -> None:
+    killed = "--exec_prerun=kill -9 $(ps -o ppid= -p $PPID)"  # by a job, which continues and holds fio's stdout
+    began = time.monotonic()
+    run(*JOB, "--time_based", "--runtime=300", "--output-format=json", killed, status=128 + signal.SIGKILL)
+    assert time.monotonic() - began < 100
+    assert '"vdusefast"' not in capfd.readouterr().out
+    assert not [one.pid for one in psutil.process_iter() if "--runtime=300" in cmdline(one)]
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def show(*command: str, **changed: Any) -> int:
+    """Run a command in the place of fio, its output being JSON."""
+    with PatientStopSignals() as signals:
+        parts: dict[str, Any] = {"tick": lambda: None, "member": lambda _status: {}, "say": print, "signals": signals}
+        shown = Shown(fio_rig.script(*JOB, "--output-format=json"))
+        return run_shown(command, shown, environment={}, cpus=[], **(parts | changed))
+
+
+def test_lines_of_ours_fit_into_a_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("vdusefast.bench.fio.shown.terminal_width", lambda _stream: 80)
+    (tmp_path / "disk.img").write_bytes(bytes(MIB))
+    run(*JOB, "--queue-size=128", "--explain", f"--backend=file:{tmp_path}/disk.img", "--baseline=psync")
+    before, _, after = capfd.readouterr().out.partition("jobs: ")
+    ours = [*before.splitlines(), *after[after.index("\nqueue ") :].splitlines()]
+    assert len(ours) > 20
+    assert [line for line in ours if len(line) > 80 and " " in line.strip()] == []
 
 
 # -- the comparison
@@ -216,9 +246,11 @@ def test_baseline_runs_both_in_turn_and_compares_medians(
     monkeypatch.setattr("vdusefast.bench.fio.baseline._forget_pages", forgotten.append)
     disk = tmp_path / "c:d.img"
     words = ["--name=b", "--rw=randread", "--bs=4k", "--size=1m", "--output-format=json", f"--backend=file:{disk}"]
-    run(*words, "--baseline=psync,job", "--write_lat_log=x", "--direct=1")
+    run(*words, "--ioengine=posixaio", "--baseline=psync,job", "--write_lat_log=x", "--direct=1")
     out, err = capfd.readouterr()
-    one, other = json.loads(out)["vdusefast"]["baseline"]
+    member = json.loads(out)["vdusefast"]
+    assert member["replaced"] == ["ioengine=posixaio (now libaio)"]
+    one, other = member["baseline"]
     assert (one["engine"], other["engine"], one["rounds"]) == ("psync", "job", 3)
     assert one["fio"]["iops"]["median"] > 0
     assert one["ratio"]["median"] == pytest.approx(one["ours"]["iops"]["median"] / one["fio"]["iops"]["median"], rel=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import click
 from vdusefast.base.kinds import TransportKind
 from vdusefast.cli.serve import DEVICE_OPTIONS, fill_standard_descriptors, read_config
 from vdusefast.errors import ConfigError, VdusefastError
+from vdusefast.server.signals import Wakeup
 
 if TYPE_CHECKING:
     import subprocess
@@ -104,7 +104,7 @@ def _wait_for(program: Sequence[str], disk: str, environment: dict[str, str]) ->
     import subprocess
 
     command = [word.replace("{}", disk) for word in program]
-    with _signals_passed_on() as (children, arrived):
+    with _signals_passed_on() as (children, wakeup):
         try:
             # It inherits what we have inherited: our own descriptors are closed on exec.
             process = subprocess.Popen(command, env=environment, close_fds=False)
@@ -112,29 +112,26 @@ def _wait_for(program: Sequence[str], disk: str, environment: dict[str, str]) ->
             click.echo(f"vdusefast: {command[0]}: {error.strerror}", err=True)
             return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
         children.append(process)
-        _wait_or_be_woken(process.pid, arrived)
+        _wait_for_end(process.pid, wakeup)
         status = process.wait()
     return status if status >= 0 else _SIGNAL_BASE - status
 
 
-def _wait_or_be_woken(pid: int, arrived: int) -> None:
-    """Wait for the end of a child; handlers of signals run meanwhile, whichever thread the kernel gave a signal to.
-
-    One that interrupts another thread does not end a system call of this one: `arrived` is readable then.
-    """
+def _wait_for_end(pid: int, wakeup: Wakeup) -> None:
+    """Wait for the end of a child; handlers of signals run meanwhile."""
     child = os.pidfd_open(pid)
     try:
-        while child not in select.select([child, arrived], [], [])[0]:
-            os.read(arrived, 4096)
+        while not wakeup.wait(child):
+            pass
     finally:
         os.close(child)
 
 
 @contextmanager
-def _signals_passed_on() -> Iterator[tuple[list[subprocess.Popen[bytes]], int]]:
+def _signals_passed_on() -> Iterator[tuple[list[subprocess.Popen[bytes]], Wakeup]]:
     """In the block, signals that would end us are the program's, and we end when it does.
 
-    Yields the list for the program, and a descriptor that is readable when a signal has come.
+    Yields the list for the program, and what waits for it.
     """
     children: list[subprocess.Popen[bytes]] = []
 
@@ -142,15 +139,11 @@ def _signals_passed_on() -> Iterator[tuple[list[subprocess.Popen[bytes]], int]]:
         for child in children:
             child.send_signal(number)
 
-    arrived, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    previous_wake = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     before = {number: signal.signal(number, pass_on) for number in _FORWARDED}
     before |= {number: signal.signal(number, lambda *_: None) for number in _IGNORED}
     try:
-        yield children, arrived
+        with Wakeup() as wakeup:
+            yield children, wakeup
     finally:
-        signal.set_wakeup_fd(previous_wake)
-        os.close(wake)
-        os.close(arrived)
         for number, handler in before.items():
             signal.signal(number, handler)

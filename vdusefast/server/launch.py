@@ -219,15 +219,14 @@ def _spawn(command: list[str], config: Config, mode: StartMode, write_fd: int, o
 
 def _wait(read_fd: int, signals: PatientStopSignals, name: str, until: float, outcome: str) -> bytes:
     """Return what the process reports, empty when it has ended without. Raises TimedOutError, InterruptedStartError."""
-    poll = select.poll()
-    poll.register(read_fd, select.POLLIN)
-    poll.register(signals.fileno(), select.POLLIN)
     line = b""
     began = time.monotonic()
     while not line.endswith(b"\n"):
-        ready = poll.poll(max(0.0, until - time.monotonic()) * 1000)
+        ready = signals.wait_for(read_fd, timeout_s=until - time.monotonic())
         if signals.received:
             raise InterruptedStartError(f"{name}: interrupted by {signals.received.name}; it was {outcome}")
+        if not ready and time.monotonic() < until:
+            continue
         if not ready:
             raise TimedOutError(
                 f"{name}: not usable within {time.monotonic() - began:.3g} s and {outcome}; see the kernel log, and "

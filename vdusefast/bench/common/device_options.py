@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -126,7 +127,24 @@ HELP = {
     "config": "configuration file of a device (TOML); options override it",
 }
 FLAGS = frozenset(name for name, parser in PARSERS.items() if parser is parse_bool)
+HELP_COLUMNS = 80
 _NOT_CONFIGURATION = ("transport", "driver_cpus", "backend", "config")
+
+
+def option_lines(options: Mapping[str, str]) -> list[str]:
+    """Return the lines of --help for options by name, with their meaning beside them."""
+    width = len("  -- ") + 2 + max(len(name) for name in options)
+    return [
+        textwrap.fill(
+            text,
+            HELP_COLUMNS,
+            initial_indent=f"  --{name.replace('_', '-')}".ljust(width),
+            subsequent_indent=" " * width,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in options.items()
+    ]
 
 
 def convert(parsers: Mapping[str, Parser], name: str, value: str, where: str) -> Any:

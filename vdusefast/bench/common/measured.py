@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vdusefast.base.json_types import Json
+from vdusefast.bench.common.host import host
 
 if TYPE_CHECKING:
     from vdusefast.api import Device
+    from vdusefast.config import Config
     from vdusefast.control.stats import DeviceStats
 
 COUNTERS = ("requests", "bytes_read", "bytes_written", "errors", "kicks", "irqs", "batches")
@@ -46,6 +48,24 @@ def queue_figures(
             queue[name] = getattr(now, name) - (getattr(before, name) if before is not None else 0)
         queues.append(queue)
     return queues
+
+
+def device_member(
+    config: Config, transport: str, *, engine_used: str, queues: Sequence[Json], stopped_by: str, **more: object
+) -> Json:
+    """Return the object `vdusefast` of a JSON report: the device, `more`, its queues, and the signal that ended it."""
+    return {
+        "transport": transport,
+        "backend": config.backend.uri,
+        "cache": config.backend.cache,
+        "engine": config.backend.engine,
+        "engine_used": engine_used,
+        "queue_size": config.device.effective_queue_size,
+        "host": host(),
+        **more,
+        "queues": queues,
+        "stopped_by": stopped_by,
+    }
 
 
 def queue_lines(device: Device) -> list[str]:

@@ -6,14 +6,17 @@ import ctypes
 import errno
 import json
 import os
+import secrets
 import select
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import IO
 
@@ -24,7 +27,11 @@ SYS_IO_URING_SETUP = 425  # the same on every architecture
 IO_URING_PARAMS_BYTES = 120
 FINISH_S = 20.0  # how long fio may take to finish what is in flight once it was told to stop
 KILL_S = 5.0  # how long a killed process may take to be gone, unless a device holds it
+KILL_ROUNDS_MAX = 20  # looks at all processes: a job may fork while we look
 TICK_S = 0.1
+SIGNAL_BASE = 128
+RUN_VARIABLE = "VDUSEFAST_FIO_RUN"  # in the environment of fio, of its jobs and of programs that they start
+START_TIME_FIELD = 19  # of /proc/PID/stat, counted after the name
 PERCENTILE_99 = "99.000000"
 DIRECTIONS = ("read", "write", "trim")
 
@@ -84,8 +91,16 @@ def kernel_has_io_uring() -> bool:
     return ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM)
 
 
+def exit_status(status: int) -> int:
+    """Return a status of `subprocess` as a shell has it: 128 and the number of the signal that ended the process."""
+    return status if status >= 0 else SIGNAL_BASE - status
+
+
 class FioProcess:
     """A running fio. A context manager: when it exits, fio and the processes of its jobs are gone.
+
+    Jobs lead sessions of their own, and have no parent any more once fio was killed: a variable in the environment says
+    whose they are. Programs that fio started stay when it has ended by itself.
 
     Raises FioStuckError on exit when they are not: the device that they use has to go first, then `reap`.
     """
@@ -97,6 +112,8 @@ class FioProcess:
         which needs --output-format=json. environment: variables over ours.
         """
         self._words = list(words)
+        self._mark = f"{RUN_VARIABLE}={secrets.token_hex(16)}"
+        self._killed: dict[int, int] = {}  # by pid, the pidfds of processes of its jobs
         self._out: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         try:
             # A group of its own: a terminal's Ctrl-C is ours to pass on.
@@ -106,12 +123,13 @@ class FioProcess:
                 stdout=self._out if out_fd < 0 else out_fd,
                 stderr=subprocess.STDOUT if out_fd < 0 else None,
                 process_group=0,
-                env=None if environment is None else {**os.environ, **environment},
+                env={**os.environ, **(environment or {}), RUN_VARIABLE: self._mark.partition("=")[2]},
             )
         except OSError as error:
             self._out.close()
             raise VdusefastError(f"{self._words[0]}: cannot be started: {error.strerror}") from None
         self._pid_fd = os.pidfd_open(self._process.pid)
+        self._began = _start_time(self._process.pid)
 
     def __enter__(self) -> FioProcess:
         return self
@@ -140,33 +158,59 @@ class FioProcess:
         self._process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """Kill fio and the processes of its jobs, which have left its process group. Does not wait for them."""
-        if self._pid_fd < 0:
+        """Kill fio and the processes of its jobs, unless it has ended by itself. Does not wait for them."""
+        status = self._process.poll()
+        if self._pid_fd < 0 or (status is not None and status >= 0):
             return
-        import psutil
+        if status is None:
+            self._process.kill()
+        for _ in range(KILL_ROUNDS_MAX):
+            found = [pid for pid in self._jobs() if pid not in self._killed]
+            if not found:
+                return
+            for pid in found:
+                self._kill_job(pid)
 
-        family: list[psutil.Process] = []
+    def _jobs(self) -> Iterator[int]:
+        """Yield the processes of the run, without fio itself."""
+        for entry in os.listdir("/proc"):
+            if entry.isdigit() and int(entry) != self._process.pid and self._is_job(int(entry)):
+                yield int(entry)
+
+    def _is_job(self, pid: int) -> bool:
+        if _start_time(pid) < self._began:
+            return False
         try:
-            parent = psutil.Process(self._process.pid)
-            family = [parent, *parent.children(recursive=True)] if self._process.poll() is None else []
-        except psutil.NoSuchProcess:
-            family = []
-        for one in family:
-            try:
-                one.kill()
-            except psutil.NoSuchProcess:
-                continue
+            return self._mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended, or is another user's
+            return False
+
+    def _kill_job(self, pid: int) -> None:
+        with suppress(ProcessLookupError):
+            pid_fd = os.pidfd_open(pid)
+            if self._is_job(pid):  # the number could be another process's by now
+                self._killed[pid] = pid_fd
+                signal.pidfd_send_signal(pid_fd, signal.SIGKILL)
+            else:
+                os.close(pid_fd)
 
     def reap(self, timeout_s: float) -> None:
         """Wait until a killed or ended fio is gone. Raises FioStuckError after `timeout_s`."""
         if self._pid_fd < 0:
             return
+        until = time.monotonic() + timeout_s
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise FioStuckError(
                 f"fio (pid {self._process.pid}) was killed and is not gone: requests of it wait for an answer", self
             ) from None
+        for pid, pid_fd in list(self._killed.items()):
+            if not select.select([pid_fd], [], [], max(0.0, until - time.monotonic()))[0]:
+                raise FioStuckError(
+                    f"a job of fio (pid {pid}) was killed and is not gone: requests of it wait for an answer", self
+                )
+            os.close(self._killed.pop(pid))
         os.close(self._pid_fd)
         self._pid_fd = -1
         self._out.close()
@@ -181,6 +225,14 @@ class FioProcess:
         self._out.seek(0)
         report, messages = split_output(self._out.read())
         return FioOutcome(status, report, messages)
+
+
+def _start_time(pid: int) -> int:
+    """Return when a process began, in clock ticks since the start of the machine; 0 when it has gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[START_TIME_FIELD])
+    except OSError:
+        return 0
 
 
 def split_output(text: str) -> tuple[Json, list[str]]:
@@ -260,4 +312,9 @@ def problem(outcome: FioOutcome) -> str:
     if outcome.status == 0 and outcome.report:
         return ""
     said = outcome.messages[-1] if outcome.messages else "it printed nothing"
-    return f"fio ended with status {outcome.status}: {said}"
+    how = (
+        f"was killed by {signal.Signals(-outcome.status).name}"
+        if outcome.status < 0
+        else f"ended with status {outcome.status}"
+    )
+    return f"fio {how}: {said}"

@@ -94,7 +94,7 @@ def _fill(fd: int, size_bytes: int, with_data: bool, stopped: Stopped) -> None:
         chunk = os.urandom(FILL_BYTES) if filled else b""
         for at in range(0, size_bytes if filled else 0, FILL_BYTES):
             if stopped():
-                raise StoppedError("stopped by a signal before anything ran")
+                raise StoppedError("stopped by a signal before there was a device")
             os.pwrite(fd, chunk[: size_bytes - at], at)
     except OSError as error:
         raise BackendError(f"cannot write a file of {size_bytes} bytes: {error.strerror}") from None

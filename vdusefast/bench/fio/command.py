@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 from vdusefast.api import Device
 from vdusefast.backends import keeps_data
@@ -22,9 +21,16 @@ from vdusefast.bench.common.device_options import (
     driver_cpus,
     store_uri,
 )
-from vdusefast.bench.common.host import host
-from vdusefast.bench.common.measured import cpu_seconds, queue_figures, queue_lines
-from vdusefast.bench.common.real_fio import FioStuckError, choose_engine, find_fio
+from vdusefast.bench.common.measured import cpu_seconds, device_member, queue_figures, queue_lines
+from vdusefast.bench.common.real_fio import (
+    SIGNAL_BASE,
+    TICK_S,
+    FioProcess,
+    FioStuckError,
+    choose_engine,
+    exit_status,
+    find_fio,
+)
 from vdusefast.bench.common.store import BenchStore, StoppedError
 from vdusefast.bench.common.tables import bytes_text
 from vdusefast.bench.common.transport import choose_transport
@@ -38,9 +44,10 @@ from vdusefast.bench.fio.target import Retargeting
 from vdusefast.bench.fio.words import ANSWERED, REFUSED, Knowledge, read_words
 from vdusefast.config import Config
 from vdusefast.errors import ConfigError, VdusefastError
-from vdusefast.server.signals import PatientStopSignals, StopSignals
+from vdusefast.server.signals import PatientStopSignals
 
 STOPPED_STATUS = 128  # of a fio that a signal has stopped
+UNBEGUN_STATUS = -signal.SIGINT  # of one that did not handle signals yet
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -57,12 +64,22 @@ def run_command(arguments: Sequence[str]) -> int:
     for name, reason in REFUSED.items():
         if script.option(name) is not None:
             raise ConfigError(f"--{name}: {reason}")
-    with tempfile.TemporaryDirectory(prefix="vdusefast-fio-") as name:
+    # A second signal must not leave a disk without its server, or processes and directories without us.
+    with PatientStopSignals() as signals, tempfile.TemporaryDirectory(prefix="vdusefast-fio-") as name:
         if any(script.option(one) is not None for one in ANSWERED):
-            sys.stdout.flush()
-            return subprocess.run([fio, *script.words(Path(name))], check=False).returncode
+            return _answer([fio, *script.words(Path(name))], signals)
         options = read_options(script)
-        return Run(fio, know, script, options, Path(name)).run()
+        return Run(fio, know, script, options, Path(name), signals).run()
+
+
+def _answer(command: Sequence[str], signals: PatientStopSignals) -> int:
+    """Let fio answer by itself, and return its exit status."""
+    sys.stdout.flush()
+    with FioProcess(command, out_fd=1) as fio:
+        while not fio.wait(TICK_S, signals.fileno()):
+            if signals.received is not None:
+                return SIGNAL_BASE + signals.received
+        return exit_status(fio.status())
 
 
 @dataclass
@@ -72,58 +89,60 @@ class Outcome:
     queues: list[Json] = field(default_factory=list)
     engine_used: str = ""
     stopped_by: str = ""
-    words: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)  # the complete command
+    replaced: list[str] = field(default_factory=list)
     baselines: list[Json] = field(default_factory=list)
 
 
 class Run:
     """One command: a store, a device, fio on it, and the reports."""
 
-    def __init__(self, fio: str, know: Knowledge, script: Script, options: FioOptions, directory: Path):
+    def __init__(
+        self,
+        fio: str,
+        know: Knowledge,
+        script: Script,
+        options: FioOptions,
+        directory: Path,
+        signals: PatientStopSignals,
+    ):
         """Check everything that can be checked before anything is made. Raises ConfigError, KernelSupportError."""
-        self._fio, self._options, self._directory = fio, options, directory
+        self._fio, self._options, self._directory, self._signals = fio, options, directory, signals
         self._transport, self._reason = choose_transport(options.device.transport)
         kernel = self._transport == TransportKind.KERNEL
         self._jobs = Retargeting(script, know, self._transport, choose_engine(fio) if kernel else "libaio")
         self._shown = Shown(script)
+        self._say = self._shown.say
         self._outcome = Outcome()
         self._late: VdusefastError | None = None
         self._uri = store_uri(options.device)
         _check(options, self._jobs, self._uri, self._transport, self._shown.file)
 
-    def say(self, text: str) -> None:
-        """Tell the person who waits, without mixing it into what a program reads."""
-        stream: TextIO = sys.stdout if self._shown.keeps_stdout else sys.stderr
-        print(text, file=stream, flush=True)
-
     def run(self) -> int:
         """Carry it out and return the exit status."""
         if self._options.explain:
-            self.say(INTRODUCTION)
-        self.say(f"transport: {self._transport} ({self._reason})")
-        kernel = self._transport == TransportKind.KERNEL
-        # A second signal must not leave a disk of the kernel's without its server.
-        with PatientStopSignals() if kernel else StopSignals() as signals:
-            try:
-                return self._on_store(signals)
-            except StoppedError as error:
-                self.say(str(error))
-                return 0
+            self._say(INTRODUCTION)
+        self._say(f"transport: {self._transport} ({self._reason})")
+        try:
+            return self._on_store()
+        except StoppedError as error:
+            self._say(str(error))
+            return 0
 
-    def _on_store(self, signals: StopSignals) -> int:
+    def _on_store(self) -> int:
         with BenchStore(
             self._uri,
             self._jobs.required_bytes,
             reads=self._jobs.reads(),
-            say=self.say,
-            stopped=lambda: signals.requested,
+            say=self._say,
+            stopped=lambda: self._signals.requested,
         ) as store:
             config = build_config(self._options.device, store.uri, self._transport)
             check_bus(config, self._transport)
             asynchronous = self._jobs.asynchronous
-            with served(config, self._transport, asynchronous, self._options.route) as reachable:
+            with served(config, self._transport, asynchronous, self._options.route, self._signals) as reachable:
                 _check_abilities(self._jobs, reachable)
-                status = self._load(reachable, config, store.path, signals)
+                status = self._load(reachable, config, store.path)
             _raise_failure(reachable.device)  # the drain at the end can fail, too
         if self._late is not None:
             raise self._late
@@ -132,10 +151,11 @@ class Run:
             raise unseen
         return status
 
-    def _load(self, reachable: Reachable, config: Config, path: Path | None, signals: StopSignals) -> int:
+    def _load(self, reachable: Reachable, config: Config, path: Path | None) -> int:
         device, outcome = reachable.device, self._outcome
         script = self._jobs.turn_to(reachable.target, reachable.capacity_bytes)
-        outcome.words = [self._fio, *script.words(self._directory)]
+        outcome.arguments = [self._fio, *script.words(self._directory)]
+        outcome.replaced = self._jobs.notes  # of this run: the baselines have notes of their own
         self._describe(reachable, config)
         cpus = self._driver_cpus(device)
         used, counted, begin = cpu_seconds(device), device.stats(), time.monotonic()
@@ -144,37 +164,50 @@ class Run:
             passed, used_after = time.monotonic() - begin, cpu_seconds(device)
             outcome.queues = queue_figures(device.stats(), used, used_after, passed, counted)
             outcome.engine_used = device.queues()[0].engine
-            outcome.stopped_by = signals.received.name if signals.received is not None else ""
-            if self._options.baseline and not status and not outcome.stopped_by:
-                self._compare(reachable, config, path, cpus, signals)
+            if self._options.baseline and not status and not self._signals.requested:
+                self._compare(reachable, config, path, cpus)
+            outcome.stopped_by = self._signals.received.name if self._signals.received is not None else ""
             return self._member(reachable, config)
 
         status = run_shown(
-            outcome.words,
+            outcome.arguments,
             self._shown,
             environment=reachable.environment,
             cpus=cpus,
-            stop_fd=signals.fileno(),
+            signals=self._signals,
             tick=lambda: _raise_failure(device),
+            say=self._say,
             member=member,
         )
         _raise_failure(device)
-        text = device_text(outcome.queues, outcome.stopped_by, explain=self._options.explain)
-        self._shown.append(text + baseline_text(outcome.baselines))
-        return 0 if outcome.stopped_by and status == STOPPED_STATUS else status
+        width = self._shown.width
+        text = device_text(outcome.queues, self._early_end(status), width, explain=self._options.explain)
+        self._shown.append(text + baseline_text(outcome.baselines, width))
+        return 0 if outcome.stopped_by and status in (STOPPED_STATUS, UNBEGUN_STATUS) else exit_status(status)
+
+    def _early_end(self, status: int) -> str:
+        """Return what a signal has done, "" when there was none."""
+        signal_name = self._outcome.stopped_by
+        if not signal_name:
+            return ""
+        if status == UNBEGUN_STATUS:
+            return f"stopped by {signal_name} before fio had begun"
+        if status >= STOPPED_STATUS:  # more: so many jobs had errors
+            return f"stopped early by {signal_name}; the requests in flight were finished"
+        return f"stopped by {signal_name} after fio had ended"
 
     def _describe(self, reachable: Reachable, config: Config) -> None:
         device, backend = reachable.device, config.backend
         queues = device.queues()
         node = f"{reachable.target.path}, " if self._transport == TransportKind.KERNEL else ""
-        self.say(
+        self._say(
             f"device: {node}{bytes_text(reachable.capacity_bytes)} on {backend.uri}, cache {backend.cache}, "
             f"engine {queues[0].engine}, {len(queues)} queue(s) of {config.device.effective_queue_size}"
         )
         for line in queue_lines(device):
-            self.say(line)
-        replaced = "; ".join(self._jobs.notes)
-        self.say(f"jobs: all on this device{', in place of ' if replaced else ''}{replaced}\n")
+            self._say(line)
+        replaced = "; ".join(self._outcome.replaced)
+        self._say(f"jobs: all on this device{', in place of ' if replaced else ''}{replaced}\n")
 
     def _driver_cpus(self, device: Device) -> list[int]:
         workers = [queue.cpu for queue in device.queues() if queue.cpu >= 0]
@@ -182,25 +215,19 @@ class Run:
 
     def _member(self, reachable: Reachable, config: Config) -> Json:
         outcome = self._outcome
-        return {
-            "transport": self._transport,
-            "backend": config.backend.uri,
-            "cache": config.backend.cache,
-            "engine": config.backend.engine,
-            "engine_used": outcome.engine_used,
-            "queue_size": config.device.effective_queue_size,
-            "host": host(),
-            "node": reachable.target.path if self._transport == TransportKind.KERNEL else "",
-            "fio_command": outcome.words,
-            "replaced": self._jobs.notes,
-            "queues": outcome.queues,
-            "baseline": outcome.baselines,
-            "stopped_by": outcome.stopped_by,
-        }
+        return device_member(
+            config,
+            self._transport,
+            engine_used=outcome.engine_used,
+            node=reachable.target.path if self._transport == TransportKind.KERNEL else "",
+            fio_command=outcome.arguments,
+            replaced=outcome.replaced,
+            baseline=outcome.baselines,
+            queues=outcome.queues,
+            stopped_by=outcome.stopped_by,
+        )
 
-    def _compare(
-        self, reachable: Reachable, config: Config, path: Path | None, cpus: list[int], signals: StopSignals
-    ) -> None:
+    def _compare(self, reachable: Reachable, config: Config, path: Path | None, cpus: list[int]) -> None:
         """Run the baselines; what fails in them does not cost the report."""
         baseline = Baseline(
             self._fio,
@@ -210,15 +237,16 @@ class Run:
             self._directory,
             cpus=cpus,
             direct=config.backend.cache == "none",
-            stop_fd=signals.fileno(),
-            say=self.say,
+            stop_fd=self._signals.fileno(),
+            say=self._say,
         )
         try:
             self._outcome.baselines = baseline.run(self._options.baseline)
         except FioStuckError:
             raise
         except VdusefastError as error:
-            self._late = error
+            if not self._signals.requested:  # else it was ended as asked for
+                self._late = error
 
 
 def _raise_failure(device: Device) -> None:

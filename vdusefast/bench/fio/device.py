@@ -10,11 +10,13 @@ from vdusefast.api import Device
 from vdusefast.base.kinds import Bus, TransportKind
 from vdusefast.bench.common import block_node
 from vdusefast.bench.common.real_fio import KILL_S, FioStuckError
+from vdusefast.bench.common.store import StoppedError
 from vdusefast.bench.fio.target import Target
 from vdusefast.config import Config
 from vdusefast.driver import preload
 from vdusefast.driver.attach_server import AttachServer
 from vdusefast.errors import ConfigError, VdusefastError
+from vdusefast.server.signals import PatientStopSignals, StopRequestedError
 from vdusefast.transport import uapi
 from vdusefast.transport.virtio_blk import config_fields
 from vdusefast.units import SECTOR_BYTES
@@ -41,12 +43,14 @@ def check_bus(config: Config, transport: str) -> None:
 
 
 @contextmanager
-def served(config: Config, transport: str, asynchronous: str, route: str) -> Iterator[Reachable]:
+def served(
+    config: Config, transport: str, asynchronous: str, route: str, signals: PatientStopSignals
+) -> Iterator[Reachable]:
     """Serve a device for fio, until the end. A fio that could not be killed is reaped once the device is gone.
 
-    Raises VdusefastError.
+    signals: one that comes before the device has started ends that. Raises VdusefastError, StoppedError.
     """
-    with Device(config) as device:
+    with _started(config, signals) as device:
         try:
             if transport == TransportKind.KERNEL:
                 node = device.node
@@ -68,6 +72,19 @@ def served(config: Config, transport: str, asynchronous: str, route: str) -> Ite
             # Nobody waits for requests any more, and those of a failed queue would be waited for in vain.
             device.stop(force=True)
             raise
+
+
+@contextmanager
+def _started(config: Config, signals: PatientStopSignals) -> Iterator[Device]:
+    device = Device(config)
+    try:
+        with signals.interrupting():
+            device.start()
+        yield device
+    except StopRequestedError as stop:
+        raise StoppedError(f"stopped by {stop} before fio had begun") from None
+    finally:
+        device.stop()
 
 
 @contextmanager

@@ -54,14 +54,15 @@ def read_options(script: Script) -> FioOptions:
 
 def option_help() -> str:
     """Return the text of --help."""
-    width = 2 + max(len(name) for name in HELP)
     lines = [
         "Usage: python -m vdusefast.bench fio [OPTION...] [JOBFILE...]",
         "",
-        "Make a block device, and have fio run its jobs on it. Options and job files are fio's: type fio --help,",
-        "fio --cmdhelp=all. What names the target (filename, directory, ...) is replaced by the device.",
+        "Make a block device, and have fio run its jobs on it. Options and job files are",
+        "fio's: type fio --help, and fio --cmdhelp=all. What names the target (filename,",
+        "directory, ...) is replaced by the device. The exit status is fio's, or 1 when",
+        "the device failed. Ctrl-C lets fio finish and report, and the status is 0; a",
+        "second one ends it at once.",
         "",
         "Options of our own, also in [global] of a job file:",
     ]
-    lines += [f"  --{name.replace('_', '-'):<{width}} {text}" for name, text in HELP.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *device_options.option_lines(HELP)])

@@ -45,11 +45,15 @@ class JsonStream:
         found = bool(self._held)
         if found:
             self._last = self._last.rstrip(b"\n") + b",\n" + _member(name, member)
+        self.release()
+        return found
+
+    def release(self) -> None:
+        """Pass on what waits, as fio has printed it."""
         self._held += self._line
         self._line = b""
         self._release()
         self._stream.flush()
-        return found
 
 
 def _member(name: str, member: Json) -> bytes:

@@ -7,17 +7,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
+from typing import TextIO
 
+from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.bench.common.real_fio import FINISH_S, TICK_S, FioProcess, readable
 from vdusefast.bench.fio.output import JsonStream
 from vdusefast.bench.fio.script import Script
 from vdusefast.errors import BackendError, VdusefastError
+from vdusefast.server.signals import StopSignals
 
 MEMBER = "vdusefast"
+PATIENCE_S = 2.0  # after a signal: people learn what they wait for
 CHUNK_BYTES = 1 << 16
 
 
@@ -52,10 +56,24 @@ class Shown:
         except OSError as error:
             raise BackendError(f"--output {self.file}: {error.strerror}") from None
 
+    @property
+    def width(self) -> int | None:
+        """The columns for text after fio's, None for no limit."""
+        return terminal_width(self._notes) if self.file is None else None
+
+    def say(self, text: str) -> None:
+        """Tell the person who waits, without mixing it into what a program reads."""
+        width = terminal_width(self._notes)
+        print("\n".join(wrap(line, width, 2) for line in text.split("\n")), file=self._notes, flush=True)
+
+    @property
+    def _notes(self) -> TextIO:
+        return sys.stdout if self.keeps_stdout else sys.stderr
+
     def append(self, text: str) -> None:
         """Put text after fio's. Raises BackendError."""
         if self.file is None:
-            print(text, end="", file=sys.stdout if self.keeps_stdout else sys.stderr, flush=True)
+            print(text, end="", file=self._notes, flush=True)
             return
         if not self.has_text or self.has_json:
             return
@@ -84,14 +102,16 @@ def run_shown(
     *,
     environment: Mapping[str, str],
     cpus: Sequence[int],
-    stop_fd: int,
+    signals: StopSignals,
     tick: Callable[[], None],
+    say: Callable[[str], None],
     member: Callable[[int], Json],
 ) -> int:
-    """Run fio to its end and return its status; a signal (`stop_fd`, borrowed) lets it finish and report.
+    """Run fio to its end and return its status, negative when a signal ended it.
 
-    tick: called ten times a second; an exception of it ends fio. member: asked with its status once fio has
-    ended. Raises VdusefastError, FioStuckError.
+    signals: one lets it finish and report within FINISH_S, a second one ends it. tick: called ten times a second; an
+    exception of it ends fio. say: tells the person who waits. member: asked with the status once fio has ended; it may
+    raise. Whatever fails, what fio has printed reaches stdout. Raises VdusefastError, FioStuckError.
     """
     sys.stdout.flush()
     piped = shown.has_json and shown.file is None
@@ -102,19 +122,32 @@ def run_shown(
             if piped:
                 os.close(write_fd)
                 write_fd = -1
-            status = _follow(fio, read_fd, stream, stop_fd, tick)
+            status = _follow(fio, read_fd, stream, signals, tick, say)
         if piped:
-            while data := os.read(read_fd, CHUNK_BYTES):
-                stream.write(data)
+            _read_rest(read_fd, stream)
+        added = member(status)
+        if piped:
+            stream.finish(MEMBER, added)
+    except BaseException:
+        with suppress(BrokenPipeError):
+            if piped:
+                _read_rest(read_fd, stream)
+            stream.release()
+        raise
     finally:
         for fd in (read_fd, write_fd):
             if fd >= 0:
                 os.close(fd)
-    added = member(status)
-    if piped:
-        stream.finish(MEMBER, added)
     shown.add(added)
     return status
+
+
+def _read_rest(read_fd: int, stream: JsonStream) -> None:
+    """Pass on what a fio that has ended left in the pipe. Programs that it started may hold the pipe for ever."""
+    os.set_blocking(read_fd, False)
+    with suppress(BlockingIOError):
+        while data := os.read(read_fd, CHUNK_BYTES):
+            stream.write(data)
 
 
 def _started(words: Sequence[str], out_fd: int, environment: Mapping[str, str], cpus: Sequence[int]) -> FioProcess:
@@ -122,15 +155,31 @@ def _started(words: Sequence[str], out_fd: int, environment: Mapping[str, str], 
         return FioProcess(words, out_fd=out_fd, environment=environment)
 
 
-def _follow(fio: FioProcess, read_fd: int, stream: JsonStream, stop_fd: int, tick: Callable[[], None]) -> int:
-    end = math.inf
-    while not fio.wait(TICK_S, read_fd, -1 if end < math.inf else stop_fd):
+def _follow(
+    fio: FioProcess,
+    read_fd: int,
+    stream: JsonStream,
+    signals: StopSignals,
+    tick: Callable[[], None],
+    say: Callable[[str], None],
+) -> int:
+    end = patience_ends = math.inf
+    while not fio.wait(TICK_S, read_fd, signals.fileno() if end == math.inf else -1):
         if readable(read_fd) and (data := os.read(read_fd, CHUNK_BYTES)):
             stream.write(data)
         tick()
-        if time.monotonic() > end:
-            raise VdusefastError(f"fio did not end within {FINISH_S:.0f} s after the signal")
-        if end == math.inf and readable(stop_fd):
-            end = time.monotonic() + FINISH_S
+        now = time.monotonic()
+        if end == math.inf and signals.requested:
+            end, patience_ends = now + FINISH_S, now + PATIENCE_S
             fio.interrupt()
+        if signals.repeated:
+            raise VdusefastError("fio was killed before it had finished, because a second signal came")
+        if now > end:
+            raise VdusefastError(f"fio did not end within {FINISH_S:.0f} s after the signal and was killed")
+        if now > patience_ends:
+            patience_ends = math.inf
+            say(
+                f"fio is finishing its requests; it is killed {FINISH_S:.0f} s after the signal, and at once when you "
+                "press Ctrl-C again"
+            )
     return fio.status()

@@ -15,8 +15,7 @@ from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import TransportKind
 from vdusefast.bench.common.device_options import build_config, check_driver_cpus, driver_cpus, store_uri
-from vdusefast.bench.common.host import host
-from vdusefast.bench.common.measured import cpu_seconds, queue_figures, queue_lines
+from vdusefast.bench.common.measured import cpu_seconds, device_member, queue_figures, queue_lines
 from vdusefast.bench.common.store import BenchStore, StoppedError
 from vdusefast.bench.common.tables import bytes_text
 from vdusefast.bench.raw import figures
@@ -126,18 +125,14 @@ def _describe(device: Device, driver: LoopbackDriver, config: Config, plan: Plan
 
 
 def _extra(config: Config, outcome: Outcome) -> Json:
-    return {
-        "transport": TransportKind.LOOPBACK,
-        "backend": config.backend.uri,
-        "cache": config.backend.cache,
-        "engine": config.backend.engine,
-        "engine_used": outcome.engine_used,
-        "queue_size": config.device.effective_queue_size,
-        "host": host(),
-        "queues": outcome.queues,
-        "verify": figures.verification(outcome.runs),
-        "stopped_by": outcome.stopped_by,
-    }
+    return device_member(
+        config,
+        TransportKind.LOOPBACK,
+        engine_used=outcome.engine_used,
+        verify=figures.verification(outcome.runs),
+        queues=outcome.queues,
+        stopped_by=outcome.stopped_by,
+    )
 
 
 def _write(report: Json, plan: Plan) -> None:

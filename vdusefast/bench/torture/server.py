@@ -351,7 +351,8 @@ def _obey(device: Device, signals: StopSignals) -> None:
     """Serve until a signal or the end of standard input, and do what the lines on it say."""
     while True:
         os.write(1, READY)
-        select.select([signals.fileno(), 0], [], [])
+        while not signals.requested and not signals.wait_for(0):
+            pass
         match b"" if signals.requested else os.read(0, COMMAND_MAX_BYTES).split():
             case [b"resize", size_bytes]:
                 device.resize(int(size_bytes), force=True)
