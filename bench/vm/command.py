@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="how fast the guest shows itself by a clock that counts; default: %(default)s",
     )
     add("--systemd", action="store_true", help="systemd is process 1; the command is a service, and may end the guest")
+    add("--over", type=Path, metavar="DIR", help="its files lie over the host's, for example a newer systemd")
     add("--before", default="", metavar="COMMANDS", help="shell commands to run before systemd starts")
     add("--accel", choices=("tcg", "kvm"), default="tcg", help="default: tcg, software emulation")
     add("--append", action="append", default=[], metavar="ARGUMENT", help="further kernel argument; may be repeated")
@@ -105,6 +106,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         kernel_arguments=tuple(options.append),
         modules=tuple(options.module),
         systemd=options.systemd,
+        over=options.over,
         before=options.before,
         results=options.results,
         directory=here if here.is_relative_to(ROOT) else ROOT,

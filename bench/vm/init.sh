@@ -1,6 +1,6 @@
 #!/busybox sh
 # The guest's first program, in its initramfs: puts a writable root over the host's / and hands over to session.sh there.
-# /settings (bench/vm/guest.py) sets release, modules, results, keep, preload and systemd.
+# /settings (bench/vm/guest.py) sets release, modules, results, over, keep, preload and systemd.
 . /settings
 
 die() {
@@ -16,10 +16,19 @@ for module in /boot/*.ko; do
     insmod "$module" || die "$module cannot be loaded"
 done
 # Nothing changes these files while the guest runs, so it may cache them without limit.
-mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose host /host || die "no host file system"
+mount_9p() {
+    mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose "$1" "/$1" || die "no file system $1"
+}
+mount_9p host
+lower=/host
+if [ -n "$over" ]; then
+    mkdir /over
+    mount_9p over
+    lower=/over:/host
+fi
 mount -t tmpfs -o mode=755,size=90% rw /rw
 mkdir /rw/upper /rw/work
-mount -t overlay -o lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work,xino=off overlay /root || die "no root"
+mount -t overlay -o lowerdir=$lower,upperdir=/rw/upper,workdir=/rw/work,xino=off overlay /root || die "no root"
 
 mkdir /rw/plain
 mount --bind /root /rw/plain

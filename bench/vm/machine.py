@@ -71,6 +71,7 @@ class GuestConfig:
         False  # a network card: the guest is GUEST_ADDRESS, what listens on 127.0.0.1 here is at HOST_ADDRESS
     )
     systemd: bool = False  # is process 1, with udev, D-Bus, logind and the journal; the command is a service
+    over: Path | None = None  # a directory whose files lie over the host's: a tree of packages (cache.tree)
     before: str = ""  # shell commands that run before systemd starts: units, fstab, images
     results: Path | None = None  # a directory of the host that the guest may write to
     directory: Path = ROOT  # where the command runs
@@ -97,10 +98,11 @@ def command_line(config: GuestConfig, image: Path, initrd_fd: int, ports: Sequen
         *("-chardev", f"file,id=log,path={_path(log_fd)}", "-serial", "chardev:log"),
         *("-device", "virtio-serial-pci"),
         *(word for number, fd in enumerate(ports, 1) for word in _port(number, fd)),
-        *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
-        *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
+        *_directory("host", Path("/"), "readonly=on"),
+        # A device of its own: overlayfs takes no layer that lies below another one.
+        *(_directory("over", config.over, "readonly=on") if config.over else ()),
         *(("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=") if config.network else ()),
-        *(_results(config.results) if config.results else ()),
+        *(_directory("results", config.results) if config.results else ()),
     ]
 
 
@@ -137,10 +139,11 @@ def _port(number: int, fd: int) -> list[str]:
     return ["-chardev", f"file,id={name},path={_path(fd)}", "-device", f"virtserialport,chardev={name},nr={number}"]
 
 
-def _results(directory: Path) -> list[str]:
+def _directory(name: str, directory: Path, *options: str) -> list[str]:
+    """Return the part of the command line for a directory that the guest mounts by 9p under a name."""
     path = str(directory.resolve()).replace(",", ",,")
-    fsdev = f"local,id=results,path={path},security_model=none,multidevs=remap"
-    return ["-fsdev", fsdev, "-device", "virtio-9p-pci,fsdev=results,mount_tag=results"]
+    fsdev = ",".join(["local", f"id={name}", f"path={path}", "security_model=none", "multidevs=remap", *options])
+    return ["-fsdev", fsdev, "-device", f"virtio-9p-pci,fsdev={name},mount_tag={name}"]
 
 
 def initrd(config: GuestConfig, kernel: cache.Kernel, command: Sequence[str], token: bytes) -> bytes:
@@ -154,6 +157,7 @@ def initrd(config: GuestConfig, kernel: cache.Kernel, command: Sequence[str], to
         "release": kernel.release,
         "modules": str(kernel.modules),
         "results": RESULTS if config.results else "",
+        "over": "yes" if config.over else "",
         "address": f"{GUEST_ADDRESS}/24" if config.network else "",
         "token": token.decode(),
         "preload": "\n".join([*config.modules, *virtio_blk, *virtio_net]),

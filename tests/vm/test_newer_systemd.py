@@ -1,19 +1,26 @@
-"""What a newer systemd than this machine's says of our units: that of Debian trixie. Runs no guest."""
+"""A newer systemd than this machine's, that of Debian trixie: what it says of our units, and how it runs them."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from systemd_guest import SCRIPT, SystemdGuest
 
 from bench.vm import cache
 from vdusefast.server.systemd import unit
 
-TRIXIE = ("trixie", ("systemd",))
+sys.path.append(str(SCRIPT.parent))
+from systemd_service import SHORT
+
+# systemd, and what has to be of the same version where it is process 1.
+TRIXIE = ("trixie", ("systemd", "systemd-sysv", "udev", "dbus", "libpam-systemd", "util-linux", "kmod", "mount"))
 TREES = [TRIXIE]  # conftest.py fetches them
 LIMIT_S = 50
+GUEST_LIMIT_S = 1800
 EXPOSURE_MAX = 60  # tenths: systemd.exec(5) counts what a unit leaves open
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(3 * LIMIT_S)]
@@ -52,3 +59,13 @@ def test_a_newer_systemd_has_nothing_against_the_unit(template: Path) -> None:
 def test_a_newer_systemd_finds_the_unit_no_more_exposed_than_it_has_to_be(template: Path) -> None:
     said = analyze(template.parent, "security", "--offline=true", f"--threshold={EXPOSURE_MAX}", template)
     assert "Overall exposure level" in said.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(GUEST_LIMIT_S + 60)
+def test_a_newer_systemd_serves_and_restarts_as_this_one_does(tmp_path: Path) -> None:
+    """The unit boots with its mount of fstab; its server is killed and reloaded under load; the machine reboots."""
+    ran = SystemdGuest(cache.KERNELS[-1], SHORT, tmp_path, GUEST_LIMIT_S, over=cache.tree(*TRIXIE))
+    ran.verify(SHORT)
+    assert "systemd 257" in ran.outcome.kernel_log
