@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from documents import block_with, make_checkout, type_in
 
-from vdusefast.cli.run import split_words
+from vdusefast.api import Device
+from vdusefast.cli.run import PassedOn, run_program, split_words
+from vdusefast.config import make_config
 from vdusefast.driver import preload
 from vdusefast.errors import ConfigError, VdusefastError
 
@@ -146,3 +149,86 @@ while time.monotonic() < deadline_s:
     assert line == f"vdusefast: {path}: the server of this disk has ended; all requests fail with EIO"
     for left in (path.parent, Path(os.environ["VDUSEFAST_RUN_DIR"], path.name)):  # by a server that is killed
         shutil.rmtree(left)
+
+
+SLOW = """
+import time
+import vdusefast
+
+class Slow(vdusefast.Backend):
+    size_bytes = 1 << 20
+
+    def __init__(self):
+        open("started", "w").close()
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_program_is_started_ends_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "disk.py").write_text(SLOW)
+    words = [*RUN, "--backend", f"python:{tmp_path}/disk.py:Slow", "--", "true"]
+    variables = {"TMPDIR": str(tmp_path), "VDUSEFAST_RUN_DIR": str(tmp_path / "run")}
+    with subprocess.Popen(words, cwd=tmp_path, env={**os.environ, **variables}) as process:
+        deadline_s = time.monotonic() + 40
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(40) == 128 + number
+    assert not list(tmp_path.glob("vdusefast-*"))
+    assert not list(tmp_path.glob("run/run-*"))
+
+
+class _Started:
+    """A program for PassedOn, which notes its signals."""
+
+    def __init__(self) -> None:
+        self.got: list[int] = []
+
+    def send_signal(self, number: int) -> None:
+        self.got.append(number)
+
+
+def test_a_signal_while_the_program_is_started_reaches_it() -> None:
+    started = _Started()
+    with PassedOn() as signals:
+        signals.keep()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert started.got == []
+        signals.pass_to(started)  # type: ignore[arg-type]
+        assert started.got == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert started.got == [signal.SIGTERM, signal.SIGHUP]
+
+
+def test_a_second_signal_does_not_interrupt_the_clean_up() -> None:
+    with PassedOn():
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGHUP
+
+
+def test_a_signal_that_is_ignored_stays_ignored_in_the_program() -> None:
+    code = "import signal; print(signal.getsignal(signal.SIGHUP).name, signal.getsignal(signal.SIGTERM).name)"
+    words = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *RUN, "--backend", "null:1M", "--", sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=45, check=True)
+    assert done.stdout == "SIG_IGN SIG_DFL\n"
+
+
+def test_a_device_that_fails_while_it_drains_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FailsLate(Device):
+        drained = False
+
+        @property
+        def failure(self) -> VdusefastError | None:
+            return VdusefastError("the last flush has failed") if self.drained else None
+
+        def stop(self, *words: Any, **options: Any) -> None:
+            super().stop(*words, **options)
+            self.drained = True
+
+    monkeypatch.setattr("vdusefast.api.Device", FailsLate)
+    with pytest.raises(VdusefastError, match="true has lost its disk: the last flush has failed"):
+        run_program(make_config(name="late", uri="null:1M", transport="loopback"), ["true"], "own")

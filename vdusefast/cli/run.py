@@ -6,7 +6,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 
@@ -87,31 +88,33 @@ def run_program(config: Config, program: Sequence[str], route: str) -> int:
     from vdusefast.driver import preload
     from vdusefast.driver.attach_server import AttachServer
 
-    with (
-        logs.log_to_stderr(),
-        Device(config) as device,
-        AttachServer(device.bus, serial=config.device.serial, route=route) as server,
-    ):
-        status = _wait_for(program, str(server.path), preload.environment(server))
-        failure = server.failure or device.failure
+    with PassedOn() as signals:
+        with (
+            logs.log_to_stderr(),
+            Device(config) as device,
+            AttachServer(device.bus, serial=config.device.serial, route=route) as server,
+        ):
+            status = _wait_for(program, str(server.path), preload.environment(server), signals)
+        failure = server.failure or device.failure  # the device drains at its end: that can fail, too
     if failure is not None:
         raise VdusefastError(f"{program[0]} has lost its disk: {failure}")
     return status
 
 
-def _wait_for(program: Sequence[str], disk: str, environment: dict[str, str]) -> int:
+def _wait_for(program: Sequence[str], disk: str, environment: dict[str, str], signals: PassedOn) -> int:
     """Run the program to its end. Returns its exit status as a shell does."""
     import subprocess
 
     command = [word.replace("{}", disk) for word in program]
-    with _signals_passed_on() as (children, wakeup):
+    with _terminal_left_to_the_program(), Wakeup() as wakeup:
+        signals.keep()
         try:
             # It inherits what we have inherited: our own descriptors are closed on exec.
             process = subprocess.Popen(command, env=environment, close_fds=False)
         except OSError as error:
             click.echo(f"vdusefast: {command[0]}: {error.strerror}", err=True)
             return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
-        children.append(process)
+        signals.pass_to(process)
         _wait_for_end(process.pid, wakeup)
         status = process.wait()
     return status if status >= 0 else _SIGNAL_BASE - status
@@ -127,23 +130,63 @@ def _wait_for_end(pid: int, wakeup: Wakeup) -> None:
         os.close(child)
 
 
-@contextmanager
-def _signals_passed_on() -> Iterator[tuple[list[subprocess.Popen[bytes]], Wakeup]]:
-    """In the block, signals that would end us are the program's, and we end when it does.
+class PassedOn:
+    """Context manager: signals that would end us are the program's, and we end, cleaned up, when it does.
 
-    Yields the list for the program, and what waits for it.
+    Before the program is started, the first one ends us as Ctrl-C does. Once it has ended, they change nothing.
     """
-    children: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _frame: object) -> None:
-        for child in children:
-            child.send_signal(number)
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._kept: list[int] | None = None  # those that came while the program was started
+        self._ending = False
+        self._before: dict[int, Any] = {}
 
-    before = {number: signal.signal(number, pass_on) for number in _FORWARDED}
-    before |= {number: signal.signal(number, lambda *_: None) for number in _IGNORED}
+    def __enter__(self) -> Self:
+        self._before = _caught(_FORWARDED, self._take)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        _restore(self._before)
+
+    def keep(self) -> None:
+        """From now on, keep signals for the program."""
+        self._kept = []
+
+    def pass_to(self, process: subprocess.Popen[bytes]) -> None:
+        """Send the program the signals that were kept, and those that come from now on."""
+        self._process = process
+        for number in self._kept or []:
+            process.send_signal(number)
+
+    def _take(self, number: int, _frame: object) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+        elif self._kept is not None:
+            self._kept.append(number)
+        elif not self._ending:
+            self._ending = True  # a second one must not interrupt the clean-up
+            raise SystemExit(_SIGNAL_BASE + number)
+
+
+@contextmanager
+def _terminal_left_to_the_program() -> Iterator[None]:
+    before = _caught(_IGNORED, lambda *_: None)
     try:
-        with Wakeup() as wakeup:
-            yield children, wakeup
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _restore(before)
+
+
+def _caught(numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle signals, except those that we were started to ignore: the program ignores these, too.
+
+    Returns the handlers before.
+    """
+    wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+def _restore(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
