@@ -14,18 +14,28 @@ import os
 import select
 import shutil
 import socket
-import struct
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from vdusefast.driver._board import MAGIC, Board
+from vdusefast.driver.attach_client import (
+    ADD_REGION,
+    CREDENTIALS,
+    END_USER,
+    EVENTS,
+    HELLO,
+    MESSAGE,
+    NEW_USER,
+    REMOVE_REGION,
+    Client,
+    ProtocolError,
+)
 from vdusefast.driver.board_sizes import board_words
 from vdusefast.errors import VdusefastError
 from vdusefast.transport import TransportError, uapi
@@ -49,45 +59,7 @@ WATCH_S = 0.5  # between two looks at the device
 LOCKS_TIMEOUT_S = 20.0  # for the living to finish what they do under a lock, however loaded the machine is
 BACKLOG = 512
 
-_MESSAGE = struct.Struct("=IiIIQQ")  # struct vf_attach_message: op, error, arg, reserved, a, b
-_HELLO, _EVENTS, _NEW_USER, _END_USER, _ADD_REGION, _REMOVE_REGION = range(1, 7)
-_CREDENTIALS = struct.Struct("iII")  # struct ucred
-
 _log = logging.getLogger("vdusefast")
-
-
-class _ProtocolError(Exception):
-    """A client sent something that is no message."""
-
-
-@dataclass(eq=False)
-class _Client:
-    """One process that has attached."""
-
-    sock: socket.socket
-    pid: int
-    pidfd: int  # -1 where the kernel has none, or the process is in another namespace
-    users: list[int] = field(default_factory=list)
-    regions: list[int] = field(default_factory=list)  # IOVAs
-    deaf: bool = False  # it broke the protocol: nothing is read from it any more
-
-    def has_ended(self) -> bool:
-        """Return True when the process has ended, or given up its connection."""
-        if self.pidfd >= 0 and select.select([self.pidfd], [], [], 0)[0]:
-            return True
-        try:
-            return self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"" and not self.deaf
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    def close(self) -> None:
-        """Close the descriptors."""
-        self.sock.close()
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
 
 
 class AttachServer:
@@ -114,11 +86,11 @@ class AttachServer:
         self.features = bus.offered_features & KNOWN_FEATURES if features is None else features
         if spin_us is None:
             spin_us = SPIN_US if len(os.sched_getaffinity(0)) > 1 else 0.0
-        self._clients: dict[int, _Client] = {}
-        self._ended: list[_Client] = []
+        self._clients: dict[int, Client] = {}
+        self._ended: list[Client] = []
         self._next_iova = FIRST_IOVA
         self._failure: VdusefastError | None = None
-        self._ending: list[tuple[_Client, int]] = []
+        self._ending: list[tuple[Client, int]] = []
         self._wake_fd = -1
         self._stack = ExitStack()
         try:
@@ -314,8 +286,8 @@ class AttachServer:
             if error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                 _log.warning("device %s: cannot accept a program: %s", self.bus.name, error.strerror)
             return
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _gid = _CREDENTIALS.unpack(raw)
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        pid, uid, _gid = CREDENTIALS.unpack(raw)
         if uid not in (os.geteuid(), 0) or len({*self._clients.values()}) >= CONNECTIONS_MAX:
             _log.warning("device %s: process %d (user %d) may not attach", self.bus.name, pid, uid)
             sock.close()
@@ -324,7 +296,7 @@ class AttachServer:
         pidfd = -1
         with suppress(OSError):
             pidfd = os.pidfd_open(pid)
-        client = _Client(sock, pid, pidfd)
+        client = Client(sock, pid, pidfd)
         for fd in (sock.fileno(), pidfd):
             if fd >= 0:
                 self._clients[fd] = client
@@ -339,7 +311,7 @@ class AttachServer:
                 self._end(client)
             return
         try:
-            packet, fds, _flags, _peer = socket.recv_fds(client.sock, _MESSAGE.size + 1, 4)
+            packet, fds, _flags, _peer = socket.recv_fds(client.sock, MESSAGE.size + 1, 4)
         except BlockingIOError:
             return
         except OSError:
@@ -349,7 +321,7 @@ class AttachServer:
                 self._end(client)
                 return
             self._answer(client, packet, fds)
-        except _ProtocolError as error:
+        except ProtocolError as error:
             self._refuse(client, str(error))
         except (OSError, TransportError) as error:
             self._refuse(client, f"it cannot be answered, or does not take the answer: {error}")
@@ -357,7 +329,7 @@ class AttachServer:
             for one in fds:
                 os.close(one)
 
-    def _refuse(self, client: _Client, why: str) -> None:
+    def _refuse(self, client: Client, why: str) -> None:
         """Cut a client off that does not keep to the protocol. What it has in flight ends when the process does."""
         _log.warning("device %s: process %d is cut off: %s", self.bus.name, client.pid, why)
         client.deaf = True
@@ -374,46 +346,46 @@ class AttachServer:
         if client.pidfd < 0:
             self._end(client)
 
-    def _answer(self, client: _Client, packet: bytes, fds: list[int]) -> None:
-        if len(packet) != _MESSAGE.size:
-            raise _ProtocolError(f"a message of {len(packet)} bytes, where {_MESSAGE.size} are due")
-        op, _error, arg, _reserved, a, b = _MESSAGE.unpack(packet)
-        if len(fds) != (op == _ADD_REGION):
-            raise _ProtocolError(f"{len(fds)} descriptors with message {op}")
+    def _answer(self, client: Client, packet: bytes, fds: list[int]) -> None:
+        if len(packet) != MESSAGE.size:
+            raise ProtocolError(f"a message of {len(packet)} bytes, where {MESSAGE.size} are due")
+        op, _error, arg, _reserved, a, b = MESSAGE.unpack(packet)
+        if len(fds) != (op == ADD_REGION):
+            raise ProtocolError(f"{len(fds)} descriptors with message {op}")
         match op:
-            case _ if op == _HELLO:
+            case _ if op == HELLO:
                 if a != MAGIC:
                     self._reply(client, op, error=errno.EPROTONOSUPPORT)
                 else:
                     board = self._board
                     self._reply(client, op, (board.fd,), a=board.address, b=board.size_bytes)
-            case _ if op == _EVENTS:
+            case _ if op == EVENTS:
                 if arg >= self.bus.queue_count:
-                    raise _ProtocolError(f"there is no queue {arg}")
+                    raise ProtocolError(f"there is no queue {arg}")
                 self._reply(client, op, (self.bus.kickfd(arg), self.bus.irqfd(arg)))
-            case _ if op == _NEW_USER:
+            case _ if op == NEW_USER:
                 number, queue = self._board.new_user()
                 if number:
                     client.users.append(number)
                 self._reply(client, op, error=0 if number else errno.EAGAIN, arg=number, a=queue)
-            case _ if op == _END_USER:
+            case _ if op == END_USER:
                 self._end_user(client, arg)
-            case _ if op == _ADD_REGION:
+            case _ if op == ADD_REGION:
                 self._add_region(client, a, b, fds[0])
-            case _ if op == _REMOVE_REGION:
+            case _ if op == REMOVE_REGION:
                 if a not in client.regions:
-                    raise _ProtocolError(f"it has no region at {a:#x}")
+                    raise ProtocolError(f"it has no region at {a:#x}")
                 client.regions.remove(a)
                 self._remove_region(a)
             case _:
-                raise _ProtocolError(f"message {op} is not known")
+                raise ProtocolError(f"message {op} is not known")
 
     def _reply(
-        self, client: _Client, op: int, fds: Sequence[int] = (), *, error: int = 0, arg: int = 0, a: int = 0, b: int = 0
+        self, client: Client, op: int, fds: Sequence[int] = (), *, error: int = 0, arg: int = 0, a: int = 0, b: int = 0
     ) -> None:
-        socket.send_fds(client.sock, [_MESSAGE.pack(op, error, arg, 0, a, b)], fds)
+        socket.send_fds(client.sock, [MESSAGE.pack(op, error, arg, 0, a, b)], fds)
 
-    def _add_region(self, client: _Client, size_bytes: int, offset_bytes: int, fd: int) -> None:
+    def _add_region(self, client: Client, size_bytes: int, offset_bytes: int, fd: int) -> None:
         error, iova = 0, self._next_iova
         if not 0 < size_bytes <= REGION_MAX_BYTES or len(client.regions) >= REGIONS_MAX:
             error = errno.ENOSPC
@@ -430,7 +402,7 @@ class AttachServer:
             else:
                 client.regions.append(iova)
                 self._next_iova += -(-size_bytes // IOVA_STEP_BYTES) * IOVA_STEP_BYTES + IOVA_STEP_BYTES
-        self._reply(client, _ADD_REGION, error=error, a=iova)
+        self._reply(client, ADD_REGION, error=error, a=iova)
 
     def _remove_region(self, iova: int) -> None:
         try:
@@ -442,14 +414,14 @@ class AttachServer:
 
     # -- the ends of clients
 
-    def _end_user(self, client: _Client, number: int) -> None:
+    def _end_user(self, client: Client, number: int) -> None:
         """A user of a living process has ended, with nothing in flight."""
         if number not in client.users:
-            raise _ProtocolError(f"it has no user {number}")
+            raise ProtocolError(f"it has no user {number}")
         self._ending.append((client, number))
         self._tidy()
 
-    def _forget(self, client: _Client) -> None:
+    def _forget(self, client: Client) -> None:
         """Note that a process has ended: its connection closes now, the rest once its requests have."""
         for fd in (client.sock.fileno(), client.pidfd):
             if fd >= 0 and self._clients.pop(fd, None) is not None:
@@ -457,7 +429,7 @@ class AttachServer:
         client.close()
         self._ended.append(client)
 
-    def _end(self, client: _Client) -> None:
+    def _end(self, client: Client) -> None:
         if client in self._ended:
             return
         self._forget(client)
@@ -465,7 +437,7 @@ class AttachServer:
             self._recover()
         self._tidy()
 
-    def _end_living(self, client: _Client, number: int) -> bool:
+    def _end_living(self, client: Client, number: int) -> bool:
         """Free a user's number, unless a queue is locked just now. Returns True when it is free."""
         if number in client.users and self._board.end_user(number):
             return False
@@ -476,7 +448,7 @@ class AttachServer:
     def _untidy(self) -> bool:
         return bool(self._ended or self._ending) and self._failure is None
 
-    def _end_users(self, client: _Client) -> None:
+    def _end_users(self, client: Client) -> None:
         client.users = [user for user in client.users if self._board.end_user(user)]
 
     def _tidy(self) -> None:
