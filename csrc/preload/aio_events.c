@@ -15,6 +15,7 @@
 #include "base/clock.h"
 #include "preload/aio.h"
 #include "preload/files.h"
+#include "preload/forked.h"
 #include "preload/lock.h"
 #include "preload/real.h"
 
@@ -28,6 +29,7 @@ struct vf_aio *vf_aio_lock(io_context_t ring)
 {
 	struct vf_aio *aio;
 
+	vf_fork_check();
 	if (vf_unlikely(!ring || ring->magic != AIO_MAGIC))
 		return NULL;
 	aio = (void *)((uint8_t *)ring - offsetof(struct vf_aio, ring));

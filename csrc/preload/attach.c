@@ -17,7 +17,9 @@
 #include <sys/un.h>
 
 #include "preload/attach.h"
+#include "preload/forked.h"
 #include "preload/pieces.h"
+#include "preload/signals.h"
 
 #define VF_ATTACH_VARIABLE "VDUSEFAST_ATTACH"
 #define VF_SPIN_VARIABLE "VDUSEFAST_SPIN_US"
@@ -26,6 +28,7 @@
 #define VF_ATTACH_ANSWER_MS 60000
 
 static pthread_mutex_t vf_attach_lock = PTHREAD_MUTEX_INITIALIZER; /* attaching, and one request at a time on the socket */
+static uint64_t vf_attach_mask; /* the signals of the thread that has it: no handler runs there */
 static struct vf_client *vf_the_client;
 static struct vf_client *vf_before_fork; /* users of the parent refer to it */
 static struct vf_disk_info vf_info;
@@ -51,6 +54,23 @@ static void vf_say(const char *format, ...)
 	line[total++] = '\n';
 	if (syscall(SYS_write, 2, line, total) < 0)
 		return; /* nobody reads it */
+}
+
+static void vf_attach_take(void)
+{
+	uint64_t mask;
+
+	vf_signals_block(&mask);
+	pthread_mutex_lock(&vf_attach_lock);
+	vf_attach_mask = mask;
+}
+
+static void vf_attach_leave(void)
+{
+	uint64_t mask = vf_attach_mask;
+
+	pthread_mutex_unlock(&vf_attach_lock);
+	vf_signals_restore(&mask);
 }
 
 /* -- descriptors of ours */
@@ -177,18 +197,18 @@ static int vf_attach_ask(struct vf_client *client, struct vf_attach_message *mes
 
 int vf_client_ask(struct vf_client *client, struct vf_attach_message *message, int fd, int fds[2])
 {
-	pthread_mutex_lock(&vf_attach_lock);
+	vf_attach_take();
 	int rc = client == vf_the_client ? vf_attach_ask(client, message, fd, fds) : -ESHUTDOWN;
-	pthread_mutex_unlock(&vf_attach_lock);
+	vf_attach_leave();
 	return rc;
 }
 
 void vf_client_tell(struct vf_client *client, const struct vf_attach_message *message)
 {
-	pthread_mutex_lock(&vf_attach_lock);
+	vf_attach_take();
 	if (client == vf_the_client)
 		vf_attach_send(client->socket, message, -1); /* a server that is gone has no need of it */
-	pthread_mutex_unlock(&vf_attach_lock);
+	vf_attach_leave();
 }
 
 bool vf_client_is_gone(void *context)
@@ -264,7 +284,7 @@ void vf_client_refresh(struct vf_client *client)
 
 	if (now == vf_load_relaxed_u32(&client->generation))
 		return;
-	pthread_mutex_lock(&vf_attach_lock);
+	vf_attach_take();
 	if (client == vf_the_client) {
 		for (uint32_t q = 0; q < client->geometry.queue_count; q++)
 			if (vf_attach_events(client, q))
@@ -272,7 +292,7 @@ void vf_client_refresh(struct vf_client *client)
 		vf_store_relaxed_u32(&client->generation, now);
 	}
 unlock:
-	pthread_mutex_unlock(&vf_attach_lock);
+	vf_attach_leave();
 }
 
 static int vf_attach_map(struct vf_client *client, const struct vf_attach_message *hello, int fd)
@@ -363,12 +383,12 @@ static void vf_attach_drop(struct vf_client *client)
 static void vf_fork_prepare(void)
 {
 	vf_memory_lock();
-	pthread_mutex_lock(&vf_attach_lock);
+	vf_attach_take();
 }
 
 static void vf_fork_parent(void)
 {
-	pthread_mutex_unlock(&vf_attach_lock);
+	vf_attach_leave();
 	vf_memory_unlock();
 }
 
@@ -378,7 +398,7 @@ static void vf_fork_child(void)
 
 	vf_the_client = NULL;
 	vf_memory_forget_regions();
-	pthread_mutex_unlock(&vf_attach_lock);
+	vf_attach_leave();
 	vf_memory_unlock();
 	/* The connection is the parent's. Its users may be remembered by the program: the client's memory stays. */
 	if (client) {
@@ -392,11 +412,21 @@ static void vf_fork_child(void)
 	}
 }
 
+/* As the handlers of fork(), in a child without them; other threads had the locks, if any. */
+static void vf_fork_unprepared(void)
+{
+	vf_memory_lock_again();
+	vf_attach_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+	vf_attach_take();
+	vf_fork_child();
+}
+
 /* Before the constructors of the callers: fork() runs the latest handler first, so it takes locks in the order in which calls
  * take them, theirs before ours. */
-__attribute__((constructor(101))) static void vf_attach_load(void)
+__attribute__((constructor(102))) static void vf_attach_load(void)
 {
 	pthread_atfork(vf_fork_prepare, vf_fork_parent, vf_fork_child);
+	vf_fork_when_unprepared(vf_fork_unprepared);
 }
 
 /* With the lock held. NULL with errno. */
@@ -434,10 +464,11 @@ struct vf_client *vf_client_now(void)
 
 struct vf_client *vf_client_get(void)
 {
+	vf_fork_check();
 	struct vf_client *client = vf_client_now();
 	if (client)
 		return client;
-	pthread_mutex_lock(&vf_attach_lock);
+	vf_attach_take();
 	client = vf_the_client;
 	const char *path = vf_info.path ? vf_info.path : getenv(VF_ATTACH_VARIABLE);
 	if (client) {
@@ -450,7 +481,7 @@ struct vf_client *vf_client_get(void)
 		client = vf_attach_now(path);
 	}
 	int number = errno;
-	pthread_mutex_unlock(&vf_attach_lock);
+	vf_attach_leave();
 	errno = number;
 	return client;
 }

@@ -17,7 +17,7 @@
 
 #define VF_ATTACH_PATH_MAX 108u
 
-/* Messages of the attach socket (SOCK_SEQPACKET), requests and answers alike; vdusefast/driver/attach_server.py has the same. */
+/* Messages of the attach socket (SOCK_SEQPACKET), requests and answers alike; vdusefast/driver/attach_client.py has the same. */
 enum vf_attach_op {
 	VF_ATTACH_HELLO = 1, /* a: VF_BOARD_MAGIC. Answer: a: address, b: bytes, fd: the board */
 	VF_ATTACH_EVENTS, /* arg: queue. Answer: fds: kick, interrupt */
@@ -90,7 +90,9 @@ bool vf_memory_find(struct vf_client *client, struct vf_memory_hit *hit, const v
 /* After fork(), in the child. */
 void vf_memory_forget_regions(void);
 
+/* No handler of a signal runs in a thread that has the lock. again: whether or not another thread has it. */
 void vf_memory_lock(void);
+void vf_memory_lock_again(void);
 void vf_memory_unlock(void);
 
 #endif

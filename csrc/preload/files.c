@@ -16,8 +16,10 @@
 
 #include "base/page.h"
 #include "preload/disk.h"
+#include "preload/forked.h"
 #include "preload/lock.h"
 #include "preload/real.h"
+#include "preload/signals.h"
 #include "preload/streams.h"
 
 #define VF_DESCRIPTION_MAGIC 0x6b73696466767376u /* "vsvfdisk" */
@@ -28,7 +30,6 @@
 uint16_t vf_fd_files[VF_FD_COUNT];
 struct vf_file vf_files[VF_FILE_COUNT];
 uint32_t vf_wanted;
-uint32_t vf_fork_count;
 
 static uint32_t table_lock;
 static uint8_t *descriptions; /* a page for each file, at fixed addresses */
@@ -38,19 +39,14 @@ static uint32_t file_count_used = 1; /* no file from this number on has been use
  * are blocked meanwhile: a handler may call open(), close() or dup(). */
 static void lock_table(uint64_t *old_mask)
 {
-	uint64_t all = ~(uint64_t)0;
-
-	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, old_mask, sizeof(all));
+	vf_signals_block(old_mask);
 	vf_lock_take(&table_lock);
 }
 
 static void unlock_table(const uint64_t *old_mask)
 {
-	int kept_errno = errno;
-
 	vf_lock_leave(&table_lock);
-	syscall(SYS_rt_sigprocmask, SIG_SETMASK, old_mask, NULL, sizeof(*old_mask));
-	errno = kept_errno;
+	vf_signals_restore(old_mask);
 }
 
 static uint64_t fork_mask;
@@ -60,17 +56,16 @@ static void before_fork(void)
 	lock_table(&fork_mask);
 }
 
-static void after_fork_in_parent(void)
+static void after_fork(void)
 {
 	uint64_t mask = fork_mask;
 
 	unlock_table(&mask);
 }
 
-static void after_fork_in_child(void)
+static void after_fork_unprepared(void)
 {
-	vf_store_relaxed_u32(&vf_fork_count, vf_peek_u32(&vf_fork_count) + 1);
-	after_fork_in_parent();
+	vf_store_relaxed_u32(&table_lock, VF_LOCK_FREE); /* of a thread that does not exist here */
 }
 
 bool vf_is_stand_in(const struct stat *st)
@@ -425,7 +420,8 @@ __attribute__((constructor)) static void start(void)
 	if (!getenv("VDUSEFAST_ATTACH"))
 		return;
 	vf_store_relaxed_u32(&vf_wanted, 1);
-	pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+	pthread_atfork(before_fork, after_fork, after_fork);
+	vf_fork_when_unprepared(after_fork_unprepared);
 	take_all_inherited();
 	vf_streams_start();
 }

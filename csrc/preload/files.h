@@ -44,7 +44,6 @@ enum { VF_FD_FOREIGN = 0, VF_FD_HIDDEN = 0xffff }; /* else the number of the fil
 extern uint16_t vf_fd_files[VF_FD_COUNT];
 extern struct vf_file vf_files[VF_FILE_COUNT]; /* number 0 is never used */
 extern uint32_t vf_wanted; /* $VDUSEFAST_ATTACH is set */
-extern uint32_t vf_fork_count; /* differs between a process and its parent */
 
 /* The disk that a descriptor is, or NULL: it is not ours. */
 static inline struct vf_file *vf_file_of(int fd)

@@ -10,7 +10,9 @@
 #include <string.h>
 
 #include "preload/attach.h"
+#include "preload/forked.h"
 #include "preload/pieces.h"
+#include "preload/signals.h"
 
 #define VF_AREAS_MAX 256u
 
@@ -32,6 +34,7 @@ struct vf_area {
 };
 
 static pthread_mutex_t vf_areas_lock = PTHREAD_MUTEX_INITIALIZER;
+static uint64_t vf_areas_mask; /* the signals of the thread that has the lock */
 static struct vf_area vf_areas[VF_AREAS_MAX];
 static uint32_t vf_area_count;
 static uint32_t vf_area_generation = 1; /* raised by every change */
@@ -40,12 +43,23 @@ static struct vf_region *vf_freed; /* once the lock is free: an allocator may ca
 
 void vf_memory_lock(void)
 {
+	uint64_t mask;
+
+	vf_signals_block(&mask);
 	pthread_mutex_lock(&vf_areas_lock);
+	vf_areas_mask = mask;
+}
+
+void vf_memory_lock_again(void)
+{
+	vf_areas_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+	vf_memory_lock();
 }
 
 void vf_memory_unlock(void)
 {
 	struct vf_region *freed = vf_freed;
+	uint64_t mask = vf_areas_mask;
 
 	vf_freed = NULL;
 	pthread_mutex_unlock(&vf_areas_lock);
@@ -54,6 +68,7 @@ void vf_memory_unlock(void)
 		free(freed);
 		freed = next;
 	}
+	vf_signals_restore(&mask);
 }
 
 static void vf_areas_changed(void)
@@ -125,8 +140,8 @@ void vf_memory_forget_regions(void)
 
 void vf_disk_memory_add(void *address, size_t length, int fd, off_t offset)
 {
+	vf_fork_check();
 	int own = vf_own_take(fd);
-
 	if (own < 0)
 		return; /* it is copied through buffers then */
 	vf_disk_memory_remove(address, length);
@@ -151,6 +166,7 @@ void vf_disk_memory_remove(void *address, size_t length)
 {
 	uintptr_t first = (uintptr_t)address, end = first + length;
 
+	vf_fork_check();
 	vf_memory_lock();
 	bool changed = false;
 	for (uint32_t i = 0; i < vf_area_count;) {

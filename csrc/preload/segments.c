@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "preload/files.h"
+#include "preload/forked.h"
 #include "preload/memory.h"
 #include "preload/real.h"
 
@@ -47,9 +48,15 @@ static void unlock(void)
 	pthread_mutex_unlock(&segments_lock);
 }
 
+static void lock_again(void)
+{
+	segments_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER; /* a thread that does not exist here may have it */
+}
+
 __attribute__((constructor)) static void start(void)
 {
 	pthread_atfork(lock, unlock, unlock);
+	vf_fork_when_unprepared(lock_again);
 }
 
 static struct segment *segment_of(int id)
@@ -75,6 +82,7 @@ static int make_segment(size_t length_bytes)
 		segment->fd = vf_memory_make(length_bytes);
 		if (segment->fd < 0)
 			return -1;
+		segment->fd = vf_fd_hide(segment->fd); /* from closefrom(3) and the like */
 		segment->length_bytes = length_bytes;
 		return (int)(ID_BASE + number);
 	}
@@ -161,7 +169,7 @@ static int control(int id, int command, struct shmid_ds *state)
 		state->shm_cpid = getpid();
 		return 0;
 	}
-	syscall(SYS_close, segment->fd);
+	vf_fd_close_hidden(segment->fd);
 	segment->length_bytes = 0;
 	return 0;
 }

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "preload/disk.h"
+#include "preload/forked.h"
 #include "preload/lock.h"
 #include "preload/real.h"
 
@@ -64,8 +65,9 @@ __attribute__((constructor)) static void start(void)
 static struct thread_user *enter(void)
 {
 	struct thread_user *me = &thread_user;
-	uint32_t fork_count = vf_peek_u32(&vf_fork_count);
 
+	vf_fork_check();
+	uint32_t fork_count = vf_peek_u32(&vf_fork_count);
 	if (me->exists && me->fork_count != fork_count) {
 		/* Our parent's: its user and its lock stay with it. */
 		if (me->lock_fd >= 0)
@@ -79,9 +81,12 @@ static struct thread_user *enter(void)
 	}
 	if (!me->exists) {
 		me->lock_fd = -1;
+		me->busy = true; /* already: a handler that comes now must not wait for locks of this call */
 		me->user = vf_disk_user_new();
-		if (!me->user)
+		if (!me->user) {
+			me->busy = false;
 			return NULL;
+		}
 		me->fork_count = fork_count;
 		me->exists = true;
 		if (at_thread_end < PTHREAD_KEYS_MAX)

@@ -4,12 +4,14 @@
  * carried out when the program waits for them, the last one first.
  *
  * VDUSEFAST_DOUBLE names the file; _BLOCK, _READ_ONLY and _PLAIN (neither discard nor write zeroes) set what it is.
+ * _SIGNAL: a thread that gets a user gets SIGUSR1, too.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -18,6 +20,7 @@
 
 #include "preload/disk.h"
 #include "preload/files.h"
+#include "preload/forked.h"
 
 struct vf_disk_user {
 	struct vf_disk_io *last;
@@ -91,6 +94,8 @@ struct vf_disk_user *vf_disk_user_new(void)
 {
 	struct vf_disk_user *user = calloc(1, sizeof(*user));
 
+	if (getenv("VDUSEFAST_DOUBLE_SIGNAL"))
+		raise(SIGUSR1); /* as if it came while the server is asked */
 	if (user)
 		user->fork_count = vf_fork_count;
 	return user;

@@ -69,10 +69,11 @@ def test_a_disk_that_ends_fails_what_is_in_flight() -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("route", ["own", "cross"])
-def test_a_child_of_fork_attaches_by_itself(route: str) -> None:
+@pytest.mark.parametrize("words", [(), ("clone",)], ids=["fork", "clone"])
+def test_a_child_attaches_by_itself(route: str, words: tuple[str, ...]) -> None:
     with served(queues=2, route=route) as (_device, server):
         environment = {**os.environ, **server.environment}
-        assert subprocess.run([built(program="disk_fork")], env=environment, timeout=60).returncode == 0
+        assert subprocess.run([built(program="disk_fork"), *words], env=environment, timeout=60).returncode == 0
         wait_until(lambda: not server.users, "no user is left")
 
 

@@ -231,3 +231,22 @@ def test_calls_that_are_not_intercepted_fail_and_read_nothing_else(disk: Disk) -
 def test_without_the_library_the_path_cannot_be_opened(disk: Disk) -> None:
     del disk.environment["LD_PRELOAD"]
     assert b"No such device or address" in disk.run("cat", disk.path, status=1).stderr
+
+
+def test_a_signal_handler_in_the_first_call_of_a_thread_is_refused(preload_library: Path, tmp_path: Path) -> None:
+    Disk(preload_library, tmp_path, signal="1").python(
+        """
+        import ctypes, signal
+        fd, seen = os.open(PATH, os.O_RDWR), []
+        def handler(_number):
+            try:
+                seen.append(len(os.pread(fd, 512, 0)))
+            except OSError as error:
+                seen.append(-error.errno)
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
+        ctypes.CDLL(None).signal(signal.SIGUSR1, callback)
+        assert len(os.pread(fd, 512, 0)) == 512
+        assert seen == [-errno.EBUSY], seen
+        assert len(os.pread(fd, 512, 0)) == 512
+        """
+    )

@@ -189,3 +189,21 @@ def test_locks_exclude_each_other(disk: Disk) -> None:
         fcntl.lockf(second, fcntl.LOCK_EX | fcntl.LOCK_NB, 10, 100)
         """
     )
+
+
+def test_closing_all_descriptors_leaves_segments(disk: Disk) -> None:
+    disk.python(
+        """
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.shmat.restype = ctypes.c_void_p
+        segment = libc.shmget(0, 4096, 0o600)
+        assert segment >= 0
+        os.closerange(3, 1 << 16)
+        others = [os.open("/dev/null", os.O_RDWR) for _ in range(600)]
+        at = libc.shmat(segment, None, 0)
+        assert at not in (None, ctypes.c_void_p(-1).value), os.strerror(ctypes.get_errno())
+        ctypes.memset(at, 1, 4096)
+        assert libc.shmctl(segment, 0, None) == 0
+        """
+    )
