@@ -5,7 +5,9 @@ A `Ring` is one vq, a `Job` one benchmark job, a `DriverThread` runs jobs on rin
 device shares is borrowed as plain addresses: the caller keeps it mapped while a ring or job uses it.
 """
 import os
+import time
 
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
@@ -30,6 +32,8 @@ ORDERS = ("sequential", "random_once", "random")
 FAULTS = ("none", "status", "used_len", "no_header", "offset", "seed", "generation", "length", "checksum", "pattern")
 PHASES = ("run", "check", "done")
 PACKED_FRESH = 0x80008000  # `start` of a new packed ring: slot 0, both wrap counters 1
+WAIT_SLICE_MS = 50  # of a sleep, then it is seen that the ring is to be closed
+CLOSE_PAUSE_S = 0.001
 
 vf_crc32c_init()
 
@@ -80,7 +84,7 @@ cdef object _error(int rc, str what):
 
 
 cdef class Ring:
-    """The driver's side of one vq, split or packed. One thread at a time uses it; close() is idempotent.
+    """The driver's side of one vq, split or packed. One thread at a time uses it; any thread may close() it.
 
     The areas are zeroed memory. `start` is where the device begins, with nothing in flight: the free-running index of a
     split ring; of a packed one the next descriptor's slot, with the wrap counter in bit 15, and the same again in the upper
@@ -90,9 +94,15 @@ cdef class Ring:
     cdef vf_drv_queue queue
     cdef vf_drv_desc_state *state
     cdef vf_drv_segment segments[1024]
+    cdef bint closing
+    cdef int waiter_count  # threads in the ring without the GIL
+    cdef list runners  # of those, DriverThreads
 
     def __cinit__(self, *args, **kwargs):
         self.state = NULL
+        self.closing = False
+        self.waiter_count = 0
+        self.runners = []
 
     def __init__(self, uint32_t index, uint32_t size, *, uintptr_t desc_va, uintptr_t driver_va, uintptr_t device_va,
                  int kick_fd, int irq_fd, bint event_idx, bint packed=False, bint in_order=False, start=None):
@@ -119,12 +129,20 @@ cdef class Ring:
         free(self.state)
 
     cdef int check_open(self) except -1:
-        if self.state == NULL:
+        if self.state == NULL or self.closing:
             raise ValueError("ring is closed")
         return 0
 
     def close(self):
-        """Forget the ring memory; every later call raises ValueError."""
+        """Forget the ring memory, which no thread uses when this returns. A second call does nothing.
+
+        Every later call raises ValueError, and so does a `wait` in another thread; a DriverThread is abandoned.
+        """
+        self.closing = True
+        while self.waiter_count:
+            for runner in list(self.runners):
+                runner.stop(abandon=True)
+            time.sleep(CLOSE_PAUSE_S)
         free(self.state)
         self.state = NULL
 
@@ -136,6 +154,7 @@ cdef class Ring:
         for iova, len_bytes, writable in chain:
             self.segments[i] = vf_drv_segment(iova, len_bytes, 1 if writable else 0)
             i += 1
+        self.check_open()  # the chain may have run code of its own
         return <int>i
 
     def add(self, chain, uint32_t cookie=0):
@@ -181,6 +200,7 @@ cdef class Ring:
         cdef int i
         result = []
         while count == 64 and len(result) < self.queue.vq.size:
+            self.check_open()
             count = vf_drv_vq_reap(&self.queue.vq, used, 64)
             for i in range(count):
                 result.append((used[i].head, used[i].cookie, used[i].written_bytes))
@@ -192,9 +212,24 @@ cdef class Ring:
         """Sleep until a chain is finished, for `timeout_ms` at most. Returns True when one is."""
         self.check_open()
         cdef vf_drv_queue *queue = &self.queue
-        with nogil:
-            vf_drv_queues_sleep(&queue, 1, timeout_ms)
-        return vf_drv_vq_has_used(&self.queue.vq)
+        cdef int left_ms = timeout_ms, slice_ms
+        deadline_s = time.monotonic() + timeout_ms / 1e3
+        self.waiter_count += 1
+        try:
+            while True:
+                slice_ms = WAIT_SLICE_MS if timeout_ms < 0 or left_ms > WAIT_SLICE_MS else left_ms
+                with nogil:
+                    vf_drv_queues_sleep(&queue, 1, slice_ms)
+                PyErr_CheckSignals()
+                self.check_open()
+                if vf_drv_vq_has_used(&self.queue.vq):
+                    return True
+                if timeout_ms >= 0:
+                    left_ms = <int>((deadline_s - time.monotonic()) * 1e3)
+                    if left_ms <= 0:
+                        return False
+        finally:
+            self.waiter_count -= 1
 
     @property
     def index(self):
@@ -443,11 +478,24 @@ cdef class DriverThread:
         """Run the jobs to their end with the GIL released.
 
         Raises OSError: ECANCELED when abandoned, ETIMEDOUT when nothing finishes for `stall_s` seconds, EPROTO when the
-        device broke a ring, EBUSY when requests of an earlier run have not been answered.
+        device broke a ring, EBUSY when requests of an earlier run have not been answered. ValueError when a ring is
+        closed.
         """
         cdef int rc
-        with nogil:
-            rc = vf_drv_thread_run(&self.thread)
+        cdef Ring ring
+        rings = self.keep[0]
+        for ring in rings:
+            ring.check_open()
+        for ring in rings:
+            ring.waiter_count += 1
+            ring.runners.append(self)
+        try:
+            with nogil:
+                rc = vf_drv_thread_run(&self.thread)
+        finally:
+            for ring in rings:
+                ring.runners.remove(self)
+                ring.waiter_count -= 1
         if rc:
             raise _error(rc, f"queue {self.thread.failed_queue}")
 

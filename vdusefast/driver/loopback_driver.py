@@ -181,12 +181,18 @@ class LoopbackDriver:
         self.close()
 
     def close(self) -> None:
-        """Reset the device and give up the memory; a second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
+        """Reset the device and give up the memory; a second call does nothing.
+
+        Any thread may call it. Requests of other threads end with ValueError.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True  # no region is added any more
         try:
             self.bus.reset()
+            for ring in self._rings:
+                ring.close()  # no thread uses its memory any more
             for region in self._regions:
                 self.bus.remove_region(region.iova)
         except TransportError:
@@ -242,6 +248,8 @@ class LoopbackDriver:
         """Return new memory that the device may reach, at an IOVA of the driver's choice."""
         size_bytes = round_up_to_pages(size_bytes)
         with self._lock:
+            if self._closed:
+                raise ValueError("the driver is closed")
             region = self.bus.add_region(self._next_iova, size_bytes, perm)
             self._next_iova += -(-size_bytes // REGION_GAP_BYTES) * REGION_GAP_BYTES + REGION_GAP_BYTES
             self._regions.append(region)
