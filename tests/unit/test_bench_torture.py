@@ -362,3 +362,46 @@ def test_exit_status_is_1_when_a_server_does_not_come_back(
     assert run_torture(options) == 1
     assert "FAILED it stays away" in capsys.readouterr().out
     assert json.loads(report.read_text())["failures"] == ["it stays away"]
+
+
+@pytest.mark.parametrize("kind", ["worker", "fail"])
+def test_what_was_found_is_reported_even_when_the_suite_itself_fails(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stumble(*_: object) -> None:
+        raise PermissionError("not expected")
+
+    monkeypatch.setattr(TorturedServer, "kill_worker", stumble)
+    monkeypatch.setattr(TorturedServer, "fail_store", stumble)
+    report = tmp_path / "report.json"
+    store = tmp_path / "store.img"
+    store.write_bytes(bytes(MIB))
+    options = TortureOptions(transport="loopback", kills={kind: 3}, backend=f"file:{store}", json=report, give_up_s=5)
+    assert run_torture(options) == 1
+    assert "FAILED the suite itself has failed: PermissionError: not expected" in capsys.readouterr().out
+    assert json.loads(report.read_text())["starts"] == 1
+
+
+def gone_pid() -> int:
+    """Return the number of a process that has ended and was reaped."""
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(pid, 0)
+    return pid
+
+
+def test_a_process_that_ends_before_it_is_killed_is_no_failure(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(name="t3", uri=f"file:{store}", queues=1)
+    server = LoopbackServer(config, tmp_path / "bus", tmp_path, msg_timeout_s=90)
+    gone, alive = gone_pid(), os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
+    pids = [gone, gone, alive]
+    monkeypatch.setattr(server, "wait_worker", lambda *_: pids.pop(0))
+    assert server.kill_worker(0) == alive
+    assert os.waitpid(alive, 0)[1] == 9
+    server.stall(gone, 0.0)
+    monkeypatch.setattr(server, "worker_pids", lambda: [gone])
+    server.fail_store(0.0)
+    monkeypatch.setattr(server, "wait_worker", lambda *_: gone)
+    with pytest.raises(ServerError, match="ended before they could be killed"):
+        server.kill_worker(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from vdusefast.bench.torture.report import Findings
 from vdusefast.bench.torture.server import ServerError, TorturedServer
 from vdusefast.errors import ConfigError
 from vdusefast.server.signals import StopSignals
+
+_log = logging.getLogger("vdusefast")
 
 LEAKS_EVERY = 25  # cycles between two looks at descriptors and processes
 STORE_EVERY = 50  # cycles between two looks into the store
@@ -100,6 +103,11 @@ class Scene:
             self._end(findings)
         except ServerError as error:
             findings.failures.append(str(error))
+        except ConfigError:
+            raise
+        except Exception as error:  # a fault of the suite: what was found until then is reported all the same
+            _log.exception("the suite itself has failed")
+            findings.failures.append(f"the suite itself has failed: {type(error).__name__}: {error}")
         finally:
             progress.end()
         findings.stopped_by = signals.received.name if signals.received is not None else ""

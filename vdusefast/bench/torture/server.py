@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -36,6 +38,7 @@ WORKER_TIMEOUT_S = 60.0  # a machine with too few CPUs starts one in many second
 LOOK_S = 0.001
 SIDE_TIMEOUT_S = 30.0  # relays that die follow each other by pauses of up to 5 s
 SIDE_LOOK_S = 0.02
+KILL_TRIES_MAX = 20
 SIDES = {"relay": "worker.relay", "keeper": "state.keeper"}  # the modules of the processes beside the workers
 READY = b"ready\n"
 LOG_TAIL_LINES = 5
@@ -123,15 +126,22 @@ class TorturedServer(ABC):
 
     def kill_worker(self, queue: int, not_pid: int = 0) -> int:
         """Kill the worker of `queue`, once there is one other than `not_pid`. Returns its pid. Raises ServerError."""
-        pid = self.wait_worker(queue, not_pid)
-        os.kill(pid, signal.SIGKILL)
-        return pid
+        return self._kill(lambda: self.wait_worker(queue, not_pid))
 
     def kill_side(self, kind: str, not_pid: int = 0) -> int:
         """Kill the relay or the keeper, once there is one other than `not_pid`. Returns its pid. Raises ServerError."""
-        pid = self.wait_side(kind, not_pid)
-        os.kill(pid, signal.SIGKILL)
-        return pid
+        return self._kill(lambda: self.wait_side(kind, not_pid))
+
+    def _kill(self, find: Callable[[], int]) -> int:
+        """Kill the process that `find` names; one that has ended by itself meanwhile is looked for again."""
+        for _ in range(KILL_TRIES_MAX):
+            pid = find()
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            return pid
+        raise ServerError(f"{KILL_TRIES_MAX} processes ended before they could be killed: {self.log_end()}")
 
     def wait_side(self, kind: str, not_pid: int = 0, timeout_s: float = SIDE_TIMEOUT_S) -> int:
         """Return the pid of the relay or the keeper, once there is one other than `not_pid`. Raises ServerError."""
@@ -162,24 +172,28 @@ class TorturedServer(ABC):
 
     def stall(self, pid: int, for_s: float) -> None:
         """Stop a process of the server for a while."""
-        os.kill(pid, signal.SIGSTOP)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(pid, signal.SIGSTOP)
         try:
             time.sleep(for_s)
         finally:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # its supervisor has killed it, as hung
+                os.kill(pid, signal.SIGCONT)
 
     def fail_store(self, for_s: float) -> None:
         """Have every write of every worker to its file fail (EFBIG, by RLIMIT_FSIZE) for a while."""
         before: dict[int, tuple[int, int]] = {}
         try:
             for pid in filter(None, self.worker_pids()):
-                soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
-                before[pid] = (soft, hard)
+                with suppress(ProcessLookupError):  # it has ended, and the next worker is not hit
+                    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+                    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+                    before[pid] = (soft, hard)
             time.sleep(for_s)
         finally:
             for pid, limits in before.items():
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+                with suppress(ProcessLookupError):
+                    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
     def wait_worker(self, queue: int, not_pid: int = 0, timeout_s: float = WORKER_TIMEOUT_S) -> int:
         """Return the pid of the worker of `queue`, once there is one other than `not_pid`. Raises ServerError."""
@@ -274,7 +288,10 @@ class LoopbackServer(TorturedServer):
     def reap(self) -> None:
         """Wait for its end."""
         assert self._process is not None
-        self._process.wait(END_TIMEOUT_S)
+        try:
+            self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise ServerError(f"the server, killed, is there after {END_TIMEOUT_S:g} s: {self.log_end()}") from None
 
     def log_end(self) -> str:
         """Return the end of what it has written to standard error."""
