@@ -175,6 +175,8 @@ static int vf_attach_receive(int sock, struct vf_attach_message *message, int fd
 	if (part && part->cmsg_level == SOL_SOCKET && part->cmsg_type == SCM_RIGHTS)
 		memcpy(fds, CMSG_DATA(part), part->cmsg_len >= CMSG_LEN(2 * sizeof(int)) ? 2 * sizeof(int) : sizeof(int));
 	int number = rc == 0 ? -ECONNRESET : rc != (long)sizeof(*message) ? -EPROTO : -message->error;
+	if (number == 0 && (header.msg_flags & MSG_CTRUNC))
+		number = -EMFILE; /* of this process */
 	for (int i = 0; i < 2 && number; i++)
 		if (fds[i] >= 0) {
 			syscall(SYS_close, fds[i]);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,27 @@ def test_programs_see_a_resize(tmp_path: Path) -> None:
         device.resize(2 << 20)
         wait_until(lambda: server.capacity_bytes == 2 << 20, "the board has the new size")
         ended(load(server, seconds=0.1, blocks=512))
+
+
+@pytest.mark.timeout(120)
+def test_a_signal_handler_waits_for_no_lock_of_its_own_thread() -> None:
+    with served() as (_device, server):
+        environment = {**os.environ, **server.environment}
+        assert subprocess.run([built(program="disk_signal")], env=environment, timeout=90).returncode == 0
+
+
+@pytest.mark.timeout(170)
+def test_more_than_500_programs_attach_at_once() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"descriptors are limited to {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))  # as most machines have it
+    try:
+        with served(spin_us=0) as (_device, server):
+            running = load(server, processes=520, depth=1, memory="copied", blocks=4, seconds=20)
+            wait_until(lambda: len(server._clients) >= 520 or running.poll() is not None, "all attach", 90)
+            assert len(server._clients) >= 520
+            assert ended(running, 120) >= 520
+            wait_until(lambda: not server.users and not server._clients, "nothing is left of them", 60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

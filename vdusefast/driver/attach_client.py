@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 MESSAGE = struct.Struct("=IiIIQQ")  # struct vf_attach_message: op, error, arg, reserved, a, b
 HELLO, EVENTS, NEW_USER, END_USER, ADD_REGION, REMOVE_REGION = range(1, 7)
 CREDENTIALS = struct.Struct("iII")  # struct ucred
+FDS_MAX = 4  # that are taken with a message: one is due at most
+FDS_SPARE = 64  # so many are free below the limit, before a process attaches
 
 
 class ProtocolError(Exception):
@@ -30,8 +34,11 @@ class Client:
 
     def has_ended(self) -> bool:
         """Return True when the process has ended, or given up its connection."""
-        if self.pidfd >= 0 and select.select([self.pidfd], [], [], 0)[0]:
-            return True
+        if self.pidfd >= 0:
+            poll = select.poll()  # not select(), which takes no descriptor above 1023
+            poll.register(self.pidfd, select.POLLIN)
+            if poll.poll(0):
+                return True
         try:
             return self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"" and not self.deaf
         except BlockingIOError:
@@ -45,3 +52,43 @@ class Client:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+    def receive(self) -> tuple[bytes, list[int], bool]:
+        """Return a message, b"" at the end, its descriptors, and whether descriptors are missing.
+
+        Raises BlockingIOError when there is none.
+        """
+        try:
+            packet, fds, flags, _peer = socket.recv_fds(self.sock, MESSAGE.size + 1, FDS_MAX)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return b"", [], False
+        return packet, fds, bool(flags & socket.MSG_CTRUNC)
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int]:
+    """Return the process at the other end, and its user of the machine."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    pid, uid, _gid = CREDENTIALS.unpack(raw)
+    return pid, uid
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    """Return the next connection. Raises OSError."""
+    sock, _address = listener.accept()
+    sock.setblocking(False)
+    return sock
+
+
+def make_room(highest_fd: int) -> None:
+    """Raise the limit of descriptors, if one as high as this is close to it, and the hard limit allows more.
+
+    Only when it is needed: processes that were started before have the limit that they may count on.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or highest_fd + FDS_SPARE < soft:
+        return
+    wanted = 2 * soft if hard == resource.RLIM_INFINITY else min(2 * soft, hard)
+    with suppress(OSError, ValueError):  # of a kernel with a lower limit of its own: then there is no more
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

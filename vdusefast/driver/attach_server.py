@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 from vdusefast.driver._board import MAGIC, Board
 from vdusefast.driver.attach_client import (
     ADD_REGION,
-    CREDENTIALS,
     END_USER,
     EVENTS,
     HELLO,
@@ -35,6 +34,9 @@ from vdusefast.driver.attach_client import (
     REMOVE_REGION,
     Client,
     ProtocolError,
+    accept,
+    make_room,
+    peer_of,
 )
 from vdusefast.driver.board_sizes import board_words
 from vdusefast.errors import VdusefastError
@@ -58,6 +60,7 @@ TIDY_S = 0.005  # between two looks at what a dead process left in flight
 WATCH_S = 0.5  # between two looks at the device
 LOCKS_TIMEOUT_S = 20.0  # for the living to finish what they do under a lock, however loaded the machine is
 BACKLOG = 512
+OUT_OF_FDS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _log = logging.getLogger("vdusefast")
 
@@ -86,7 +89,9 @@ class AttachServer:
         self.features = bus.offered_features & KNOWN_FEATURES if features is None else features
         if spin_us is None:
             spin_us = SPIN_US if len(os.sched_getaffinity(0)) > 1 else 0.0
-        self._clients: dict[int, Client] = {}
+        self._clients: dict[int, Client] = {}  # by their sockets
+        self._pidfds: dict[int, Client] = {}  # those that were cut off, too
+        self._accept_again_s = 0.0  # when to listen again, after descriptors had run out; 0: it listens
         self._ended: list[Client] = []
         self._next_iova = FIRST_IOVA
         self._failure: VdusefastError | None = None
@@ -134,8 +139,7 @@ class AttachServer:
     @property
     def users(self) -> list[int]:
         """The numbers of all users, those included whose process has ended with requests in flight."""
-        clients = {*self._clients.values(), *self._ended}
-        return sorted(number for client in clients for number in client.users)
+        return sorted(number for client in self._all_clients() for number in client.users)
 
     def figures(self) -> Figures:
         """Return what the queues and the server counted."""
@@ -150,9 +154,10 @@ class AttachServer:
         try:
             self._stack.close()  # resets the device first: a program that gets EIO uses its buffers again
         finally:
-            for client in {*list(self._clients.values()), *self._ended}:
+            for client in self._all_clients():
                 client.close()
             self._clients.clear()
+            self._pidfds.clear()
             self._ended.clear()
 
     # -- the device
@@ -169,10 +174,10 @@ class AttachServer:
             self._board.set_fds(queue, self.bus.kickfd(queue), self.bus.irqfd(queue))
 
     def _release_device(self) -> None:
-        clients = {*self._clients.values(), *self._ended}  # each once, though it has two descriptors
+        regions = [iova for client in self._all_clients() for iova in client.regions]
         try:
             self.bus.reset()
-            for iova in [*(iova for client in clients for iova in client.regions), self._board.address]:
+            for iova in [*regions, self._board.address]:
                 with suppress(KeyError):
                     self.bus.remove_region(iova)
         except TransportError:
@@ -198,7 +203,7 @@ class AttachServer:
         """Lock a queue; take it over from a process that has ended."""
         deadline_s = time.monotonic() + LOCKS_TIMEOUT_S
         while holder := self._board.lock(queue):
-            for client in [*list(self._clients.values()), *self._ended]:
+            for client in self._all_clients():
                 if holder in client.users and (client in self._ended or client.has_ended()):
                     if client not in self._ended:
                         self._forget(client)
@@ -222,6 +227,10 @@ class AttachServer:
                     client.sock.shutdown(socket.SHUT_RDWR)
 
     # -- clients
+
+    def _all_clients(self) -> list[Client]:
+        """Return all clients of whom something is left, each once. Any thread may call this."""
+        return list(dict.fromkeys([*list(self._clients.values()), *list(self._pidfds.values()), *list(self._ended)]))
 
     def _make_fds(self) -> None:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -250,7 +259,7 @@ class AttachServer:
         """Serve until `close`."""
         try:
             while True:
-                for fd, events in self._epoll.poll(TIDY_S if self._untidy else WATCH_S):
+                for fd, _events in self._epoll.poll(TIDY_S if self._untidy else WATCH_S):
                     if fd == self._wake_fd:
                         return
                     if fd == self._listener.fileno():
@@ -258,9 +267,10 @@ class AttachServer:
                     elif fd == self.bus.config_irqfd:
                         self._follow_config()
                     else:
-                        self._serve_client(fd, events)
+                        self._serve_client(fd)
                 self._tidy()
                 self._watch()
+                self._resume_accepting()
         except Exception as error:  # the programs must not wait for ever
             _log.exception("device %s: the attach server has failed", self.bus.name)
             self._fail(error)
@@ -281,29 +291,43 @@ class AttachServer:
 
     def _accept(self) -> None:
         try:
-            sock, _address = self._listener.accept()
+            sock = accept(self._listener)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+            if error.errno in OUT_OF_FDS:
+                self._pause_accepting(error)
+            elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                 _log.warning("device %s: cannot accept a program: %s", self.bus.name, error.strerror)
             return
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        pid, uid, _gid = CREDENTIALS.unpack(raw)
-        if uid not in (os.geteuid(), 0) or len({*self._clients.values()}) >= CONNECTIONS_MAX:
+        pid, uid = peer_of(sock)
+        if uid not in (os.geteuid(), 0) or len(self._clients) >= CONNECTIONS_MAX:
             _log.warning("device %s: process %d (user %d) may not attach", self.bus.name, pid, uid)
             sock.close()
             return
-        sock.setblocking(False)
+        make_room(sock.fileno())
         pidfd = -1
         with suppress(OSError):
             pidfd = os.pidfd_open(pid)
-        client = Client(sock, pid, pidfd)
-        for fd in (sock.fileno(), pidfd):
-            if fd >= 0:
-                self._clients[fd] = client
-                self._epoll.register(fd, select.EPOLLIN)
+        client = self._clients[sock.fileno()] = Client(sock, pid, pidfd)
+        self._epoll.register(sock, select.EPOLLIN)
+        if pidfd >= 0:
+            self._pidfds[pidfd] = client
+            self._epoll.register(pidfd, select.EPOLLIN)
 
-    def _serve_client(self, fd: int, _events: int) -> None:
-        client = self._clients.get(fd)
+    def _pause_accepting(self, error: OSError) -> None:
+        """Listen again when a program has ended, or after a while: the listener stays readable until then."""
+        make_room(self._listener.fileno())
+        if not self._accept_again_s:
+            _log.warning("device %s: programs must wait to attach: %s", self.bus.name, error.strerror)
+            self._epoll.modify(self._listener, 0)
+        self._accept_again_s = time.monotonic() + WATCH_S
+
+    def _resume_accepting(self) -> None:
+        if self._accept_again_s and time.monotonic() >= self._accept_again_s:
+            self._accept_again_s = 0.0
+            self._epoll.modify(self._listener, select.EPOLLIN)
+
+    def _serve_client(self, fd: int) -> None:
+        client = self._clients.get(fd) or self._pidfds.get(fd)
         if client is None:
             return  # it was forgotten by an earlier event of this round
         if client.deaf or fd == client.pidfd:
@@ -311,16 +335,17 @@ class AttachServer:
                 self._end(client)
             return
         try:
-            packet, fds, _flags, _peer = socket.recv_fds(client.sock, MESSAGE.size + 1, 4)
+            packet, fds, is_cut = client.receive()
         except BlockingIOError:
             return
-        except OSError:
-            packet, fds = b"", []
         try:
             if not packet:
                 self._end(client)
-                return
-            self._answer(client, packet, fds)
+            elif is_cut and MESSAGE.size == len(packet) and MESSAGE.unpack(packet)[0] == ADD_REGION:
+                make_room(client.sock.fileno())
+                self._reply(client, ADD_REGION, error=errno.ENOMEM)  # our descriptors have run out: memory is copied
+            else:
+                self._answer(client, packet, fds)
         except ProtocolError as error:
             self._refuse(client, str(error))
         except (OSError, TransportError) as error:
@@ -423,11 +448,13 @@ class AttachServer:
 
     def _forget(self, client: Client) -> None:
         """Note that a process has ended: its connection closes now, the rest once its requests have."""
-        for fd in (client.sock.fileno(), client.pidfd):
-            if fd >= 0 and self._clients.pop(fd, None) is not None:
+        for clients, fd in ((self._clients, client.sock.fileno()), (self._pidfds, client.pidfd)):
+            if clients.pop(fd, None) is not None:
                 self._epoll.unregister(fd)
         client.close()
         self._ended.append(client)
+        if self._accept_again_s:
+            self._accept_again_s = time.monotonic()
 
     def _end(self, client: Client) -> None:
         if client in self._ended:
