@@ -245,6 +245,18 @@ def test_a_program_with_users_that_breaks_the_protocol_keeps_its_requests() -> N
         wait_until(lambda: not server.users, "its users end with it")
 
 
+def test_the_device_is_kicked_for_a_process_that_may_have_died_before_its_kick() -> None:
+    with served(queues=2) as (device, server):
+        sock = attach_only(server)
+        new_user(sock)
+        before = [queue.kicks for queue in device.stats().queues]
+        sock.close()
+        wait_until(
+            lambda: all(queue.kicks > old for queue, old in zip(device.stats().queues, before, strict=True)),
+            "each queue is kicked",
+        )
+
+
 def test_an_event_of_a_number_that_is_another_process_now_ends_nobody() -> None:
     with served() as (_device, server):
         sock = attach_only(server)

@@ -462,7 +462,15 @@ class AttachServer:
         self._forget(client)
         if self._failure is None and any(self._board.holds_lock(user) for user in client.users):
             self._recover()
+        elif client.users:
+            self._kick_all()
         self._tidy()
+
+    def _kick_all(self) -> None:
+        """Kick the device for a process that was killed between publishing and its kick: others will send none."""
+        with suppress(TransportError, OSError):  # of a device that is gone: `_watch` notices
+            for queue in range(self.bus.queue_count):
+                os.eventfd_write(self.bus.kickfd(queue), 1)
 
     def _end_living(self, client: Client, number: int) -> bool:
         """Free a user's number, unless a queue is locked just now. Returns True when it is free."""
