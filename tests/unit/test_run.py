@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -147,8 +146,10 @@ while time.monotonic() < deadline_s:
     (line,) = [line for line in done.stderr.splitlines() if "disk" in line]
     path = Path(line.split(": ")[1])
     assert line == f"vdusefast: {path}: the server of this disk has ended; all requests fail with EIO"
-    for left in (path.parent, Path(os.environ["VDUSEFAST_RUN_DIR"], path.name)):  # by a server that is killed
-        shutil.rmtree(left)
+    left = (path.parent, Path(os.environ["VDUSEFAST_RUN_DIR"], path.name))  # by a server that was killed
+    assert all(one.is_dir() for one in left)
+    run("--backend", "null:1M", "--", "true")
+    assert not any(one.exists() for one in left)
 
 
 SLOW = """

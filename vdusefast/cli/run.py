@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from vdusefast.config import Config
 
+KIND = "run"  # of its run directories
 EXIT_NOT_EXECUTABLE = 126  # as a shell reports these two
 EXIT_NOT_FOUND = 127
 _SIGNAL_BASE = 128
@@ -60,8 +61,10 @@ def run(words: tuple[str, ...], route: str, **options: Any) -> int:
     """
     target, program = split_words(words, has_backend=options.get("uri") is not None)
     fill_standard_descriptors()
-    # A name of its own, as each server has.
-    name = target or f"run-{os.getpid()}"
+    from vdusefast.state import dead_runs
+
+    dead_runs.remove_dead(KIND)
+    name = target or dead_runs.name_of_process(KIND)
     return run_program(read_config(name, {**options, "transport": TransportKind.LOOPBACK}), program, route)
 
 

@@ -12,9 +12,7 @@ import errno
 import logging
 import os
 import select
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -39,6 +37,7 @@ from vdusefast.driver.attach_client import (
     peer_of,
 )
 from vdusefast.driver.board_sizes import board_words
+from vdusefast.driver.disk_directory import DiskDirectory
 from vdusefast.errors import VdusefastError
 from vdusefast.transport import TransportError, uapi
 from vdusefast.transport.virtio_blk import KNOWN_FEATURES, config_fields
@@ -242,8 +241,9 @@ class AttachServer:
 
     def _make_socket(self, directory: Path | None) -> Path:
         if directory is None:
-            directory = Path(tempfile.mkdtemp(prefix="vdusefast-disk-"))  # mode 0700
-            self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            made = DiskDirectory()
+            self._stack.callback(made.close)
+            directory = made.path
         path = directory / self.bus.name
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stack.callback(self._listener.close)

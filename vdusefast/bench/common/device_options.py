@@ -15,7 +15,9 @@ from vdusefast.base.kinds import TransportKind
 from vdusefast.config import Config, load_config, make_config, override, resolve_cpus
 from vdusefast.errors import ConfigError
 from vdusefast.host.cpu_topology import check_cpu, parse_cpu_list, read_topology
+from vdusefast.state.dead_runs import name_of_process
 
+KIND = "bench"  # of run directories
 AUTO_QUEUES = 0  # two where there are two CPUs, else one
 Parser = Callable[[str], Any]
 
@@ -165,7 +167,7 @@ def build_config(options: DeviceOptions, uri: str | None, transport: str = Trans
         overrides["uri"] = uri
     if options.config is None:
         overrides.setdefault("cpus", "auto")
-        return resolve_cpus(make_config(name=f"bench-{os.getpid()}", transport=transport, **overrides))
+        return resolve_cpus(make_config(name=name_of_process(KIND), transport=transport, **overrides))
     if options.cpus is not None:
         overrides["cpu"] = None  # of each queue: the list on the command line decides
     return resolve_cpus(override(load_config(options.config), transport=transport, **overrides))

@@ -16,6 +16,7 @@ from vdusefast.backends import keeps_data
 from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import TransportKind
 from vdusefast.bench.common.device_options import (
+    KIND,
     build_config,
     check_driver_cpus,
     driver_cpus,
@@ -45,6 +46,7 @@ from vdusefast.bench.fio.words import ANSWERED, REFUSED, Knowledge, read_words
 from vdusefast.config import Config
 from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.server.signals import PatientStopSignals
+from vdusefast.state.dead_runs import remove_dead
 
 STOPPED_STATUS = 128  # of a fio that a signal has stopped
 UNBEGUN_STATUS = -signal.SIGINT  # of one that did not handle signals yet
@@ -137,6 +139,7 @@ class Run:
             say=self._say,
             stopped=lambda: self._signals.requested,
         ) as store:
+            remove_dead(KIND)
             config = build_config(self._options.device, store.uri, self._transport)
             check_bus(config, self._transport)
             asynchronous = self._jobs.asynchronous

@@ -14,7 +14,7 @@ from vdusefast.backends import keeps_data
 from vdusefast.base.columns import terminal_width, wrap
 from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import TransportKind
-from vdusefast.bench.common.device_options import build_config, check_driver_cpus, driver_cpus, store_uri
+from vdusefast.bench.common.device_options import KIND, build_config, check_driver_cpus, driver_cpus, store_uri
 from vdusefast.bench.common.measured import cpu_seconds, device_member, queue_figures, queue_lines
 from vdusefast.bench.common.store import BenchStore, StoppedError
 from vdusefast.bench.common.tables import bytes_text
@@ -26,6 +26,7 @@ from vdusefast.bench.raw.run import Control, run_group
 from vdusefast.config import Config
 from vdusefast.errors import BackendError, ConfigError
 from vdusefast.server.signals import StopSignals
+from vdusefast.state.dead_runs import remove_dead
 from vdusefast.transport import uapi
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def _run_on_store(plan: Plan, uri: str | None, say: Any, signals: StopSignals) -
     """Make the store, run, report. Raises StoppedError when a signal came before the device was there."""
     reads = plan.job.kind in ("read", "mixed")
     with BenchStore(uri, required_bytes(plan.job), reads=reads, say=say, stopped=lambda: signals.requested) as store:
+        remove_dead(KIND)
         config = build_config(plan.device, store.uri)
         outcome = _run_device(plan, config, say, signals)
         report = {"jobs": [figures.job_report(outcome.runs)], "vdusefast": _extra(config, outcome)}
