@@ -9,10 +9,12 @@ import socket
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 MESSAGE = struct.Struct("=IiIIQQ")  # struct vf_attach_message: op, error, arg, reserved, a, b
 HELLO, EVENTS, NEW_USER, END_USER, ADD_REGION, REMOVE_REGION = range(1, 7)
 CREDENTIALS = struct.Struct("iII")  # struct ucred
+BACKLOG = 512
 FDS_MAX = 4  # that are taken with a message: one is due at most
 FDS_SPARE = 64  # so many are free below the limit, before a process attaches
 
@@ -72,6 +74,20 @@ def peer_of(sock: socket.socket) -> tuple[int, int]:
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
     pid, uid, _gid = CREDENTIALS.unpack(raw)
     return pid, uid
+
+
+def listen(path: Path) -> socket.socket:
+    """Return a listening socket at `path`, for this user of the machine. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def accept(listener: socket.socket) -> socket.socket:

@@ -33,6 +33,7 @@ from vdusefast.driver.attach_client import (
     Client,
     ProtocolError,
     accept,
+    listen,
     make_room,
     peer_of,
 )
@@ -58,7 +59,6 @@ CONNECTIONS_MAX = 1024
 TIDY_S = 0.005  # between two looks at what a dead process left in flight
 WATCH_S = 0.5  # between two looks at the device
 LOCKS_TIMEOUT_S = 20.0  # for the living to finish what they do under a lock, however loaded the machine is
-BACKLOG = 512
 OUT_OF_FDS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _log = logging.getLogger("vdusefast")
@@ -245,13 +245,9 @@ class AttachServer:
             self._stack.callback(made.close)
             directory = made.path
         path = directory / self.bus.name
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener = listen(path)
         self._stack.callback(self._listener.close)
-        self._listener.bind(str(path))
         self._stack.callback(path.unlink, missing_ok=True)
-        path.chmod(0o600)
-        self._listener.listen(BACKLOG)
-        self._listener.setblocking(False)
         self._epoll.register(self._listener, select.EPOLLIN)
         return path
 
