@@ -82,7 +82,7 @@ NEWEST_KERNEL_ONLY = (
     "documents.",
 )
 # Checks with a longer form that `make soak` runs on every kernel: the same with more samples.
-WITH_LONG_FORM = ("binding.again_and_again_", "torture.", "many.")
+WITH_LONG_FORM = ("binding.again_and_again_", "fio.same_requests_", "torture.", "many.")
 # Beginnings of the names of checks that `make soak` alone runs: another one is much like them.
 IN_SOAK = ("content.lvm_finds_a_volume_on_a_partition_", "content.lvm_does_not_look_")
 # In a guest of their own, by `make soak` alone.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import guest
-from checks import check
+from checks import LONG, check
 from guest import MIB
+
+sys.path.append(str(guest.CHECKOUT / "tests"))
+import fio_same
 
 FIO_S = 150.0
 COMMON = {
@@ -138,3 +143,30 @@ def two_devices_at_once() -> dict[str, object]:
         assert guest.counter("vd1", "write") > 50
         assert {entry["name"] for entry in json.loads(guest.attempt_in_copy("list", "--json").stdout)} == {"vd0", "vd1"}
     return {name: round(entry["job_runtime"] / 1000, 1) for name, entry in results.items()}  # type: ignore[operator]
+
+
+@check(limit_s=240)
+def same_requests_as_on_a_file() -> dict[str, object]:
+    """fio's options for verification, trim and logs, beside a plain file, and beside a loop device where fio trims."""
+    names = list(fio_same.COMBINATIONS) if LONG else fio_same.IN_EACH_RUN
+    disk = guest.image("fio.img", fio_same.SIZE_BYTES)
+    runs = guest.WORK / "same"
+    runs.mkdir()
+    with guest.device("vd0", f"file:{disk}", queues=2) as node:
+        for place, name in enumerate(names):
+            example = guest.image("example.img", fio_same.SIZE_BYTES)
+            loop = guest.sh("losetup", "--find", "--show", example).strip() if fio_same.trims(name) else ""
+            try:
+                wanted = fio_same.run(fio_same.words_of(name, loop or example), runs / f"{place}-example")
+            finally:
+                if loop:
+                    guest.sh("losetup", "--detach", loop)
+            found = fio_same.run(fio_same.words_of(name, node), runs / f"{place}-device")
+            try:
+                fio_same.check(name, found, wanted)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from error
+        stats = guest.call("vd0", "stats")["total"]
+        assert stats["errors"] == 0, stats  # type: ignore[index]
+    shutil.rmtree(runs)
+    return {"combinations": len(names)}
