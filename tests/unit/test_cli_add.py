@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,6 +138,23 @@ def test_server_that_dies_without_a_word_is_told_with_its_last_words(tmp_path: P
         start(tmp_path, config, "print('first'); print('last words', file=sys.stderr); sys.exit(3)")
     with pytest.raises(errors.VdusefastError, match=r"^vd0: its server was killed by SIGKILL before"):
         start(tmp_path, config, "os.kill(os.getpid(), 9)")
+
+
+@pytest.mark.slow
+def test_traceback_of_a_class_that_cannot_start_reaches_the_person(tmp_path: Path) -> None:
+    (tmp_path / "disk.py").write_text(
+        "import vdusefast\n\nclass Disk(vdusefast.Backend):\n    size_bytes = 4096\n\n    def open(self):\n"
+        "        raise ValueError('no paint')\n\n    def pread(self, buffer, offset_bytes):\n        pass\n"
+    )
+    path = tmp_path / "vd0.toml"
+    path.write_text(re.sub("uri = .*", f'uri = "python:{tmp_path}/disk.py:Disk"', CONFIG))
+    done = vdusefast("add", str(path))
+    *log, last = done.stderr.splitlines()
+    assert done.returncode == 1
+    uri = f"python:{tmp_path}/disk.py:Disk"
+    assert last == f"vdusefast: {uri}: open() raised ValueError: no paint (disk.py:7); nothing is served"
+    for text in ("Traceback (most recent call last)", f'File "{tmp_path}/disk.py", line 7, in open', "no paint"):
+        assert text in "\n".join(log)
 
 
 def test_servers_error_is_passed_on(tmp_path: Path, config: str) -> None:

@@ -85,7 +85,7 @@ def run(args: Sequence[str] | None = None) -> int:
     try:
         result = cli.main(args=args, prog_name="vdusefast", standalone_mode=False)
     except VdusefastError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, getattr(error, "__notes__", ()))
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return EXIT_USAGE
@@ -99,9 +99,12 @@ def run(args: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _fail(message: str, exit_code: int) -> int:
+def _fail(message: str, exit_code: int, notes: Sequence[str] = ()) -> int:
+    """Say what has failed, after the lines that led to it."""
     if sys.stderr is not None:  # None when it was closed as we were started
         with suppress(OSError):  # there is nobody left to tell
+            for line in "\n".join(notes).splitlines():
+                print(printable(redact(line)), file=sys.stderr)
             print(f"vdusefast: {printable(redact(message))}", file=sys.stderr)
     return exit_code
 

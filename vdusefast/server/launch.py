@@ -20,6 +20,7 @@ from contextlib import nullcontext, suppress
 
 import msgspec
 
+from vdusefast.backends import find
 from vdusefast.base import logs, spawn, time_limits
 from vdusefast.base.decoding import decode_json
 from vdusefast.base.json_types import Json
@@ -41,6 +42,7 @@ LET_BE_TIMEOUT_S = 2.0  # for a server that has not taken over yet to see that n
 KILL_TIMEOUT_S = 5.0
 REPORT_MAX_BYTES = 4 << 20
 ERROR_TEXT_BYTES = 4096
+LOG_BYTES = 64 << 10  # of the server's log that its caller shows: several tracebacks
 SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID", "SYSTEMD_EXEC_PID")
 # A new main process of a service needs these. WATCHDOG_PID names another process, without it the watchdog is anybody's.
 MAIN_PROCESS_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "INVOCATION_ID")
@@ -85,9 +87,10 @@ def start(
     timeout_s: for all of it, None for what the process allows itself. mode: what it does first. command: what to run in
     place of the real one; name, descriptors and mode follow. service: it becomes the main process of the service that
     this process belongs to, and logs to where we do. own_service: it is one of its own where systemd can be asked. Runs
-    in the main thread. Raises what the process reports, TimedOutError, InterruptedStartError; the process has ended
-    then, and leaves nothing behind but what it has found: an orphan waits in the kernel as before. A
-    process that takes over is not ended: it ends by itself where it has not taken over yet, and serves on where it has.
+    in the main thread. Raises what the process reports, TimedOutError, InterruptedStartError, with the log of
+    the process as a note when it may have a traceback of a user's class. The process has ended then, and leaves nothing
+    behind but what it has found: an orphan waits in the kernel as before. A process that takes over is not ended: it
+    ends by itself where it has not taken over yet, and serves on where it has.
     """
     name = config.device.name
     keeps = mode != StartMode.ADD or orphans.is_left(registry.base_directory() / name)
@@ -119,6 +122,10 @@ def start(
                     _end(process, name, _ASKING[keeps])
                 raise
             return _judge(line, process, name, log_fd, _ASKING[keeps])
+    except VdusefastError as error:
+        if find(config.backend.uri).foreign and (log := _last_bytes(log_fd, LOG_BYTES)):
+            error.add_note(log)
+        raise
     finally:
         if read_fd >= 0:
             os.close(read_fd)
@@ -258,11 +265,15 @@ def _judge(line: bytes, process: Process, name: str, log_fd: int, asking: tuple[
         unit = transient_unit.unit_name(name) if is_own else service_manager.own_unit()
         where = f": journalctl -u {unit} says why" if unit else ""
         raise VdusefastError(f"{name}: its server ended before the device was usable{where}")
-    text = os.pread(log_fd, ERROR_TEXT_BYTES, max(0, os.fstat(log_fd).st_size - ERROR_TEXT_BYTES))
-    lines = text.decode(errors="replace").strip().splitlines()
+    lines = _last_bytes(log_fd, ERROR_TEXT_BYTES).splitlines()
     status = process.returncode
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     raise VdusefastError(f"{name}: its server {how} before the device was usable" + (f": {lines[-1]}" if lines else ""))
+
+
+def _last_bytes(fd: int, limit_bytes: int) -> str:
+    """Return the end of a file, without space around it."""
+    return os.pread(fd, limit_bytes, max(0, os.fstat(fd).st_size - limit_bytes)).decode(errors="replace").strip()
 
 
 def _end(process: Process, name: str, asking: tuple[signal.Signals, ...], *, ask: bool = True) -> None:
