@@ -7,9 +7,10 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from nbd_rig import ALL_FLAGS, FLAG_MULTI_CONN, Behaviour, FakeServer, kept_nbdk
 from verified_load import Load
 
 import vdusefast
+from vdusefast.control import relay_control, relay_process
 from vdusefast.driver.loopback_driver import LoopbackDriver
+from vdusefast.errors import VdusefastError
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -200,6 +203,33 @@ def test_worker_that_breaks_the_rules_is_sent_away_and_the_others_are_served(
 
 
 @pytest.mark.slow
+def test_class_that_hangs_again_and_again_fails_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long each relay has lived: a request has a time limit, which may be long."""
+    monkeypatch.setattr(relay_control, "STEADY_S", 0.0)
+    (tmp_path / "disk.py").write_text(
+        "import os, vdusefast\n\nclass Disk(vdusefast.Backend):\n    size_bytes = 1 << 20\n    shareable = False\n\n"
+        f"    def pread(self, buffer, offset_bytes):\n        os._exit({relay_process.EXIT_HANGS})\n"
+    )
+    config = vdusefast.make_config(name="d0", uri=f"python:{tmp_path}/disk.py:Disk", queues=2)
+    with vdusefast.Device(config) as device:
+        driver = device.driver()
+
+        def read() -> None:
+            with suppress(OSError, VdusefastError):
+                driver.read(0, BLOCK)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        deadline = time.monotonic() + 60
+        while device.failure is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "ended with status 70" in str(device.failure)
+        device.stop(force=True)
+        reader.join()
+        driver.close()
+
+
 def test_worker_cannot_write_to_a_read_only_device(tmp_path: Path) -> None:
     with relayed(tmp_path, read_only=True) as (device, driver), in_place_of_a_worker(device, 1) as sock:
         sock.send(hello())

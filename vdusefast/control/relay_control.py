@@ -123,17 +123,17 @@ class RelayControl:
         self._task = self._guard.task(Part.RELAY, self._keep(pause_s), lambda: self._begin(PAUSE_MAX_S))
 
     async def _keep(self, wait_s: float) -> None:
-        """Run one relay after another, for ever."""
+        """Run one relay after another, for ever. One whose class hangs has lived for the time limit of its request."""
         pause_s, deaths = PAUSE_S, 0
         loop = asyncio.get_running_loop()
         await asyncio.sleep(wait_s)
         while True:
             began = loop.time()
             try:
-                cause = await self._run()
+                cause, hung = await self._run()
             except OSError as error:
-                cause = f"cannot be started: {error.strerror}"
-            steady = loop.time() - began > STEADY_S
+                cause, hung = f"cannot be started: {error.strerror}", False
+            steady = loop.time() - began > STEADY_S and not hung
             pause_s, deaths = (PAUSE_S, 1) if steady else (min(2 * pause_s, PAUSE_MAX_S), deaths + 1)
             message = f"device {self._device}: the relay of its store {cause}; it is restarted"
             if deaths >= DEATHS_MAX:
@@ -142,8 +142,8 @@ class RelayControl:
                 _log.warning("%s", message)
             await asyncio.sleep(pause_s)
 
-    async def _run(self) -> str:
-        """Run one relay to its end. Returns why it ended, as the rest of a sentence. Raises OSError."""
+    async def _run(self) -> tuple[str, bool]:
+        """Run one relay to its end. Returns why it ended, as the rest of a sentence, and `has_hung`. Raises OSError."""
         spec = RelaySpec(
             supervisor_pid=os.getpid(),
             event_fd=-1,
@@ -158,7 +158,7 @@ class RelayControl:
             relay.spawn(spec, [fd for fd in fds if fd >= 0])
             self._pid = relay.pid
             await relay.wait()  # without a limit: until its end it may write data that the next one is asked to write
-            return relay.cause()
+            return relay.cause(), relay.has_hung()
         except BaseException:
             await self._end(relay)
             raise

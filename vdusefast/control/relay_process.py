@@ -24,6 +24,7 @@ from vdusefast.worker.protocol import MESSAGE_MAX_BYTES, Event, FromWorker, stor
 from vdusefast.worker.relay import RelaySpec
 
 EVENTS_A_TURN_MAX = 64
+EXIT_HANGS = 70  # of a process whose class could not be interrupted (backends/_python.pyx)
 CANNOT_BE_TAKEN = "sent what cannot be taken"  # the relay's fault if our own code failed on its event
 
 
@@ -114,6 +115,10 @@ class RelayProcess:
             cause = f"ended with status {code}"
         last_line = self._output.last_line
         return f"(pid {self.pid}) {cause}{f'; its last line: {last_line}' if last_line else ''}"
+
+    def has_hung(self) -> bool:
+        """Return whether it has ended itself because a user's class did not return within its time limit."""
+        return self._process is not None and self._process.poll() == EXIT_HANGS
 
     def close(self) -> None:
         """Close every descriptor; kill the process if it still runs. A second call does nothing."""
