@@ -113,6 +113,8 @@ static inline uint32_t vf_peek_u32(const uint32_t *p)
 }
 
 /* A pointer that the threads of this process share. */
+#define vf_peek_pointer(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define vf_store_relaxed_pointer(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
 #define vf_peek_acquire_pointer(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define vf_store_release_pointer(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 

@@ -16,6 +16,10 @@
  * that the ring may be half-written, takes all locks, resets the device, and sends every request of the living again: a
  * request may be carried out twice, but only while nobody was told that it is done.
  *
+ * Solo: a user that is alone on a queue works on it without the lock, if `solo` has its number. It stores its number in
+ * `inside` meanwhile. Only the server writes `solo`: it takes it away, fences all clients (base/membarrier.h), and from then on
+ * a user that has the lock waits until `inside` is 0. A number in `inside` is as good as one in the lock when its owner dies.
+ *
  * A slot is FREE, INFLIGHT, DONE (reaped by another user than its owner) or TAKEN (its owner is copying the data). State and
  * owner are set before the ring is touched, so that at any moment the states alone say what there is: the list of free slots
  * can be made again from them, and so can the owners' marks.
@@ -83,7 +87,8 @@ struct vf_board_user {
 	uint32_t home_queue;
 	uint32_t sleep; /* a futex */
 	uint32_t marked; /* some mark is set */
-	uint32_t reserved[12];
+	uint32_t joined; /* fences reach its process: it may work solo */
+	uint32_t reserved[11];
 };
 
 _Static_assert(sizeof(struct vf_board_user) == 64, "a cache line a user");
@@ -97,6 +102,8 @@ struct vf_board_queue {
 	uint32_t waiting_count;
 	uint32_t starved; /* somebody found no room */
 	uint32_t broken; /* the device broke the ring */
+	uint32_t solo; /* user number; 0 = none. Written by the server alone */
+	uint32_t inside; /* user number, while it works solo */
 	uint32_t reserved_word;
 	struct vf_drv_vq vq;
 	uint64_t waiting[VF_BOARD_USERS_MAX / 64u + 1u]; /* a bit a user, by number */

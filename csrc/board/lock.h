@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The lock of a queue, which names its owner, and how users of the board are woken. See board.h.
+ * The lock of a queue, which names its owner, how a user does without it, and how users of the board are woken. See board.h.
  */
 #ifndef VF_BOARD_LOCK_H
 #define VF_BOARD_LOCK_H
@@ -65,6 +65,63 @@ static inline void vf_unlock(struct vf_board_queue *queue)
 {
 	if (vf_unlikely(vf_exchange_u32(&queue->lock, VF_LOCK_FREE) & VF_LOCK_WAITERS))
 		vf_futex_wake(&queue->lock, 1);
+}
+
+/* Begin to work on a queue without its lock, which its only user may. false: it needs the lock. */
+static inline bool vf_solo_enter(struct vf_board_queue *queue, uint32_t me)
+{
+	if (vf_unlikely(vf_load_relaxed_u32(&queue->solo) != me))
+		return false;
+	vf_store_relaxed_u32(&queue->inside, me);
+	vf_fence_compiler(); /* pairs with the vf_membarrier() of the server after it changed `solo` */
+	if (vf_likely(vf_load_relaxed_u32(&queue->solo) == me))
+		return true;
+	vf_store_relaxed_u32(&queue->inside, 0);
+	return false;
+}
+
+static inline void vf_solo_leave(struct vf_board_queue *queue)
+{
+	vf_store_release_u32(&queue->inside, 0);
+}
+
+/* Begin to work on a queue, if nobody else does. */
+static inline bool vf_queue_try(struct vf_board_queue *queue, uint32_t me)
+{
+	if (vf_likely(vf_solo_enter(queue, me)))
+		return true;
+	if (!vf_lock_try(queue, me))
+		return false;
+	if (vf_likely(vf_load_acquire_u32(&queue->inside) == 0))
+		return true;
+	vf_unlock(queue);
+	return false;
+}
+
+/* Begin to work on a queue. false when `gone` says that the server is. */
+static inline bool vf_queue_lock(struct vf_board_queue *queue, uint32_t me, bool (*gone)(void *context), void *context)
+{
+	if (vf_likely(vf_queue_try(queue, me)))
+		return true;
+	for (;;) {
+		if (!vf_lock_wait(queue, me, gone, context))
+			return false;
+		if (vf_likely(vf_load_acquire_u32(&queue->inside) == 0))
+			return true;
+		/* The user that was alone leaves at once, or has been killed: the server needs the lock then. */
+		vf_unlock(queue);
+		syscall(SYS_sched_yield);
+		if (gone(context))
+			return false;
+	}
+}
+
+static inline void vf_queue_unlock(struct vf_board_queue *queue, uint32_t me)
+{
+	if (vf_likely(vf_load_relaxed_u32(&queue->inside) == me))
+		vf_solo_leave(queue);
+	else
+		vf_unlock(queue);
 }
 
 /* Signal an eventfd; EAGAIN means that its counter is full, so its reader is woken anyway. */

@@ -98,8 +98,10 @@ static inline bool vf_queue_publish(struct vf_board_queue *queue)
 	return true;
 }
 
+/* The caller has changed `poller` or `starved`: a user that does not sleep yet looks at them before it does. */
 static inline void vf_queue_wake_waiting(struct vf_board_view *view, struct vf_board_queue *queue, uint32_t most)
 {
+	vf_fence_full(); /* pairs with the exchange of `sleep` in vf_user_wait() */
 	for (uint32_t word = 0; word <= view->geometry.user_max / 64u && most; word++)
 		for (uint64_t bits = queue->waiting[word]; bits && most; bits &= bits - 1u) {
 			uint32_t number = word * 64u + (uint32_t)__builtin_ctzll(bits);
@@ -193,7 +195,7 @@ static inline void vf_queue_leave(struct vf_board_view *view, struct vf_board_qu
 		queue->waiting_count--;
 	}
 	if (queue->poller == me)
-		queue->poller = 0;
+		vf_store_relaxed_u32(&queue->poller, 0);
 	if (queue->waiting_count == 0)
 		vf_drv_vq_disable_irq(&queue->vq);
 	else if (queue->poller == 0)

@@ -1,11 +1,33 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <string.h>
 
+#include "base/membarrier.h"
 #include "board/server.h"
 
 #define VF_SERVER_REAP_MAX 64u /* batches of one queue in a call: a busy device must not keep the server */
+#define VF_SERVER_SOLO_TRIES 1000u
 #define VF_PACKED_FRESH 0x80008000u /* `start` of a new packed ring: slot 0, both wrap counters 1 */
 
+/* Have the only user of a queue need the lock from now on. It may be inside still. */
+static void vf_server_end_solo(struct vf_board_queue *queue)
+{
+	if (vf_load_relaxed_u32(&queue->solo) == 0)
+		return;
+	vf_store_relaxed_u32(&queue->solo, 0);
+	vf_membarrier(); /* pairs with vf_solo_enter(): it sees the change, or we see that it is inside */
+}
+
+/* Lock a queue, unless a user works on it. */
+static bool vf_server_try(struct vf_board_queue *queue)
+{
+	if (!vf_lock_try(queue, VF_LOCK_SERVER))
+		return false;
+	vf_server_end_solo(queue);
+	if (vf_load_acquire_u32(&queue->inside) == 0)
+		return true;
+	vf_unlock(queue);
+	return false;
+}
 
 uint64_t vf_server_bytes(const struct vf_board_geometry *geometry, void *address)
 {
@@ -68,22 +90,44 @@ int vf_server_start_rings(struct vf_board_view *view)
 	return 0;
 }
 
-/* Users of a queue: its own, or all of them where each uses every queue. */
+/* Have a user that is alone on a queue do without the lock. Not while somebody works on the queue, who may be dead. */
+static void vf_server_begin_solo(struct vf_board_queue *queue, uint32_t number)
+{
+	for (uint32_t i = 0; i < VF_SERVER_SOLO_TRIES; i++) {
+		if (vf_server_try(queue)) {
+			vf_store_release_u32(&queue->solo, number);
+			vf_unlock(queue);
+			return;
+		}
+		vf_cpu_relax();
+	}
+}
+
+/* Users of a queue: its own, or all of them where each uses every queue. One that is alone on its queue works solo. */
 static void vf_server_count_users(struct vf_board_view *view)
 {
 	const struct vf_board_geometry *g = &view->geometry;
-	uint32_t counts[VF_BOARD_QUEUES_MAX] = { 0 }, all = 0;
+	uint32_t counts[VF_BOARD_QUEUES_MAX] = { 0 }, last[VF_BOARD_QUEUES_MAX] = { 0 }, all = 0;
 
 	for (uint32_t u = 1; u <= g->user_max; u++)
 		if (view->users[u].state == VF_USER_LIVE && view->users[u].home_queue < g->queue_count) {
 			counts[view->users[u].home_queue]++;
+			last[view->users[u].home_queue] = u;
 			all++;
 		}
-	for (uint32_t q = 0; q < g->queue_count; q++)
-		vf_store_relaxed_u32(&view->parts[q].queue->user_count, g->route == VF_ROUTE_CROSS ? all : counts[q]);
+	for (uint32_t q = 0; q < g->queue_count; q++) {
+		struct vf_board_queue *queue = view->parts[q].queue;
+		uint32_t count = g->route == VF_ROUTE_CROSS ? all : counts[q];
+		bool alone = count == 1 && g->route == VF_ROUTE_OWN && view->users[last[q]].joined;
+		if (!alone || vf_load_relaxed_u32(&queue->solo) != last[q])
+			vf_server_end_solo(queue);
+		vf_store_relaxed_u32(&queue->user_count, count);
+		if (alone && vf_load_relaxed_u32(&queue->solo) == 0)
+			vf_server_begin_solo(queue, last[q]);
+	}
 }
 
-uint32_t vf_server_new_user(struct vf_board_view *view)
+uint32_t vf_server_new_user(struct vf_board_view *view, bool joined)
 {
 	const struct vf_board_geometry *g = &view->geometry;
 	uint32_t counts[VF_BOARD_QUEUES_MAX] = { 0 }, number = 0, home = 0;
@@ -102,6 +146,7 @@ uint32_t vf_server_new_user(struct vf_board_view *view)
 			home = q;
 	struct vf_board_user *user = &view->users[number];
 	user->home_queue = home;
+	user->joined = joined && vf_membarrier();
 	vf_store_relaxed_u32(&user->sleep, VF_AWAKE);
 	vf_store_relaxed_u32(&user->marked, 0);
 	for (uint32_t q = 0; q < g->queue_count; q++)
@@ -145,8 +190,10 @@ uint32_t vf_server_end_user(struct vf_board_view *view, uint32_t number)
 	vf_store_relaxed_u32(&user->state, VF_USER_DEAD);
 	for (uint32_t q = 0; q < view->geometry.queue_count; q++) {
 		struct vf_board_queue *queue = view->parts[q].queue;
+		if (view->geometry.route == VF_ROUTE_OWN && q != user->home_queue)
+			continue;
 		/* Another dead user may have it: then we come again. */
-		if (!vf_lock_try(queue, VF_LOCK_SERVER)) {
+		if (!vf_server_try(queue)) {
 			left++;
 			continue;
 		}
@@ -167,7 +214,8 @@ uint32_t vf_server_end_user(struct vf_board_view *view, uint32_t number)
 bool vf_server_holds_lock(const struct vf_board_view *view, uint32_t number)
 {
 	for (uint32_t q = 0; q < view->geometry.queue_count; q++)
-		if ((vf_load_relaxed_u32(&view->parts[q].queue->lock) & ~VF_LOCK_WAITERS) == number)
+		if ((vf_load_relaxed_u32(&view->parts[q].queue->lock) & ~VF_LOCK_WAITERS) == number ||
+		    vf_load_relaxed_u32(&view->parts[q].queue->inside) == number)
 			return true;
 	return false;
 }
@@ -176,7 +224,7 @@ void vf_server_reap(struct vf_board_view *view)
 {
 	for (uint32_t q = 0; q < view->geometry.queue_count; q++) {
 		struct vf_board_queue *queue = view->parts[q].queue;
-		if (!vf_lock_try(queue, VF_LOCK_SERVER))
+		if (!vf_server_try(queue))
 			continue;
 		uint32_t reaped = 1, batches = 0;
 		struct vf_finished none[VF_REAP_BATCH];
@@ -184,6 +232,7 @@ void vf_server_reap(struct vf_board_view *view)
 			vf_queue_reap(view, q, VF_LOCK_SERVER, none, VF_REAP_BATCH, &reaped);
 		vf_unlock(queue);
 	}
+	vf_server_count_users(view); /* those alone work solo again */
 }
 
 uint32_t vf_server_lock(struct vf_board_view *view, uint32_t queue)
@@ -193,24 +242,34 @@ uint32_t vf_server_lock(struct vf_board_view *view, uint32_t queue)
 	/* The owner may unlock between the two: a free lock is not ours yet. */
 	while (!vf_lock_try(q, VF_LOCK_SERVER)) {
 		uint32_t held = vf_load_relaxed_u32(&q->lock);
+		if ((held & ~VF_LOCK_WAITERS) == VF_LOCK_SERVER)
+			break; /* since an earlier call, which found a user inside */
 		if (held != VF_LOCK_FREE)
 			return held & ~VF_LOCK_WAITERS ? held & ~VF_LOCK_WAITERS : VF_LOCK_WAITERS; /* written over: nobody's */
 	}
-	return 0;
+	vf_server_end_solo(q);
+	return vf_load_acquire_u32(&q->inside);
 }
 
 bool vf_server_seize(struct vf_board_view *view, uint32_t queue, uint32_t number)
 {
-	uint32_t *lock = &view->parts[queue].queue->lock;
-	uint32_t held = vf_load_relaxed_u32(lock);
+	struct vf_board_queue *q = view->parts[queue].queue;
+	uint32_t held = vf_load_relaxed_u32(&q->lock);
 
 	/* Clients only add the waiters' bit to it. */
 	while ((held & ~VF_LOCK_WAITERS) == number) {
-		if (vf_exchange_if_u32(lock, held, VF_LOCK_SERVER | VF_LOCK_WAITERS))
-			return true;
-		held = vf_load_relaxed_u32(lock);
+		if (vf_exchange_if_u32(&q->lock, held, VF_LOCK_SERVER | VF_LOCK_WAITERS)) {
+			held = VF_LOCK_SERVER;
+			break;
+		}
+		held = vf_load_relaxed_u32(&q->lock);
 	}
-	return false;
+	if ((held & ~VF_LOCK_WAITERS) != VF_LOCK_SERVER)
+		return false;
+	vf_server_end_solo(q);
+	if (vf_load_relaxed_u32(&q->inside) == number)
+		vf_store_relaxed_u32(&q->inside, 0);
+	return vf_load_acquire_u32(&q->inside) == 0;
 }
 
 void vf_server_hold(struct vf_board_view *view, uint32_t queue, uint32_t number)
@@ -286,6 +345,7 @@ void vf_server_resume(struct vf_board_view *view)
 	for (uint32_t u = 1; u <= view->geometry.user_max; u++)
 		if (view->users[u].state == VF_USER_LIVE)
 			vf_board_wake(view, u);
+	vf_server_count_users(view); /* those alone work solo again */
 }
 
 void vf_server_close(struct vf_board_view *view)

@@ -17,8 +17,8 @@ uint64_t vf_server_bytes(const struct vf_board_geometry *geometry, void *address
 /* Make the rings as a fresh device expects them. All locks are held, or no client is there. */
 int vf_server_start_rings(struct vf_board_view *view);
 
-/* Enter a user: its number, or 0 when there are `user_max`. */
-uint32_t vf_server_new_user(struct vf_board_view *view);
+/* Enter a user: its number, or 0 when there are `user_max`. joined: fences reach its process (base/membarrier.h). */
+uint32_t vf_server_new_user(struct vf_board_view *view, bool joined);
 
 /* The queue of a user. */
 uint32_t vf_server_home(const struct vf_board_view *view, uint32_t number);
@@ -27,16 +27,16 @@ uint32_t vf_server_home(const struct vf_board_view *view, uint32_t number);
  * flight. Its number is free for another then. */
 uint32_t vf_server_end_user(struct vf_board_view *view, uint32_t number);
 
-/* Whether the user is the owner of some queue's lock. */
+/* Whether the user is the owner of some queue's lock, or works solo on a queue. */
 bool vf_server_holds_lock(const struct vf_board_view *view, uint32_t number);
 
 /* Reap every queue on behalf of all users. */
 void vf_server_reap(struct vf_board_view *view);
 
-/* Try to take the lock of a queue: 0, or the number of the user that holds it. */
+/* Try to take the lock of a queue: 0, or the number of the user that holds it, or works solo there still; call again. */
 uint32_t vf_server_lock(struct vf_board_view *view, uint32_t queue);
 
-/* Take a lock over from a user whose process has ended; false when it is not his any more. */
+/* Take a queue over from a user whose process has ended; false when it is not his any more: call vf_server_lock() again. */
 bool vf_server_seize(struct vf_board_view *view, uint32_t queue, uint32_t number);
 
 /* For tests: give the lock that the server has to a user, as if it had been killed with it. */

@@ -50,7 +50,7 @@ struct vf_drv_desc_state {
 	uint16_t next; /* in the free list or in the chain */
 	uint16_t tail; /* last number of the chain; the ID itself in a packed ring, which takes one a chain */
 	uint16_t count; /* descriptors that the chain occupies; 0 = no chain in flight has this number */
-	uint16_t reserved;
+	uint16_t tag; /* of vf_drv_split_add_tagged(); 0 = none */
 	uint32_t cookie;
 	uint32_t writable_bytes; /* bytes that the device has written of a chain that it skips under IN_ORDER */
 };

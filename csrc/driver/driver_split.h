@@ -51,6 +51,7 @@ static inline int vf_drv_split_add(struct vf_drv_vq *vq, const struct vf_drv_seg
 			flags |= VF_DESC_F_NEXT;
 		vq->split.desc[slot] = (struct vf_desc){ segments[i].iova, segments[i].len_bytes, (uint16_t)flags, next };
 		writable_bytes += segments[i].writable ? segments[i].len_bytes : 0u;
+		state[slot].tag = 0;
 		tail = slot;
 		slot = next;
 	}
@@ -77,11 +78,42 @@ static inline int vf_drv_split_add_three(struct vf_drv_vq *vq, const struct vf_d
 	vq->free_count = (uint16_t)(vq->free_count - 3u);
 	state[head].tail = tail;
 	state[head].count = 3;
+	state[head].tag = state[second].tag = state[tail].tag = 0;
 	state[head].cookie = cookie;
 	if (vq->in_order)
 		state[head].writable_bytes = vf_drv_three_writable(three);
 	vf_drv_split_avail_put(vq, head);
 	return head;
+}
+
+/*
+ * The same, without IN_ORDER, for a header and a status that always belong to the same cookie, which is below 65535: three
+ * descriptors that had that cookie before hold both already. A tag says so. It is cleared in each descriptor that something
+ * else is written to, and the free list, last in, first out, keeps a tagged chain together as long as its head is in it.
+ */
+static inline void vf_drv_split_add_tagged(struct vf_drv_vq *vq, const struct vf_drv_three *three, uint32_t cookie)
+{
+	struct vf_drv_desc_state *state = vq->state;
+	struct vf_desc *desc = vq->split.desc;
+	uint16_t head = vq->free_head, second = state[head].next, tail;
+	if (vf_unlikely(state[head].tag != cookie + 1u)) {
+		tail = state[second].next;
+		desc[head] = (struct vf_desc){ three->header_iova, three->header_bytes, VF_DESC_F_NEXT, second };
+		desc[second].next = tail;
+		desc[tail] = (struct vf_desc){ three->status_iova, 1, VF_DESC_F_WRITE, 0 };
+		state[head].tail = tail;
+		state[head].tag = (uint16_t)(cookie + 1u);
+		state[head].cookie = cookie;
+		state[second].tag = state[tail].tag = 0;
+	}
+	tail = state[head].tail;
+	desc[second].addr = three->data_iova;
+	desc[second].len = three->data_bytes;
+	desc[second].flags = (uint16_t)(three->data_flags | VF_DESC_F_NEXT);
+	vq->free_head = state[tail].next;
+	vq->free_count = (uint16_t)(vq->free_count - 3u);
+	state[head].count = 3;
+	vf_drv_split_avail_put(vq, head);
 }
 
 static inline int vf_drv_split_add_indirect(struct vf_drv_vq *vq, struct vf_desc *table, uint64_t table_iova,
@@ -102,6 +134,7 @@ static inline int vf_drv_split_add_indirect(struct vf_drv_vq *vq, struct vf_desc
 	vq->free_count--;
 	state->tail = head;
 	state->count = 1;
+	state->tag = 0;
 	state->cookie = cookie;
 	state->writable_bytes = writable_bytes;
 	vf_drv_split_avail_put(vq, head);
@@ -142,6 +175,28 @@ static inline int vf_drv_split_take(struct vf_drv_vq *vq, struct vf_drv_used *ou
 	__builtin_prefetch(&vq->split.desc[id], 1); /* the next chain begins here */
 	vf_drv_ring_finish(vq, (uint16_t)id, written_bytes, out);
 	return 0;
+}
+
+/* Look at the chain that the next used element names, of those that vf_drv_split_used_count() found: its head, and its cookie.
+ * -1 when that is no chain of three; the cookie is UINT32_MAX when vf_drv_split_add_tagged() has not added it. */
+static inline int vf_drv_split_peek_tagged(const struct vf_drv_vq *vq, uint32_t *cookie)
+{
+	uint32_t id = vf_load_relaxed_u32(&vq->split.used_ring[vq->last_used_idx & vq->mask].id);
+	if (vf_unlikely(id >= vq->size || vq->state[id].count != 3))
+		return -1;
+	*cookie = vq->state[id].tag - 1u;
+	return (int)id;
+}
+
+/* Reap the chain that was looked at. */
+static inline void vf_drv_split_take_tagged(struct vf_drv_vq *vq, uint16_t head)
+{
+	struct vf_drv_desc_state *state = &vq->state[head];
+	vq->state[state->tail].next = vq->free_head;
+	vq->free_head = head;
+	vq->free_count = (uint16_t)(vq->free_count + 3u);
+	state->count = 0;
+	vq->last_used_idx++;
 }
 
 /* The same under IN_ORDER. An element names the last chain of a batch, and the next `count` chains at most, those that the

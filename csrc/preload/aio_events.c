@@ -13,32 +13,54 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/membarrier.h"
 #include "preload/aio.h"
 #include "preload/files.h"
-#include "preload/forked.h"
 #include "preload/lock.h"
 #include "preload/real.h"
 
-#define AIO_MAGIC 0x6f696676u
 #define REQUEST_COUNT_MAX 65536
 #define SLICE_NS 200000 /* of a wait with the lock held, where other threads may want the context */
 
-static __thread uint8_t thread_mark __attribute__((tls_model("initial-exec")));
+__thread uint8_t vf_aio_thread;
 
-struct vf_aio *vf_aio_lock(io_context_t ring)
+/* Have the thread that has the context to itself take the lock from now on, and wait until it does. The lock is held. */
+static void share(struct vf_aio *aio)
 {
-	struct vf_aio *aio;
+	vf_store_relaxed_pointer(&aio->thread, VF_AIO_SHARED);
+	vf_membarrier(); /* pairs with vf_aio_enter(): it sees the change, or we see that it is inside */
+	while (vf_peek_acquire_u32(&aio->inside)) {
+		struct timespec moment = { 0, SLICE_NS };
 
-	vf_fork_check();
-	if (vf_unlikely(!ring || ring->magic != AIO_MAGIC))
+		syscall(SYS_nanosleep, &moment, NULL);
+	}
+}
+
+struct vf_aio *vf_aio_lock(struct vf_aio *aio)
+{
+	const void *thread = vf_peek_pointer(&aio->thread);
+
+	if (thread == &vf_aio_thread && vf_peek_u32(&aio->inside)) {
+		vf_say("a signal handler uses an AIO context that its thread is using: refused (EINVAL)");
 		return NULL;
-	aio = (void *)((uint8_t *)ring - offsetof(struct vf_aio, ring));
-	if (vf_unlikely(aio->fork_count != vf_peek_u32(&vf_fork_count)))
-		return NULL;
-	if (vf_unlikely(aio->thread != &thread_mark))
-		vf_store_relaxed_u32(&aio->is_shared, 1);
+	}
 	vf_lock_take(&aio->lock);
+	thread = vf_peek_pointer(&aio->thread);
+	if (vf_likely(thread == VF_AIO_SHARED))
+		return aio;
+	if (!thread && vf_membarrier_join()) {
+		vf_store_relaxed_u32(&aio->inside, 1);
+		vf_store_release_pointer(&aio->thread, &vf_aio_thread);
+		vf_lock_leave(&aio->lock);
+		return aio;
+	}
+	share(aio);
 	return aio;
+}
+
+void vf_aio_unlock(struct vf_aio *aio)
+{
+	vf_lock_leave(&aio->lock);
 }
 
 static void make_event(struct vf_aio *aio, struct io_event *event, struct vf_aio_request *request, int64_t result)
@@ -66,6 +88,7 @@ void vf_aio_finish_in_ring(struct vf_aio_request *request, int64_t result)
 	struct vf_aio *aio = request->aio;
 
 	make_event(aio, &aio->ring.events[aio->ring.tail], request, result);
+	aio->is_odd = true;
 	vf_store_release_u32(&aio->ring.tail, after(aio, aio->ring.tail));
 }
 
@@ -83,6 +106,7 @@ void vf_aio_finish(struct vf_aio_request *request, int64_t result)
 	}
 	request->io.result = result;
 	request->next = NULL;
+	aio->is_odd = true;
 	*aio->finished_end = request;
 	aio->finished_end = &request->next;
 }
@@ -105,9 +129,8 @@ VF_EXPORT int io_setup(int count, io_context_t *context)
 		return -ENOMEM;
 	aio = at;
 	aio->ring.event_count = (uint32_t)count + 1;
-	aio->ring.magic = AIO_MAGIC;
+	aio->ring.magic = VF_AIO_MAGIC;
 	aio->ring.header_bytes = sizeof(aio->ring);
-	aio->thread = &thread_mark;
 	aio->fork_count = vf_peek_u32(&vf_fork_count);
 	aio->request_count = (uint32_t)count;
 	aio->finished_end = &aio->finished;
@@ -115,6 +138,7 @@ VF_EXPORT int io_setup(int count, io_context_t *context)
 	aio->map_bytes = map_bytes;
 	for (int i = count; i--;) {
 		aio->requests[i].aio = aio;
+		aio->requests[i].io.done = vf_aio_transferred;
 		aio->requests[i].next = aio->free;
 		aio->free = &aio->requests[i];
 	}
@@ -128,7 +152,7 @@ VF_EXPORT int io_destroy(io_context_t context)
 
 	if (!vf_peek_u32(&vf_wanted))
 		return VF_REAL(io_destroy)(context);
-	aio = vf_aio_lock(context);
+	aio = vf_aio_enter(context);
 	if (!aio)
 		return -EINVAL;
 	while (aio->in_flight) {
@@ -218,10 +242,10 @@ static int wait_for_submit(struct vf_aio *aio, int64_t wait_ns)
 
 	aio->waits = true;
 	aio->event = aio->event_end = NULL;
-	vf_lock_leave(&aio->lock);
+	vf_aio_leave(aio);
 	result = syscall(SYS_futex, &aio->submit_count, FUTEX_WAIT_PRIVATE, seen, wait_ns < 0 ? NULL : &timeout);
 	error = errno;
-	vf_lock_take(&aio->lock);
+	vf_aio_enter(&aio->ring); /* it is one still */
 	aio->event = event;
 	aio->event_end = event_end;
 	return result < 0 && error == EINTR ? -EINTR : 0;
@@ -242,19 +266,42 @@ static int wait_once(struct vf_aio *aio, uint32_t min, int64_t wait_ns)
 	} else if (vf_unlikely(!aio->in_flight)) {
 		return wait_ns ? wait_for_submit(aio, wait_ns) : 0;
 	}
-	if (vf_unlikely(vf_peek_u32(&aio->is_shared)))
+	if (vf_unlikely(vf_peek_pointer(&aio->thread) == VF_AIO_SHARED))
 		wait_ns = at_most(wait_ns, SLICE_NS);
 	result = vf_disk_reap(aio->user, min, room, wait_ns);
 	return result < 0 ? result : 0;
 }
 
-static long get_events(struct vf_aio *aio, long min, long count, struct io_event *events, const struct timespec *timeout)
+/* What is finished of the disk's queue. Returns how many events there are. */
+static inline long take_events(struct vf_aio *aio, long count, struct io_event *events)
+{
+	struct io_event *event = events;
+	bool flushes = false;
+
+	for (struct vf_disk_io *io = vf_disk_take(aio->user, (uint32_t)count), *next; io; io = next) {
+		struct vf_aio_request *request = (struct vf_aio_request *)io;
+
+		next = io->next;
+		if (vf_unlikely(request->flush_after)) {
+			vf_aio_transferred(io);
+			flushes = true;
+			continue;
+		}
+		make_event(aio, event++, request, io->result);
+	}
+	aio->in_flight -= (uint32_t)(event - events);
+	if (vf_unlikely(flushes))
+		vf_disk_publish(aio->user);
+	return event - events;
+}
+
+/* `got` events are there already. */
+__attribute__((noinline)) static long get_events(struct vf_aio *aio, long min, long count, struct io_event *events, const struct timespec *timeout, long got)
 {
 	uint64_t deadline_ns = 0;
-	long got;
 	int result;
 
-	aio->event = events;
+	aio->event = events + got;
 	aio->event_end = events + count;
 	if (vf_unlikely(aio->finished || aio->ring.head != aio->ring.tail))
 		add_finished(aio);
@@ -280,22 +327,29 @@ static long get_events(struct vf_aio *aio, long min, long count, struct io_event
 		}
 	} while (got < min);
 	aio->event = aio->event_end = NULL;
+	aio->is_odd = aio->finished || aio->ring.head != aio->ring.tail || aio->kernel_in_flight;
 	return got;
 }
 
 VF_EXPORT int io_getevents(io_context_t context, long min, long count, struct io_event *events, struct timespec *timeout)
 {
 	struct vf_aio *aio;
-	long result = -EINVAL;
+	long result = 0;
 
 	if (vf_unlikely(!vf_peek_u32(&vf_wanted)))
 		return VF_REAL(io_getevents)(context, min, count, events, timeout);
-	aio = vf_aio_lock(context);
+	aio = vf_aio_enter(context);
 	if (vf_unlikely(!aio))
 		return -EINVAL;
-	if (vf_likely(min >= 0 && min <= count && count <= INT_MAX))
-		result = get_events(aio, min, count, events, timeout);
-	vf_lock_leave(&aio->lock);
+	if (vf_unlikely((unsigned long)min > (unsigned long)count || (unsigned long)count > INT_MAX)) {
+		vf_aio_leave(aio);
+		return -EINVAL;
+	}
+	if (vf_likely(count && !aio->is_odd && aio->in_flight))
+		result = take_events(aio, count, events);
+	if (vf_unlikely(!result || result < min))
+		result = get_events(aio, min, count, events, timeout, result);
+	vf_aio_leave(aio);
 	return (int)result;
 }
 

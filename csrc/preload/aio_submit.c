@@ -31,10 +31,12 @@ static void flushed(struct vf_disk_io *io)
 	struct vf_aio_request *request = (struct vf_aio_request *)io;
 
 	request->aio->in_flight--;
+	io->done = vf_aio_transferred;
+	request->flush_after = false;
 	vf_aio_finish(request, io->result < 0 ? io->result : request->written_bytes);
 }
 
-static void transferred(struct vf_disk_io *io)
+void vf_aio_transferred(struct vf_disk_io *io)
 {
 	struct vf_aio_request *request = (struct vf_aio_request *)io;
 
@@ -52,6 +54,7 @@ static void transferred(struct vf_disk_io *io)
 		return;
 	}
 	request->aio->in_flight--;
+	request->flush_after = false;
 	vf_aio_finish(request, io->result);
 }
 
@@ -59,10 +62,14 @@ static int submit_io(struct vf_aio *aio, struct vf_aio_request *request)
 {
 	int result = vf_disk_submit(aio->user, &request->io);
 
-	if (vf_likely(!result))
+	if (vf_likely(!result)) {
 		aio->in_flight++;
-	else
+		aio->must_publish = true;
+	} else {
+			request->flush_after = false;
+		request->io.done = vf_aio_transferred;
 		vf_aio_finish(request, result);
+	}
 	return 0;
 }
 
@@ -99,8 +106,9 @@ static int submit_slow(struct vf_aio *aio, struct vf_aio_request *request, const
 		bad = 0;
 	if (bad || !length_bytes || length_bytes > VF_TRANSFER_MAX_BYTES || ((iocb->aio_offset | (int64_t)length_bytes) & block_mask) ||
 	    iocb->aio_offset < 0 || (uint64_t)iocb->aio_offset + length_bytes > capacity_bytes ||
-	    (write && vf_disk_attach()->read_only) || (iocb->aio_flags & IOCB_FLAG_RESFD)) {
-		/* Like Linux's buffered requests, these are done when io_submit() returns. */
+	    (write && (vf_disk_attach()->read_only || !(flags & O_DIRECT))) || (iocb->aio_flags & IOCB_FLAG_RESFD)) {
+		/* Like Linux's buffered requests, these are done when io_submit() returns. vf_transfer() locks out those that
+		 * write parts of the same blocks. */
 		if (iocb->aio_offset < 0) {
 			result = -1;
 			errno = EINVAL;
@@ -124,7 +132,7 @@ static int submit_slow(struct vf_aio *aio, struct vf_aio_request *request, const
 	request->io.iov_count = (uint32_t)iov_count;
 	request->io.offset_bytes = (uint64_t)iocb->aio_offset;
 	request->io.length_bytes = length_bytes;
-	request->io.done = transferred;
+	request->io.done = vf_aio_transferred;
 	request->flush_after = write && ((flags & O_DSYNC) || (iocb->aio_rw_flags & (RWF_DSYNC | RWF_SYNC)));
 	return submit_io(aio, request);
 }
@@ -184,35 +192,6 @@ static int submit_one(struct vf_aio *aio, struct vf_aio_request *request, const 
 	}
 }
 
-/* The common requests: one range of whole blocks in aligned memory. Returns false when this is another one. */
-static inline bool submit_fast(struct vf_aio *aio, struct vf_aio_request *request, const struct iocb *iocb,
-			       struct vf_file *file, uint32_t block_mask, uint64_t capacity_bytes)
-{
-	uint64_t offset_bytes = (uint64_t)iocb->aio_offset, length_bytes = iocb->aio_nbytes;
-	uint32_t flags = vf_file_flags(file), command = iocb->aio_lio_opcode;
-
-	if (vf_unlikely(command > IOCB_CMD_PWRITE || (flags & O_ACCMODE) != O_RDWR))
-		if (command != IOCB_CMD_PREAD || (flags & O_ACCMODE) != O_RDONLY)
-			return false;
-	if (vf_unlikely(((offset_bytes | length_bytes) & block_mask) || (iocb->aio_buf & MEMORY_ALIGNMENT_MASK) ||
-			length_bytes - 1 >= VF_TRANSFER_MAX_BYTES || offset_bytes > capacity_bytes ||
-			length_bytes > capacity_bytes - offset_bytes || iocb->aio_flags || iocb->aio_rw_flags ||
-			(flags & O_DSYNC)))
-		return false;
-	request->data = iocb->aio_data;
-	request->iocb = (uintptr_t)iocb;
-	request->iov = (struct iovec){ (void *)(uintptr_t)iocb->aio_buf, length_bytes };
-	request->flush_after = false;
-	request->io.op = command == IOCB_CMD_PREAD ? VF_DISK_READ : VF_DISK_WRITE;
-	request->io.iov = &request->iov;
-	request->io.iov_count = 1;
-	request->io.offset_bytes = offset_bytes;
-	request->io.length_bytes = length_bytes;
-	request->io.done = transferred;
-	submit_io(aio, request);
-	return true;
-}
-
 /* Returns how many of the first count were submitted, or a negative errno when the first of them failed. */
 static long submit_to_kernel(struct vf_aio *aio, long count, struct iocb **iocbs)
 {
@@ -224,20 +203,74 @@ static long submit_to_kernel(struct vf_aio *aio, long count, struct iocb **iocbs
 	if (result < 0)
 		return -errno;
 	aio->kernel_in_flight += (uint32_t)result;
+	aio->is_odd = true;
 	return result;
 }
 
 static int ready_user(struct vf_aio *aio)
 {
+	const struct vf_disk_info *info;
+
 	if (vf_likely(aio->user != NULL))
 		return 0;
 	aio->user = vf_disk_user_new();
-	return aio->user ? 0 : -errno;
+	if (!aio->user)
+		return -errno;
+	info = vf_disk_attach();
+	aio->block_mask = info->block_bytes - 1;
+	aio->capacity_at = info->read_only ? NULL : info->capacity_at;
+	return 0;
 }
 
-/* Submit a request to the disk. */
-static int submit_to_disk(struct vf_aio *aio, struct iocb *iocb, struct vf_file *file, const struct vf_disk_info *info,
-			  uint64_t capacity_bytes)
+/* The common requests: one range of whole blocks in aligned memory. Fills request->io for vf_disk_put(), or returns false. */
+static inline bool is_common(struct vf_aio_request *request, const struct iocb *iocb, struct vf_file *file, uint32_t block_mask,
+			     uint64_t capacity_bytes)
+{
+	uint64_t offset_bytes = (uint64_t)iocb->aio_offset, length_bytes = iocb->aio_nbytes, memory = iocb->aio_buf;
+	uint32_t flags = vf_file_flags(file), command = iocb->aio_lio_opcode;
+
+	_Static_assert(O_RDONLY == 0 && O_WRONLY == 1 && O_RDWR == 2, "bit 0: not for reading");
+	if (vf_likely(command == IOCB_CMD_PREAD)) {
+		if (vf_unlikely(flags & O_WRONLY))
+			return false;
+	} else if (vf_unlikely(command != IOCB_CMD_PWRITE || !(flags & O_DIRECT) || (flags & O_DSYNC) ||
+			       ((flags & O_ACCMODE) != O_RDWR && (flags & O_ACCMODE) != O_WRONLY))) {
+		return false;
+	}
+	/* One comparison of all that must be 0. */
+	if (vf_unlikely(((offset_bytes | length_bytes) & block_mask) | (memory & MEMORY_ALIGNMENT_MASK) | iocb->aio_flags |
+			(uint32_t)iocb->aio_rw_flags))
+		return false;
+	if (vf_unlikely(length_bytes - 1 >= VF_TRANSFER_MAX_BYTES || offset_bytes > capacity_bytes ||
+			length_bytes > capacity_bytes - offset_bytes))
+		return false;
+	request->data = iocb->aio_data;
+	request->iocb = (uintptr_t)iocb;
+	request->io.op = command; /* VF_DISK_READ, VF_DISK_WRITE */
+	request->io.memory = (void *)(uintptr_t)memory;
+	request->io.offset_bytes = offset_bytes;
+	request->io.length_bytes = length_bytes;
+	request->io.result = (int64_t)length_bytes;
+	return true;
+}
+
+/* Send requests that are linked by `next`, one after another where vf_disk_put() does not. */
+__attribute__((noinline)) static void submit_chain(struct vf_aio *aio, struct vf_disk_io *io)
+{
+	while (io) {
+		struct vf_aio_request *request = (struct vf_aio_request *)io;
+		struct vf_disk_io *next = io->next;
+
+		request->iov = (struct iovec){ io->memory, io->length_bytes };
+		io->iov = &request->iov;
+		io->iov_count = 1;
+		aio->in_flight--;
+		submit_io(aio, request);
+		io = next;
+	}
+}
+
+static int submit_to_disk(struct vf_aio *aio, const struct iocb *iocb, struct vf_file *file)
 {
 	struct vf_aio_request *request = aio->free;
 	int result;
@@ -245,48 +278,77 @@ static int submit_to_disk(struct vf_aio *aio, struct iocb *iocb, struct vf_file 
 	if (vf_unlikely(!request))
 		return -EAGAIN;
 	aio->free = request->next;
-	if (vf_likely(aio->user && !info->read_only) &&
-	    submit_fast(aio, request, iocb, file, info->block_bytes - 1, capacity_bytes))
-		return 0;
 	result = ready_user(aio);
 	if (!result)
 		result = submit_one(aio, request, iocb, file);
 	if (result < 0) {
 		request->next = aio->free;
 		aio->free = request;
-		return result;
 	}
-	return 0;
+	return result;
 }
 
-static long submit_all(struct vf_aio *aio, long count, struct iocb **iocbs)
+/* Uncommon ones, one after another. Returns how many, or a negative errno when the first of them failed. */
+static long submit_uncommon(struct vf_aio *aio, long count, struct iocb **iocbs)
 {
-	const struct vf_disk_info *info = NULL;
-	uint64_t capacity_bytes = 0;
-	long done = 0, result = 0;
+	struct vf_file *file = vf_file_of((int)iocbs[0]->aio_fildes);
+	long foreign = 1;
+	int result;
+
+	if (file) {
+		result = submit_to_disk(aio, iocbs[0], file);
+		return result < 0 ? result : 1;
+	}
+	while (foreign < count && !vf_file_of((int)iocbs[foreign]->aio_fildes))
+		foreign++;
+	return submit_to_kernel(aio, foreign, iocbs);
+}
+
+/* The common requests at the begin of those are sent together. Returns how many. */
+static inline long submit_common(struct vf_aio *aio, long count, struct iocb **iocbs)
+{
+	uint64_t capacity_bytes = vf_load_relaxed_u64(aio->capacity_at);
+	struct vf_disk_io *first, **end = &first;
+	uint32_t block_mask = aio->block_mask;
+	long done = 0;
+
+	do {
+		const struct iocb *iocb = iocbs[done];
+		struct vf_file *file = vf_file_of((int)iocb->aio_fildes);
+		struct vf_aio_request *request = aio->free;
+
+		if (vf_unlikely(!file || !request || !is_common(request, iocb, file, block_mask, capacity_bytes)))
+			break;
+		aio->free = request->next;
+		*end = &request->io;
+		end = &request->io.next;
+		done++;
+	} while (done < count);
+	*end = NULL;
+	if (vf_unlikely(!done))
+		return 0;
+	aio->in_flight += (uint32_t)done;
+	first = vf_disk_put(aio->user, first);
+	if (vf_unlikely(first != NULL))
+		submit_chain(aio, first);
+	return done;
+}
+
+__attribute__((noinline)) static long submit_any(struct vf_aio *aio, long count, struct iocb **iocbs, long done)
+{
+	long result = 0;
 
 	while (done < count) {
-		struct vf_file *file = vf_file_of((int)iocbs[done]->aio_fildes);
-		long foreign = 0;
-
-		if (vf_likely(file != NULL)) {
-			if (!info) {
-				info = vf_disk_attach();
-				capacity_bytes = vf_disk_capacity();
-			}
-			result = submit_to_disk(aio, iocbs[done], file, info, capacity_bytes);
-			if (vf_unlikely(result < 0))
-				break;
-			done++;
-			continue;
-		}
-		while (done + foreign < count && !vf_file_of((int)iocbs[done + foreign]->aio_fildes))
-			foreign++;
-		result = submit_to_kernel(aio, foreign, iocbs + done);
-		if (result > 0)
-			done += result;
-		if (result < foreign)
+		result = aio->capacity_at ? submit_common(aio, count - done, iocbs + done) : 0;
+		if (!result)
+			result = submit_uncommon(aio, count - done, iocbs + done);
+		if (result <= 0)
 			break;
+		done += result;
+	}
+	if (aio->must_publish) {
+		aio->must_publish = false;
+		vf_disk_publish(aio->user);
 	}
 	return done ? done : result;
 }
@@ -298,20 +360,20 @@ VF_EXPORT int io_submit(io_context_t context, long count, struct iocb **iocbs)
 
 	if (vf_unlikely(!vf_peek_u32(&vf_wanted)))
 		return VF_REAL(io_submit)(context, count, iocbs);
-	aio = vf_aio_lock(context);
+	aio = vf_aio_enter(context);
 	if (vf_unlikely(!aio || count < 0)) {
 		if (aio)
-			vf_lock_leave(&aio->lock);
+			vf_aio_leave(aio);
 		return -EINVAL;
 	}
-	result = submit_all(aio, count, iocbs);
-	if (vf_likely(aio->user != NULL))
-		vf_disk_publish(aio->user);
+	result = vf_likely(count && aio->capacity_at) ? submit_common(aio, count, iocbs) : 0;
+	if (vf_unlikely(result != count || aio->must_publish))
+		result = submit_any(aio, count, iocbs, result);
 	if (vf_unlikely(aio->waits)) {
 		aio->waits = false;
 		vf_store_release_u32(&aio->submit_count, aio->submit_count + 1);
 		syscall(SYS_futex, &aio->submit_count, FUTEX_WAKE_PRIVATE, INT_MAX);
 	}
-	vf_lock_leave(&aio->lock);
+	vf_aio_leave(aio);
 	return (int)result;
 }

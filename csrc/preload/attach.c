@@ -16,6 +16,7 @@
 #include <sys/sysmacros.h>
 #include <sys/un.h>
 
+#include "base/membarrier.h"
 #include "preload/attach.h"
 #include "preload/forked.h"
 #include "preload/pieces.h"
@@ -335,6 +336,7 @@ static int vf_attach_start(struct vf_client *client)
 		syscall(SYS_close, fds[0]);
 	if (rc)
 		return rc;
+	client->joined = vf_membarrier_join();
 	client->generation = vf_load_acquire_u32(&client->view.board->generation);
 	for (uint32_t q = 0; q < client->geometry.queue_count && rc == 0; q++)
 		rc = vf_attach_events(client, q);
@@ -357,6 +359,7 @@ static void vf_attach_describe(const struct vf_client *client, const char *path)
 		vf_info.stand_in_ino = status.stx_ino;
 	}
 	vf_info.capacity_bytes = g->capacity_bytes;
+	vf_info.capacity_at = &client->view.board->geometry.capacity_bytes;
 	vf_info.block_bytes = g->block_bytes;
 	vf_info.physical_block_bytes = g->physical_block_bytes;
 	vf_info.io_min_bytes = g->io_min_bytes;

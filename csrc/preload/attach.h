@@ -21,7 +21,7 @@
 enum vf_attach_op {
 	VF_ATTACH_HELLO = 1, /* a: VF_BOARD_MAGIC. Answer: a: address, b: bytes, fd: the board */
 	VF_ATTACH_EVENTS, /* arg: queue. Answer: fds: kick, interrupt */
-	VF_ATTACH_NEW_USER, /* Answer: arg: number, a: queue */
+	VF_ATTACH_NEW_USER, /* b: fences reach the process. Answer: arg: number, a: queue */
 	VF_ATTACH_END_USER, /* arg: number. No answer */
 	VF_ATTACH_ADD_REGION, /* a: bytes, b: offset, fd. Answer: a: IOVA */
 	VF_ATTACH_REMOVE_REGION, /* a: IOVA. No answer */
@@ -42,6 +42,7 @@ struct vf_client {
 	struct vf_board_view view;
 	struct vf_board_geometry geometry; /* = view.geometry */
 	int socket;
+	bool joined; /* fences reach this process: base/membarrier.h */
 	uint32_t gone; /* the server has ended */
 	uint32_t mute; /* an answer did not come in time: it would be taken for that of the next question */
 	uint32_t generation; /* of the eventfds that we have */
@@ -83,6 +84,8 @@ struct vf_memory_hit {
 	uint32_t generation; /* 0: nothing */
 	bool reached;
 };
+
+extern uint32_t vf_area_generation; /* raised by every change of what the device reaches */
 
 /* Find [address, address + length) in memory that the device reaches, registering it if it can be: true with *delta. */
 bool vf_memory_find(struct vf_client *client, struct vf_memory_hit *hit, const void *address, size_t length, uint64_t *delta);

@@ -19,6 +19,7 @@ struct vf_disk_user *vf_disk_user_new(void)
 
 	if (!client)
 		return NULL;
+	message.b = client->joined;
 	struct vf_disk_user *user = aligned_alloc(64, (sizeof(*user) + 63u) / 64u * 64u);
 	if (!user) {
 		errno = ENOMEM;
@@ -39,6 +40,10 @@ struct vf_disk_user *vf_disk_user_new(void)
 	user->home = (uint32_t)message.a;
 	user->cross = client->geometry.route == VF_ROUTE_CROSS && client->geometry.queue_count > 1;
 	user->shared = &client->view.users[user->number];
+	user->parts = &client->view.parts[user->home];
+	user->pieces = &client->pieces[user->home * client->geometry.slot_count];
+	user->can_put = client->joined && client->geometry.route == VF_ROUTE_OWN && !client->geometry.packed &&
+			!client->geometry.in_order;
 	return user;
 }
 
@@ -79,7 +84,7 @@ int vf_disk_submit(struct vf_disk_user *user, struct vf_disk_io *io)
 		vf_user_finish_later(user, io); /* without FLUSH, writes are durable as they end */
 		return 0;
 	}
-	io->way = io->op <= VF_DISK_WRITE ? vf_io_choose_way(user, io) : VF_IO_COPIED;
+	vf_io_choose_way(user, io);
 	if (user->waiting_last)
 		user->waiting_last->next = io;
 	else
@@ -113,7 +118,7 @@ static int vf_piece_end(struct vf_disk_user *user, uint32_t q, const struct vf_p
 		user->busy &= ~(1ull << q);
 	if (vf_unlikely(error && io->result >= 0))
 		io->result = error;
-	if (--io->pieces_left || io->sent_bytes != io->length_bytes)
+	if (!piece->whole && (--io->pieces_left || io->sent_bytes != io->length_bytes))
 		return 0;
 	user->requests--;
 	io->done(io);
@@ -283,14 +288,26 @@ static int vf_collect_queue(struct vf_disk_user *user, uint32_t q, uint32_t max,
 	uint32_t copied = vf_take_pieces(user, q, finished, count, taken);
 	if (count)
 		vf_wake_starved(user, queue);
-	vf_unlock(queue);
+	vf_user_unlock(user, queue);
 	int ended = vf_finish_taken(user, q, taken, count);
 	if (copied && vf_user_lock(user, queue)) {
 		for (uint32_t i = 0; i < count; i++)
 			if (taken[i].copied)
 				vf_slot_free(&client->view, &client->view.parts[q], taken[i].slot);
 		vf_wake_starved(user, queue);
-		vf_unlock(queue);
+		vf_user_unlock(user, queue);
+	}
+	return ended;
+}
+
+/* Finish requests that were sent by vf_disk_put(). */
+static int vf_user_collect_fast(struct vf_disk_user *user, uint32_t max)
+{
+	int ended = 0;
+
+	for (struct vf_disk_io *io = vf_disk_take(user, max), *next; io; io = next, ended++) {
+		next = io->next;
+		io->done(io);
 	}
 	return ended;
 }
@@ -307,6 +324,10 @@ static int vf_user_collect(struct vf_disk_user *user, uint32_t max)
 		io->done(io);
 	}
 	bool marked = vf_load_relaxed_u32(&user->shared->marked);
+	if (vf_likely(!marked && !ended))
+		ended = vf_user_collect_fast(user, max);
+	if (vf_likely(ended))
+		return ended;
 	if (vf_unlikely(marked))
 		vf_exchange_u32(&user->shared->marked, 0); /* before the marks are read */
 	for (uint64_t busy = user->busy; busy && (uint32_t)ended < max; busy &= busy - 1u)

@@ -19,6 +19,7 @@ struct vf_disk_info {
 	dev_t stand_in_dev; /* of that socket file, to know it by any name */
 	ino_t stand_in_ino;
 	uint64_t capacity_bytes; /* when attached; vf_disk_capacity() follows a resize */
+	const uint64_t *capacity_at; /* where it reads; NULL: only it knows */
 	uint32_t block_bytes; /* logical block: offset and length of every request are multiples */
 	uint32_t physical_block_bytes;
 	uint32_t io_min_bytes, io_opt_bytes; /* 0: not known */
@@ -44,7 +45,10 @@ bool vf_disk_owns_fd(int fd);
 struct vf_disk_io {
 	enum vf_disk_op op;
 	uint32_t iov_count;
-	const struct iovec *iov; /* NULL for flush, discard, write zeroes */
+	union {
+		const struct iovec *iov; /* NULL for flush, discard, write zeroes */
+		void *memory; /* of vf_disk_put() */
+	};
 	uint64_t offset_bytes;
 	uint64_t length_bytes; /* 0 for a flush */
 	int64_t result; /* length_bytes, or a negative errno */
@@ -56,6 +60,7 @@ struct vf_disk_io {
 	uint32_t iov_index; /* that entry */
 	uint32_t pieces_left; /* in flight */
 	uint32_t way; /* enum vf_io_way */
+	uint32_t generation; /* of memory that the device reaches, when the way was chosen */
 	struct vf_disk_io *next;
 };
 
@@ -69,6 +74,15 @@ void vf_disk_user_free(struct vf_disk_user *user); /* waits for requests in flig
  * vf_disk_publish() shows it to the device, as does a reap. What finds no room waits in that list. */
 int vf_disk_submit(struct vf_disk_user *user, struct vf_disk_io *io);
 void vf_disk_publish(struct vf_disk_user *user);
+
+/* The fast way of a user that is alone on its queue. Publish requests, linked by `next`, that are of one entry of a vector in
+ * aligned memory, which is named by `memory` in place of the vector; `result` is the length already. Returns the first that is not sent, with those after it: they go by
+ * vf_disk_submit(), with a vector. NULL: all are. Not for a user from before fork(). */
+struct vf_disk_io *vf_disk_put(struct vf_disk_user *user, struct vf_disk_io *first);
+
+/* Take up to max (1 at least) requests that have finished well, of those that vf_disk_put() may have sent: `done` is not called
+ * for them. Returns them linked by `next`; NULL says nothing of the others. */
+struct vf_disk_io *vf_disk_take(struct vf_disk_user *user, uint32_t max);
 
 /* Finish requests: calls `done` of up to max. Waits until at least min are finished, for timeout_ns at most (-1: for
  * ever; 0: not at all), and no longer than the user has requests. Returns how many, -EINTR when a signal handler ran and

@@ -12,6 +12,7 @@ struct vf_piece {
 	struct vf_disk_user *user;
 	uint64_t iova; /* of direct data; 0: through the slot's buffer */
 	uint32_t length_bytes;
+	bool whole; /* all of the request, of which nothing else is noted: see plain.h */
 	uint32_t iov_index; /* where its data begins in the vector */
 	size_t iov_used_bytes;
 };

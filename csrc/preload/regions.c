@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/membarrier.h"
 #include "preload/attach.h"
 #include "preload/forked.h"
 #include "preload/pieces.h"
@@ -37,7 +38,7 @@ static pthread_mutex_t vf_areas_lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t vf_areas_mask; /* the signals of the thread that has the lock */
 static struct vf_area vf_areas[VF_AREAS_MAX];
 static uint32_t vf_area_count;
-static uint32_t vf_area_generation = 1; /* raised by every change */
+uint32_t vf_area_generation = 1;
 static struct vf_region *vf_removed;
 static struct vf_region *vf_freed; /* once the lock is free: an allocator may call munmap(), which comes back here */
 
@@ -76,6 +77,15 @@ static void vf_areas_changed(void)
 	uint32_t next = vf_area_generation + 1u;
 
 	vf_store_release_u32(&vf_area_generation, next ? next : 1u);
+}
+
+/* The same, and have those that send see it: from here on, either we see the address in their piece, or they see that the
+ * memory has changed, and send it another way. Pairs with vf_piece_is_stale(). */
+static void vf_areas_shrink(void)
+{
+	vf_areas_changed();
+	vf_fence_full(); /* where vf_membarrier() is not to be had, those that send have a fence */
+	vf_membarrier();
 }
 
 static void vf_region_free(struct vf_region *region)
@@ -176,6 +186,8 @@ void vf_disk_memory_remove(void *address, size_t length)
 			i++;
 			continue;
 		}
+		if (!changed)
+			vf_areas_shrink();
 		changed = true;
 		struct vf_region *region = area->region;
 		struct vf_area after = { end, area_end > end ? area_end - end : 0, region };
@@ -193,10 +205,8 @@ void vf_disk_memory_remove(void *address, size_t length)
 		if (region->area_count == 0)
 			vf_region_remove(region);
 	}
-	if (changed) {
+	if (changed)
 		vf_regions_remove_late();
-		vf_areas_changed();
-	}
 	vf_memory_unlock();
 }
 

@@ -22,6 +22,7 @@ struct vf_disk_user {
 	uint64_t busy; /* a bit for each queue where it has pieces in flight */
 	uint32_t number;
 	uint32_t home;
+	bool can_put; /* requests of one segment, while it is alone on its queue: plain.c */
 	bool cross; /* requests go to queues by their offset */
 	uint32_t spin_fails; /* in a row */
 	uint32_t spin_pause; /* waits until spinning is tried again */
@@ -30,6 +31,8 @@ struct vf_disk_user {
 	struct vf_disk_io *waiting_last;
 	struct vf_disk_io *ended; /* to be finished by the next reap */
 	struct vf_memory_hit hit;
+	struct vf_board_parts *parts; /* of its home queue */
+	struct vf_piece *pieces; /* of that queue */
 	uint32_t inflight[VF_BOARD_QUEUES_MAX];
 };
 
@@ -65,15 +68,22 @@ static inline void vf_io_give_up(struct vf_disk_io *io, int error)
 
 static inline bool vf_user_lock(struct vf_disk_user *user, struct vf_board_queue *queue)
 {
-	return vf_likely(vf_lock_try(queue, user->number)) ||
-	       vf_lock_wait(queue, user->number, vf_client_is_gone, user->client);
+	return vf_queue_lock(queue, user->number, vf_client_is_gone, user->client);
 }
 
-/* Choose how the data of a request goes: enum vf_io_way. */
-uint32_t vf_io_choose_way(struct vf_disk_user *user, struct vf_disk_io *io);
+static inline void vf_user_unlock(struct vf_disk_user *user, struct vf_board_queue *queue)
+{
+	vf_queue_unlock(queue, user->number);
+}
+
+/* Choose how the data of a request goes. */
+void vf_io_choose_way(struct vf_disk_user *user, struct vf_disk_io *io);
 
 /* Put what waits on the queues, as far as there is room. */
 void vf_user_send(struct vf_disk_user *user);
+
+/* Kick the device, which wants it for what was published. */
+void vf_user_kick(struct vf_disk_user *user, uint32_t q);
 
 /* Have a request finished by the next reap. */
 void vf_user_finish_later(struct vf_disk_user *user, struct vf_disk_io *io);

@@ -18,10 +18,10 @@ static bool vf_queue_ready(struct vf_disk_user *user, struct vf_board_queue *que
 		return false; /* until the server has reset the device */
 	if (vf_load_relaxed_u32(&queue->user_count) == 1)
 		return vf_drv_vq_has_used(&queue->vq);
-	if (vf_load_relaxed_u32(&queue->lock) != VF_LOCK_FREE || !vf_lock_try(queue, user->number))
+	if (vf_load_relaxed_u32(&queue->lock) != VF_LOCK_FREE || !vf_queue_try(queue, user->number))
 		return false;
 	bool ready = vf_drv_vq_has_used(&queue->vq);
-	vf_unlock(queue);
+	vf_user_unlock(user, queue);
 	return ready;
 }
 
@@ -89,6 +89,19 @@ static int vf_user_poll(struct vf_disk_user *user, uint64_t polled, int64_t time
 	return 0;
 }
 
+/* Whether a wake-up came before we could be seen to sleep: nobody polls a queue any more, or there is room now. */
+static bool vf_user_is_missed(const struct vf_disk_user *user, uint64_t joined)
+{
+	for (; joined; joined &= joined - 1u) {
+		const struct vf_board_queue *queue = user->client->view.parts[__builtin_ctzll(joined)].queue;
+		if (vf_load_relaxed_u32(&queue->poller) == 0)
+			return true;
+		if (user->waiting && !user->busy && !vf_load_relaxed_u32(&queue->starved))
+			return true;
+	}
+	return false;
+}
+
 int vf_user_wait(struct vf_disk_user *user, uint64_t deadline_ns)
 {
 	struct vf_client *client = user->client;
@@ -116,7 +129,7 @@ int vf_user_wait(struct vf_disk_user *user, uint64_t deadline_ns)
 			queue->starved = 1;
 		if (queue->poller == user->number)
 			polled |= 1ull << q;
-		vf_unlock(queue);
+		vf_user_unlock(user, queue);
 	}
 	if (deadline_ns) {
 		uint64_t now_ns = vf_now_ns();
@@ -124,7 +137,9 @@ int vf_user_wait(struct vf_disk_user *user, uint64_t deadline_ns)
 		timeout_ns = left_ns < timeout_ns ? left_ns : timeout_ns;
 	}
 	uint32_t how = polled ? VF_SLEEP_POLL + (uint32_t)__builtin_ctzll(polled) : VF_SLEEP_FUTEX;
-	vf_exchange_u32(&user->shared->sleep, how); /* a full fence: a marker sees it, or we see the mark */
+	/* A full fence: a user that marks, stops polling, or makes room sees it, or we see its change. */
+	vf_exchange_u32(&user->shared->sleep, how);
+	ready |= vf_user_is_missed(user, joined);
 	if (!ready && joined && !vf_load_relaxed_u32(&user->shared->marked)) {
 		if (polled)
 			rc = vf_user_poll(user, polled, timeout_ns, &interrupted);
@@ -140,7 +155,7 @@ int vf_user_wait(struct vf_disk_user *user, uint64_t deadline_ns)
 			break;
 		queue->irqs += (interrupted & bits & -bits) != 0;
 		vf_queue_leave(&client->view, queue, user->number);
-		vf_unlock(queue);
+		vf_user_unlock(user, queue);
 	}
 	return rc == -EINTR ? -EINTR : 0;
 }

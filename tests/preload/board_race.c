@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * A client against the server of a board, as two threads: the server must own a lock when vf_server_lock() says so, and a
- * client that spins on a ring must be able to read it while the server makes it again.
+ * client that spins on a ring must be able to read it while the server makes it again. A client that is alone on its queue
+ * does without the lock, until the server takes the queue.
  *
- * board_race lock|rings SECONDS
- * Ends with 0, 1 when the server had a lock that it did not own, 2 when the board cannot be made, 3 for wrong use.
+ * board_race lock|rings|solo SECONDS
+ * Ends with 0, 1 when the server had a lock that it did not own, or both worked at once, 2 when the board cannot be made, 3 for
+ * wrong use, 4 when the kernel has no membarrier().
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -14,6 +16,7 @@
 #include <sys/mman.h>
 
 #include "base/clock.h"
+#include "base/membarrier.h"
 #include "board/server.h"
 
 #define AT ((void *)0x200000000000)
@@ -33,6 +36,45 @@ static void *lock_and_unlock(void *argument)
 		vf_cpu_relax();
 	}
 	return NULL;
+}
+
+static uint32_t user; /* alone on the queue */
+static uint64_t work; /* counted by both; a lost update shows that they had the queue at once */
+static uint64_t solo_times;
+
+static void *work_solo(void *argument)
+{
+	struct vf_board_queue *queue = view.parts[0].queue;
+	uint64_t done = 0;
+
+	(void)argument;
+	while (!vf_load_relaxed_u32(&stopping)) {
+		if (!vf_queue_try(queue, user))
+			continue;
+		solo_times += queue->inside == user;
+		work++;
+		done++;
+		vf_queue_unlock(queue, user);
+	}
+	return (void *)(uintptr_t)done;
+}
+
+static uint64_t run_beside_solo(uint64_t end_ns)
+{
+	struct vf_board_queue *queue = view.parts[0].queue;
+	uint64_t done = 0;
+
+	do {
+		while (vf_server_lock(&view, 0))
+			vf_cpu_relax();
+		work++;
+		done++;
+		vf_unlock(queue);
+		vf_server_reap(&view); /* has the user work solo again */
+		for (uint32_t i = 0; i < BURST; i++)
+			vf_cpu_relax();
+	} while (vf_now_ns() < end_ns);
+	return done;
 }
 
 static void *look_at_the_ring(void *argument)
@@ -85,17 +127,25 @@ int main(int argc, char **argv)
 
 	if (argc != 3)
 		return 3;
-	bool locks = strcmp(argv[1], "lock") == 0;
+	bool locks = strcmp(argv[1], "lock") == 0, solo = strcmp(argv[1], "solo") == 0;
 	uint64_t bytes = vf_server_bytes(&geometry, AT);
 	void *board = mmap(AT, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (board != AT || vf_server_create(&view, board, &geometry))
 		return 2;
-	if (pthread_create(&client, NULL, locks ? lock_and_unlock : look_at_the_ring, NULL))
+	if (solo) {
+		if (!vf_membarrier_join())
+			return 4;
+		user = vf_server_new_user(&view, true);
+	}
+	if (pthread_create(&client, NULL, solo ? work_solo : locks ? lock_and_unlock : look_at_the_ring, NULL))
 		return 2;
 	uint64_t end_ns = vf_now_ns() + (uint64_t)(atof(argv[2]) * 1e9);
-	uint64_t wrong = locks ? run_locks(end_ns) : run_rings(end_ns);
+	uint64_t wrong = solo ? run_beside_solo(end_ns) : locks ? run_locks(end_ns) : run_rings(end_ns);
+	void *done;
 	vf_store_relaxed_u32(&stopping, 1);
-	pthread_join(client, NULL);
+	pthread_join(client, &done);
+	if (solo)
+		wrong = work - wrong - (uint64_t)(uintptr_t)done + (solo_times == 0);
 	printf("%llu\n", (unsigned long long)wrong);
 	return wrong != 0;
 }

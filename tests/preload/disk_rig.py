@@ -17,7 +17,7 @@ from vdusefast.driver.attach_server import AttachServer
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-SOURCES = [CSRC / "preload" / f"{name}.c" for name in ("attach", "disk", "forked", "regions", "send", "wait")]
+SOURCES = [CSRC / "preload" / f"{name}.c" for name in ("attach", "disk", "forked", "plain", "regions", "send", "wait")]
 SOURCES += [CSRC / "base" / "page.c"]
 SERVER_SOURCES = [CSRC / "board" / "server.c"]
 

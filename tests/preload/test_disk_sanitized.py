@@ -43,10 +43,10 @@ def test_the_end_of_the_server_is_clean_under_the_sanitizers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("what", ["lock", "rings"])
+@pytest.mark.parametrize("what", ["lock", "rings", "solo"])
 @pytest.mark.parametrize("flags", [(), FLAGS], ids=["plain", "sanitized"])
 def test_a_client_and_the_server_use_a_queue_at_once(what: str, flags: tuple[str, ...]) -> None:
-    """Have the server own each lock that it takes, and never show a ring without pointers, in millions of tries."""
+    """Have the server own each queue that it takes, and never show a ring without pointers, in millions of tries."""
     done = subprocess.run(
         [built(*flags, program="board_race"), what, "1"], capture_output=True, text=True, timeout=60, check=False
     )

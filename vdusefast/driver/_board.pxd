@@ -61,7 +61,7 @@ cdef extern from "board/board.h" nogil:
 cdef extern from "board/server.h" nogil:
     int vf_server_create(vf_board_view *view, void *address, const vf_board_geometry *geometry)
     uint64_t vf_server_bytes(const vf_board_geometry *geometry, void *address)
-    uint32_t vf_server_new_user(vf_board_view *view)
+    uint32_t vf_server_new_user(vf_board_view *view, bint joined)
     uint32_t vf_server_end_user(vf_board_view *view, uint32_t number)
     bint vf_server_holds_lock(const vf_board_view *view, uint32_t number)
     void vf_server_reap(vf_board_view *view)

@@ -165,10 +165,10 @@ cdef class Board:
         self.check()
         vf_store_relaxed_u64(&self.view.board.geometry.capacity_bytes, size_bytes)
 
-    def new_user(self):
-        """Enter a user. Returns its number and its queue, or (0, 0) when there are too many."""
+    def new_user(self, bint joined):
+        """Enter a user. joined: fences reach its process (csrc/base/membarrier.h). Returns its number and its queue, or (0, 0) when there are too many."""
         self.check()
-        cdef uint32_t number = vf_server_new_user(&self.view)
+        cdef uint32_t number = vf_server_new_user(&self.view, joined)
         return number, vf_server_home(&self.view, number) if number else 0
 
     def end_user(self, uint32_t number):

@@ -385,7 +385,7 @@ class AttachServer:
                     raise ProtocolError(f"there is no queue {arg}")
                 self._reply(client, op, (self.bus.kickfd(arg), self.bus.irqfd(arg)))
             case _ if op == NEW_USER:
-                number, queue = self._board.new_user()
+                number, queue = self._board.new_user(joined=bool(b))
                 if number:
                     client.users.append(number)
                 self._reply(client, op, error=0 if number else errno.EAGAIN, arg=number, a=queue)
