@@ -272,9 +272,16 @@ bool vf_server_seize(struct vf_board_view *view, uint32_t queue, uint32_t number
 	return vf_load_acquire_u32(&q->inside) == 0;
 }
 
-void vf_server_hold(struct vf_board_view *view, uint32_t queue, uint32_t number)
+void vf_server_hold(struct vf_board_view *view, uint32_t queue, uint32_t number, bool solo)
 {
-	vf_exchange_u32(&view->parts[queue].queue->lock, number | VF_LOCK_WAITERS);
+	struct vf_board_queue *q = view->parts[queue].queue;
+
+	if (solo) {
+		vf_store_release_u32(&q->inside, number);
+		vf_unlock(q);
+	} else {
+		vf_exchange_u32(&q->lock, number | VF_LOCK_WAITERS);
+	}
 }
 
 /* Make the list of free slots from the states, mark what is DONE, and put on the ring what is in flight. */

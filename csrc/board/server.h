@@ -39,8 +39,8 @@ uint32_t vf_server_lock(struct vf_board_view *view, uint32_t queue);
 /* Take a queue over from a user whose process has ended; false when it is not his any more: call vf_server_lock() again. */
 bool vf_server_seize(struct vf_board_view *view, uint32_t queue, uint32_t number);
 
-/* For tests: give the lock that the server has to a user, as if it had been killed with it. */
-void vf_server_hold(struct vf_board_view *view, uint32_t queue, uint32_t number);
+/* For tests: give the lock that the server has to a user, as if it had been killed with it; or as if it had worked solo. */
+void vf_server_hold(struct vf_board_view *view, uint32_t queue, uint32_t number, bool solo);
 
 /* After the device was reset, with all locks held: make fresh rings, and put on them what the living had in flight. */
 int vf_server_replay(struct vf_board_view *view);

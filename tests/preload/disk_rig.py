@@ -30,10 +30,10 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def built(*flags: str, program: str = "disk_load") -> Path:
-    """Return a program of this directory, on the ring side or (board_...) on the server's, built with these flags."""
+    """Return a program of this directory, built so: disk_... with the ring side, board_... the server's."""
     path = Path(_directory().name) / f"{program}-{abs(hash(flags))}"
     command = ["cc", "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", *flags, f"-I{CSRC}"]
-    sources = SERVER_SOURCES if program.startswith("board_") else SOURCES
+    sources = SERVER_SOURCES if program.startswith("board_") else SOURCES if program.startswith("disk_") else []
     subprocess.run([*command, "-o", path, HERE / f"{program}.c", *sources, "-lpthread"], check=True, timeout=120)
     return path
 

@@ -75,8 +75,9 @@ def test_a_hundred_programs_are_killed(words: dict[str, object]) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_a_program_that_died_with_a_lock_costs_a_reset_and_no_data() -> None:
-    """Have a user's number in a queue's lock when its process dies, as if it had been in the middle of something."""
+@pytest.mark.parametrize("solo", [False, True], ids=["with a lock", "solo"])
+def test_a_program_that_died_at_work_on_a_queue_costs_a_reset_and_no_data(solo: bool) -> None:
+    """Have a user's number in a queue when its process dies, as if it had been in the middle of something."""
     with served(queues=2) as (device, server):
         survivor = load(server, processes=2, **SURVIVOR)
         wait_until(lambda: all(queue["published"] > 100 for queue in server.figures()["queues"]), "the load runs")
@@ -86,7 +87,7 @@ def test_a_program_that_died_with_a_lock_costs_a_reset_and_no_data() -> None:
         for queue in range(2):
             while board.lock(queue):
                 time.sleep(0.0001)
-            board.hold(queue, number)
+            board.hold(queue, number, solo=solo)
         victim.close()
         ended(survivor)
         assert server.figures()["resets"] == 1

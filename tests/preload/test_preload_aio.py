@@ -252,3 +252,29 @@ else:
     os._exit(0)
 """
     )
+
+
+def test_a_buffered_write_waits_for_writers_of_parts_of_its_blocks(disk: Disk) -> None:
+    disk.python(
+        AIO
+        + """
+import threading
+fd = os.open(PATH, os.O_RDWR)
+context = Context(4)
+lock_file = os.open(PATH + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+def lock(kind):
+    fcntl.fcntl(lock_file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 1 << 62, 1000, 0))
+lock(fcntl.F_WRLCK)
+events = {}
+def write():
+    assert context.submit((PWRITE, fd, Buffer(0, 4096), 4096)) == 1
+    events.update(context.events(1, 1))
+writer = threading.Thread(target=write)
+writer.start()
+writer.join(0.3)
+assert not events
+lock(fcntl.F_UNLCK)
+writer.join(20)
+assert events == {0: 4096}
+"""
+    )

@@ -67,7 +67,7 @@ cdef extern from "board/server.h" nogil:
     void vf_server_reap(vf_board_view *view)
     uint32_t vf_server_lock(vf_board_view *view, uint32_t queue)
     bint vf_server_seize(vf_board_view *view, uint32_t queue, uint32_t number)
-    void vf_server_hold(vf_board_view *view, uint32_t queue, uint32_t number)
+    void vf_server_hold(vf_board_view *view, uint32_t queue, uint32_t number, bint solo)
     int vf_server_replay(vf_board_view *view)
     void vf_server_resume(vf_board_view *view)
     void vf_server_close(vf_board_view *view)

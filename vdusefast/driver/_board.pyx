@@ -196,10 +196,10 @@ cdef class Board:
         self.check(queue)
         return vf_server_seize(&self.view, queue, number)
 
-    def hold(self, uint32_t queue, uint32_t number):
-        """For tests alone: have a user own the lock that the server has, as if it had been killed with it."""
+    def hold(self, uint32_t queue, uint32_t number, *, bint solo):
+        """For tests alone: have a user own the lock that the server has, as if it had been killed with it, or solo."""
         self.check(queue)
-        vf_server_hold(&self.view, queue, number)
+        vf_server_hold(&self.view, queue, number, solo)
 
     def replay(self):
         """Make fresh rings, and put on them what the living have in flight. All queues are locked."""
