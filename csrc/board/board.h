@@ -32,7 +32,8 @@
  * another. `sleep` of a user says how it is to be woken: by its futex, or by the eventfd that it polls.
  *
  * All processes are of one user of the machine and trust each other's intentions, but a client may have been killed or have
- * written where it should not: indices are checked before they are used.
+ * written where it should not. The server relies on nothing in the board: see "Writes that go astray" in server.c. A client
+ * checks indices, and those of 16 bits lead no further than VF_BOARD_TAIL_BYTES; it does rely on the pointers of a ring.
  */
 #ifndef VF_BOARD_H
 #define VF_BOARD_H
@@ -55,6 +56,7 @@
 #define VF_BOARD_BOUNCE_MAX_BYTES 131072u
 #define VF_BOARD_BOUNCE_GAP_BYTES 4096u /* so that small requests of many slots do not share a cache set */
 #define VF_BOARD_STATUS_UNSET 0xffu
+#define VF_BOARD_TAIL_BYTES 0x110000u /* unused memory at the end: 65536 entries of any table of a ring, 16 bytes each */
 
 enum vf_slot_state { VF_SLOT_FREE, VF_SLOT_INFLIGHT, VF_SLOT_DONE, VF_SLOT_TAKEN };
 
@@ -191,6 +193,7 @@ struct vf_board_view {
 	struct vf_board_parts parts[VF_BOARD_QUEUES_MAX];
 	int kick_fds[VF_BOARD_QUEUES_MAX]; /* owned by the view's owner */
 	int irq_fds[VF_BOARD_QUEUES_MAX];
+	struct vf_drv_vq rings[VF_BOARD_QUEUES_MAX]; /* of the server: as they were made. Pointers and sizes are these */
 };
 
 static inline uint64_t *vf_board_marks(const struct vf_board_view *view, uint32_t user, uint32_t queue)
@@ -253,7 +256,7 @@ static inline void vf_board_view_init(struct vf_board_view *view, struct vf_boar
 		p->bounce = vf_board_place(&at, (uint64_t)g->slot_count * vf_board_bounce_stride(g), 4096);
 		view->kick_fds[i] = view->irq_fds[i] = -1;
 	}
-	view->total_bytes = (at - (uint64_t)(uintptr_t)board + page - 1u) / page * page;
+	view->total_bytes = (at + VF_BOARD_TAIL_BYTES - (uint64_t)(uintptr_t)board + page - 1u) / page * page;
 }
 
 #endif

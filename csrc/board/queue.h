@@ -27,12 +27,14 @@ static inline uint32_t vf_queue_quota(const struct vf_board_view *view, const st
 
 static inline void vf_slot_free(const struct vf_board_view *view, const struct vf_board_parts *parts, uint32_t slot)
 {
-	struct vf_board_queue *queue = parts->queue;
+	uint32_t *free_count = &parts->queue->free_count, place = vf_load_relaxed_u32(free_count);
 
 	vf_store_relaxed_u32(&parts->slots[slot].state, VF_SLOT_FREE);
 	vf_fence_compiler();
-	if (vf_likely(queue->free_count < view->geometry.slot_count))
-		parts->free_slots[queue->free_count++] = (uint16_t)slot;
+	if (vf_likely(place < view->geometry.slot_count)) {
+		parts->free_slots[place] = (uint16_t)slot;
+		vf_store_relaxed_u32(free_count, place + 1u);
+	}
 }
 
 /* Whether a request of `count` data segments finds descriptors, and how: 1 direct, 2 through its table, 0 no room now. */
@@ -54,7 +56,7 @@ static inline void vf_slot_enqueue(struct vf_board_view *view, uint32_t queue_in
 	struct vf_drv_vq *vq = &parts->queue->vq;
 	uint8_t *line = vf_board_line(parts, slot);
 	uint64_t line_iova = (uintptr_t)line;
-	uint32_t count = s->segment_count;
+	uint32_t count = vf_load_relaxed_u32(&s->segment_count);
 
 	vf_store_relaxed_u8(line + VF_BOARD_STATUS_AT, VF_BOARD_STATUS_UNSET);
 	if (vf_likely(how == 1 && count == 1)) {
@@ -70,8 +72,8 @@ static inline void vf_slot_enqueue(struct vf_board_view *view, uint32_t queue_in
 		return;
 	}
 	struct vf_drv_segment chain[VF_BOARD_SEGMENTS_MAX + 2u];
-	if (count > VF_BOARD_SEGMENTS_MAX)
-		count = VF_BOARD_SEGMENTS_MAX; /* a slot that was written over: never from here */
+	if (count > view->geometry.segments_max)
+		count = view->geometry.segments_max; /* a slot that was written over: never from here */
 	chain[0] = (struct vf_drv_segment){ line_iova, sizeof(struct vf_blk_header), 0 };
 	memcpy(&chain[1], s->data, count * sizeof(*chain));
 	chain[count + 1u] = (struct vf_drv_segment){ line_iova + VF_BOARD_STATUS_AT, 1, 1 };
@@ -117,7 +119,7 @@ static inline void vf_slot_hand_over(struct vf_board_view *view, uint32_t queue_
 {
 	struct vf_board_parts *parts = &view->parts[queue_index];
 	struct vf_board_slot *s = &parts->slots[slot];
-	uint32_t owner = s->owner;
+	uint32_t owner = vf_load_relaxed_u32(&s->owner);
 
 	if (owner == 0 || owner > view->geometry.user_max ||
 	    vf_load_relaxed_u32(&view->users[owner].state) != VF_USER_LIVE) {

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include <stddef.h>
 #include <string.h>
 
 #include "base/membarrier.h"
@@ -27,6 +28,62 @@ static bool vf_server_try(struct vf_board_queue *queue)
 		return true;
 	vf_unlock(queue);
 	return false;
+}
+
+/*
+ * Writes that go astray: a client may write anything anywhere in the board, at any moment. So each word is read once before it
+ * is checked and used, and work on a queue is done in a copy of it that is our own. Its pointers and sizes are not read from
+ * the board, and what is written there afterwards repairs them.
+ */
+struct vf_server_work {
+	struct vf_board_view view; /* whose queue is the copy */
+	struct vf_board_queue queue;
+};
+
+/* All that is changed under the lock. Not the lock, and the words by which users do without. */
+static void vf_server_copy(struct vf_board_queue *to, const struct vf_board_queue *from)
+{
+	to->free_count = from->free_count;
+	to->poller = from->poller;
+	to->waiting_count = from->waiting_count;
+	to->starved = from->starved;
+	vf_store_relaxed_u32(&to->broken, from->broken);
+	memcpy(&to->vq, &from->vq, sizeof(*to) - offsetof(struct vf_board_queue, vq));
+}
+
+/* Begin work on a queue whose lock is ours, with nobody inside. */
+static void vf_server_begin(struct vf_server_work *work, const struct vf_board_view *view, uint32_t q)
+{
+	struct vf_drv_vq *vq = &work->queue.vq;
+	const struct vf_drv_vq *made = &view->rings[q];
+
+	work->view = *view;
+	vf_server_copy(&work->queue, view->parts[q].queue);
+	struct vf_drv_vq found = *vq;
+	*vq = *made;
+	vq->free_head = found.free_head;
+	vq->free_count = found.free_count;
+	vq->avail_idx = found.avail_idx;
+	vq->published_idx = found.published_idx;
+	vq->last_used_idx = found.last_used_idx;
+	vq->batch_count = found.batch_count;
+	vq->batch_bytes = found.batch_bytes;
+	if (made->is_packed) {
+		vq->packed.avail_pos = found.packed.avail_pos;
+		vq->packed.published_pos = found.packed.published_pos;
+		vq->packed.used_pos = found.packed.used_pos;
+		vq->packed.first_flags = found.packed.first_flags;
+	}
+	uint8_t disabled; /* a bool of the board may be neither true nor false */
+	memcpy(&disabled, (const uint8_t *)&found + offsetof(struct vf_drv_vq, packed.irq_disabled), 1);
+	if (made->is_packed)
+		vq->packed.irq_disabled = disabled & 1u;
+	work->view.parts[q].queue = &work->queue;
+}
+
+static void vf_server_end(struct vf_server_work *work, const struct vf_board_view *view, uint32_t q)
+{
+	vf_server_copy(view->parts[q].queue, &work->queue);
 }
 
 uint64_t vf_server_bytes(const struct vf_board_geometry *geometry, void *address)
@@ -85,6 +142,7 @@ int vf_server_start_rings(struct vf_board_view *view)
 		if (rc)
 			return rc;
 		vf_drv_vq_disable_irq(&fresh);
+		view->rings[q] = fresh;
 		parts->queue->vq = fresh;
 	}
 	return 0;
@@ -109,12 +167,14 @@ static void vf_server_count_users(struct vf_board_view *view)
 	const struct vf_board_geometry *g = &view->geometry;
 	uint32_t counts[VF_BOARD_QUEUES_MAX] = { 0 }, last[VF_BOARD_QUEUES_MAX] = { 0 }, all = 0;
 
-	for (uint32_t u = 1; u <= g->user_max; u++)
-		if (view->users[u].state == VF_USER_LIVE && view->users[u].home_queue < g->queue_count) {
-			counts[view->users[u].home_queue]++;
-			last[view->users[u].home_queue] = u;
+	for (uint32_t u = 1; u <= g->user_max; u++) {
+		uint32_t home = vf_load_relaxed_u32(&view->users[u].home_queue);
+		if (vf_load_relaxed_u32(&view->users[u].state) == VF_USER_LIVE && home < g->queue_count) {
+			counts[home]++;
+			last[home] = u;
 			all++;
 		}
+	}
 	for (uint32_t q = 0; q < g->queue_count; q++) {
 		struct vf_board_queue *queue = view->parts[q].queue;
 		uint32_t count = g->route == VF_ROUTE_CROSS ? all : counts[q];
@@ -134,10 +194,11 @@ uint32_t vf_server_new_user(struct vf_board_view *view, bool joined)
 
 	for (uint32_t u = g->user_max; u; u--) {
 		struct vf_board_user *user = &view->users[u];
-		if (user->state == VF_USER_FREE)
+		uint32_t state = vf_load_relaxed_u32(&user->state), used = vf_load_relaxed_u32(&user->home_queue);
+		if (state == VF_USER_FREE)
 			number = u;
-		else if (user->state == VF_USER_LIVE && user->home_queue < g->queue_count)
-			counts[user->home_queue]++;
+		else if (state == VF_USER_LIVE && used < g->queue_count)
+			counts[used]++;
 	}
 	if (!number)
 		return 0;
@@ -169,11 +230,12 @@ static uint32_t vf_server_forget(struct vf_board_view *view, uint32_t queue, uin
 
 	for (uint32_t s = 0; s < view->geometry.slot_count; s++) {
 		struct vf_board_slot *slot = &parts->slots[s];
-		if (slot->owner != number)
+		uint32_t state = vf_load_relaxed_u32(&slot->state);
+		if (vf_load_relaxed_u32(&slot->owner) != number)
 			continue;
-		if (slot->state == VF_SLOT_INFLIGHT)
+		if (state == VF_SLOT_INFLIGHT)
 			left++;
-		else if (slot->state != VF_SLOT_FREE)
+		else if (state != VF_SLOT_FREE)
 			vf_slot_free(view, parts, s);
 	}
 	return left;
@@ -182,6 +244,7 @@ static uint32_t vf_server_forget(struct vf_board_view *view, uint32_t queue, uin
 uint32_t vf_server_end_user(struct vf_board_view *view, uint32_t number)
 {
 	struct vf_board_user *user = &view->users[number];
+	struct vf_server_work work;
 	uint32_t left = 0;
 
 	if (number == 0 || number > view->geometry.user_max || user->state == VF_USER_FREE)
@@ -197,12 +260,14 @@ uint32_t vf_server_end_user(struct vf_board_view *view, uint32_t number)
 			left++;
 			continue;
 		}
-		left += vf_server_forget(view, q, number);
-		vf_queue_leave(view, queue, number);
-		if (queue->starved) {
-			queue->starved = 0;
-			vf_queue_wake_waiting(view, queue, UINT32_MAX);
+		vf_server_begin(&work, view, q);
+		left += vf_server_forget(&work.view, q, number);
+		vf_queue_leave(&work.view, &work.queue, number);
+		if (work.queue.starved) {
+			work.queue.starved = 0;
+			vf_queue_wake_waiting(&work.view, &work.queue, UINT32_MAX);
 		}
+		vf_server_end(&work, view, q);
 		vf_unlock(queue);
 	}
 	if (left == 0)
@@ -228,8 +293,11 @@ void vf_server_reap(struct vf_board_view *view)
 			continue;
 		uint32_t reaped = 1, batches = 0;
 		struct vf_finished none[VF_REAP_BATCH];
-		while (!queue->broken && batches++ < VF_SERVER_REAP_MAX && (reaped || !vf_queue_settle(queue)))
-			vf_queue_reap(view, q, VF_LOCK_SERVER, none, VF_REAP_BATCH, &reaped);
+		struct vf_server_work work;
+		vf_server_begin(&work, view, q);
+		while (!work.queue.broken && batches++ < VF_SERVER_REAP_MAX && (reaped || !vf_queue_settle(&work.queue)))
+			vf_queue_reap(&work.view, q, VF_LOCK_SERVER, none, VF_REAP_BATCH, &reaped);
+		vf_server_end(&work, view, q);
 		vf_unlock(queue);
 	}
 	vf_server_count_users(view); /* those alone work solo again */
@@ -294,19 +362,21 @@ static void vf_server_replay_queue(struct vf_board_view *view, uint32_t queue)
 	q->free_count = 0;
 	for (uint32_t s = 0; s < g->slot_count; s++) {
 		struct vf_board_slot *slot = &parts->slots[s];
-		uint32_t owner = slot->owner;
+		uint32_t owner = vf_load_relaxed_u32(&slot->owner), state = vf_load_relaxed_u32(&slot->state);
 		bool lives = owner && owner <= g->user_max && view->users[owner].state == VF_USER_LIVE;
-		if (slot->state == VF_SLOT_FREE || slot->state > VF_SLOT_TAKEN || !lives) {
+		if (state == VF_SLOT_FREE || state > VF_SLOT_TAKEN || !lives) {
 			vf_slot_free(view, parts, s);
-		} else if (slot->state == VF_SLOT_DONE) {
+		} else if (state == VF_SLOT_DONE) {
 			vf_fetch_or_u64(&vf_board_marks(view, owner, queue)[s / 64u], 1ull << s % 64u);
 			vf_store_relaxed_u32(&view->users[owner].marked, 1);
 		}
 	}
 	for (uint32_t s = 0; s < g->slot_count; s++) {
-		if (parts->slots[s].state != VF_SLOT_INFLIGHT)
+		if (vf_load_relaxed_u32(&parts->slots[s].state) != VF_SLOT_INFLIGHT)
 			continue;
-		uint32_t count = parts->slots[s].segment_count;
+		uint32_t count = vf_load_relaxed_u32(&parts->slots[s].segment_count);
+		if (count > g->segments_max)
+			count = g->segments_max;
 		vf_slot_enqueue(view, queue, s, vf_queue_room(view, q, count));
 		view->board->replayed++;
 	}
@@ -320,7 +390,9 @@ int vf_server_replay(struct vf_board_view *view)
 	if (rc)
 		return rc;
 	for (uint32_t q = 0; q < view->geometry.queue_count; q++) {
-		struct vf_board_queue *queue = view->parts[q].queue;
+		struct vf_server_work work;
+		struct vf_board_queue *queue = &work.queue;
+		vf_server_begin(&work, view, q);
 		queue->broken = 0;
 		queue->starved = 0;
 		queue->poller = 0;
@@ -334,9 +406,10 @@ int vf_server_replay(struct vf_board_view *view)
 			else
 				queue->waiting_count++;
 		}
-		vf_server_replay_queue(view, q);
+		vf_server_replay_queue(&work.view, q);
 		if (queue->waiting_count)
 			vf_drv_vq_enable_irq(&queue->vq);
+		vf_server_end(&work, view, q);
 	}
 	view->board->resets++;
 	return 0;

@@ -100,7 +100,11 @@ def attach_only(server: AttachServer) -> socket.socket:
     """Return a connection that has said hello."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.settimeout(20)
-    sock.connect(str(server.path))
+    try:
+        sock.connect(str(server.path))
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

@@ -9,6 +9,9 @@ cdef extern from "board/board.h" nogil:
         VF_BOARD_SEGMENTS_MAX
         VF_BOARD_BOUNCE_MAX_BYTES
         VF_BOARD_QUEUES_MAX
+        VF_LOCK_FREE
+        VF_LOCK_SERVER
+        VF_LOCK_WAITERS
     struct vf_board_geometry:
         uint64_t capacity_bytes
         uint64_t discard_max_bytes
@@ -35,6 +38,8 @@ cdef extern from "board/board.h" nogil:
         uint8_t has_flush
         char *serial
     struct vf_board_queue:
+        uint32_t inside
+        uint32_t lock
         uint32_t broken
         uint64_t published
         uint64_t batches

@@ -4,6 +4,7 @@
 One thread at a time uses a `Board`. The eventfds that it is given are borrowed.
 """
 import errno
+import fcntl
 import os
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
@@ -89,8 +90,10 @@ cdef class Board:
         self.total = vf_server_bytes(&g, <void *>0x1000_0000)
         if self.total == 0:
             raise ValueError("a board cannot have these sizes")
-        self.fd = os.memfd_create(f"vdusefast-board-{name}", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create(f"vdusefast-board-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self.total)
+        # A client that cut it off would end every other process by SIGBUS.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self.start = self.map_somewhere()
         if vf_server_create(&self.view, <void *>self.start, &g):
             raise ValueError("a ring cannot have these sizes")
@@ -180,6 +183,19 @@ cdef class Board:
         """Return whether a user has a queue's lock."""
         self.check()
         return vf_server_holds_lock(&self.view, number)
+
+    def owners(self):
+        """Return the numbers of the users that have a queue's lock, as it says: no such user may exist."""
+        self.check()
+        cdef uint32_t q, held
+        found = set()
+        for q in range(self.view.geometry.queue_count):
+            held = vf_load_relaxed_u32(&self.view.parts[q].queue.lock) & ~<uint32_t>VF_LOCK_WAITERS
+            if held != VF_LOCK_FREE and held != VF_LOCK_SERVER:
+                found.add(held)
+            if vf_load_relaxed_u32(&self.view.parts[q].queue.inside):
+                found.add(vf_load_relaxed_u32(&self.view.parts[q].queue.inside))
+        return found
 
     def reap(self):
         """Reap all queues on behalf of their users."""

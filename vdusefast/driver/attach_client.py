@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
@@ -15,6 +16,8 @@ MESSAGE = struct.Struct("=IiIIQQ")  # struct vf_attach_message: op, error, arg, 
 HELLO, EVENTS, NEW_USER, END_USER, ADD_REGION, REMOVE_REGION = range(1, 7)
 CREDENTIALS = struct.Struct("iII")  # struct ucred
 BACKLOG = 512
+REGION_MAX_BYTES = 1 << 40
+REGIONS_MAX = 1024  # of one process
 FDS_MAX = 4  # that are taken with a message: one is due at most
 FDS_SPARE = 64  # so many are free below the limit, before a process attaches
 
@@ -55,13 +58,19 @@ class Client:
             os.close(self.pidfd)
             self.pidfd = -1
 
+    def refuses_region(self, size_bytes: int, offset_bytes: int, fd: int) -> int:
+        """Return why a part of the memory `fd` cannot be a region: 0, or an errno. Raises OSError."""
+        if not 0 < size_bytes <= REGION_MAX_BYTES or len(self.regions) >= REGIONS_MAX:
+            return errno.ENOSPC
+        return errno.EINVAL if offset_bytes + size_bytes > os.fstat(fd).st_size else 0
+
     def receive(self) -> tuple[bytes, list[int], bool]:
         """Return a message, b"" at the end, its descriptors, and whether descriptors are missing.
 
         Raises BlockingIOError when there is none.
         """
         try:
-            packet, fds, flags, _peer = socket.recv_fds(self.sock, MESSAGE.size + 1, FDS_MAX)
+            packet, fds, flags, _peer = socket.recv_fds(self.sock, MESSAGE.size + 1, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             raise
         except OSError:
