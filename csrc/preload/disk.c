@@ -40,10 +40,19 @@ struct vf_disk_user *vf_disk_user_new(void)
 	user->home = (uint32_t)message.a;
 	user->cross = client->geometry.route == VF_ROUTE_CROSS && client->geometry.queue_count > 1;
 	user->shared = &client->view.users[user->number];
-	user->parts = &client->view.parts[user->home];
-	user->pieces = &client->pieces[user->home * client->geometry.slot_count];
-	user->can_put = client->joined && client->geometry.route == VF_ROUTE_OWN && !client->geometry.packed &&
-			!client->geometry.in_order;
+	const struct vf_board_geometry *g = &client->geometry;
+	const struct vf_board_parts *parts = &client->view.parts[user->home];
+	bool is_fast = client->joined && g->route == VF_ROUTE_OWN && !g->packed && !g->in_order;
+	user->fast = (struct vf_fast){
+		.queue = parts->queue,
+		.slots = parts->slots,
+		.pieces = &client->pieces[user->home * g->slot_count],
+		.lines = parts->lines,
+		.free_slots = parts->free_slots,
+		.solo_number = is_fast ? user->number : UINT32_MAX,
+		.slot_count = g->slot_count,
+		.most_bytes = g->size_max_bytes,
+	};
 	return user;
 }
 

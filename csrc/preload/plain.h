@@ -19,61 +19,35 @@ static inline bool vf_piece_is_stale(const struct vf_client *client, uint32_t ge
 	return vf_unlikely(vf_peek_u32(&vf_area_generation) != generation);
 }
 
-/* A queue, as its user sees it that works on it. */
-struct vf_plain_queue {
-	struct vf_board_parts *parts;
-	struct vf_piece *pieces;
-	uint32_t slot_count;
-	bool tagged; /* vf_drv_split_add_tagged() will do */
-};
-
 enum vf_put { VF_PUT_DONE, VF_PUT_NO_ROOM, VF_PUT_STALE };
 
-/* Put a request on the queue. Nothing is done unless it returns VF_PUT_DONE. */
-static inline enum vf_put vf_plain_put(struct vf_disk_user *user, const struct vf_plain_queue *at, struct vf_disk_io *io,
-				       uint64_t iova, uint32_t generation)
+/* Take a slot for a request, all of which goes from or to `iova`, and put what is noted of it into the slot: its piece, its
+ * header, and what a successor needs. Its queue is locked, and has a free slot. It is not on the ring yet. */
+static inline void vf_plain_fill(struct vf_disk_user *user, struct vf_board_slot *s, uint8_t *line, struct vf_piece *piece,
+				 struct vf_disk_io *io, uint64_t iova)
 {
-	struct vf_board_queue *queue = at->parts->queue;
-	uint32_t left = queue->free_count - 1u, reads = io->op ^ 1u, length = (uint32_t)io->length_bytes;
-
-	/* Each free slot keeps a descriptor for a table. */
-	if (vf_unlikely(left >= at->slot_count || queue->vq.free_count < 3u + left))
-		return VF_PUT_NO_ROOM;
-	uint32_t slot = at->parts->free_slots[left];
-	if (vf_unlikely(slot >= at->slot_count))
-		return VF_PUT_NO_ROOM; /* the board was written over */
-	struct vf_piece *piece = &at->pieces[slot];
-	vf_store_relaxed_u64(&piece->iova, iova);
-	if (vf_piece_is_stale(user->client, generation)) {
-		vf_store_relaxed_u64(&piece->iova, 0);
-		return VF_PUT_STALE;
-	}
 	piece->io = io;
 	piece->user = user;
 	piece->whole = true;
-	uint8_t *line = vf_board_line(at->parts, slot);
 	*(struct vf_blk_header *)(void *)line = (struct vf_blk_header){ io->op, 0, io->offset_bytes / VF_SECTOR_BYTES };
 	vf_store_relaxed_u8(line + VF_BOARD_STATUS_AT, VF_BOARD_STATUS_UNSET);
-	struct vf_board_slot *s = &at->parts->slots[slot];
 	s->owner = user->number;
 	s->segment_count = 1;
-	s->data[0] = (struct vf_drv_segment){ iova, length, reads };
+	s->data[0] = (struct vf_drv_segment){ iova, (uint32_t)io->length_bytes, io->op ^ 1u };
 	vf_store_relaxed_u32(&s->state, VF_SLOT_INFLIGHT);
 	vf_fence_compiler();
-	queue->free_count = left;
-	struct vf_drv_three three = {
+}
+
+static inline struct vf_drv_three vf_plain_three(const struct vf_disk_io *io, const uint8_t *line, uint64_t iova)
+{
+	return (struct vf_drv_three){
 		.header_iova = (uintptr_t)line,
 		.data_iova = iova,
 		.status_iova = (uintptr_t)line + VF_BOARD_STATUS_AT,
 		.header_bytes = sizeof(struct vf_blk_header),
-		.data_bytes = length,
-		.data_flags = reads * VF_DESC_F_WRITE,
+		.data_bytes = (uint32_t)io->length_bytes,
+		.data_flags = (io->op ^ 1u) * VF_DESC_F_WRITE,
 	};
-	if (vf_likely(at->tagged))
-		vf_drv_split_add_tagged(&queue->vq, &three, slot);
-	else
-		vf_drv_vq_add_three(&queue->vq, &three, slot);
-	return VF_PUT_DONE;
 }
 
 #endif

@@ -34,6 +34,12 @@ void vf_io_choose_way(struct vf_disk_user *user, struct vf_disk_io *io)
 	/* Memory that changes while we look is looked at again before it is sent. */
 	io->generation = vf_peek_acquire_u32(&vf_area_generation);
 	io->way = io->op <= VF_DISK_WRITE ? vf_io_way(user, io) : VF_IO_COPIED;
+	if (io->way == VF_IO_PLAIN) {
+		user->fast.start = user->hit.start;
+		user->fast.length = user->hit.length;
+		user->fast.delta = user->hit.delta;
+		user->fast.generation = user->hit.generation;
+	}
 }
 
 /* Where the next piece of a request goes. With VF_ROUTE_CROSS every block is read through another queue than wrote it. */
@@ -243,21 +249,37 @@ static enum vf_put vf_send_plain(struct vf_disk_user *user, uint32_t q, struct v
 {
 	struct vf_client *client = user->client;
 	const struct vf_board_geometry *g = &client->geometry;
-	const struct vf_plain_queue at = { &client->view.parts[q], &client->pieces[q * g->slot_count], g->slot_count,
-					   !g->packed && !g->in_order };
+	const struct vf_board_parts *parts = &client->view.parts[q];
+	struct vf_board_queue *queue = parts->queue;
+	uint32_t left = queue->free_count - 1u;
 
-	if (vf_unlikely(user->inflight[q] >= vf_queue_quota(&client->view, at.parts->queue)))
-		return VF_PUT_NO_ROOM;
-	enum vf_put put = vf_plain_put(user, &at, io, (uintptr_t)io->iov->iov_base + io->iova_delta, io->generation);
-	if (vf_unlikely(put == VF_PUT_NO_ROOM))
+	/* Each free slot keeps a descriptor for a table. */
+	if (vf_unlikely(left >= g->slot_count || user->inflight[q] >= vf_queue_quota(&client->view, queue) ||
+			queue->vq.free_count < 3u + left))
 		return vf_send_direct(user, q, io);
-	if (vf_likely(put == VF_PUT_DONE)) {
-		io->sent_bytes = io->length_bytes;
-		io->pieces_left = 1;
-		user->inflight[q]++;
-		user->busy |= 1ull << q;
+	uint32_t slot = parts->free_slots[left];
+	if (vf_unlikely(slot >= g->slot_count))
+		return vf_send_direct(user, q, io);
+	struct vf_piece *piece = &client->pieces[q * g->slot_count + slot];
+	uint64_t iova = (uintptr_t)io->iov->iov_base + io->iova_delta;
+	vf_store_relaxed_u64(&piece->iova, iova);
+	if (vf_piece_is_stale(client, io->generation)) {
+		vf_store_relaxed_u64(&piece->iova, 0);
+		return VF_PUT_STALE;
 	}
-	return put;
+	uint8_t *line = vf_board_line(parts, slot);
+	vf_plain_fill(user, &parts->slots[slot], line, piece, io, iova);
+	queue->free_count = left;
+	struct vf_drv_three three = vf_plain_three(io, line, iova);
+	if (vf_likely(!g->packed && !g->in_order))
+		vf_drv_split_add_tagged(&queue->vq, &three, slot);
+	else
+		vf_drv_vq_add_three(&queue->vq, &three, slot);
+	io->sent_bytes = io->length_bytes;
+	io->pieces_left = 1;
+	user->inflight[q]++;
+	user->busy |= 1ull << q;
+	return VF_PUT_DONE;
 }
 
 static bool vf_io_is_sent(const struct vf_disk_io *io)

@@ -16,13 +16,29 @@ enum vf_io_way {
 	VF_IO_PLAIN, /* as it is: one segment, one piece */
 };
 
+/* What plain.c needs, side by side. */
+struct vf_fast {
+	struct vf_board_queue *queue; /* its home */
+	struct vf_board_slot *slots;
+	struct vf_piece *pieces;
+	uint8_t *lines;
+	uint16_t *free_slots;
+	uint32_t solo_number; /* its number; one that no user has, where it must not take the fast way */
+	uint32_t slot_count;
+	uint64_t most_bytes; /* of a request */
+	uintptr_t start; /* memory that the device reaches: where the last request had its data */
+	size_t length; /* 0: none */
+	uint64_t delta; /* from an address to the device's */
+	uint32_t generation; /* when it was looked up */
+};
+
 struct vf_disk_user {
+	struct vf_fast fast;
 	struct vf_client *client;
 	struct vf_board_user *shared;
 	uint64_t busy; /* a bit for each queue where it has pieces in flight */
 	uint32_t number;
 	uint32_t home;
-	bool can_put; /* requests of one segment, while it is alone on its queue: plain.c */
 	bool cross; /* requests go to queues by their offset */
 	uint32_t spin_fails; /* in a row */
 	uint32_t spin_pause; /* waits until spinning is tried again */
@@ -31,8 +47,6 @@ struct vf_disk_user {
 	struct vf_disk_io *waiting_last;
 	struct vf_disk_io *ended; /* to be finished by the next reap */
 	struct vf_memory_hit hit;
-	struct vf_board_parts *parts; /* of its home queue */
-	struct vf_piece *pieces; /* of that queue */
 	uint32_t inflight[VF_BOARD_QUEUES_MAX];
 };
 

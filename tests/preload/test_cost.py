@@ -12,7 +12,7 @@ from vdusefast.driver import preload
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("batch", "most"), [(1, 610), (32, 300)])
+@pytest.mark.parametrize(("batch", "most"), [(1, 580), (32, 290)])
 def test_instructions_of_a_request(batch: int, most: float) -> None:
     """Hold the instructions of an AIO request, in io_submit() and io_getevents(), with so many of them in a call."""
     program = built(program="count_instructions")
