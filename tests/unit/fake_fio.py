@@ -40,6 +40,7 @@ def install(
     path.write_text(
         "#!/bin/sh\n"
         'case "$1" in --enghelp) echo io_uring; echo libaio; exit 0;; --version) echo fio-3.33; exit 0;;\n'
+        "--parse-only) exit 0;;\n"
         f"--cmdhelp=all) printf '%s : text\\n' {NAMES}; exit 0;; --cmdhelp=thread) echo 'empty or boolean'; exit 0;;\n"
         "--cmdhelp=*|--enghelp=*) exit 0;; esac\n"
         f"echo \"$@\" >> {directory}/fio-calls\n{before}\necho 'a line of no report'\ncat <<'EOF'\n{report}\nEOF\n"

@@ -126,9 +126,22 @@ def test_wrong_data_ends_with_fios_status(capfd: pytest.CaptureFixture[str], tmp
     assert "offset 8192" in capfd.readouterr().err
 
 
-def test_option_that_fio_does_not_know_is_fios_error(capfd: pytest.CaptureFixture[str]) -> None:
-    run(*JOB, "--nonsense=1", status=1)
-    assert "unrecognized option '--nonsense=1'" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--nonsense=1"], "unrecognized option '--nonsense=1'"),
+        (["--rw=sideways"], "failed parsing rw=sideways"),
+        (["--readonly"], "fio is in read-only mode"),
+    ],
+)
+def test_what_fio_refuses_is_said_by_fio_before_there_is_a_device(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], says: str
+) -> None:
+    run(*JOB, *words, "--output=report", status=1)
+    out, err = capfd.readouterr()
+    assert says in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -141,6 +154,13 @@ def test_option_that_fio_does_not_know_is_fios_error(capfd: pytest.CaptureFixtur
         (["--backend=null:1M", "--verify=md5"], "keeps nothing"),
         (["--route=cross"], "there is one queue"),
         (["--client=host"], "another machine"),
+        (["--server"], "disks of its own"),
+        (["--section=other"], "no job has this name"),
+        (["--profile=act"], "a profile brings jobs of its own"),
+        (["--read_iolog=x"], "a log names files of its own"),
+        (["--ioengine=mmap"], "cannot be mapped"),
+        (["--ioengine=net"], "loads a network"),
+        (["--ioengine=external:/x.so"], "the loopback transport serves"),
         (["--daemonize=x"], "would end with this command"),
         (["--ioengine=null"], "moves no data"),
     ],

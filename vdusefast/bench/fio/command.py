@@ -41,13 +41,15 @@ from vdusefast.bench.fio.options import FLAGS, NAMES, FioOptions, option_help, r
 from vdusefast.bench.fio.report import INTRODUCTION, baseline_text, device_text, unseen_errors
 from vdusefast.bench.fio.script import Script, read_script
 from vdusefast.bench.fio.shown import Shown, run_shown
-from vdusefast.bench.fio.target import Retargeting
-from vdusefast.bench.fio.words import ANSWERED, REFUSED, Knowledge, read_words
+from vdusefast.bench.fio.target import Retargeting, Target
+from vdusefast.bench.fio.words import ANSWERED, REFUSED, Knowledge, names, read_words
 from vdusefast.config import Config
 from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.server.signals import PatientStopSignals
 from vdusefast.state.dead_runs import remove_dead
 
+OF_OUTPUT = names("output append-terse")  # a file would be made
+CAPACITY_MAX = 1 << 62  # of a device that does not exist yet
 STOPPED_STATUS = 128  # of a fio that a signal has stopped
 UNBEGUN_STATUS = -signal.SIGINT  # of one that did not handle signals yet
 
@@ -71,7 +73,8 @@ def run_command(arguments: Sequence[str]) -> int:
         if any(script.option(one) is not None for one in ANSWERED):
             return _answer([fio, *script.words(Path(name))], signals)
         options = read_options(script)
-        return Run(fio, know, script, options, Path(name), signals).run()
+        run = Run(fio, know, script, options, Path(name), signals)
+        return run.check() or run.run()
 
 
 def _answer(command: Sequence[str], signals: PatientStopSignals) -> int:
@@ -109,7 +112,7 @@ class Run:
         signals: PatientStopSignals,
     ):
         """Check everything that can be checked before anything is made. Raises ConfigError, KernelSupportError."""
-        self._fio, self._options, self._directory, self._signals = fio, options, directory, signals
+        self._fio, self._know, self._options, self._directory, self._signals = fio, know, options, directory, signals
         self._transport, self._reason = choose_transport(options.device.transport)
         kernel = self._transport == TransportKind.KERNEL
         self._jobs = Retargeting(script, know, self._transport, choose_engine(fio) if kernel else "libaio")
@@ -119,6 +122,17 @@ class Run:
         self._late: VdusefastError | None = None
         self._uri = store_uri(options.device)
         _check(options, self._jobs, self._uri, self._transport, self._shown.file)
+
+    def check(self) -> int:
+        """Let fio check its options, before anything is made. Returns fio's exit status, once fio's words are shown."""
+        target = Target("disk", self._transport, self._jobs.asynchronous)
+        script = self._jobs.turn_to(target, max(self._jobs.required_bytes, CAPACITY_MAX)).without(OF_OUTPUT, names(""))
+        directory = self._directory / "check"
+        directory.mkdir()
+        status, said = self._know.parse(*script.words(directory))
+        if status:
+            print(said, end="", file=sys.stderr, flush=True)
+        return status
 
     def run(self) -> int:
         """Carry it out and return the exit status."""

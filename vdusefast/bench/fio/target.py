@@ -46,6 +46,8 @@ class Retargeting:
         self._script, self._know = script, know
         self._transport, self.asynchronous = transport, asynchronous
         self.jobs = script.jobs()
+        if not self.jobs and (section := script.option("section")) is not None:
+            raise ConfigError(f"--section={section}: no job has this name")
         if not self.jobs:
             raise ConfigError("no job: give a job file, or --name=... --rw=... --size=...")
         self.loads = [job for job in self.jobs if self._loads(job)]

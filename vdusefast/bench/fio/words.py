@@ -79,13 +79,20 @@ class Knowledge:
 
     def ask(self, *words: str, text: str = "") -> str:
         """Return what fio prints. Raises VdusefastError when it does not answer."""
+        return self._ask(words, text)[1]
+
+    def parse(self, *words: str) -> tuple[int, str]:
+        """Let fio read a command line and carry out nothing. Returns its status and what it prints, as `ask`."""
+        return self._ask(["--parse-only", *words], "")
+
+    def _ask(self, words: Sequence[str], text: str) -> tuple[int, str]:
         try:
             done = subprocess.run(
                 [self._fio, *words], input=text, capture_output=True, text=True, timeout=HELP_S, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise VdusefastError(f"{self._fio} {words[0]}: {error}") from None
-        return done.stdout + done.stderr
+        return done.returncode, done.stdout + done.stderr
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
