@@ -1,4 +1,4 @@
-"""`bench fio` in tests: its words for a device, and a run whose target is the store's own file, past the device."""
+"""`bench fio` in tests: its arguments for a device, and a run whose target is the store's own file, past the device."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from vdusefast.api import Device
 from vdusefast.bench.common.real_fio import find_fio
 from vdusefast.bench.fio import device as fio_device
+from vdusefast.bench.fio.arguments import Knowledge, read_arguments
 from vdusefast.bench.fio.options import FLAGS, NAMES
 from vdusefast.bench.fio.script import Script, read_script
 from vdusefast.bench.fio.target import Retargeting, Target
-from vdusefast.bench.fio.words import Knowledge, read_words
 
 JOBS = Path(__file__).parent / "fio_jobs"
 MIB = 1 << 20
@@ -27,23 +27,23 @@ def know() -> Knowledge:
     return Knowledge(find_fio("a test"))
 
 
-def script(*words: str) -> Script:
-    return read_script(read_words(words, NAMES, FLAGS, know()), NAMES, FLAGS)
+def script(*arguments: str) -> Script:
+    return read_script(read_arguments(arguments, NAMES, FLAGS, know()), NAMES, FLAGS)
 
 
-def retarget(*words: str, transport: str = "loopback") -> Retargeting:
-    return Retargeting(script(*words), know(), transport, "libaio")
+def retarget(*arguments: str, transport: str = "loopback") -> Retargeting:
+    return Retargeting(script(*arguments), know(), transport, "libaio")
 
 
 def rewritten(
-    directory: Path, words: Sequence[str], path: str = "/dev/vdx", *, transport: str = "loopback", capacity: int = 0
+    directory: Path, arguments: Sequence[str], path: str = "/dev/vdx", *, transport: str = "loopback", capacity: int = 0
 ) -> tuple[list[str], list[str]]:
-    """Return the words for fio, with job files as their lines in place of their paths; and the notes."""
-    jobs = retarget(*words, transport=transport)
+    """Return the arguments for fio, with job files as their lines in place of their paths; and the notes."""
+    jobs = retarget(*arguments, transport=transport)
     made = jobs.turn_to(Target(path, transport, "libaio"), capacity or max(jobs.required_bytes, 64 * MIB))
     out: list[str] = []
-    for word in made.words(directory):
-        out += Path(word).read_text().splitlines() if word.startswith(str(directory)) else [word]
+    for argument in made.arguments(directory):
+        out += Path(argument).read_text().splitlines() if argument.startswith(str(directory)) else [argument]
     return out, jobs.notes
 
 

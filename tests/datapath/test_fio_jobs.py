@@ -17,8 +17,10 @@ COMMANDS = [line.removeprefix("fio ") for line in (JOBS / "commands.txt").read_t
 LIMIT_S = 55
 
 
-def bench_fio(*words: str, directory: Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vdusefast.bench", "fio", "--transport=loopback", *words]
+def bench_fio(
+    *arguments: str, directory: Path, status: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vdusefast.bench", "fio", "--transport=loopback", *arguments]
     done = subprocess.run(
         command,
         cwd=directory,
@@ -32,14 +34,16 @@ def bench_fio(*words: str, directory: Path, status: int = 0, **environment: str)
     return done
 
 
-def report(*words: str, directory: Path) -> dict[str, Any]:
-    done = bench_fio(*words, "--output-format=json", directory=directory)
+def report(*arguments: str, directory: Path) -> dict[str, Any]:
+    done = bench_fio(*arguments, "--output-format=json", directory=directory)
     parsed: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{\n") :])
     return parsed
 
 
-def fio(*words: str, directory: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(["fio", *words], cwd=directory, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+def fio(*arguments: str, directory: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        ["fio", *arguments], cwd=directory, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -114,16 +118,16 @@ def test_every_block_is_read_through_another_queue_than_wrote_it(tmp_path: Path)
     text = job.read_text().replace("size=256m", "size=8m").replace("runtime=3", "runtime=0.1")
     (tmp_path / "job.fio").write_text(text)
     (tmp_path / "disk.py").write_text(MEMORY_OF_ITS_OWN)
-    words = ["job.fio", "--queues=2"]
-    bench_fio(*words, "--backend=memory:8M", directory=tmp_path)
-    done = bench_fio(*words, f"--backend=python:{tmp_path / 'disk.py'}:Disk", directory=tmp_path, status=1)
+    arguments = ["job.fio", "--queues=2"]
+    bench_fio(*arguments, "--backend=memory:8M", directory=tmp_path)
+    done = bench_fio(*arguments, f"--backend=python:{tmp_path / 'disk.py'}:Disk", directory=tmp_path, status=1)
     assert "verify: bad" in done.stderr + done.stdout
 
 
 @pytest.mark.slow
 def test_fios_own_tools_read_json_plus(tmp_path: Path) -> None:
-    words = ["--name=p", "--rw=randread", "--size=1m", "--direct=1", "--output-format=json+", "--output=p.json"]
-    bench_fio(*words, directory=tmp_path)
+    arguments = ["--name=p", "--rw=randread", "--size=1m", "--direct=1", "--output-format=json+", "--output=p.json"]
+    bench_fio(*arguments, directory=tmp_path)
     subprocess.run(["fio_jsonplus_clat2csv", "p.json", "p.csv"], cwd=tmp_path, check=True, timeout=LIMIT_S)
     rows = (tmp_path / "p_job0.csv").read_text().splitlines()
     assert rows[0].startswith("nsec, read_slat_ns_count")

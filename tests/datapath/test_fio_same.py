@@ -31,11 +31,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttachServer]:
 
 
 def on_device(server: AttachServer, name: str, directory: Path) -> fio_same.Seen:
-    """Run a combination as `bench fio` does: it chooses the words for the device, and the library serves fio."""
+    """Run a combination as `bench fio` does: it chooses the arguments for the device, and the library serves fio."""
     directory.mkdir()
     target = Target(str(server.path), "loopback", "libaio", LOOPBACK_MEMORY)
-    words = retarget(*fio_same.words_of(name, "disk")).turn_to(target, fio_same.SIZE_BYTES).words(directory)
-    return fio_same.run(words, directory / "run", preload.environment(server))
+    arguments = retarget(*fio_same.words_of(name, "disk")).turn_to(target, fio_same.SIZE_BYTES).arguments(directory)
+    return fio_same.run(arguments, directory / "run", preload.environment(server))
 
 
 @pytest.mark.parametrize("name", [name for name in fio_same.COMBINATIONS if not fio_same.trims(name)])

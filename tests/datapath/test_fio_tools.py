@@ -20,10 +20,10 @@ DOCUMENTS = Path("/usr/share/doc/fio")  # Debian has some of the tools there, co
 LIMIT_S = 55
 
 
-def run(*words: str | os.PathLike[str], directory: Path, limit_s: float = LIMIT_S, **environment: str) -> str:
+def run(*arguments: str | os.PathLike[str], directory: Path, limit_s: float = LIMIT_S, **environment: str) -> str:
     """Run a command, and return what it prints. Fails where it fails."""
     done = subprocess.run(
-        [os.fspath(word) for word in words],
+        [os.fspath(argument) for argument in arguments],
         cwd=directory,
         env={**os.environ, "TMPDIR": str(directory), **environment},
         capture_output=True,
@@ -32,12 +32,12 @@ def run(*words: str | os.PathLike[str], directory: Path, limit_s: float = LIMIT_
         check=False,
         stdin=subprocess.DEVNULL,
     )
-    assert done.returncode == 0, f"{words}: {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{arguments}: {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout
 
 
-def bench_fio(*words: str, directory: Path) -> str:
-    return run(sys.executable, "-m", "vdusefast.bench", "fio", "--transport=loopback", *words, directory=directory)
+def bench_fio(*arguments: str, directory: Path) -> str:
+    return run(sys.executable, "-m", "vdusefast.bench", "fio", "--transport=loopback", *arguments, directory=directory)
 
 
 def report(path: Path) -> dict[str, Any]:
@@ -48,8 +48,22 @@ def report(path: Path) -> dict[str, Any]:
 
 def test_genfio_makes_jobs_that_run(tmp_path: Path) -> None:
     """One job after another, then two disks at a time."""
-    words = ["-d", "/dev/sdy,/dev/sdz", "-a", "-b", "4k,64k", "-m", "write,randread", "-D", "4", "-r", "0", "-z", "2m"]
-    run("genfio", *words, directory=tmp_path)
+    arguments = [
+        "-d",
+        "/dev/sdy,/dev/sdz",
+        "-a",
+        "-b",
+        "4k,64k",
+        "-m",
+        "write,randread",
+        "-D",
+        "4",
+        "-r",
+        "0",
+        "-z",
+        "2m",
+    ]
+    run("genfio", *arguments, directory=tmp_path)
     (made,) = tmp_path.glob("*.fio")
     made.write_text(made.read_text().replace("ramp_time=5\n", ""))
     bench_fio(made.name, "--queues=2", "--output-format=json", "--output=g.json", directory=tmp_path)
@@ -70,20 +84,22 @@ def test_a_verify_state_continues_on_the_plain_file(tmp_path: Path) -> None:
     said = run("fio-verify-state", state.name, directory=tmp_path)
     assert re.search(r"^Version:\s+0x\d+$", said, re.MULTILINE), said
     assert re.search(r"^Completions:\s+\d+$|^Number IOs:\s+300$", said, re.MULTILINE), said
-    words = [*job, "--verify_only=1", "--verify_state_load=1", "--output-format=json", "--output=v.json"]
-    run("fio", "--filename=disk.img", *words, directory=tmp_path)
+    arguments = [*job, "--verify_only=1", "--verify_state_load=1", "--output-format=json", "--output=v.json"]
+    run("fio", "--filename=disk.img", *arguments, directory=tmp_path)
     (verified,) = report(tmp_path / "v.json")["jobs"]
     assert verified["error"] == 0
     assert verified["read"]["total_ios"] == 300
 
 
-@pytest.mark.parametrize("words", [["-t", "1"], ["-o", "1", "-c", "1"], ["-t", "3"]], ids=["one", "direct", "threads"])
-def test_fio_dedupe_counts_as_on_the_file(tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["-t", "1"], ["-o", "1", "-c", "1"], ["-t", "3"]], ids=["one", "direct", "threads"]
+)
+def test_fio_dedupe_counts_as_on_the_file(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "disk.img").write_bytes(os.urandom(MIB) + bytes(MIB) + b"same" * (MIB // 4) + os.urandom(MIB))
-    words = ["-p", "0", "-B", "0", *words]  # not by its filter, which may take a new block for a known one
-    wanted = run("fio-dedupe", *words, "disk.img", directory=tmp_path)
+    arguments = ["-p", "0", "-B", "0", *arguments]  # not by its filter, which may take a new block for a known one
+    wanted = run("fio-dedupe", *arguments, "disk.img", directory=tmp_path)
     served = [sys.executable, "-m", "vdusefast", "run", "--backend", "file:disk.img", "--queues", "2", "--"]
-    found = run(*served, "fio-dedupe", *words, "{}", directory=tmp_path)
+    found = run(*served, "fio-dedupe", *arguments, "{}", directory=tmp_path)
     assert "Extents=1024, Unique extents=514" in wanted
     counts = [re.findall(r"^.*Unique extents=\d+|^De-dupe ratio.*$", said, re.MULTILINE) for said in (wanted, found)]
     assert counts[0] == counts[1] != []
@@ -99,13 +115,13 @@ def document(name: str, directory: Path) -> Path:
 def test_percentiles_of_histograms(tmp_path: Path) -> None:
     if not DOCUMENTS.joinpath("fio-histo-log-pctiles.py.gz").exists():
         pytest.skip(f"{DOCUMENTS} is empty: this system installs packages without their documents")
-    words = ["--name=h", "--rw=randread", "--size=8m", "--bs=4k", "--time_based", "--runtime=1"]
-    words += ["--write_hist_log=h", "--log_hist_msec=100", "--output-format=json"]
-    bench_fio(*words, "--output=h.json", directory=tmp_path)
+    arguments = ["--name=h", "--rw=randread", "--size=8m", "--bs=4k", "--time_based", "--runtime=1"]
+    arguments += ["--write_hist_log=h", "--log_hist_msec=100", "--output-format=json"]
+    bench_fio(*arguments, "--output=h.json", directory=tmp_path)
     (job,) = report(tmp_path / "h.json")["jobs"]
     tool = document("fio-histo-log-pctiles.py", tmp_path)
-    words = ["--fio-version", "3", "--time-quantum", "1", "--output-unit", "usec", "h_clat_hist.1.log"]
-    said = run(sys.executable, tool, *words, directory=tmp_path).splitlines()
+    arguments = ["--fio-version", "3", "--time-quantum", "1", "--output-unit", "usec", "h_clat_hist.1.log"]
+    said = run(sys.executable, tool, *arguments, directory=tmp_path).splitlines()
     (header,) = [number for number, line in enumerate(said) if line.startswith("msec-since-start")]
     values = [float(cell) for cell in said[header + 1].split(",")[2:] if cell.strip()]
     assert values == sorted(values)
@@ -141,8 +157,8 @@ def noted():
     return found
 
 getdata.get_routing_dict = noted
-for kind, words in json.loads(sys.argv[2]).items():
-    sys.argv[3:] = ["-i", sys.argv[1], "-T", "t", "-r", "randread", "-o", f"{kind}.png", *words]
+for kind, arguments in json.loads(sys.argv[2]).items():
+    sys.argv[3:] = ["-i", sys.argv[1], "-T", "t", "-r", "randread", "-o", f"{kind}.png", *arguments]
     before, sys.argv = sys.argv, [sys.argv[0], *sys.argv[3:]]
     try:
         fio_plot.main()
@@ -174,8 +190,20 @@ def test_bench_fio_runs_on_the_device_and_fio_plot_draws_it(tmp_path: Path, fio_
     target = tmp_path / f"disk-{os.getpid()}.img"
     target.write_bytes(bytes(4 * MIB))
     job = Path(f"/tmp/{target.name}-tmpjobfile.fio")  # where bench-fio puts it
-    words = ["--target", target.name, "--type", "file", "--output", "out", "--mode", "randread", "--iodepth", "1", "4"]
-    words += [
+    arguments = [
+        "--target",
+        target.name,
+        "--type",
+        "file",
+        "--output",
+        "out",
+        "--mode",
+        "randread",
+        "--iodepth",
+        "1",
+        "4",
+    ]
+    arguments += [
         "--numjobs",
         "1",
         "2",
@@ -191,7 +219,7 @@ def test_bench_fio_runs_on_the_device_and_fio_plot_draws_it(tmp_path: Path, fio_
     libraries = {"PYTHONPATH": f"{fio_plot}:{Path(__file__).parents[2]}", "MPLCONFIGDIR": str(tmp_path)}
     search = f"{programs}:{os.environ['PATH']}"
     try:
-        run(sys.executable, "-m", "bench_fio", *words, directory=tmp_path, limit_s=200, PATH=search, **libraries)
+        run(sys.executable, "-m", "bench_fio", *arguments, directory=tmp_path, limit_s=200, PATH=search, **libraries)
     finally:
         job.unlink(missing_ok=True)
     where = tmp_path / "out" / target.name / "4k"

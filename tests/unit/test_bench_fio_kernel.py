@@ -1,4 +1,4 @@
-"""`bench fio` over the kernel transport: the real words of fio on a device that is none, and ends of all kinds."""
+"""`bench fio` over the kernel transport: the real arguments of fio on a device that is none, and ends of all kinds."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_stuck_fio_goes_after_its_device(
     monkeypatch.setattr(fake_device, "stop", lambda self, *, force=False: order.append(f"stop {force}"))
     fio = SimpleNamespace(reap=lambda timeout_s: order.append("reap"))
 
-    def stuck(*_words: object, **_options: object) -> int:
+    def stuck(*_arguments: object, **_options: object) -> int:
         raise FioStuckError("fio is stuck", fio)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fio_command, "run_shown", stuck)

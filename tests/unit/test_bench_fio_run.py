@@ -35,8 +35,8 @@ def _target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", None)
 
 
-def run(*words: str, status: int = 0) -> None:
-    assert run_command([*RUN, *words]) == status
+def run(*arguments: str, status: int = 0) -> None:
+    assert run_command([*RUN, *arguments]) == status
 
 
 # -- output
@@ -66,9 +66,9 @@ def test_json_on_stdout_is_fios_with_one_more_object(capfd: pytest.CaptureFixtur
         assert report["jobs"][0]["read"]["clat_ns"]["bins"]
 
 
-@pytest.mark.parametrize("words", [["--minimal"], ["--output-format=terse", "--terse-version=5"]])
-def test_terse_output_stays_alone_on_stdout(capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
-    run(*JOB, *words)
+@pytest.mark.parametrize("arguments", [["--minimal"], ["--output-format=terse", "--terse-version=5"]])
+def test_terse_output_stays_alone_on_stdout(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    run(*JOB, *arguments)
     out, err = capfd.readouterr()
     assert len(out.splitlines()) == 1
     assert out.split(";")[1].startswith("fio-")
@@ -90,8 +90,8 @@ def test_logs_lie_where_fio_writes_them(tmp_path: Path) -> None:
 
 
 def test_status_intervals_end_with_the_full_report(capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["--time_based", "--runtime=2", "--status-interval=1", "--output-format=json", "--rate_iops=100"]
-    run(*JOB, *words)
+    arguments = ["--time_based", "--runtime=2", "--status-interval=1", "--output-format=json", "--rate_iops=100"]
+    run(*JOB, *arguments)
     text, reports = capfd.readouterr().out, []
     while text.strip():
         report, end = json.JSONDecoder().raw_decode(text.lstrip())
@@ -102,8 +102,12 @@ def test_status_intervals_end_with_the_full_report(capfd: pytest.CaptureFixture[
 
 
 def test_what_fio_answers_alone_needs_no_device(capfd: pytest.CaptureFixture[str]) -> None:
-    for words, expected in ((["--version"], "fio-"), (["--cmdhelp=iodepth"], "IO buffers"), (["--enghelp"], "libaio")):
-        assert run_command(words) == 0
+    for arguments, expected in (
+        (["--version"], "fio-"),
+        (["--cmdhelp=iodepth"], "IO buffers"),
+        (["--enghelp"], "libaio"),
+    ):
+        assert run_command(arguments) == 0
         out = capfd.readouterr().out
         assert expected in out
         assert "device:" not in out
@@ -117,17 +121,17 @@ def test_what_fio_answers_alone_needs_no_device(capfd: pytest.CaptureFixture[str
 def test_wrong_data_ends_with_fios_status(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(MIB))
-    words = ["--name=v", "--bs=4k", "--size=1m", "--verify=crc32c", f"--backend=file:{disk}"]
-    run(*words, "--rw=write")
+    arguments = ["--name=v", "--bs=4k", "--size=1m", "--verify=crc32c", f"--backend=file:{disk}"]
+    run(*arguments, "--rw=write")
     with disk.open("r+b") as stream:
         stream.seek(8192 + 99)
         stream.write(b"oops")
-    run(*words, "--rw=read", status=1)
+    run(*arguments, "--rw=read", status=1)
     assert "offset 8192" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     [
         (["--nonsense=1"], "unrecognized option '--nonsense=1'"),
         (["--rw=sideways"], "failed parsing rw=sideways"),
@@ -135,9 +139,9 @@ def test_wrong_data_ends_with_fios_status(capfd: pytest.CaptureFixture[str], tmp
     ],
 )
 def test_what_fio_refuses_is_said_by_fio_before_there_is_a_device(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], says: str
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], says: str
 ) -> None:
-    run(*JOB, *words, "--output=report", status=1)
+    run(*JOB, *arguments, "--output=report", status=1)
     out, err = capfd.readouterr()
     assert says in err
     assert out == ""
@@ -145,7 +149,7 @@ def test_what_fio_refuses_is_said_by_fio_before_there_is_a_device(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--cpus=4097"], "does not exist"),
         (["--driver-cpus=4097"], "does not exist"),
@@ -166,10 +170,10 @@ def test_what_fio_refuses_is_said_by_fio_before_there_is_a_device(
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_made(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        run_command([*RUN, *JOB, *words])
+        run_command([*RUN, *JOB, *arguments])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,8 +269,8 @@ def test_baseline_runs_both_in_turn_and_compares_medians(
     forgotten: list[Path] = []
     monkeypatch.setattr("vdusefast.bench.fio.baseline._forget_pages", forgotten.append)
     disk = tmp_path / "c:d.img"
-    words = ["--name=b", "--rw=randread", "--bs=4k", "--size=1m", "--output-format=json", f"--backend=file:{disk}"]
-    run(*words, "--ioengine=posixaio", "--baseline=psync,job", "--write_lat_log=x", "--direct=1")
+    arguments = ["--name=b", "--rw=randread", "--bs=4k", "--size=1m", "--output-format=json", f"--backend=file:{disk}"]
+    run(*arguments, "--ioengine=posixaio", "--baseline=psync,job", "--write_lat_log=x", "--direct=1")
     out, err = capfd.readouterr()
     member = json.loads(out)["vdusefast"]
     assert member["replaced"] == ["ioengine=posixaio (now libaio)"]
@@ -275,7 +279,7 @@ def test_baseline_runs_both_in_turn_and_compares_medians(
     assert one["fio"]["iops"]["median"] > 0
     assert one["ratio"]["median"] == pytest.approx(one["ours"]["iops"]["median"] / one["fio"]["iops"]["median"], rel=1)
     assert {"--ioengine=psync", "--invalidate=0", "--direct=0"} <= set(one["command"])
-    assert not [word for word in one["command"] if "lat_log" in word]
+    assert not [argument for argument in one["command"] if "lat_log" in argument]
     order = [line.partition(": ")[2] for line in err.splitlines() if line.startswith("round ")]
     ours, psync, own = "vdusefast", "fio alone, ioengine psync", "fio alone, ioengine job"
     assert order == [ours, psync, own, own, psync, ours, ours, psync, own]

@@ -16,7 +16,7 @@ GIB = 1 << 30
 DISK = ["--filename=/dev/vdx", "--allow_file_create=0"]
 
 
-def words(tmp_path: Path, *given: str, transport: str = "loopback", capacity: int = 0) -> list[str]:
+def arguments(tmp_path: Path, *given: str, transport: str = "loopback", capacity: int = 0) -> list[str]:
     return rewritten(tmp_path, given, transport=transport, capacity=capacity)[0]
 
 
@@ -40,8 +40,8 @@ def test_options_about_files_do_not_reach_a_device(tmp_path: Path, option: str) 
 
 
 def test_abbreviated_filename_is_the_target_too(tmp_path: Path) -> None:
-    out = words(tmp_path, "--name=a", "--size=1m", "--filename_form=x.$jobnum", "--filename", "/dev/sda")
-    assert not [word for word in out if "sda" in word or "jobnum" in word]
+    out = arguments(tmp_path, "--name=a", "--size=1m", "--filename_form=x.$jobnum", "--filename", "/dev/sda")
+    assert not [argument for argument in out if "sda" in argument or "jobnum" in argument]
 
 
 # -- engines
@@ -87,19 +87,19 @@ def test_engines_that_make_no_sense_are_refused_with_a_reason(engine: str, reaso
 
 
 def test_mmap_stays_on_a_node(tmp_path: Path) -> None:
-    assert "--ioengine=mmap" in words(tmp_path, "--name=a", "--size=1m", "--ioengine=mmap", transport="kernel")
+    assert "--ioengine=mmap" in arguments(tmp_path, "--name=a", "--size=1m", "--ioengine=mmap", transport="kernel")
 
 
 def test_options_of_a_replaced_engine_go_with_it(tmp_path: Path) -> None:
     given = ["--name=a", "--ioengine=io_uring", "--size=1m", "--hipri", "--fixedbufs", "--sqthread_poll=1"]
-    assert words(tmp_path, *given) == ["--name=a", "--ioengine=libaio", "--size=1m", *DISK]
+    assert arguments(tmp_path, *given) == ["--name=a", "--ioengine=libaio", "--size=1m", *DISK]
     (tmp_path / "n").mkdir()
-    assert "--hipri" in words(tmp_path / "n", *given, transport="kernel")
+    assert "--hipri" in arguments(tmp_path / "n", *given, transport="kernel")
 
 
 def test_job_that_does_no_io_stays_as_it_is(tmp_path: Path) -> None:
     given = ["--name=busy", "--ioengine=cpuio", "--cpuload=10", "--name=a", "--rw=read", "--ioengine=sync", "--size=1m"]
-    assert words(tmp_path, *given) == [*given, *DISK]
+    assert arguments(tmp_path, *given) == [*given, *DISK]
     with pytest.raises(ConfigError, match="no job reads or writes"):
         retarget("--name=busy", "--ioengine=cpuio")
 
@@ -116,7 +116,7 @@ def test_jobs_that_would_open_other_files_are_refused(option: str) -> None:
 def test_jobs_on_one_file_share_the_device(tmp_path: Path) -> None:
     job = str(JOBS / "phases.fio")
     assert retarget(job).required_bytes == 8 * MIB
-    out = words(tmp_path, job)
+    out = arguments(tmp_path, job)
     assert not [line for line in out if line.startswith("offset")]
     assert out.count("size=8m") == 1
 
@@ -131,13 +131,16 @@ def test_clones_with_files_of_their_own_get_ranges_of_their_own(tmp_path: Path) 
 
 def test_files_of_several_jobs_lie_one_after_another(tmp_path: Path) -> None:
     given = ["--rw=write", "--size=2m", "--name=a", "--name=b", "--filename=x", "--name=c", "--filename=x"]
-    out = words(tmp_path, *given)
-    assert [word for word in out if word.startswith("--offset=")] == ["--offset=0", *[f"--offset={2 * MIB}"] * 2]
+    out = arguments(tmp_path, *given)
+    assert [argument for argument in out if argument.startswith("--offset=")] == [
+        "--offset=0",
+        *[f"--offset={2 * MIB}"] * 2,
+    ]
 
 
 def test_offset_and_percentages_are_those_of_the_file(tmp_path: Path) -> None:
     given = ["--name=a", "--size=50%", "--filename=x", "--name=b", "--filename=y", "--offset=25%"]
-    out = words(tmp_path, *given, capacity=64 * MIB)
+    out = arguments(tmp_path, *given, capacity=64 * MIB)
     a, b = out[: out.index("--name=b")], out[out.index("--name=b") :]
     assert {"--offset=0", f"--size={16 * MIB}"} <= set(a)
     assert {f"--offset={40 * MIB}", f"--size={24 * MIB}"} <= set(b)
@@ -145,19 +148,23 @@ def test_offset_and_percentages_are_those_of_the_file(tmp_path: Path) -> None:
 
 def test_files_of_a_job_count_together(tmp_path: Path) -> None:
     assert retarget("--name=a", "--nrfiles=4", "--filesize=1m").required_bytes == 4 * MIB
-    assert f"--size={4 * MIB}" in words(tmp_path, "--name=a", "--nrfiles=4", "--filesize=1m")
+    assert f"--size={4 * MIB}" in arguments(tmp_path, "--name=a", "--nrfiles=4", "--filesize=1m")
     assert retarget("--name=a", "--filename=x:y", "--filesize=1m-2m").required_bytes == 4 * MIB
 
 
 def test_more_io_than_a_file_has_goes_round_in_it(tmp_path: Path) -> None:
-    out = words(tmp_path, "--name=a", "--filename=x", "--filesize=1m", "--size=5m")
+    out = arguments(tmp_path, "--name=a", "--filename=x", "--filesize=1m", "--size=5m")
     assert {f"--size={MIB}", f"--io_size={5 * MIB}"} <= set(out)
 
 
 def test_jobs_for_one_image_share_the_device(tmp_path: Path) -> None:
     given = ["--ioengine=rbd", "--pool=rbd", "--rbdname=disk", "--size=4m", "--name=a", "--name=b"]
     assert retarget(*given).required_bytes == 4 * MIB
-    assert not [word for word in words(tmp_path, *given) if "offset" in word or "rbd" in word or "pool" in word]
+    assert not [
+        argument
+        for argument in arguments(tmp_path, *given)
+        if "offset" in argument or "rbd" in argument or "pool" in argument
+    ]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +207,6 @@ def test_fio_takes_what_is_written_for_it(
     monkeypatch.setenv("BS", "4k")
     jobs = retarget(str(JOBS / job), transport=transport)
     made = jobs.turn_to(Target("/dev/null", transport, "libaio", "shm"), max(GIB, jobs.required_bytes))
-    command = ["fio", "--parse-only", *made.words(tmp_path)]
+    command = ["fio", "--parse-only", *made.arguments(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (0, "")

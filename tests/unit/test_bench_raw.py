@@ -18,13 +18,13 @@ from vdusefast.driver import _driver
 MIB = 1 << 20
 
 
-def fio(*words: str, timeout_s: float = 50.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vdusefast.bench", "raw", *words]
+def fio(*arguments: str, timeout_s: float = 50.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vdusefast.bench", "raw", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
-def report(*words: str) -> dict[str, Any]:
-    done = fio(*words, "--output-format=json")
+def report(*arguments: str) -> dict[str, Any]:
+    done = fio(*arguments, "--output-format=json")
     assert done.returncode == 0, done.stderr
     parsed: dict[str, Any] = json.loads(done.stdout)
     return parsed
@@ -33,8 +33,8 @@ def report(*words: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_verified_file_holds_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
-    words = ["--name=v", "--rw=randrw", "--bs=4k", "--iodepth=16", "--verify=crc32c", "--queues=2", "--size=4m"]
-    data = report(*words, "--cpus=0,1" if os.cpu_count() != 1 else "--cpus=0,0", f"--backend=file:{path}")
+    arguments = ["--name=v", "--rw=randrw", "--bs=4k", "--iodepth=16", "--verify=crc32c", "--queues=2", "--size=4m"]
+    data = report(*arguments, "--cpus=0,1" if os.cpu_count() != 1 else "--cpus=0,0", f"--backend=file:{path}")
     (check,) = data["vdusefast"]["verify"]
     assert check["verify_errors"] == check["request_errors"] == 0
     assert check["blocks_verified"] >= check["read_back_ios"] == data["jobs"][0]["write"]["total_ios"] > 0
@@ -48,8 +48,8 @@ def test_verified_file_holds_what_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_report_has_fios_names() -> None:
-    words = "--name=s --rw=randwrite --bs=4k --iodepth=4 --fsync=8 --size=1m --backend=memory:4M"
-    data = report(*words.split())
+    arguments = "--name=s --rw=randwrite --bs=4k --iodepth=4 --fsync=8 --size=1m --backend=memory:4M"
+    data = report(*arguments.split())
     job = data["jobs"][0]
     assert (job["jobname"], job["error"], job["job options"]["rw"]) == ("s", 0, "randwrite")
     write = job["write"]
@@ -78,20 +78,20 @@ def test_write_then_read_in_two_runs(tmp_path: Path) -> None:
         *["--name=w", "--rw=write", "--bs=8k", "--size=2m", "--verify=crc32c", "--do_verify=0"],
         f"--backend=file:{path}",
     )
-    words = ["--name=r", "--rw=randread", "--bs=8k", "--iodepth=4", "--verify=crc32c", f"--backend=file:{path}"]
-    assert report(*words)["vdusefast"]["verify"][0]["blocks_verified"] == 256
+    arguments = ["--name=r", "--rw=randread", "--bs=8k", "--iodepth=4", "--verify=crc32c", f"--backend=file:{path}"]
+    assert report(*arguments)["vdusefast"]["verify"][0]["blocks_verified"] == 256
     with path.open("r+b") as disk:
         disk.seek(5 * 8192 + 100)
         disk.write(b"oops")
-    done = fio(*words)
+    done = fio(*arguments)
     assert done.returncode == 1
     assert "read of block 5 at byte 40960: checksum" in done.stdout
 
 
 @pytest.mark.slow
 def test_clones_are_reported_together() -> None:
-    words = "--name=g --rw=randread --numjobs=3 --time_based --runtime=0.3 --ramp_time=0.1"
-    data = report(*words.split(), "--backend=null:1G", "--queues=2")
+    arguments = "--name=g --rw=randread --numjobs=3 --time_based --runtime=0.3 --ramp_time=0.1"
+    data = report(*arguments.split(), "--backend=null:1G", "--queues=2")
     (job,) = data["jobs"]
     assert 250 <= job["read"]["runtime"] <= 2000
     assert job["read"]["total_ios"] > 100
@@ -104,13 +104,13 @@ def test_text_report_says_what_was_done(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "worker process" in done.stdout
     text = out.read_text()
-    for words in ("IOPS", "p99.9", "busy", "/kick", "/irq", "0 wrong"):
-        assert words in text
+    for part in ("IOPS", "p99.9", "busy", "/kick", "/irq", "0 wrong"):
+        assert part in text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "status", "message"),
+    ("arguments", "status", "message"),
     [
         ("--name=a --rw=read --nonsense=1", 2, "unknown option '--nonsense'"),
         ("--name=a --rw=read --backend=file:/nonexistent/x.img --size=1m", 1, "No such file"),
@@ -122,8 +122,8 @@ def test_text_report_says_what_was_done(tmp_path: Path) -> None:
         ("--name=a --rw=read --bs=32m --backend=null:64M", 2, "smaller block size"),
     ],
 )
-def test_errors_are_one_line(words: str, status: int, message: str) -> None:
-    done = fio(*words.split())
+def test_errors_are_one_line(arguments: str, status: int, message: str) -> None:
+    done = fio(*arguments.split())
     assert done.returncode == status
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -142,14 +142,14 @@ def test_existing_file_is_never_grown(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
     new = tmp_path / "new.img"
-    for words in (
+    for arguments in (
         [f"--backend=file:{new}", "--cpus=4097"],
         [f"--backend=file:{new}", "--driver-cpus=4097"],
         [f"--backend=file:{new}", "--output=/nonexistent/report"],
         [f"--backend=file:{new}", "--transport=kernel"],
     ):
-        done = fio("--name=b", "--rw=write", "--size=1m", *words)
-        assert done.returncode == 2, words
+        done = fio("--name=b", "--rw=write", "--size=1m", *arguments)
+        assert done.returncode == 2, arguments
         assert len(done.stderr.splitlines()) == 1
     assert not new.exists()
 
@@ -158,9 +158,9 @@ def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
 def test_config_file_and_options_over_it(tmp_path: Path) -> None:
     path = tmp_path / "vd.toml"
     path.write_text('[device]\nname = "vdbench"\nqueues = 2\n[backend]\nuri = "memory:4M"\n[[queue]]\npoll_us = 0\n')
-    words = ["--name=c", "--rw=randwrite", "--verify=crc32c", f"--config={path}"]
-    assert len(report(*words)["vdusefast"]["queues"]) == 2
-    data = report(*words, "--queues=1", "--cpus=0")["vdusefast"]
+    arguments = ["--name=c", "--rw=randwrite", "--verify=crc32c", f"--config={path}"]
+    assert len(report(*arguments)["vdusefast"]["queues"]) == 2
+    data = report(*arguments, "--queues=1", "--cpus=0")["vdusefast"]
     assert [q["cpu"] for q in data["queues"]] == [0]
     assert data["backend"] == "memory:4M"
 
@@ -168,9 +168,9 @@ def test_config_file_and_options_over_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_drains_reports_and_ends_with_status_0(tmp_path: Path, number: signal.Signals) -> None:
-    words = ["--name=s", "--rw=randrw", "--verify=crc32c", "--size=4m", "--time_based", "--runtime=60"]
-    words += [f"--output={tmp_path / 'out'}"]
-    command = [sys.executable, "-m", "vdusefast.bench", "raw", *words]
+    arguments = ["--name=s", "--rw=randrw", "--verify=crc32c", "--size=4m", "--time_based", "--runtime=60"]
+    arguments += [f"--output={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "vdusefast.bench", "raw", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
     assert process.stdout is not None
     for line in process.stdout:
@@ -187,8 +187,8 @@ def test_signal_drains_reports_and_ends_with_status_0(tmp_path: Path, number: si
 
 @pytest.mark.slow
 def test_a_run_survives_a_killed_worker_and_names_it() -> None:
-    words = ["--name=k", "--rw=randrw", "--backend=memory:4M", "--queues=2", "--time_based", "--runtime=2"]
-    command = [sys.executable, "-m", "vdusefast.bench", "raw", "--verify=crc32c", *words]
+    arguments = ["--name=k", "--rw=randrw", "--backend=memory:4M", "--queues=2", "--time_based", "--runtime=2"]
+    command = [sys.executable, "-m", "vdusefast.bench", "raw", "--verify=crc32c", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid = 0

@@ -16,15 +16,15 @@ from vdusefast.errors import ConfigError
 MIB = 1 << 20
 
 
-def one(*words: str) -> JobSpec:
-    return parse_arguments(words).job
+def one(*arguments: str) -> JobSpec:
+    return parse_arguments(arguments).job
 
 
 @pytest.mark.parametrize("equals", [True, False])
 def test_options_with_equals_and_with_space(equals: bool) -> None:
     pairs = {"--name": "a", "--rw": "randrw", "--bs": "8k", "--size": "1g", "--iodepth": "7", "--runtime": "500ms"}
-    words = [f"{k}={v}" for k, v in pairs.items()] if equals else [w for pair in pairs.items() for w in pair]
-    job = one(*words, "--time_based", "--rwmixread=70")
+    arguments = [f"{k}={v}" for k, v in pairs.items()] if equals else [w for pair in pairs.items() for w in pair]
+    job = one(*arguments, "--time_based", "--rwmixread=70")
     assert (job.name, job.kind, job.order, job.bs, job.size) == ("a", "mixed", "random_once", 8192, 1 << 30)
     assert (job.iodepth, job.runtime, job.time_based, job.rwmixread) == (7, 0.5, True, 70)
 
@@ -36,7 +36,7 @@ def test_options_of_device_and_report() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--rww=read"], "command line: unknown option '--rww'"),
         (["--filename=x"], "command line: unknown option '--filename'"),
@@ -53,9 +53,9 @@ def test_options_of_device_and_report() -> None:
         (["--name=a", "--offset=5"], "job a: offset 5 is no multiple of 512"),
     ],
 )
-def test_one_line_says_what_is_wrong(words: list[str], message: str) -> None:
+def test_one_line_says_what_is_wrong(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=r"^[^\n]*$") as raised:
-        parse_arguments(words)
+        parse_arguments(arguments)
     assert str(raised.value).startswith(message)
     assert raised.value.exit_code == 2
 
@@ -88,12 +88,12 @@ def test_clones_that_do_not_verify_share_the_window() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [("--size=8m", "the device has"), ("--bs=512", "multiples of the device's block"), ("--offset=4m", "offset")],
 )
-def test_jobs_that_do_not_fit(words: str, message: str) -> None:
+def test_jobs_that_do_not_fit(arguments: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        place_job(one("--rw=read", words), 4 * MIB, 4096)
+        place_job(one("--rw=read", arguments), 4 * MIB, 4096)
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 3, 5, 8])

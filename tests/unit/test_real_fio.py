@@ -1,4 +1,4 @@
-"""`bench fio` over the kernel transport: jobs back into fio's words, fio's report into ours, and ends of all kinds."""
+"""The real fio as the benchmarks run it: the choice of transport, reports, signals, and ends of all kinds."""
 
 from __future__ import annotations
 

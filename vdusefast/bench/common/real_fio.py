@@ -105,20 +105,20 @@ class FioProcess:
     Raises FioStuckError on exit when they are not: the device that they use has to go first, then `reap`.
     """
 
-    def __init__(self, words: Sequence[str], *, out_fd: int = -1, environment: Mapping[str, str] | None = None):
-        """Start `words`, a complete command line. Raises VdusefastError.
+    def __init__(self, arguments: Sequence[str], *, out_fd: int = -1, environment: Mapping[str, str] | None = None):
+        """Start `arguments`, a complete command line. Raises VdusefastError.
 
         out_fd: borrowed; what fio prints goes there, and what it says on stderr to ours. -1: both are for `outcome`,
         which needs --output-format=json. environment: variables over ours.
         """
-        self._words = list(words)
+        self._arguments = list(arguments)
         self._mark = f"{RUN_VARIABLE}={secrets.token_hex(16)}"
         self._killed: dict[int, int] = {}  # by pid, the pidfds of processes of its jobs
         self._out: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         try:
             # A group of its own: a terminal's Ctrl-C is ours to pass on.
             self._process = subprocess.Popen(
-                self._words,
+                self._arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=self._out if out_fd < 0 else out_fd,
                 stderr=subprocess.STDOUT if out_fd < 0 else None,
@@ -127,7 +127,7 @@ class FioProcess:
             )
         except OSError as error:
             self._out.close()
-            raise VdusefastError(f"{self._words[0]}: cannot be started: {error.strerror}") from None
+            raise VdusefastError(f"{self._arguments[0]}: cannot be started: {error.strerror}") from None
         self._pid_fd = os.pidfd_open(self._process.pid)
         self._began = _start_time(self._process.pid)
 
@@ -251,7 +251,7 @@ def split_output(text: str) -> tuple[Json, list[str]]:
 
 
 def run_fio(
-    words: Sequence[str],
+    arguments: Sequence[str],
     *,
     limit_s: float,
     stop_fd: int = -1,
@@ -266,7 +266,7 @@ def run_fio(
     an exception of it ends fio. Raises VdusefastError, FioStuckError.
     """
     began = time.monotonic()
-    with FioProcess(words, environment=environment) as fio:
+    with FioProcess(arguments, environment=environment) as fio:
         asked_s = 0.0
         while True:
             passed = time.monotonic() - began

@@ -11,11 +11,11 @@ from vdusefast.base.json_types import Json
 from vdusefast.base.kinds import TransportKind
 from vdusefast.bench.common.real_fio import job_figures, problem, run_fio
 from vdusefast.bench.common.rounds import ratios, summarize
+from vdusefast.bench.fio.arguments import names
 from vdusefast.bench.fio.device import Reachable
 from vdusefast.bench.fio.options import OWN_JOB
 from vdusefast.bench.fio.shown import running_on
 from vdusefast.bench.fio.target import Retargeting, Target
-from vdusefast.bench.fio.words import names
 from vdusefast.errors import ConfigError, VdusefastError
 
 ROUND_COUNT = 3
@@ -70,16 +70,16 @@ class Baseline:
         Raises VdusefastError with fio's own words when it fails, and when a signal comes; fio is gone then.
         """
         contestants = [OURS, *engines]
-        words = {name: self._words(name) for name in contestants}
+        arguments = {name: self._arguments(name) for name in contestants}
         found: dict[str, list[Json]] = {name: [] for name in contestants}
         for number in range(ROUND_COUNT):
             for name in contestants if number % 2 == 0 else reversed(contestants):
                 title = "vdusefast" if name == OURS else f"fio alone, ioengine {name}"
                 self._say(f"round {number + 1} of {ROUND_COUNT}: {title}")
-                found[name].append(self._once(name, words[name]))
-        return [self._compared(name, found, words[name]) for name in engines]
+                found[name].append(self._once(name, arguments[name]))
+        return [self._compared(name, found, arguments[name]) for name in engines]
 
-    def _words(self, name: str) -> list[str]:
+    def _arguments(self, name: str) -> list[str]:
         more: dict[str, str | None] = {"invalidate": "0"}
         target = self._reachable.target
         if name != OURS:
@@ -91,19 +91,19 @@ class Baseline:
         script = self._jobs.turn_to(target, self._reachable.capacity_bytes, more).without(NOT_TWICE, LOGS)
         directory = self._directory / f"baseline-{name}"
         directory.mkdir()
-        return [self._fio, "--output-format=json", *script.words(directory)]
+        return [self._fio, "--output-format=json", *script.arguments(directory)]
 
-    def _once(self, name: str, words: list[str]) -> Json:
+    def _once(self, name: str, arguments: list[str]) -> Json:
         if self._cold and self._path is not None:
             _forget_pages(self._path)
         environment = self._reachable.environment if name == OURS else None
         with running_on(self._cpus[name == OURS]):
-            outcome = run_fio(words, limit_s=LIMIT_S, stop_fd=self._stop_fd, environment=environment)
+            outcome = run_fio(arguments, limit_s=LIMIT_S, stop_fd=self._stop_fd, environment=environment)
         if why := problem(outcome):
             raise VdusefastError(f"--baseline, {name}: {why}")
         return job_figures(outcome.report["jobs"])
 
-    def _compared(self, name: str, found: dict[str, list[Json]], words: list[str]) -> Json:
+    def _compared(self, name: str, found: dict[str, list[Json]], arguments: list[str]) -> Json:
         ours, theirs = ({n: one["iops"] for n, one in enumerate(found[who])} for who in (OURS, name))
         return {
             "engine": name,
@@ -113,7 +113,7 @@ class Baseline:
             "ours": _medians(found[OURS]),
             "fio": _medians(found[name]),
             "ratio": _summary(ratios(ours, theirs)),
-            "command": words,
+            "command": arguments,
         }
 
 

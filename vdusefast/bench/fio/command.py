@@ -35,6 +35,7 @@ from vdusefast.bench.common.real_fio import (
 from vdusefast.bench.common.store import BenchStore, StoppedError
 from vdusefast.bench.common.tables import bytes_text
 from vdusefast.bench.common.transport import choose_transport
+from vdusefast.bench.fio.arguments import ANSWERED, REFUSED, Knowledge, names, read_arguments
 from vdusefast.bench.fio.baseline import Baseline, check_baseline
 from vdusefast.bench.fio.device import Reachable, check_bus, served
 from vdusefast.bench.fio.options import FLAGS, NAMES, FioOptions, option_help, read_options
@@ -42,7 +43,6 @@ from vdusefast.bench.fio.report import INTRODUCTION, baseline_text, device_text,
 from vdusefast.bench.fio.script import Script, read_script
 from vdusefast.bench.fio.shown import Shown, run_shown
 from vdusefast.bench.fio.target import Retargeting, Target
-from vdusefast.bench.fio.words import ANSWERED, REFUSED, Knowledge, names, read_words
 from vdusefast.config import Config
 from vdusefast.errors import ConfigError, VdusefastError
 from vdusefast.server.signals import PatientStopSignals
@@ -55,7 +55,7 @@ UNBEGUN_STATUS = -signal.SIGINT  # of one that did not handle signals yet
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run fio with these words on a device made for it, and return the exit status.
+    """Run fio with these arguments on a device made for it, and return the exit status.
 
     Raises VdusefastError for everything that keeps it from running, and for a failure of the device.
     """
@@ -64,14 +64,14 @@ def run_command(arguments: Sequence[str]) -> int:
         return 0
     fio = find_fio("bench fio")
     know = Knowledge(fio)
-    script = read_script(read_words(arguments, NAMES, FLAGS, know), NAMES, FLAGS)
+    script = read_script(read_arguments(arguments, NAMES, FLAGS, know), NAMES, FLAGS)
     for name, reason in REFUSED.items():
         if script.option(name) is not None:
             raise ConfigError(f"--{name}: {reason}")
     # A second signal must not leave a disk without its server, or processes and directories without us.
     with PatientStopSignals() as signals, tempfile.TemporaryDirectory(prefix="vdusefast-fio-") as name:
         if any(script.option(one) is not None for one in ANSWERED):
-            return _answer([fio, *script.words(Path(name))], signals)
+            return _answer([fio, *script.arguments(Path(name))], signals)
         options = read_options(script)
         run = Run(fio, know, script, options, Path(name), signals)
         return run.check() or run.run()
@@ -129,7 +129,7 @@ class Run:
         script = self._jobs.turn_to(target, max(self._jobs.required_bytes, CAPACITY_MAX)).without(OF_OUTPUT, names(""))
         directory = self._directory / "check"
         directory.mkdir()
-        status, said = self._know.parse(*script.words(directory))
+        status, said = self._know.parse(*script.arguments(directory))
         if status:
             print(said, end="", file=sys.stderr, flush=True)
         return status
@@ -171,7 +171,7 @@ class Run:
     def _load(self, reachable: Reachable, config: Config, path: Path | None) -> int:
         device, outcome = reachable.device, self._outcome
         script = self._jobs.turn_to(reachable.target, reachable.capacity_bytes)
-        outcome.arguments = [self._fio, *script.words(self._directory)]
+        outcome.arguments = [self._fio, *script.arguments(self._directory)]
         outcome.replaced = self._jobs.notes  # of this run: the baselines have notes of their own
         self._describe(reachable, config)
         cpus = self._driver_cpus(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vdusefast.base.kinds import TransportKind
-from vdusefast.bench.fio.words import names
+from vdusefast.bench.fio.arguments import names
 from vdusefast.errors import ConfigError
 
 # What the preload library serves: libaio's calls, and reads and writes of libc.

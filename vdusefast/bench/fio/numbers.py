@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vdusefast.bench.fio.words import Knowledge
+from vdusefast.bench.fio.arguments import Knowledge
 from vdusefast.errors import ConfigError
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}  # of fio: k is 1024, unless kb_base is 1000

@@ -13,10 +13,10 @@ OWN_JOB = "job"  # of --baseline: the ioengine that the job names
 
 
 def _parse_engines(text: str) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in text.split(",") if word.strip())
-    if not words:
+    engines = tuple(engine.strip() for engine in text.split(",") if engine.strip())
+    if not engines:
         raise ConfigError("names no ioengine")
-    return words
+    return engines
 
 
 PARSERS: dict[str, Parser] = device_options.PARSERS | {

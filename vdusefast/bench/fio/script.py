@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vdusefast.bench.fio.words import WITH_VALUE, WITHOUT_VALUE, Word, canonical
+from vdusefast.bench.fio.arguments import WITH_VALUE, WITHOUT_VALUE, Argument, canonical
 from vdusefast.errors import ConfigError
 
 INCLUDES_MAX = 64  # files within files: one that includes itself would never end
@@ -69,18 +69,18 @@ class Job:
 class Script:
     """All that fio gets. main: options of fio itself. own: ours, by name, with their place."""
 
-    main: list[Word]
+    main: list[Argument]
     own: dict[str, tuple[str, str]]
     sources: list[Source]
 
     def option(self, name: str) -> str | None:
         """Return the value of an option of fio itself, "" for one without a value, None when it is not given."""
-        values = [word.value or "" for word in self.main if word.name == name]
+        values = [argument.value or "" for argument in self.main if argument.name == name]
         return values[-1] if values else None
 
     def jobs(self) -> list[Job]:
         """Return the jobs that fio will run, in its order."""
-        wanted = {word.value for word in self.main if word.name == "section"}
+        wanted = {argument.value for argument in self.main if argument.name == "section"}
         jobs: list[Job] = []
         common: dict[str, str | None] = {}
         for place, source in enumerate(self.sources):
@@ -106,26 +106,26 @@ class Script:
             )
             for source in self.sources
         ]
-        return Script([word for word in self.main if word.name not in main], self.own, sources)
+        return Script([argument for argument in self.main if argument.name not in main], self.own, sources)
 
-    def words(self, directory: Path) -> list[str]:
+    def arguments(self, directory: Path) -> list[str]:
         """Return the command line without the program; job files are written into `directory`. Raises OSError."""
-        words = [word.text() for word in self.main]
+        arguments = [argument.text() for argument in self.main]
         for place, source in enumerate(self.sources):
             if source.path is None:
-                words += [word for section in source.sections for word in _section_words(section)]
+                arguments += [argument for section in source.sections for argument in _section_arguments(section)]
                 continue
             path = directory / str(place) / source.path.name
             path.parent.mkdir()
             path.write_text("".join(_section_text(section) for section in source.sections), "utf-8", "surrogateescape")
-            words.append(str(path))
-        return words
+            arguments.append(str(path))
+        return arguments
 
 
-def _section_words(section: Section) -> list[str]:
-    words = [] if section.is_global and not section.name else [f"--name={section.name}"]
-    words += [line.text for line in section.lines]
-    return words + [Word(name, value).text() for name, value in section.added.items()]
+def _section_arguments(section: Section) -> list[str]:
+    arguments = [] if section.is_global and not section.name else [f"--name={section.name}"]
+    arguments += [line.text for line in section.lines]
+    return arguments + [Argument(name, value).text() for name, value in section.added.items()]
 
 
 def _section_text(section: Section) -> str:
@@ -133,21 +133,21 @@ def _section_text(section: Section) -> str:
     return "\n".join([f"[{section.name}]", *(line.text for line in section.lines), *added]) + "\n"
 
 
-def read_script(words: Sequence[Word], own: frozenset[str], own_flags: frozenset[str]) -> Script:
+def read_script(arguments: Sequence[Argument], own: frozenset[str], own_flags: frozenset[str]) -> Script:
     """Return the script of a command line. Raises ConfigError for a job file that cannot be read."""
     script = Script([], {}, [Source(None, [Section("", is_global=True)])])
     sections, files = script.sources[0].sections, []
-    for word in words:
-        if not word.name:
-            files.append(word.value or "")
-        elif word.name in own:
-            script.own[word.name] = (word.value or "", "command line")
-        elif word.name in WITH_VALUE or word.name in WITHOUT_VALUE:
-            script.main.append(word)
-        elif word.name == "name":
-            sections.append(Section(word.value or "", is_global=(word.value or "").startswith("global")))
+    for argument in arguments:
+        if not argument.name:
+            files.append(argument.value or "")
+        elif argument.name in own:
+            script.own[argument.name] = (argument.value or "", "command line")
+        elif argument.name in WITH_VALUE or argument.name in WITHOUT_VALUE:
+            script.main.append(argument)
+        elif argument.name == "name":
+            sections.append(Section(argument.value or "", is_global=(argument.value or "").startswith("global")))
         else:
-            sections[-1].lines.append(Line(canonical(word.name), word.value, word.text(), "command line"))
+            sections[-1].lines.append(Line(canonical(argument.name), argument.value, argument.text(), "command line"))
     if len(sections) == 1 and sections[0].lines and not files:
         sections.append(Section("job", is_global=False))  # options without a name make one job
     for file in files:

@@ -97,7 +97,7 @@ def running_on(cpus: Sequence[int]) -> Iterator[None]:
 
 
 def run_shown(
-    words: Sequence[str],
+    arguments: Sequence[str],
     shown: Shown,
     *,
     environment: Mapping[str, str],
@@ -118,7 +118,7 @@ def run_shown(
     read_fd, write_fd = os.pipe() if piped else (-1, -1)
     stream = JsonStream(sys.stdout.buffer)
     try:
-        with _started(words, write_fd if piped else 1, environment, cpus) as fio:
+        with _started(arguments, write_fd if piped else 1, environment, cpus) as fio:
             if piped:
                 os.close(write_fd)
                 write_fd = -1
@@ -150,9 +150,9 @@ def _read_rest(read_fd: int, stream: JsonStream) -> None:
             stream.write(data)
 
 
-def _started(words: Sequence[str], out_fd: int, environment: Mapping[str, str], cpus: Sequence[int]) -> FioProcess:
+def _started(arguments: Sequence[str], out_fd: int, environment: Mapping[str, str], cpus: Sequence[int]) -> FioProcess:
     with running_on(cpus):
-        return FioProcess(words, out_fd=out_fd, environment=environment)
+        return FioProcess(arguments, out_fd=out_fd, environment=environment)
 
 
 def _follow(

@@ -1,4 +1,4 @@
-"""Jobs that name files, nodes or other disks, turned to one device: only the words that name the target change."""
+"""Jobs that name files, nodes or other disks, turned to one device: only the options that name the target change."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from vdusefast.bench.common.tables import bytes_text
 from vdusefast.bench.fio import engines
+from vdusefast.bench.fio.arguments import Knowledge, names
 from vdusefast.bench.fio.numbers import Numbers
 from vdusefast.bench.fio.places import Need, Range, need_of, place, place_options, required_bytes
 from vdusefast.bench.fio.script import Job, Line, Script, Section
-from vdusefast.bench.fio.words import Knowledge, names
 from vdusefast.errors import ConfigError
 
 # Options that name, make, count or remove files. A device is one file, which is there and stays.

@@ -34,7 +34,7 @@ from vdusefast.bench.peers.files import backing_directory, file_system
 from vdusefast.bench.peers.fio_arguments import measure_arguments, verify_arguments
 from vdusefast.bench.peers.peer import Peer, PeerSetup, first_line, load_modules
 from vdusefast.bench.peers.report import print_peers
-from vdusefast.bench.raw.jobs import JOB_OPTIONS, JobSpec, make_job, parse_words
+from vdusefast.bench.raw.jobs import JOB_OPTIONS, JobSpec, make_job, option_values
 from vdusefast.errors import BackendError, ConfigError, KernelSupportError, VdusefastError
 from vdusefast.host.cpu_topology import check_cpu, parse_cpu_list, read_topology
 from vdusefast.server.signals import PatientStopSignals
@@ -92,7 +92,7 @@ def parse_job(text: str) -> JobSpec:
     With "direct=0" writes go through the page cache, all of the device once; see `dirty_pages`.
     """
     try:
-        job = make_job(parse_words([f"--{word}" for word in shlex.split(text)], PEER_OPTIONS), PEER_OPTIONS)
+        job = make_job(option_values([f"--{word}" for word in shlex.split(text)], PEER_OPTIONS), PEER_OPTIONS)
     except ConfigError as error:
         wanted = "write one job's own options, such as rw=randread bs=4k iodepth=32"
         raise ConfigError(f"--job {text!r}: {error}; {wanted}") from None

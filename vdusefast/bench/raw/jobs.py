@@ -135,15 +135,15 @@ REPORT_HELP = {"output": "write the report to this file", "output_format": "norm
 SWITCHES = FLAGS | {"time_based", "do_verify", "norandommap"}
 
 
-def parse_words(words: Sequence[str], parsers: dict[str, Parser]) -> dict[str, str]:
-    """Return the options in `words`, as written, by name. Raises ConfigError."""
+def option_values(arguments: Sequence[str], parsers: dict[str, Parser]) -> dict[str, str]:
+    """Return the options in `arguments`, as written, by name. Raises ConfigError."""
     out: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        match = re.fullmatch(r"--([a-z0-9_-]+)(?:=(.*))?", word, re.DOTALL)
+    rest = iter(arguments)
+    for argument in rest:
+        match = re.fullmatch(r"--([a-z0-9_-]+)(?:=(.*))?", argument, re.DOTALL)
         name = match[1].replace("-", "_") if match else ""
         if match is None or name not in parsers:
-            raise ConfigError(f"{COMMAND_LINE}: unknown option {word.partition('=')[0]!r}")
+            raise ConfigError(f"{COMMAND_LINE}: unknown option {argument.partition('=')[0]!r}")
         value = match[2]
         if value is None and name in SWITCHES:
             value = "1"
@@ -170,8 +170,8 @@ def make_job(given: dict[str, str], parsers: dict[str, Parser] = JOB_OPTIONS) ->
 
 
 def parse_arguments(arguments: Sequence[str]) -> Plan:
-    """Read the words after `raw`. Raises ConfigError."""
-    given = parse_words(arguments, JOB_OPTIONS | PARSERS | REPORT_OPTIONS)
+    """Read the arguments after `raw`. Raises ConfigError."""
+    given = option_values(arguments, JOB_OPTIONS | PARSERS | REPORT_OPTIONS)
     job = {key: value for key, value in given.items() if key in JOB_OPTIONS}
     device = {key: convert(PARSERS, key, given[key], COMMAND_LINE) for key in given if key in PARSERS}
     report = {key: convert(REPORT_OPTIONS, key, given[key], COMMAND_LINE) for key in given if key in REPORT_OPTIONS}

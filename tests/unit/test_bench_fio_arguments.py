@@ -9,43 +9,43 @@ from pathlib import Path
 import pytest
 from fio_rig import JOBS, know, script
 
+from vdusefast.bench.fio.arguments import Argument, read_arguments
 from vdusefast.bench.fio.options import FLAGS, NAMES, option_help, read_options
-from vdusefast.bench.fio.words import Word, read_words
 from vdusefast.errors import ConfigError
 
 
-def read(*words: str) -> list[Word]:
-    return read_words(words, NAMES, FLAGS, know())
+def read(*arguments: str) -> list[Argument]:
+    return read_arguments(arguments, NAMES, FLAGS, know())
 
 
-def names(*words: str) -> list[str]:
-    return [job.name for job in script(*words).jobs()]
+def names(*arguments: str) -> list[str]:
+    return [job.name for job in script(*arguments).jobs()]
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
-        (["--rw=read"], [Word("rw", "read")]),
-        (["-rw=read"], [Word("rw", "read")]),
-        (["--size", "4k"], [Word("size", "4k")]),
-        (["-size", "4k", "x.fio"], [Word("size", "4k"), Word("", "x.fio")]),
-        (["--thread", "x.fio"], [Word("thread", None), Word("", "x.fio")]),
-        (["--minimal", "-"], [Word("minimal", None), Word("", "-")]),
-        (["--", "--odd"], [Word("", "--odd")]),
-        (["--output-form=json"], [Word("output-format", "json")]),
-        (["--numjo", "2"], [Word("numjobs", "2")]),
-        (["--queue-size=64", "--explain"], [Word("queue_size", "64"), Word("explain", "1")]),
-        (["--driver-cpus", "0"], [Word("driver_cpus", "0")]),
+        (["--rw=read"], [Argument("rw", "read")]),
+        (["-rw=read"], [Argument("rw", "read")]),
+        (["--size", "4k"], [Argument("size", "4k")]),
+        (["-size", "4k", "x.fio"], [Argument("size", "4k"), Argument("", "x.fio")]),
+        (["--thread", "x.fio"], [Argument("thread", None), Argument("", "x.fio")]),
+        (["--minimal", "-"], [Argument("minimal", None), Argument("", "-")]),
+        (["--", "--odd"], [Argument("", "--odd")]),
+        (["--output-form=json"], [Argument("output-format", "json")]),
+        (["--numjo", "2"], [Argument("numjobs", "2")]),
+        (["--queue-size=64", "--explain"], [Argument("queue_size", "64"), Argument("explain", "1")]),
+        (["--driver-cpus", "0"], [Argument("driver_cpus", "0")]),
     ],
 )
-def test_words_are_read_as_getopt_reads_them(words: list[str], expected: list[Word]) -> None:
-    assert read(*words) == expected
+def test_words_are_read_as_getopt_reads_them(arguments: list[str], expected: list[Argument]) -> None:
+    assert read(*arguments) == expected
 
 
-@pytest.mark.parametrize("word", ["--queues", "--bs"])
-def test_missing_value_is_named(word: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{word}' needs a value"):
-        read("--name=a", word)
+@pytest.mark.parametrize("argument", ["--queues", "--bs"])
+def test_missing_value_is_named(argument: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{argument}' needs a value"):
+        read("--name=a", argument)
 
 
 def test_options_before_a_name_apply_to_all_jobs() -> None:
@@ -87,7 +87,7 @@ def test_standard_input_is_a_job_file(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr("sys.stdin", io.StringIO("[piped]\nrw=read\n"))
     read_in = script("-")
     assert [job.name for job in read_in.jobs()] == ["piped"]
-    (path,) = read_in.words(tmp_path)
+    (path,) = read_in.arguments(tmp_path)
     assert Path(path).read_text() == "[piped]\nrw=read\n"
 
 
@@ -102,7 +102,7 @@ def test_options_of_our_own_are_taken_out_of_both(tmp_path: Path) -> None:
     options = read_options(read_in)
     assert (options.device.queues, options.device.cache, options.device.queue_size) == (3, "none", 64)
     assert options.explain
-    (written,) = read_in.words(tmp_path)
+    (written,) = read_in.arguments(tmp_path)
     assert Path(written).read_text() == "[global]\n[a]\nrw=read\n"
 
 
@@ -137,12 +137,12 @@ def test_files_that_are_not_touched_mean_the_same_to_fio(tmp_path: Path, monkeyp
     monkeypatch.setenv("BS", "4k")
     for place, job in enumerate(sorted(JOBS.glob("*.fio"))):
         (tmp_path / str(place)).mkdir()
-        words = script(str(job)).words(tmp_path / str(place))
-        assert _parsed([str(job)]) == _parsed(words), job.name
+        arguments = script(str(job)).arguments(tmp_path / str(place))
+        assert _parsed([str(job)]) == _parsed(arguments), job.name
 
 
-def _parsed(words: list[str]) -> list[str]:
-    command = ["fio", "--parse-only", "--debug=parse", *words]
+def _parsed(arguments: list[str]) -> list[str]:
+    command = ["fio", "--parse-only", "--debug=parse", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     lines = [line.split(maxsplit=2)[-1] for line in done.stdout.splitlines()]
     return [line for line in lines if line.startswith(("handle_option", "ret=", "Parsing section"))]

@@ -53,14 +53,14 @@ ENGINE_FLAGS = names("hipri fixedbufs registerfiles sqthread_poll nonvectored un
 
 
 @dataclass(frozen=True)
-class Word:
+class Argument:
     """An option of the command line with its value (None: without), or, with name "", the name of a job file."""
 
     name: str
     value: str | None
 
     def text(self) -> str:
-        """Return the word as fio takes it."""
+        """Return the argument as fio takes it."""
         if not self.name:
             return self.value or ""
         return f"--{self.name}" if self.value is None else f"--{self.name}={self.value}"
@@ -77,21 +77,21 @@ class Knowledge:
     def __init__(self, fio: str):
         self._fio = fio
 
-    def ask(self, *words: str, text: str = "") -> str:
+    def ask(self, *arguments: str, text: str = "") -> str:
         """Return what fio prints. Raises VdusefastError when it does not answer."""
-        return self._ask(words, text)[1]
+        return self._ask(arguments, text)[1]
 
-    def parse(self, *words: str) -> tuple[int, str]:
+    def parse(self, *arguments: str) -> tuple[int, str]:
         """Let fio read a command line and carry out nothing. Returns its status and what it prints, as `ask`."""
-        return self._ask(["--parse-only", *words], "")
+        return self._ask(["--parse-only", *arguments], "")
 
-    def _ask(self, words: Sequence[str], text: str) -> tuple[int, str]:
+    def _ask(self, arguments: Sequence[str], text: str) -> tuple[int, str]:
         try:
             done = subprocess.run(
-                [self._fio, *words], input=text, capture_output=True, text=True, timeout=HELP_S, check=False
+                [self._fio, *arguments], input=text, capture_output=True, text=True, timeout=HELP_S, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise VdusefastError(f"{self._fio} {words[0]}: {error}") from None
+            raise VdusefastError(f"{self._fio} {arguments[0]}: {error}") from None
         return done.returncode, done.stdout + done.stderr
 
     @functools.cached_property
@@ -102,7 +102,7 @@ class Knowledge:
 
     @functools.cache  # noqa: B019 (lives as long as the command)
     def takes_value(self, name: str) -> bool:
-        """Return whether the word after `--name` belongs to it."""
+        """Return whether the argument after `--name` belongs to it."""
         if name in WITH_VALUE:
             return True
         if name in WITHOUT_VALUE or name in ENGINE_FLAGS:
@@ -128,40 +128,42 @@ class Knowledge:
         return longer.pop() if len(longer) == 1 else name
 
 
-def read_words(words: Sequence[str], own: frozenset[str], own_flags: frozenset[str], know: Knowledge) -> list[Word]:
+def read_arguments(
+    arguments: Sequence[str], own: frozenset[str], own_flags: frozenset[str], know: Knowledge
+) -> list[Argument]:
     """Return the command line as options and job files; names of `own` options are spelled with `_`.
 
     Raises ConfigError for a missing value.
     """
-    out: list[Word] = []
-    rest = iter(words)
-    for word in rest:
-        if word == "--":
-            out += [Word("", file) for file in rest]
-        elif word == "-" or not word.startswith("-"):
-            out.append(Word("", word))
+    out: list[Argument] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            out += [Argument("", file) for file in rest]
+        elif argument == "-" or not argument.startswith("-"):
+            out.append(Argument("", argument))
         else:
-            out.append(_read_option(word, rest, own, own_flags, know))
+            out.append(_read_option(argument, rest, own, own_flags, know))
     return out
 
 
 def _read_option(
-    word: str, rest: Iterator[str], own: frozenset[str], own_flags: frozenset[str], know: Knowledge
-) -> Word:
-    name, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
+    argument: str, rest: Iterator[str], own: frozenset[str], own_flags: frozenset[str], know: Knowledge
+) -> Argument:
+    name, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
     mine = name.replace("-", "_")
     if mine in own:
         if not equals and mine in own_flags:
-            return Word(mine, "1")
+            return Argument(mine, "1")
         if not equals and (value := next(rest, "")) == "":
             raise ConfigError(f"option '--{name}' needs a value")
-        return Word(mine, value)
+        return Argument(mine, value)
     name = know.full_name(name)
     if equals:
-        return Word(name, value)
+        return Argument(name, value)
     if not know.takes_value(name):
-        return Word(name, None)
+        return Argument(name, None)
     following = next(rest, None)
     if following is None:
         raise ConfigError(f"option '--{name}' needs a value")
-    return Word(name, following)
+    return Argument(name, following)
