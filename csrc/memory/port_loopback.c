@@ -10,8 +10,6 @@
 
 #include "memory/port.h"
 
-#define VF_BUS_ANSWER_MS 5000 /* a queue waits meanwhile: less than quiesce_s, after which its worker is killed */
-
 struct vf_bus_query {
 	uint64_t start;
 	uint64_t last;
@@ -66,16 +64,15 @@ static int vf_port_loopback_get_fd(struct vf_port *port, uint64_t start, uint64_
 	struct pollfd pfd = { .fd = port->fd, .events = POLLIN };
 	int ready;
 
+	/* Without a time limit, as VDUSE_IOTLB_GET_FD: a bus that is slow must not make requests fail. A worker that waits for one
+	 * that never answers is killed once its queue is to stop (quiesce_s). */
 	if (send(port->fd, &query, sizeof(query), MSG_NOSIGNAL) != (ssize_t)sizeof(query))
 		return -EIO;
 	do
-		ready = poll(&pfd, 1, VF_BUS_ANSWER_MS);
+		ready = poll(&pfd, 1, -1);
 	while (ready < 0 && errno == EINTR);
-	if (ready <= 0) {
-		int err = ready ? -errno : -ETIMEDOUT;
-		port->fd = -1; /* a late answer must not be mistaken for that to a later query */
-		return err;
-	}
+	if (ready < 0)
+		return -errno;
 	int fd = vf_bus_receive(port->fd, &answer);
 	if (fd >= 0)
 		*entry = answer.entry;
