@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pattern import BLOCK_BYTES, Journal
 
 BLOCKS = 256
 PAUSE_MIN_S = 0.3
+LOAD_NICE = 19  # it takes what time of the CPUs nothing else wants: a new server is not to be slow because of it
 END_LIMIT_S = 120
 
 
@@ -50,6 +52,7 @@ class SteadyLoad:
         assert not any(problems), problems
 
     def _work(self, place: int) -> None:
+        os.nice(LOAD_NICE)
         result = "ended without a word"
         try:
             with Journal(self._journals / f"steady-{place}", BLOCKS, seed=place + 1) as journal:
