@@ -94,7 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def part_of(item: pytest.Item) -> str:
     """Return the part of the suite that a test belongs to."""
     values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return parts.part_of(item.path, values.get("kernel"))
+    return parts.part_of(item.path, values.get("kernel"), values.get("check"))
 
 
 def cpu_time_s() -> float:

@@ -28,6 +28,8 @@ PARTS = {
     "rings": ("tests/datapath",),
     "servers": ("tests",),
 }
+# Checks of the newest kernel that a second guest of it runs in the part of the others, so that both take about as long.
+SHARED = ("recovery.", "memory.", "torture.", "many.", "documents.", "kernel_log.")
 FAST_PARTS = 4  # more than CPUs: many tests wait
 
 
@@ -37,10 +39,10 @@ def fast_parts() -> dict[str, tuple[str, ...]]:
     return {f"fast {n}": ("--fast", "-q", *files[n::FAST_PARTS]) for n in range(FAST_PARTS)}
 
 
-def part_of(path: Path, kernel: object) -> str:
-    """Return the part of a test, by its file and the kernel that it is for, if it is for one."""
+def part_of(path: Path, kernel: object, check: object = None) -> str:
+    """Return the part of a test, by its file, and by kernel and name of a check in a guest."""
     words = path.relative_to(TESTS).parts
-    if words == ("vm", "test_scenarios.py") and kernel == NEWEST_KERNEL:
+    if words == ("vm", "test_scenarios.py") and kernel == NEWEST_KERNEL and not str(check).startswith(SHARED):
         return "newest"
     if words[0] == "vm" and words[-1] != "test_rbd_guest.py":  # that one shares the Ceph cluster of tests/rbd
         return "guests"

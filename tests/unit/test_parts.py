@@ -76,19 +76,21 @@ def test_it(started):
 
 
 @pytest.mark.parametrize(
-    ("path", "kernel", "part"),
+    ("path", "kernel", "check", "part"),
     [
-        ("vm/test_scenarios.py", parts.NEWEST_KERNEL, "newest"),
-        ("vm/test_scenarios.py", "6.12", "guests"),
-        ("vm/test_kit.py", parts.NEWEST_KERNEL, "guests"),
-        ("vm/test_rbd_guest.py", None, "servers"),
-        ("datapath/test_blocks.py", None, "rings"),
-        ("test_documents.py", None, "servers"),
-        ("new/test_new.py", None, "servers"),
+        ("vm/test_scenarios.py", parts.NEWEST_KERNEL, "block.serial", "newest"),
+        ("vm/test_scenarios.py", parts.NEWEST_KERNEL, None, "newest"),
+        ("vm/test_scenarios.py", parts.NEWEST_KERNEL, "recovery.two_servers", "guests"),
+        ("vm/test_scenarios.py", "6.12", "block.serial", "guests"),
+        ("vm/test_kit.py", parts.NEWEST_KERNEL, None, "guests"),
+        ("vm/test_rbd_guest.py", None, None, "servers"),
+        ("datapath/test_blocks.py", None, None, "rings"),
+        ("test_documents.py", None, None, "servers"),
+        ("new/test_new.py", None, None, "servers"),
     ],
 )
-def test_every_test_belongs_to_one_part(path: str, kernel: str | None, part: str) -> None:
-    assert parts.part_of(parts.TESTS / path, kernel) == part
+def test_every_test_belongs_to_one_part(path: str, kernel: str | None, check: str | None, part: str) -> None:
+    assert parts.part_of(parts.TESTS / path, kernel, check) == part
     # And pytest looks for it there.
     assert any(
         (parts.TESTS.parent / where) in (parts.TESTS / path, *(parts.TESTS / path).parents)
