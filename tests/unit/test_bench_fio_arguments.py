@@ -11,6 +11,7 @@ from fio_rig import JOBS, know, script
 
 from vdusefast.bench.fio.arguments import Argument, read_arguments
 from vdusefast.bench.fio.options import FLAGS, NAMES, option_help, read_options
+from vdusefast.bench.raw import help as raw_help
 from vdusefast.errors import ConfigError
 
 
@@ -109,7 +110,7 @@ def test_options_of_our_own_are_taken_out_of_both(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[a]\nqueues=2\n", "2: option 'queues' describes the whole run, put it into \\[global\\]"),
+        ("[a]\nqueues=2\n", "2: option 'queues' describes the whole run; put it into \\[global\\]"),
         ("rw=read\n", "1: option 'rw=read' before the first section"),
         ("[global]\ncache\n", "2: option 'cache' needs a value"),
         ("[global]\ncache=hot\n", "2: cache: 'hot' is not one of"),
@@ -151,3 +152,8 @@ def _parsed(arguments: list[str]) -> list[str]:
 def test_help_names_every_option_of_our_own() -> None:
     text = option_help()
     assert all(f"--{name.replace('_', '-')} " in text for name in NAMES)
+
+
+@pytest.mark.parametrize("text", [option_help(), raw_help.option_help()])
+def test_help_breaks_no_word_on_a_terminal_of_80_columns(text: str) -> None:
+    assert max(len(line) for line in text.splitlines()) <= 80

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import psutil
 import pytest
 from fio_rig import MIB
 
+from vdusefast.bench.common.store import BenchStore
 from vdusefast.bench.fio.command import run_command
 from vdusefast.bench.fio.output import JsonStream
 from vdusefast.bench.fio.shown import Shown, run_shown
@@ -189,6 +192,35 @@ def test_without_fio_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ConfigError, match=r"^bench fio needs the real fio, which is not installed; type: [^\n]*$"):
         run_command(JOB)
+
+
+def run_into(output: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vdusefast.bench", "fio", *RUN, *JOB, "--output-format=json"]
+    return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+
+
+def test_output_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = run_into(full)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "vdusefast.bench: No space left on device"
+    assert "Traceback" not in done.stderr
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    done = run_into(write_fd)
+    os.close(write_fd)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".state")] == []
+
+
+def test_nobody_who_reads_leaves_no_store(tmp_path: Path) -> None:
+    def say(_text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        BenchStore(None, MIB, reads=True, say=say)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_store_too_large_to_fill_is_sparse(capfd: pytest.CaptureFixture[str]) -> None:

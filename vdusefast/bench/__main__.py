@@ -62,6 +62,12 @@ def _run(command: Callable[[], int]) -> None:
     except VdusefastError as error:
         click.echo(f"vdusefast.bench: {error}", err=True)
         status = error.exit_code
+    except BrokenPipeError:
+        raise  # nobody reads any more: click ends quietly
+    except OSError as error:  # of the output, most likely
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"vdusefast.bench: {where}{error.strerror or error}", err=True)
+        status = 1
     sys.exit(status)
 
 

@@ -137,8 +137,8 @@ class StopSignals:
 class PatientStopSignals(StopSignals):
     """The same for a process that must always clean up: no second signal ends it at once. Notes SIGHUP, too.
 
-    For a process with things that nobody else can clean up: a device in the kernel, other processes, directories. Who
-    has more patience than the user can look at `repeated`. After nohup, SIGHUP is ignored as before.
+    For a process with things that nobody else can clean up: a device in the kernel, other processes, directories. When
+    `repeated` is set, the user wants a faster end. After nohup, SIGHUP is ignored as before.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -43,7 +43,12 @@ class BenchStore(AbstractContextManager["BenchStore"]):
             fd, name = tempfile.mkstemp(prefix="vdusefast-bench-", suffix=".img")
             self.temporary, self.uri = Path(name), f"file:{name}"
             holes = _holes(wanted_bytes, reads)
-            say(f"store: a temporary file, {name}, {_human(wanted_bytes)}, removed at the end{holes}")
+            try:
+                say(f"store: a temporary file, {name}, {_human(wanted_bytes)}, removed at the end{holes}")
+            except BaseException:
+                os.close(fd)
+                self.temporary.unlink()
+                raise
             try:
                 _fill(fd, wanted_bytes, reads, stopped)
             except BaseException:

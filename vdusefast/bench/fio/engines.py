@@ -18,19 +18,19 @@ FILES = "it works on the files of a file system, and a device has none"
 REFUSED = {
     **dict.fromkeys(names("filecreate filestat filedelete filerename fallocate falloc ftruncate e4defrag"), FILES),
     **dict.fromkeys(names("dircreate dirstat dirdelete"), FILES),
-    **dict.fromkeys(names("null cpp_null"), "it moves no data, so it measures no device; type fio in place of this"),
+    **dict.fromkeys(names("null cpp_null"), "it moves no data, so it measures no device; run fio itself"),
     **dict.fromkeys(names("net netsplice rdma"), "it loads a network"),
     **dict.fromkeys(names("librpma_apm_client librpma_apm_server librpma_gpspm_client"), "it loads a network"),
     **dict.fromkeys(names("gfapi gfapi_async nfs libhdfs dfs ime_psync ime_psyncv ime_aio"), FILES),
     **dict.fromkeys(names("rados http"), "it loads an object store"),
     **dict.fromkeys(names("dev-dax libpmem pmemblk"), "it loads persistent memory, which a block device is not"),
     **dict.fromkeys(names("mtd libzbc"), "it needs a device of another kind than a disk"),
-    **dict.fromkeys(names("guasi binject"), "fio has given it up"),
+    **dict.fromkeys(names("guasi binject"), "fio has removed it"),
     **dict.fromkeys(names("libcufile"), "it needs a graphics card"),
 }
 NOT_PRELOADED = {
-    "mmap": "a device that is no kernel's cannot be mapped; use ioengine=psync, or --transport=kernel",
-    "splice": "pipes take pages of a kernel's device only; use ioengine=psync, or --transport=kernel",
+    "mmap": "a loopback device cannot be mapped; use ioengine=psync, or --transport=kernel",
+    "splice": "splice works on a kernel device only; use ioengine=psync, or --transport=kernel",
 }
 # Options of engines that this fio may have been built without.
 OPTIONS = names(

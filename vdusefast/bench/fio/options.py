@@ -25,10 +25,10 @@ PARSERS: dict[str, Parser] = device_options.PARSERS | {
     "explain": parse_bool,
 }
 HELP = device_options.HELP | {
-    "baseline": "afterwards the same job by the same fio on the same file, without vdusefast, with these engines: "
+    "baseline": "afterwards, run the same job on the file itself, without vdusefast, with these ioengines: "
     "psync,io_uring; job: the job's own",
-    "route": "loopback: own: each job process uses a queue of its own; cross: reads go through another queue than "
-    "writes of the same place",
+    "route": "own: over loopback, each job process uses a queue of its own; cross: no block is read through the queue "
+    "that wrote it",
     "explain": "explain the figures at the end of the report",
 }
 NAMES = frozenset(PARSERS)

@@ -170,7 +170,7 @@ def _read_file(name: str, found: dict[str, tuple[str, str]], own: frozenset[str]
             sections[-1].lines.append(line)
             continue
         if not sections[-1].is_global:
-            raise ConfigError(f"{where}: option {line.name!r} describes the whole run, put it into [global]")
+            raise ConfigError(f"{where}: option {line.name!r} describes the whole run; put it into [global]")
         if line.value is None and mine not in own_flags:
             raise ConfigError(f"{where}: option {line.name!r} needs a value")
         found.setdefault(mine, (line.value if line.value is not None else "1", where))

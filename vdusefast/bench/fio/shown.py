@@ -129,7 +129,7 @@ def run_shown(
         if piped:
             stream.finish(MEMBER, added)
     except BaseException:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):  # nobody reads it, or there is no space
             if piped:
                 _read_rest(read_fd, stream)
             stream.release()

@@ -71,7 +71,7 @@ class Retargeting:
         return any("read" in (job.get("rw") or "read") or "rw" in (job.get("rw") or "") for job in self.loads)
 
     def tolerates_errors(self) -> bool:
-        """Return whether a job goes on after an error."""
+        """Return whether a job continues after an error."""
         return any("continue_on_error" in job.options or "ignore_error" in job.options for job in self.loads)
 
     def turn_to(self, target: Target, capacity_bytes: int, more: Mapping[str, str | None] | None = None) -> Script:
