@@ -47,6 +47,40 @@ def test_dup_shares_the_position_and_open_does_not(disk: Disk) -> None:
     )
 
 
+def test_direct_and_buffered_descriptors_of_one_program_see_the_same_data(disk: Disk) -> None:
+    """Both are opened twice, copied, and closed in any order."""
+    disk.python(
+        """
+        import mmap
+        memory = memoryview(mmap.mmap(-1, 4096))
+        direct, buffered = ([os.open(PATH, os.O_RDWR | flag) for _ in range(2)] for flag in (os.O_DIRECT, 0))
+        copies = [os.dup(direct[0]), os.dup(buffered[0])]
+        for fd in (direct[0], buffered[1], buffered[0]):
+            os.close(fd)
+        flags = [fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT for fd in (*copies, direct[1])]
+        assert [bool(flag) for flag in flags] == [True, False, True]
+        for turn in range(200):
+            place = turn * 4096
+            memory[:] = bytes([turn]) * 4096
+            assert os.pwritev(copies[0], [memory], place) == 4096
+            assert os.pwrite(copies[1], b"odd", place + 1001) == 3
+            expected = bytes([turn]) * 1001 + b"odd" + bytes([turn]) * 3092
+            assert os.preadv(direct[1], [memory], place) == 4096
+            assert memory == expected == os.pread(copies[1], 4096, place)
+        try:
+            os.pwrite(copies[0], b"odd", 1)
+            raise AssertionError
+        except OSError as error:
+            assert error.errno == errno.EINVAL
+        os.close(copies[0]), os.close(direct[1])
+        assert os.pread(copies[1], 3, 1001) == b"odd"
+        os.close(copies[1])
+        again = os.open(PATH, os.O_RDONLY)
+        assert os.pread(again, 3, 1001) == b"odd"
+        """
+    )
+
+
 def test_close_range_spares_what_the_library_holds(disk: Disk) -> None:
     disk.python(
         """
