@@ -152,6 +152,15 @@ def test_files_of_a_job_count_together(tmp_path: Path) -> None:
     assert retarget("--name=a", "--filename=x:y", "--filesize=1m-2m").required_bytes == 4 * MIB
 
 
+@pytest.mark.parametrize(("offset", "size"), [("256k", 768 << 10), ("25%", 768 << 10), ("0", MIB)])
+def test_a_file_with_an_offset_ends_where_its_size_says(tmp_path: Path, offset: str, size: int) -> None:
+    given = ["--name=a", "--filename=x", "--filesize=1m", f"--offset={offset}"]
+    assert retarget(*given).required_bytes == MIB
+    out = arguments(tmp_path, *given)
+    assert f"--size={size}" in out
+    assert size == MIB or f"--offset={MIB - size}" in out
+
+
 def test_more_io_than_a_file_has_goes_round_in_it(tmp_path: Path) -> None:
     out = arguments(tmp_path, "--name=a", "--filename=x", "--filesize=1m", "--size=5m")
     assert {f"--size={MIB}", f"--io_size={5 * MIB}"} <= set(out)

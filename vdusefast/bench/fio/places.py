@@ -59,15 +59,17 @@ def need_of(job: Job, numbers: Numbers) -> Need:
     pieces = max(len(files), 1 if files or count is None else count.count, 1)
     given, file_size, io_bytes = amount("size"), amount("filesize"), 0
     size = given
+    offset, increment = amount("offset") or Amount(), amount("offset_increment") or Amount()
     if file_size is not None and not file_size.percent:
-        whole = Amount(file_size.count * pieces)
+        # Of each file the part behind the offset is left, while a size begins there.
+        offset = Amount(offset.of(file_size.count))
+        whole = Amount((file_size.count - (offset.count if offset.count < file_size.count else 0)) * pieces)
         if size is not None and not size.percent and size.count > whole.count:
             io_bytes = size.count
         size = whole if size is None or size.percent or size.count > whole.count else size
     if size == Amount():
         size = None
     clones = (amount("numjobs") or Amount(1)).count or 1
-    offset, increment = amount("offset") or Amount(), amount("offset_increment") or Amount()
     return Need(job, files, clones, size, offset, increment, io_bytes, size not in (given, None))
 
 
@@ -148,6 +150,7 @@ def place_options(need: Need, where: Range | None) -> dict[str, str | None]:
     if where is None:
         if need.resized and need.size is not None:
             options["size"] = str(need.size.count)
+            options |= {"offset": str(need.offset.count)} if need.offset.count else {}
         return options
     offset = need.offset.of(where.length)
     options["offset"] = str(where.start + offset)
