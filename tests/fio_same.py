@@ -72,7 +72,7 @@ ORDERS = ("read", "write", "trim", "sync", "datasync", "sync_file_range")
 class Seen:
     """What a run of fio tells about its requests. counts: of each job. order: of the requests, as they began.
 
-    logs: by kind, a (direction, bytes, offset) for each request; where fio averages: how many columns there are.
+    logs: by name, a (direction, bytes, offset) for each request; none where fio averages.
     """
 
     counts: list[dict[str, int]]
@@ -124,10 +124,8 @@ def seen(directory: Path, *, is_averaged: bool, sort: bool) -> Seen:
     logs: dict[str, list[tuple[int, ...]]] = {}
     for path in sorted(directory.glob("log_*.log")):
         lines = [[int(cell, 0) for cell in line.split(",")] for line in path.read_text().splitlines()]
-        if is_averaged:
-            logs[path.name] = [(len(lines[0]),)] if lines else []
-        else:
-            logs[path.name] = sorted((row[2], row[3], row[4]) for row in lines)
+        # How many averages there are depends on the time that requests take.
+        logs[path.name] = [] if is_averaged else sorted((row[2], row[3], row[4]) for row in lines)
     return Seen(counts, sorted(order) if sort else order, logs)
 
 
