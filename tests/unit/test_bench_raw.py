@@ -166,7 +166,7 @@ def test_config_file_and_options_over_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_drains_reports_and_ends_with_status_0(tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["--name=s", "--rw=randrw", "--verify=crc32c", "--size=4m", "--time_based", "--runtime=60"]
     arguments += [f"--output={tmp_path / 'out'}"]

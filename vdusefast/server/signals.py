@@ -55,14 +55,14 @@ class Wakeup:
 
 
 class StopSignals:
-    """Context manager: while it is entered, SIGTERM and SIGINT are noted rather than end the process.
+    """Context manager: while it is entered, SIGTERM, SIGINT and SIGHUP are noted rather than end the process.
 
     For commands that drain their devices and end with status 0. Enter it in the main thread; `requested` and `wait`
     work in any. A second signal has its usual effect, for those who cannot wait; one that comes within SAME_S of the
-    first is the same one, sent to a process and to its group.
+    first is the same one, sent to a process and to its group. After nohup, SIGHUP is ignored as before.
     """
 
-    SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     SAME_S = 0.5
 
     def __init__(self) -> None:
@@ -135,13 +135,11 @@ class StopSignals:
 
 
 class PatientStopSignals(StopSignals):
-    """The same for a process that must always clean up: no second signal ends it at once. Notes SIGHUP, too.
+    """The same for a process that must always clean up: no second signal ends it at once.
 
     For a process with things that nobody else can clean up: a device in the kernel, other processes, directories. When
-    `repeated` is set, the user wants a faster end. After nohup, SIGHUP is ignored as before.
+    `repeated` is set, the user wants a faster end.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         super().__init__()
