@@ -4,7 +4,8 @@
     going_down.py client NODE whole|torn    (for some states: drives a vhost device until it is killed)
 
 HOW: poweroff, reboot or reboot-f. STATE: a device of this name in this state; see STATES. All are added in a login
-session of root's, which systemd-logind ends, as an administrator or a desktop does it.
+session of root's, which systemd-logind ends, as an administrator or a desktop does it. Without a STATE there is the
+session and no device: what the guest itself takes.
 """
 
 from __future__ import annotations
