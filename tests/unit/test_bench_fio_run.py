@@ -157,6 +157,7 @@ def test_what_fio_refuses_is_said_by_fio_before_there_is_a_device(
         (["--cpus=4097"], "does not exist"),
         (["--driver-cpus=4097"], "does not exist"),
         (["--output=/nonexistent/x"], "cannot write into"),
+        (["--output=/"], "it is a directory"),
         (["--backend=memory:1M", "--baseline=psync"], "needs a file that fio can open"),
         (["--backend=null:1M", "--verify=md5"], "keeps nothing"),
         (["--route=cross"], "there is one queue"),

@@ -289,6 +289,8 @@ def _check(options: FioOptions, jobs: Retargeting, uri: str | None, transport: s
         raise ConfigError("--route=cross: there is one queue; use --queues=2 or more")
     for job in jobs.verifies() if uri is not None and not keeps_data(uri) else []:
         raise ConfigError(f"job {job.name}: verify={job.get('verify')}, but a null store keeps nothing")
+    if output is not None and output.is_dir():
+        raise ConfigError(f"--output={output}: it is a directory")
     if output is not None and not os.access(output.absolute().parent, os.W_OK):
         raise ConfigError(f"--output={output}: cannot write into {output.absolute().parent}")
     check_baseline(options.baseline, uri)
