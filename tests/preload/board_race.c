@@ -19,7 +19,11 @@
 #include "base/membarrier.h"
 #include "board/server.h"
 
+#ifdef __SANITIZE_THREAD__
+#define AT ((void *)0x7e8000000000) /* where it lets a program have memory */
+#else
 #define AT ((void *)0x200000000000)
+#endif
 #define BURST 1000u
 
 static struct vf_board_view view;

@@ -51,3 +51,12 @@ def test_a_client_and_the_server_use_a_queue_at_once(what: str, flags: tuple[str
         [built(*flags, program="board_race"), what, "1"], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_lock_of_a_queue_is_clean_under_the_thread_sanitizer() -> None:
+    """Rings and solo work are no use to it: it knows neither fences nor membarrier()."""
+    binary = built("-fsanitize=thread", "-O1", "-Wno-tsan", program="board_race")
+    done = subprocess.run([binary, "lock", "1"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr[-2000:]}"
