@@ -74,7 +74,7 @@ static inline bool vf_solo_enter(struct vf_board_queue *queue, uint32_t me)
 		return false;
 	vf_store_relaxed_u32(&queue->inside, me);
 	vf_fence_compiler(); /* pairs with the vf_membarrier() of the server after it changed `solo` */
-	if (vf_likely(vf_load_relaxed_u32(&queue->solo) == me))
+	if (vf_likely(vf_load_acquire_u32(&queue->solo) == me)) /* and sees what the server did before it gave us the queue */
 		return true;
 	vf_store_relaxed_u32(&queue->inside, 0);
 	return false;

@@ -52,6 +52,7 @@ struct vf_disk_user *vf_disk_user_new(void)
 		.solo_number = is_fast ? user->number : UINT32_MAX,
 		.slot_count = g->slot_count,
 		.most_bytes = g->size_max_bytes,
+		.resets = &client->view.board->generation,
 	};
 	return user;
 }

@@ -73,6 +73,17 @@ struct vf_disk_io *vf_disk_put(struct vf_disk_user *user, struct vf_disk_io *io)
 	return io;
 }
 
+/* Look how far the device has come. Returns how many chains are finished; 0 for a broken ring, which disk.c reports. */
+static inline uint16_t vf_see_used(struct vf_fast *f)
+{
+	const struct vf_drv_vq *vq = &f->queue->vq;
+	int ready = vf_drv_split_used_count(vq);
+
+	f->seen_resets = vf_peek_u32(f->resets);
+	f->seen_used_idx = (uint16_t)(vq->last_used_idx + (ready > 0 ? ready : 0));
+	return ready > 0 ? (uint16_t)ready : 0;
+}
+
 struct vf_disk_io *vf_disk_take(struct vf_disk_user *user, uint32_t max)
 {
 	const struct vf_fast *f = &user->fast;
@@ -83,15 +94,17 @@ struct vf_disk_io *vf_disk_take(struct vf_disk_user *user, uint32_t max)
 	struct vf_drv_vq *vq = &queue->vq;
 	struct vf_disk_io *first, **end = &first;
 	uint32_t count = 0, most = f->slot_count - queue->free_count; /* in flight */
-	int ready = vf_drv_split_used_count(vq);
-	if (vf_unlikely(ready <= 0 || most > f->slot_count)) {
+	uint16_t ready = (uint16_t)(f->seen_used_idx - vq->last_used_idx);
+	if (ready == 0 || vf_unlikely(ready > vf_drv_vq_inflight(vq) || f->seen_resets != vf_peek_u32(f->resets)))
+		ready = vf_see_used(&user->fast);
+	if (vf_unlikely(ready == 0 || most > f->slot_count)) {
 		vf_solo_leave(queue); /* nothing, or what disk.c reports */
 		return NULL;
 	}
 	if (vf_likely(max < most))
 		most = max;
-	if (most > (uint32_t)ready)
-		most = (uint32_t)ready;
+	if (most > ready)
+		most = ready;
 	for (; count < most; count++) {
 		uint32_t slot;
 		int head = vf_drv_split_peek_tagged(vq, &slot);

@@ -30,6 +30,9 @@ struct vf_fast {
 	size_t length; /* 0: none */
 	uint64_t delta; /* from an address to the device's */
 	uint32_t generation; /* when it was looked up */
+	const uint32_t *resets; /* raised by a reset of the device */
+	uint32_t seen_resets;
+	uint16_t seen_used_idx; /* read from the ring: not again before all up to there is taken, as the device writes there */
 };
 
 struct vf_disk_user {
