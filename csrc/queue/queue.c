@@ -147,6 +147,16 @@ struct vf_queue *vf_queue_create(const struct vf_blk_device *device, uint32_t qu
 	return q;
 }
 
+void vf_queue_raise_slot(struct vf_queue *q, const struct vf_req *req)
+{
+	uint32_t top = q->free_count - 1u, at = top;
+
+	while (at && q->free_slots[at] != req->slot)
+		at--;
+	q->free_slots[at] = q->free_slots[top];
+	q->free_slots[top] = req->slot;
+}
+
 void vf_queue_evict(struct vf_queue *q)
 {
 	uint64_t rings[] = { q->vring.desc_addr, q->vring.driver_addr, q->vring.device_addr };

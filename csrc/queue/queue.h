@@ -178,11 +178,17 @@ static inline uint64_t vf_req_transfer_bytes(const struct vf_req *req)
 	return req->op == VF_OP_READ || req->op == VF_OP_WRITE ? req->data_bytes : 0;
 }
 
+/* Bring the slot of req to the top of the free ones, where it was when req was begun. While the loop waited in a call for it, the
+ * publisher's thread may have completed others, whose slots lie above it now. */
+void vf_queue_raise_slot(struct vf_queue *q, const struct vf_req *req);
+
 /* Keep the slot of req, which outlives the turn of the loop that has begun it. */
 static inline void vf_queue_hold(struct vf_queue *q, struct vf_req *req)
 {
 	if (req->held)
 		return;
+	if (vf_unlikely(q->next_req != req))
+		vf_queue_raise_slot(q, req);
 	req->held = 1;
 	q->inflight_bytes += vf_req_transfer_bytes(req);
 	q->free_count--;

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import vdusefast
+from vdusefast.bench.torture.plan import RINGS
 from vdusefast.control.worker_process import default_command
 from vdusefast.driver.loopback_driver import LoopbackDriver
 
@@ -23,10 +24,12 @@ PAGE = 4096
 HANG_S = 4
 SOON_S = 2  # not a measurement: a machine full of other work takes its time
 SLOW_AT = 2 * MIB
+MERGED_SLOW_AT = 1 * MIB
 T_OUT, T_FLUSH = 1, 4
 SLOW_CALLS = f"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 ssize_t pwrite64(int fd, const void *buf, size_t n, off_t at)
@@ -41,6 +44,19 @@ ssize_t pwrite64(int fd, const void *buf, size_t n, off_t at)
 ssize_t pwrite(int fd, const void *buf, size_t n, off_t at)
 {{
 	return pwrite64(fd, buf, n, at);
+}}
+ssize_t pwritev64v2(int fd, const struct iovec *iov, int count, off_t at, int flags)
+{{
+	static ssize_t (*real)(int, const struct iovec *, int, off_t, int);
+	if (!real)
+		real = (ssize_t(*)(int, const struct iovec *, int, off_t, int))dlsym(RTLD_NEXT, "pwritev64v2");
+	if (at >= {MERGED_SLOW_AT})
+		sleep(1);
+	return real(fd, iov, count, at, flags);
+}}
+ssize_t pwritev2(int fd, const struct iovec *iov, int count, off_t at, int flags)
+{{
+	return pwritev64v2(fd, iov, count, at, flags);
 }}
 int fdatasync(int fd)
 {{
@@ -119,3 +135,36 @@ def test_what_was_merged_does_not_wait_either(tmp_path: Path, library: Path) -> 
         told, elapsed_s = told_within(driver, [*((T_OUT, PAGE * page) for page in pages), (T_OUT, SLOW_AT)], 4)
     assert sorted(told) == [0, 1, 2, 3]
     assert elapsed_s < SOON_S
+
+
+@pytest.mark.parametrize("ring", sorted(RINGS.keys() - {"default"}))
+def test_what_was_published_meanwhile_leaves_others_their_places(tmp_path: Path, library: Path, ring: str) -> None:
+    """Writes that are collected wait in a call that hangs. Those before them are completed then, in another thread.
+
+    The request that made the call has to wait for its turn then, and keeps its place.
+    """
+    slow = MERGED_SLOW_AT // PAGE
+    pages = [0, 1, 2, 9, slow, slow + 1, slow + 2, *range(20, 60, 3)]
+    with served(tmp_path, library, engine="sync", map="off", **RINGS[ring]) as driver:
+        ring_of_driver = driver.ring(0)
+        head, data = driver.add_region(PAGE), driver.add_region(PAGE * len(pages))
+        for number, page in enumerate(pages):
+            at = 64 * number
+            data.buf[PAGE * number : PAGE * (number + 1)] = bytes([65 + number]) * PAGE
+            struct.pack_into("<IIQ", head.buf, at, T_OUT, 0, page * PAGE // 512)
+            head.buf[at + 32] = 0xFF
+            payload = (data.iova + PAGE * number, PAGE, False)
+            ring_of_driver.add([(head.iova + at, 16, False), payload, (head.iova + at + 32, 1, True)], number)
+        ring_of_driver.publish()
+        ring_of_driver.kick()
+        told: list[int] = []
+        until_s = time.monotonic() + 4 * HANG_S
+        while len(told) < len(pages) and time.monotonic() < until_s:
+            ring_of_driver.wait(100)
+            told += [cookie for _, cookie, _ in ring_of_driver.reap()]
+        assert sorted(told) == list(range(len(pages)))
+        assert [head.buf[64 * number + 32] for number in range(len(pages))] == [0] * len(pages)
+    stored = (tmp_path / "disk.img").read_bytes()
+    assert [stored[PAGE * page : PAGE * (page + 1)] for page in pages] == [
+        bytes([65 + number]) * PAGE for number in range(len(pages))
+    ]
