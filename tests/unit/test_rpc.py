@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from vdusefast import errors
-from vdusefast.host import run_dirs
+from vdusefast.host import processes, run_dirs
 from vdusefast.server import registry, rpc, rpc_client
 from vdusefast.server.rpc import Method, NoParams, RpcServer
 from vdusefast.server.rpc_client import NoServerError, RpcClient
@@ -319,6 +319,18 @@ def test_client_names_a_server_that_breaks_the_rules(directory: Path, answer: by
     thread = fake_server(directory, behave)
     with RpcClient(directory) as client, pytest.raises(errors.VdusefastError, match=message):
         client.call("info", timeout_s=5)
+    thread.join()
+
+
+def test_server_that_was_killed_takes_no_commands(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes connections for it until it has closed its sockets."""
+    done = threading.Event()
+    thread = fake_server(directory, lambda _: assert_wait(done))
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "is_ending", lambda pid: pid == os.getpid())
+        with pytest.raises(NoServerError, match="is ending"):
+            RpcClient(directory)
+    done.set()
     thread.join()
 
 

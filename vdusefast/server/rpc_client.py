@@ -13,6 +13,7 @@ import msgspec
 
 from vdusefast.base.decoding import decode_json
 from vdusefast.errors import TimedOutError, VdusefastError, from_exit_code
+from vdusefast.host import processes
 from vdusefast.host.containers import pid_text
 from vdusefast.server.rpc import ANSWER_MAX_BYTES, LineReader, peer_of, socket_address
 
@@ -42,8 +43,8 @@ class _Answer(msgspec.Struct):
 class RpcClient:
     """A connection to the server of the run directory at `path`. A context manager.
 
-    Raises NoServerError when nobody listens there, TimedOutError when it does not take the connection,
-    VdusefastError without permission.
+    Raises NoServerError when nobody listens there, or a server that was killed and has not ended yet, TimedOutError
+    when it does not take the connection, VdusefastError without permission.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,6 +52,10 @@ class RpcClient:
         self._connection = _connect(path)
         self._lines = LineReader(self._connection, ANSWER_MAX_BYTES)
         self.server_pid, _uid = peer_of(self._connection)  # 0 in a PID namespace that we do not see
+        # Until the kernel has closed all that it had, a killed server takes connections.
+        if processes.is_ending(self.server_pid):
+            self._connection.close()
+            raise NoServerError(f"{path.name}: its server ({pid_text(self.server_pid)}) is ending")
         self._last_id = 0
 
     def close(self) -> None:
