@@ -152,6 +152,7 @@ def same_requests_as_on_a_file() -> dict[str, object]:
     disk = guest.image("fio.img", fio_same.SIZE_BYTES)
     runs = guest.WORK / "same"
     runs.mkdir()
+    guest.sh("modprobe", "loop")
     with guest.device("vd0", f"file:{disk}", queues=2) as node:
         for place, name in enumerate(names):
             example = guest.image("example.img", fio_same.SIZE_BYTES)
