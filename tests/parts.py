@@ -29,7 +29,7 @@ PARTS = {
     "servers": ("tests",),
 }
 # Checks of the newest kernel that a second guest of it runs in the part of the others, so that both take about as long.
-SHARED = ("recovery.", "memory.", "torture.", "many.", "documents.", "kernel_log.")
+SHARED = ("many.", "documents.", "kernel_log.")
 FAST_PARTS = 4  # more than CPUs: many tests wait
 
 

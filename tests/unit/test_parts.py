@@ -80,7 +80,7 @@ def test_it(started):
     [
         ("vm/test_scenarios.py", parts.NEWEST_KERNEL, "block.serial", "newest"),
         ("vm/test_scenarios.py", parts.NEWEST_KERNEL, None, "newest"),
-        ("vm/test_scenarios.py", parts.NEWEST_KERNEL, "recovery.two_servers", "guests"),
+        ("vm/test_scenarios.py", parts.NEWEST_KERNEL, "many.by_command", "guests"),
         ("vm/test_scenarios.py", "6.12", "block.serial", "guests"),
         ("vm/test_kit.py", parts.NEWEST_KERNEL, None, "guests"),
         ("vm/test_rbd_guest.py", None, None, "servers"),
