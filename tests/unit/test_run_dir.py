@@ -73,7 +73,8 @@ def test_a_process_that_is_ending(tmp_path: Path, stat: str, status: str, ending
     (tmp_path / "proc/5/stat").write_text(stat)
     (tmp_path / "proc/5/status").write_text(status)
     assert processes.is_ending(5, tmp_path) == ending
-    assert processes.is_ending(6, tmp_path)  # there is none
+    assert processes.is_ending(1 << 30, tmp_path)  # there is none: it is above the largest pid
+    assert not processes.is_ending(os.getpid(), tmp_path)  # /proc hides it, as with hidepid=2
     assert not processes.is_ending(0, tmp_path)  # not known
 
 

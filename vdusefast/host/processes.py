@@ -54,14 +54,24 @@ def is_ending(pid: int, root: Path = ROOT) -> bool:
         return False
     process = root / f"proc/{pid}"
     fields = read(process / "stat").rpartition(")")[2].split()
-    if not fields:
-        return not process.exists()
+    if not fields:  # it has gone, or /proc hides it
+        return not _exists(pid)
     killed = any(
         int(mask, 16) >> (signal.SIGKILL - 1) & 1
         for name, _, mask in (line.partition(":") for line in read(process / "status").splitlines())
         if name in ("SigPnd", "ShdPnd")
     )
     return killed or fields[0] in "ZX" or bool(int(fields[6]) & _PF_EXITING)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def mount_namespace(process: Path) -> str:
